@@ -1,0 +1,286 @@
+//! What is asked of kiln, and the states a job passes through.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ByteSize, Digest, ImageRef, JobId, NetworkPolicy, Outcome, TenantName};
+
+/// A validated request. Path-free: a source is a digest, a secret is a name.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct JobRequest {
+    /// Id, unique for ever.
+    pub id: JobId,
+    /// Whose job.
+    pub tenant: TenantName,
+    /// What to do.
+    pub kind: JobKind,
+    /// What it may reach.
+    pub network: NetworkPolicy,
+    /// What it may use.
+    pub limits: Limits,
+    /// Whether its results may enter the tenant's cache: decided from the token and the verified ref, never by the request.
+    pub trust: TrustClass,
+}
+
+/// The kinds of job.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum JobKind {
+    /// Source to container image.
+    ImageBuild(ImageBuild),
+    /// A command, in the machine image or in a container image.
+    Run(RunCommand),
+}
+
+/// A source-to-image job.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ImageBuild {
+    /// Digest of the source tree, computed by the host.
+    pub source: Digest,
+    /// The exact Dockerfile to use, with every FROM resolved to a digest.
+    pub dockerfile: String,
+    /// Stage to build, the last one if none.
+    pub target: Option<String>,
+    /// Build arguments.
+    pub build_args: BTreeMap<String, String>,
+    /// Names of the secrets it may ask for.
+    pub secrets: Vec<String>,
+    /// Base images by the name the Dockerfile used, resolved to digests.
+    pub bases: Vec<(String, ImageRef)>,
+    /// Where the verified image is tagged, within the tenant.
+    pub tags: Vec<ImageRef>,
+    /// Neither use nor feed the cache.
+    pub no_cache: bool,
+}
+
+/// A command to run.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RunCommand {
+    /// Container image by digest; `None` runs in the machine image itself.
+    pub image: Option<ImageRef>,
+    /// Command line; empty means the image's own.
+    pub argv: Vec<String>,
+    /// Environment beyond the image's own.
+    pub env: BTreeMap<String, String>,
+    /// Guest ports that are forwarded, as (host port, guest port).
+    pub ports: Vec<(u16, u16)>,
+    /// Give the command a terminal.
+    pub tty: bool,
+    /// Connect standard input.
+    pub stdin: bool,
+}
+
+/// What a job may use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Limits {
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory of the machine.
+    pub memory: ByteSize,
+    /// Size its disk may grow to.
+    pub disk: ByteSize,
+    /// Wall time in milliseconds.
+    pub timeout_ms: u64,
+}
+
+/// Whether a job may write the tenant's cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrustClass {
+    /// A ref the host verified, or the operator's own machine.
+    Trusted,
+    /// Reads the cache, never writes it.
+    Untrusted,
+}
+
+/// Where a job stands. It changes only through [`JobState::apply`].
+///
+/// ```text
+/// Queued -> Leased -> Running -> Finished(outcome)
+///    ^________|__________|            (lost or infrastructure failure, attempts left)
+///    `-> Finished(cancelled)
+/// ```
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum JobState {
+    /// Waiting for a worker.
+    Queued {
+        /// Attempts that have ended.
+        attempts: u32,
+    },
+    /// A worker has the right to run it.
+    Leased {
+        /// This attempt's number, from 1.
+        attempt: u32,
+    },
+    /// Its machine is working.
+    Running {
+        /// This attempt's number, from 1.
+        attempt: u32,
+    },
+    /// Over. Final.
+    Finished {
+        /// What came of it.
+        outcome: Outcome,
+    },
+}
+
+/// What happened to a job.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum JobEvent {
+    /// A worker claimed it.
+    Leased,
+    /// Its machine said it is ready.
+    Started,
+    /// The attempt ended and another may follow.
+    AttemptFailed {
+        /// How it ended.
+        outcome: Outcome,
+        /// Most attempts a job may have.
+        attempts_max: u32,
+    },
+    /// The attempt ended for good.
+    Ended {
+        /// How.
+        outcome: Outcome,
+    },
+}
+
+/// Why an event does not apply.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("event {event} does not apply to a job that is {state}")]
+pub struct TransitionRefused {
+    state: &'static str,
+    event: &'static str,
+}
+
+impl JobState {
+    /// A new job.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::Queued { attempts: 0 }
+    }
+
+    /// Whether nothing can change any more.
+    #[must_use]
+    pub fn is_terminal(&self) -> bool {
+        matches!(self, Self::Finished { .. })
+    }
+
+    /// Short name of the state.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Queued { .. } => "queued",
+            Self::Leased { .. } => "leased",
+            Self::Running { .. } => "running",
+            Self::Finished { .. } => "finished",
+        }
+    }
+
+    /// The state after an event.
+    ///
+    /// # Errors
+    /// When the event has no meaning in this state; the state is unchanged.
+    pub fn apply(&self, event: JobEvent) -> Result<Self, TransitionRefused> {
+        use JobEvent as E;
+        match (self, event) {
+            (Self::Queued { attempts }, E::Leased) => Ok(Self::Leased {
+                attempt: attempts + 1,
+            }),
+            (Self::Leased { attempt }, E::Started) => Ok(Self::Running { attempt: *attempt }),
+            (
+                Self::Leased { attempt } | Self::Running { attempt },
+                E::AttemptFailed {
+                    outcome,
+                    attempts_max,
+                },
+            ) => {
+                let retried = match &outcome.verdict {
+                    crate::Verdict::Failed { class, .. } => class.is_retried(),
+                    crate::Verdict::Passed => false,
+                };
+                if retried && *attempt < attempts_max {
+                    Ok(Self::Queued { attempts: *attempt })
+                } else {
+                    Ok(Self::Finished { outcome })
+                }
+            }
+            (
+                Self::Queued { .. } | Self::Leased { .. } | Self::Running { .. },
+                E::Ended { outcome },
+            ) => Ok(Self::Finished { outcome }),
+            (state, event) => Err(TransitionRefused {
+                state: state.name(),
+                event: event.name(),
+            }),
+        }
+    }
+}
+
+impl Default for JobState {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl JobEvent {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Leased => "leased",
+            Self::Started => "started",
+            Self::AttemptFailed { .. } => "attempt-failed",
+            Self::Ended { .. } => "ended",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{FailureClass, Verdict};
+
+    fn failed(class: FailureClass) -> Outcome {
+        let verdict = Verdict::Failed {
+            class,
+            message: "x".to_owned(),
+            hint: None,
+            command_code: None,
+        };
+        Outcome {
+            verdict,
+            phases_ms: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn lost_is_retried_within_bounds_and_guest_fault_never() {
+        let running = JobState::new()
+            .apply(JobEvent::Leased)
+            .and_then(|s| s.apply(JobEvent::Started));
+        let running = running.expect("legal");
+        let lost = |max| JobEvent::AttemptFailed {
+            outcome: failed(FailureClass::Lost),
+            attempts_max: max,
+        };
+        assert_eq!(running.apply(lost(3)), Ok(JobState::Queued { attempts: 1 }));
+        assert!(running.apply(lost(1)).expect("legal").is_terminal());
+        let fault = JobEvent::AttemptFailed {
+            outcome: failed(FailureClass::GuestFault),
+            attempts_max: 3,
+        };
+        assert!(running.apply(fault).expect("legal").is_terminal());
+    }
+
+    #[test]
+    fn terminal_is_final() {
+        let end = JobEvent::Ended {
+            outcome: failed(FailureClass::Cancelled),
+        };
+        let done = JobState::new().apply(end.clone()).expect("legal");
+        for event in [end, JobEvent::Leased, JobEvent::Started] {
+            assert!(done.apply(event).is_err());
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! The nouns of kiln: ids, jobs, leases, machine specifications, outcomes and policies.
+//!
+//! This room knows no I/O, no clock, no randomness and no async runtime: time and ids are
+//! arguments. Every other room may know this one; this one knows none.
+//! Read next: [`job`] (what is asked), [`machine`] (what is started), [`outcome`] (what came out).
+
+pub mod digest;
+pub mod id;
+pub mod image_ref;
+pub mod job;
+pub mod lease;
+pub mod machine;
+pub mod network;
+pub mod observed;
+pub mod outcome;
+pub mod size;
+
+pub use digest::Digest;
+pub use id::{AttemptId, JobId, MachineName, TenantName, WorkerId};
+pub use image_ref::ImageRef;
+pub use job::{JobKind, JobRequest, JobState};
+pub use lease::{Epoch, Lease};
+pub use machine::{DiskRole, DiskSlot, MachineSpec};
+pub use network::{AllowRule, NetworkPolicy};
+pub use observed::{Observed, Receipt};
+pub use outcome::{FailureClass, Outcome, Verdict};
+pub use size::ByteSize;

@@ -1,0 +1,61 @@
+//! What the host itself saw and did: the raw material of provenance. Never a field copied from the guest.
+
+use serde::{Deserialize, Serialize};
+
+use crate::network::EgressEvent;
+use crate::{AttemptId, Digest, ImageRef, TenantName};
+
+/// Written beside an image at stage 8. Unsigned until the supply-chain work.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Observed {
+    /// Schema of this record.
+    pub schema: u32,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// Its tenant.
+    pub tenant: TenantName,
+    /// Digest of the source tree, computed by the host before it left.
+    pub source: Digest,
+    /// Digest of the Dockerfile used.
+    pub dockerfile: Digest,
+    /// Every FROM, resolved to a digest by the host before boot.
+    pub bases: Vec<(String, ImageRef)>,
+    /// Digest of the network policy in its canonical JSON form.
+    pub policy: Digest,
+    /// Machine image the machine was started from.
+    pub machine_image: String,
+    /// Template it was cloned from, if any.
+    pub template: Option<String>,
+    /// Cache head it forked: its id.
+    pub head: Option<String>,
+    /// Every decision of the gateway.
+    pub egress: Vec<EgressEvent>,
+    /// Digest of the image manifest the host read and verified.
+    pub manifest: Digest,
+    /// Layers and config as the host verified them: (digest, bytes).
+    pub blobs: Vec<(Digest, u64)>,
+    /// Start and end, milliseconds since the Unix epoch, by the host's clock.
+    pub started_unix_ms: u64,
+    /// See `started_unix_ms`.
+    pub ended_unix_ms: u64,
+}
+
+impl Observed {
+    /// The schema this version writes.
+    pub const SCHEMA: u32 = 1;
+}
+
+/// Proof of storage: what was stored, where.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Receipt {
+    /// References that now name the image.
+    pub tags: Vec<ImageRef>,
+    /// The image manifest.
+    pub manifest: Digest,
+    /// Compressed bytes of config and layers.
+    pub size: u64,
+    /// Digest of the stored [`Observed`] record.
+    pub observed: Digest,
+    /// Cache head that this build committed, if it did.
+    pub head: Option<String>,
+}

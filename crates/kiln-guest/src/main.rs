@@ -1,0 +1,3 @@
+//! PID 1 of a machine: mounts, commands, trees, forwards, DNS and egress.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! What goes into machines and images: machine image recipe, runtime bases, cache heads, source plans.

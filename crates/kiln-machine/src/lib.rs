@@ -1,0 +1,1 @@
+//! Machines behind one Driver trait: sim and qemu.

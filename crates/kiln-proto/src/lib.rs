@@ -1,0 +1,1 @@
+//! The wire between host and guest: frames, streams, orders and reports.

@@ -1,0 +1,1 @@
+//! Where results live: registry with per-repository blob links, job records, receipts.

@@ -1,0 +1,1 @@
+//! Every metric and span name, and log set-up, in one place.

@@ -1,0 +1,1 @@
+//! Test support: builders, temp homes, golden-file helpers. Development only.

@@ -1,0 +1,1 @@
+//! Assembly: runs one lease from machine to receipt.
