@@ -1,1 +1,3 @@
 //! Machines behind one Driver trait: sim and qemu.
+
+pub mod driver;
