@@ -43,7 +43,11 @@ pub trait Driver: Send + Sync + fmt::Debug {
     fn validate(&self, spec: &MachineSpec, start: &Start) -> Result<(), SpecRefused>;
 
     /// Starts a machine. When the future is dropped or fails, nothing is left behind.
-    fn launch<'a>(&'a self, spec: &'a MachineSpec, start: Start) -> BoxFuture<'a, Result<Arc<dyn Machine>, LaunchError>>;
+    fn launch<'a>(
+        &'a self,
+        spec: &'a MachineSpec,
+        start: Start,
+    ) -> BoxFuture<'a, Result<Arc<dyn Machine>, LaunchError>>;
 
     /// Finds machines whose owner died, in this driver's home, and removes every trace of them.
     fn reap(&self) -> BoxFuture<'_, ReapReport>;
@@ -82,7 +86,10 @@ pub trait Machine: Send + Sync + fmt::Debug {
     fn channel(&self) -> BoxFuture<'_, Result<Channel, MachineError>>;
 
     /// Adds a disk while the machine runs. Needs [`Capabilities::hotplug_disk`].
-    fn attach_disk<'a>(&'a self, disk: &'a kiln_core::DiskSlot) -> BoxFuture<'a, Result<(), MachineError>>;
+    fn attach_disk<'a>(
+        &'a self,
+        disk: &'a kiln_core::DiskSlot,
+    ) -> BoxFuture<'a, Result<(), MachineError>>;
 
     /// What the host measures.
     fn stats(&self) -> BoxFuture<'_, Result<HostStats, MachineError>>;
@@ -91,7 +98,10 @@ pub trait Machine: Send + Sync + fmt::Debug {
     fn console_tail(&self) -> String;
 
     /// Stops the machine, saves memory and device state, and makes a template of it. The machine is gone afterwards.
-    fn into_template<'a>(&'a self, target: &'a TemplateRef) -> BoxFuture<'a, Result<(), MachineError>>;
+    fn into_template<'a>(
+        &'a self,
+        target: &'a TemplateRef,
+    ) -> BoxFuture<'a, Result<(), MachineError>>;
 
     /// Waits for the guest to power off by itself, at most this long, then kills it.
     fn stop(&self, deadline: Duration) -> BoxFuture<'_, MachineState>;
