@@ -1,1 +1,3 @@
 //! What goes into machines and images: machine image recipe, runtime bases, cache heads, source plans.
+
+pub mod heads;

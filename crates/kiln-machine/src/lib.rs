@@ -1,3 +1,4 @@
 //! Machines behind one Driver trait: sim and qemu.
 
+pub mod disk;
 pub mod driver;

@@ -1,0 +1,158 @@
+use super::*;
+
+fn candidate(file: &Path, depth: u32) -> Candidate<'_> {
+    Candidate {
+        file,
+        depth,
+        written_by: "b1/1".to_owned(),
+        buildkit: "v1".to_owned(),
+        now_unix_ms: 1,
+    }
+}
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    store: HeadStore,
+    shared: Head,
+}
+
+fn fixture() -> Fixture {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let store = HeadStore::open(&dir.path().join("heads")).expect("store");
+    let shared = store
+        .seal_shared(&candidate(&file(&dir, "base"), 0))
+        .expect("sealed");
+    Fixture { dir, store, shared }
+}
+
+fn file(dir: &tempfile::TempDir, text: &str) -> PathBuf {
+    let path = dir.path().join(text);
+    fs::write(&path, text).expect("write");
+    path
+}
+
+fn committed(commit: Commit) -> Head {
+    match commit {
+        Commit::Committed(head) => head,
+        Commit::LostRace { current } => panic!("lost against {current:?}"),
+    }
+}
+
+#[test]
+fn two_builds_fork_one_head_and_one_of_them_wins() {
+    let f = fixture();
+    let fork = f
+        .store
+        .to_fork("local", "v1")
+        .expect("read")
+        .expect("shared");
+    assert_eq!(fork, f.shared);
+    let (first, second) = (file(&f.dir, "first"), file(&f.dir, "second"));
+    let won = committed(
+        f.store
+            .commit("local", Some(&fork), &candidate(&first, 1))
+            .expect("io"),
+    );
+    let lost = f
+        .store
+        .commit("local", Some(&fork), &candidate(&second, 1))
+        .expect("io");
+    assert_eq!(
+        lost,
+        Commit::LostRace {
+            current: Some(won.id.clone())
+        }
+    );
+    assert!(second.exists(), "the loser's overlay stays the caller's");
+    assert_eq!(
+        f.store.to_fork("local", "v1").expect("read").map(|h| h.id),
+        Some(won.id.clone())
+    );
+    let next = committed(
+        f.store
+            .commit("local", Some(&won), &candidate(&second, 2))
+            .expect("io"),
+    );
+    assert_eq!(f.store.chain(&next).expect("chain").len(), 3);
+}
+
+#[test]
+fn a_new_shared_head_or_buildkit_starts_a_tenant_over() {
+    let f = fixture();
+    let own = f
+        .store
+        .commit(
+            "local",
+            Some(&f.shared),
+            &candidate(&file(&f.dir, "own"), 1),
+        )
+        .expect("io");
+    let own = committed(own);
+    assert_eq!(
+        f.store.to_fork("local", "v2").expect("read").map(|h| h.id),
+        Some(f.shared.id.clone())
+    );
+    let shared = f
+        .store
+        .seal_shared(&candidate(&file(&f.dir, "base2"), 0))
+        .expect("sealed");
+    assert_eq!(
+        f.store.to_fork("local", "v1").expect("read").map(|h| h.id),
+        Some(shared.id.clone())
+    );
+    let stale = f
+        .store
+        .commit("local", Some(&own), &candidate(&file(&f.dir, "late"), 2))
+        .expect("io");
+    let over = f
+        .store
+        .commit("local", Some(&shared), &candidate(&file(&f.dir, "over"), 1))
+        .expect("io");
+    assert!(matches!(stale, Commit::Committed(_)) || matches!(over, Commit::Committed(_)));
+}
+
+#[test]
+fn prune_keeps_what_is_reached_or_pinned() {
+    let f = fixture();
+    let own = committed(
+        f.store
+            .commit(
+                "local",
+                Some(&f.shared),
+                &candidate(&file(&f.dir, "own"), 1),
+            )
+            .expect("io"),
+    );
+    let pin = f.store.pin(&own).expect("pin");
+    f.store.forget("local").expect("forget");
+    assert_eq!(f.store.prune().expect("prune"), 0, "pinned");
+    drop(pin);
+    assert_eq!(f.store.prune().expect("prune"), 3);
+    assert_eq!(
+        f.store.list().expect("list").len(),
+        1,
+        "the shared head stays"
+    );
+}
+
+#[test]
+fn damage_is_found_and_never_used() {
+    let f = fixture();
+    let disk = f.store.disk(&f.shared);
+    fs::remove_file(&disk).expect("remove");
+    fs::write(&disk, "bas3").expect("write");
+    assert!(matches!(
+        f.store.verify(&f.shared),
+        Err(HeadError::Corrupt { .. })
+    ));
+    fs::write(&disk, "longer").expect("write");
+    assert!(matches!(
+        f.store.current(SHARED),
+        Err(HeadError::Corrupt { .. })
+    ));
+    fs::write(f.store.root.join("shared/HEAD"), "../../etc").expect("write");
+    assert!(matches!(
+        f.store.current(SHARED),
+        Err(HeadError::Damaged { .. })
+    ));
+}
