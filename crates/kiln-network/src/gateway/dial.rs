@@ -1,0 +1,219 @@
+//! Resolving and dialling, behind traits so that tests need no network. The address check is not in here: it
+//! stands between the two, in the gateway.
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+use crate::BoxFuture;
+
+/// Most addresses of one name that are tried.
+pub const ADDRESSES_MAX: usize = 8;
+/// How long an attempt runs before the next address is tried beside it (RFC 8305 §5).
+pub const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// Most questions to the host's resolver at once, per gateway: each holds a thread.
+pub const RESOLVES_MAX: usize = 16;
+
+/// A byte stream with both directions.
+pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + ?Sized> Duplex for T {}
+
+/// Any byte stream.
+pub type BoxedDuplex = Box<dyn Duplex>;
+
+/// Turns a name into addresses.
+pub trait Resolver: Send + Sync {
+    /// Every address of the name, best first.
+    fn resolve<'a>(&'a self, host: &'a str) -> BoxFuture<'a, io::Result<Vec<IpAddr>>>;
+}
+
+/// Opens a connection to an address that was checked.
+pub trait Dialer: Send + Sync {
+    /// Connects to exactly this address.
+    fn dial(&self, addr: SocketAddr) -> BoxFuture<'static, io::Result<BoxedDuplex>>;
+}
+
+/// The host's own resolver (hosts file, DNS, whatever it is set to).
+pub struct SystemResolver {
+    questions: Arc<Semaphore>,
+}
+
+impl Default for SystemResolver {
+    fn default() -> Self {
+        Self {
+            questions: Arc::new(Semaphore::new(RESOLVES_MAX)),
+        }
+    }
+}
+
+impl fmt::Debug for SystemResolver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SystemResolver")
+    }
+}
+
+impl Resolver for SystemResolver {
+    fn resolve<'a>(&'a self, host: &'a str) -> BoxFuture<'a, io::Result<Vec<IpAddr>>> {
+        Box::pin(async move {
+            let permit = Arc::clone(&self.questions)
+                .acquire_owned()
+                .await
+                .map_err(io::Error::other)?;
+            let host = host.to_owned();
+            // The permit goes with the thread: a caller that gave up does not free it.
+            let answer = tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                (host.as_str(), 0_u16).to_socket_addrs().map(|addrs| {
+                    let mut unique: Vec<IpAddr> = Vec::new();
+                    for addr in addrs {
+                        if !unique.contains(&addr.ip()) {
+                            unique.push(addr.ip());
+                        }
+                    }
+                    unique
+                })
+            });
+            answer.await.map_err(io::Error::other)?
+        })
+    }
+}
+
+/// TCP from the host.
+#[derive(Clone, Copy, Debug)]
+pub struct TcpDialer;
+
+impl Dialer for TcpDialer {
+    fn dial(&self, addr: SocketAddr) -> BoxFuture<'static, io::Result<BoxedDuplex>> {
+        Box::pin(async move {
+            let stream = TcpStream::connect(addr).await?;
+            stream.set_nodelay(true)?;
+            Ok(Box::new(stream) as BoxedDuplex)
+        })
+    }
+}
+
+/// The order in which addresses are tried: families alternate, starting with the resolver's favourite.
+fn happy_order(addrs: &[SocketAddr]) -> Vec<SocketAddr> {
+    let Some(first) = addrs.first() else {
+        return Vec::new();
+    };
+    let (mut same, mut other): (Vec<&SocketAddr>, Vec<&SocketAddr>) = addrs
+        .iter()
+        .partition(|addr| addr.is_ipv4() == first.is_ipv4());
+    same.reverse();
+    other.reverse();
+    let mut order = Vec::new();
+    while order.len() < ADDRESSES_MAX {
+        let before = order.len();
+        order.extend(same.pop().copied());
+        order.extend(other.pop().copied());
+        if order.len() == before {
+            break;
+        }
+    }
+    order.truncate(ADDRESSES_MAX);
+    order
+}
+
+/// Connects to the first address that answers; a new attempt starts when one fails or is slow.
+///
+/// # Errors
+/// A sentence, when no address answered before the deadline.
+pub(super) async fn dial_any(
+    dialer: &Arc<dyn Dialer>,
+    addrs: &[SocketAddr],
+    deadline: Instant,
+) -> Result<(BoxedDuplex, SocketAddr), String> {
+    let mut waiting = happy_order(addrs).into_iter();
+    let mut attempts = JoinSet::new();
+    let mut error = "no address to try".to_owned();
+    let mut next_at = Instant::now();
+    let mut more = true;
+    loop {
+        if more && (attempts.is_empty() || Instant::now() >= next_at) {
+            match waiting.next() {
+                Some(addr) => {
+                    let dialling = dialer.dial(addr);
+                    attempts.spawn(async move { (addr, timeout_at(deadline, dialling).await) });
+                    next_at = Instant::now() + ATTEMPT_DELAY;
+                }
+                None => more = false,
+            }
+        }
+        if attempts.is_empty() && !more {
+            return Err(error);
+        }
+        tokio::select! {
+            Some(ended) = attempts.join_next() => match ended {
+                Ok((addr, Ok(Ok(stream)))) => return Ok((stream, addr)),
+                Ok((_, Ok(Err(failed)))) => error = failed.to_string(),
+                Ok((_, Err(_))) => return Err("no connection in time".to_owned()),
+                Err(failed) => error = failed.to_string(),
+            },
+            () = sleep_until(next_at), if more => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn families_alternate_and_the_number_is_bounded() {
+        let addr = |text: &str| -> SocketAddr { text.parse().expect("address") };
+        let (a6, b6) = (addr("[2600::1]:1"), addr("[2600::2]:1"));
+        let (a4, b4) = (addr("8.8.8.8:1"), addr("9.9.9.9:1"));
+        assert_eq!(happy_order(&[a6, b6, a4, b4]), [a6, a4, b6, b4]);
+        assert_eq!(happy_order(&[a4, b4, a6]), [a4, a6, b4]);
+        assert_eq!(happy_order(&[]), []);
+        let many: Vec<SocketAddr> = (0..40).map(|p| SocketAddr::new(a4.ip(), p)).collect();
+        assert_eq!(happy_order(&many).len(), ADDRESSES_MAX);
+    }
+
+    /// The first address hangs, the second refuses, the third answers.
+    struct Uneven;
+
+    impl Dialer for Uneven {
+        fn dial(&self, addr: SocketAddr) -> BoxFuture<'static, io::Result<BoxedDuplex>> {
+            Box::pin(async move {
+                match addr.port() {
+                    1 => std::future::pending().await,
+                    2 => Err(io::ErrorKind::ConnectionRefused.into()),
+                    _ => Ok(Box::new(tokio::io::duplex(1).0) as BoxedDuplex),
+                }
+            })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_hanging_address_does_not_hold_the_others_up() {
+        let dialer: Arc<dyn Dialer> = Arc::new(Uneven);
+        let addr = |port| SocketAddr::new("8.8.8.8".parse().expect("address"), port);
+        let start = Instant::now();
+        let deadline = start + Duration::from_secs(20);
+        let (_, reached) = dial_any(&dialer, &[addr(1), addr(2), addr(3)], deadline)
+            .await
+            .map_err(anyhow::Error::msg)
+            .expect("third answers");
+        assert_eq!(reached, addr(3));
+        assert!(
+            start.elapsed() <= ATTEMPT_DELAY * 3,
+            "{:?}",
+            start.elapsed()
+        );
+        let failed = dial_any(&dialer, &[addr(1), addr(2)], deadline).await;
+        assert_eq!(failed.err().as_deref(), Some("no connection in time"));
+        let refused = dial_any(&dialer, &[addr(2)], deadline).await;
+        assert_eq!(refused.err().as_deref(), Some("connection refused"));
+    }
+}

@@ -1,0 +1,524 @@
+//! The egress gateway of one machine: the only place where its bytes leave the host.
+//!
+//! ```text
+//! connect(name, port): kiln service? -> policy -> resolve -> floor -> dial -> Admitted
+//! relay(stream):       hold first bytes -> TLS SNI / HTTP Host equals the name -> copy both ways
+//! ```
+//!
+//! - A name is resolved once per connection and exactly the checked address is dialled, so a second answer
+//!   (DNS rebinding) is never used.
+//! - The guest's bytes are held until their name was checked. The server's bytes flow at once: they can leak
+//!   nothing of the guest, and server-speaks-first protocols need no special case or wait.
+//! - Ports 80 and 443 carry HTTP or TLS only. On other ports a connection whose first bytes are neither is
+//!   let through unchecked beyond name, port and address: the rule names that port on purpose. What such a
+//!   protocol does later (a STARTTLS) is not looked at.
+//! - Through the operator's HTTP proxy, the proxy resolves the name. The floor is then applied to what the
+//!   host itself resolves: one special address among the answers refuses, and a name the host cannot resolve
+//!   (normal behind such proxies) is left to the proxy, which is the operator's own.
+//!
+//! It knows nothing of jobs or of the channel's wire. Read next: [`dial`], [`proxy`], [`relay`](self::Admitted).
+
+mod admitted;
+mod bandwidth;
+pub mod dial;
+pub mod proxy;
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kiln_core::network::{
+    AllowRule, EgressEvent, EgressVerdict, INTERNAL_SUFFIX, NameVerdict, NetworkPolicy,
+    RangeException, SpecialRange, check_address, normal_host,
+};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{Instant, timeout_at};
+
+pub use admitted::{Admitted, RelayEnd, RelayReport};
+pub use dial::{BoxedDuplex, Duplex};
+
+use self::admitted::{Flow, Route};
+use self::bandwidth::Bandwidth;
+use self::dial::{Dialer, Resolver, SystemResolver, TcpDialer};
+use self::proxy::{Hop, ProxyConfig};
+use crate::BoxFuture;
+use crate::inspect::http::Form;
+use crate::record::EgressSink;
+
+/// Most distinct refused names of DNS questions that become events.
+pub const REFUSED_NAMES_MAX: usize = 500;
+
+/// One of kiln's own services inside a guest, such as its registry.
+pub trait GuestService: Send + Sync {
+    /// Serves one connection until it ends. The stream is hostile; the machine's identity is the service's own.
+    fn serve(&self, stream: BoxedDuplex) -> BoxFuture<'static, ()>;
+}
+
+/// kiln's own names and what answers there.
+#[derive(Clone, Default)]
+pub struct Services(BTreeMap<(String, u16), Arc<dyn GuestService>>);
+
+impl Services {
+    /// Adds a service at `host:port`.
+    #[must_use]
+    pub fn with(mut self, host: &str, port: u16, service: Arc<dyn GuestService>) -> Self {
+        self.0.insert((host.to_ascii_lowercase(), port), service);
+        self
+    }
+
+    fn knows(&self, host: &str) -> bool {
+        self.0.keys().any(|(name, _)| name == host)
+    }
+}
+
+impl fmt::Debug for Services {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+/// Bounds of one machine's egress.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Connections at once, services included.
+    pub connections_max: usize,
+    /// Wait for the host's resolver.
+    pub resolve: Duration,
+    /// Wait for a connection, all addresses (and the proxy's answer) together.
+    pub dial: Duration,
+    /// A connection without a byte in either direction ends after this.
+    pub idle: Duration,
+    /// Once a guest sent its first byte, the name in it must be there within this.
+    pub hold: Duration,
+    /// Bytes per second of each direction, for the whole machine; `None`: unlimited.
+    pub bytes_per_second: Option<NonZeroU64>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_max: 256,
+            resolve: Duration::from_secs(10),
+            dial: Duration::from_secs(20),
+            idle: Duration::from_secs(300),
+            hold: Duration::from_secs(30),
+            bytes_per_second: None,
+        }
+    }
+}
+
+/// Everything a gateway needs to know.
+#[derive(Clone)]
+pub struct GatewayConfig {
+    /// What the machine may reach.
+    pub policy: NetworkPolicy,
+    /// Special-purpose ranges the operator excepts for single names.
+    pub exceptions: Vec<RangeException>,
+    /// kiln's own names.
+    pub services: Services,
+    /// The operator's HTTP proxy.
+    pub proxy: ProxyConfig,
+    /// Bounds.
+    pub limits: Limits,
+    /// Where decisions go.
+    pub sink: Arc<dyn EgressSink>,
+}
+
+impl GatewayConfig {
+    /// A configuration with defaults for everything else.
+    #[must_use]
+    pub fn new(policy: NetworkPolicy, sink: Arc<dyn EgressSink>) -> Self {
+        Self {
+            policy,
+            exceptions: Vec::new(),
+            services: Services::default(),
+            proxy: ProxyConfig::default(),
+            limits: Limits::default(),
+            sink,
+        }
+    }
+}
+
+impl fmt::Debug for GatewayConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GatewayConfig")
+            .field("policy", &self.policy)
+            .field("exceptions", &self.exceptions)
+            .field("services", &self.services)
+            .field("proxy", &self.proxy)
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a guest gets no connection. The text may be shown to the guest.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Refusal {
+    /// No rule names the host.
+    #[error("{host} is not allowed: no rule names it")]
+    Host {
+        /// As asked, shortened.
+        host: String,
+    },
+    /// A rule names the host, none this port.
+    #[error("{host}:{port} is not allowed: the rule for {host} does not name port {port}")]
+    Port {
+        /// As asked.
+        host: String,
+        /// As asked.
+        port: u16,
+    },
+    /// Every address of the name lies in a special-purpose range without an exception.
+    #[error("{host} resolves into a special-purpose range ({range:?}) that is not excepted")]
+    Address {
+        /// As asked.
+        host: String,
+        /// The range of the first address.
+        range: SpecialRange,
+    },
+    /// Too many connections of this machine at once.
+    #[error("the machine already has {connections_max} connections")]
+    TooMany {
+        /// The bound.
+        connections_max: usize,
+    },
+    /// Allowed, but the network did not do it.
+    #[error("{host}:{port} cannot be reached: {error}")]
+    Unreachable {
+        /// As asked.
+        host: String,
+        /// As asked.
+        port: u16,
+        /// What happened.
+        error: String,
+    },
+}
+
+/// The gateway of one machine. Cheap to clone; clones share everything.
+#[derive(Clone)]
+pub struct Gateway {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    policy: watch::Sender<NetworkPolicy>,
+    exceptions: Vec<RangeException>,
+    services: Services,
+    proxy: ProxyConfig,
+    limits: Limits,
+    sink: Arc<dyn EgressSink>,
+    resolver: Arc<dyn Resolver>,
+    dialer: Arc<dyn Dialer>,
+    connections: Arc<Semaphore>,
+    bandwidth: Arc<Bandwidth>,
+    refused_names: Mutex<HashSet<String>>,
+}
+
+impl fmt::Debug for Gateway {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gateway")
+            .field("policy", &*self.inner.policy.borrow())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Gateway {
+    /// A gateway on the host's own resolver and network.
+    #[must_use]
+    pub fn new(config: GatewayConfig) -> Self {
+        Self::with_network(
+            config,
+            Arc::new(SystemResolver::default()),
+            Arc::new(TcpDialer),
+        )
+    }
+
+    /// A gateway on another resolver and dialer (tests). The address check stands between the two and is
+    /// not replaceable.
+    #[must_use]
+    pub fn with_network(
+        config: GatewayConfig,
+        resolver: Arc<dyn Resolver>,
+        dialer: Arc<dyn Dialer>,
+    ) -> Self {
+        let inner = Inner {
+            policy: watch::Sender::new(config.policy),
+            exceptions: config.exceptions,
+            services: config.services,
+            proxy: config.proxy,
+            limits: config.limits,
+            sink: config.sink,
+            resolver,
+            dialer,
+            connections: Arc::new(Semaphore::new(config.limits.connections_max)),
+            bandwidth: Arc::new(Bandwidth::new(config.limits.bytes_per_second)),
+            refused_names: Mutex::default(),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// Whether the guest's DNS may answer for this name. Nothing is sent anywhere: a question leaks nothing.
+    /// The first [`REFUSED_NAMES_MAX`] distinct refused names become events.
+    #[must_use]
+    pub fn knows(&self, host: &str) -> bool {
+        let name = normal_host(host);
+        let known = name.as_deref().is_some_and(|name| {
+            self.inner.services.knows(name)
+                || (!is_internal(name) && self.inner.policy.borrow().knows_host(name))
+        });
+        if let Some(name) = name.filter(|_| !known) {
+            let mut refused = self.refused_names();
+            if refused.len() < REFUSED_NAMES_MAX && refused.insert(name.clone()) {
+                drop(refused);
+                self.record(&name, 0, EgressVerdict::HostRefused);
+            }
+        }
+        known
+    }
+
+    /// Allows only what the old and this policy both allow, and ends connections that are no longer allowed.
+    pub fn narrow(&self, policy: &NetworkPolicy) {
+        self.inner.policy.send_modify(|now| {
+            let both = now.rules().iter().filter_map(|rule| {
+                let ports: Vec<u16> = rule
+                    .ports()
+                    .iter()
+                    .copied()
+                    .filter(|port| {
+                        matches!(policy.decide(rule.host(), *port), NameVerdict::Allowed(_))
+                    })
+                    .collect();
+                // An empty list of ports would mean the default ones.
+                (!ports.is_empty())
+                    .then(|| AllowRule::new(rule.host(), &ports).ok())
+                    .flatten()
+            });
+            *now = NetworkPolicy::from_rules(both.collect::<Vec<_>>());
+        });
+    }
+
+    /// Decides, resolves, checks and dials. The guest's bytes are not looked at yet.
+    ///
+    /// # Errors
+    /// A [`Refusal`], after it was recorded.
+    pub async fn connect(&self, host: &str, port: u16) -> Result<Admitted, Refusal> {
+        let Some(name) = normal_host(host) else {
+            let host = shown(host);
+            self.record(&host, port, EgressVerdict::HostRefused);
+            return Err(Refusal::Host { host });
+        };
+        let permit = Arc::clone(&self.inner.connections)
+            .try_acquire_owned()
+            .map_err(|_| self.refuse_limit(&name, port))?;
+        if let Some(service) = self.inner.services.0.get(&(name.clone(), port)) {
+            return Ok(Admitted::service(Arc::clone(service), permit));
+        }
+        // Subscribed before the decision: a narrowing in between is seen by the flow.
+        let policy = self.inner.policy.subscribe();
+        let rule = match self.decide(&name, port) {
+            NameVerdict::Allowed(rule) => rule,
+            NameVerdict::PortRefused => {
+                self.record(&name, port, EgressVerdict::PortRefused);
+                return Err(Refusal::Port { host: name, port });
+            }
+            NameVerdict::HostRefused => {
+                self.record(&name, port, EgressVerdict::HostRefused);
+                return Err(Refusal::Host { host: name });
+            }
+        };
+        let route = match self.inner.proxy.hop(&name, port) {
+            Some(hop) => self.through(&name, port, hop.clone()).await,
+            None => self.direct(&name, port).await,
+        };
+        let route = route.map_err(|refusal| self.refuse(&name, port, &rule, refusal))?;
+        Ok(Admitted::flow(
+            Flow {
+                name,
+                port,
+                rule: rule.to_string(),
+                limits: self.inner.limits,
+                policy,
+                sink: Arc::clone(&self.inner.sink),
+                bandwidth: Arc::clone(&self.inner.bandwidth),
+            },
+            route,
+            permit,
+        ))
+    }
+
+    fn decide(&self, name: &str, port: u16) -> NameVerdict {
+        if is_internal(name) {
+            return if self.inner.services.knows(name) {
+                NameVerdict::PortRefused
+            } else {
+                NameVerdict::HostRefused
+            };
+        }
+        self.inner.policy.borrow().decide(name, port)
+    }
+
+    /// Dials an address of the name that passes the floor.
+    async fn direct(&self, name: &str, port: u16) -> Result<Route, Refusal> {
+        let answers = self.resolve(name, port).await?;
+        let mut first_refused = None;
+        let mut checked = Vec::new();
+        for addr in answers {
+            match check_address(name, addr, &self.inner.exceptions) {
+                Ok(()) => checked.push(SocketAddr::new(addr, port)),
+                Err(range) => first_refused = first_refused.or(Some(range)),
+            }
+        }
+        if let (Some(range), true) = (first_refused, checked.is_empty()) {
+            return Err(Refusal::Address {
+                host: name.to_owned(),
+                range,
+            });
+        }
+        let deadline = Instant::now() + self.inner.limits.dial;
+        let dialled = dial::dial_any(&self.inner.dialer, &checked, deadline).await;
+        let (stream, addr) = dialled.map_err(|error| unreachable(name, port, &error))?;
+        Ok(Route {
+            stream,
+            early: Vec::new(),
+            address: Some(addr.ip()),
+            form: Form::Origin,
+            http_only: false,
+        })
+    }
+
+    /// Goes through the operator's proxy.
+    async fn through(&self, name: &str, port: u16, hop: Hop) -> Result<Route, Refusal> {
+        // A name only the proxy can resolve is left to it; one special answer refuses.
+        let answers = self.resolve(name, port).await.unwrap_or_default();
+        for addr in &answers {
+            if let Err(range) = check_address(name, *addr, &self.inner.exceptions) {
+                return Err(Refusal::Address {
+                    host: name.to_owned(),
+                    range,
+                });
+            }
+        }
+        let deadline = Instant::now() + self.inner.limits.dial;
+        let hop_addrs = timeout_at(deadline, self.inner.resolver.resolve(hop.url.host())).await;
+        let hop_addrs: Vec<SocketAddr> = match hop_addrs {
+            Ok(Ok(addrs)) => addrs
+                .into_iter()
+                .map(|addr| SocketAddr::new(addr, hop.url.port()))
+                .collect(),
+            Ok(Err(error)) => return Err(unreachable(name, port, &format!("proxy: {error}"))),
+            Err(_) => {
+                return Err(unreachable(
+                    name,
+                    port,
+                    "the proxy's name did not resolve in time",
+                ));
+            }
+        };
+        let (mut stream, _) = dial::dial_any(&self.inner.dialer, &hop_addrs, deadline)
+            .await
+            .map_err(|error| unreachable(name, port, &format!("proxy: {error}")))?;
+        let (early, form) = if hop.forward {
+            let authorization = hop.url.authorization().map(str::to_owned);
+            (Vec::new(), Form::Proxy { authorization })
+        } else {
+            let tunnel = proxy::open_tunnel(&mut stream, &hop.url, name, port);
+            let early = match timeout_at(deadline, tunnel).await {
+                Ok(Ok(early)) => early,
+                Ok(Err(error)) => return Err(unreachable(name, port, &error.to_string())),
+                Err(_) => return Err(unreachable(name, port, "the proxy did not answer in time")),
+            };
+            (early, Form::Origin)
+        };
+        Ok(Route {
+            stream,
+            early,
+            address: None,
+            http_only: matches!(form, Form::Proxy { .. }),
+            form,
+        })
+    }
+
+    async fn resolve(&self, name: &str, port: u16) -> Result<Vec<IpAddr>, Refusal> {
+        let deadline = Instant::now() + self.inner.limits.resolve;
+        match timeout_at(deadline, self.inner.resolver.resolve(name)).await {
+            Ok(Ok(answers)) if answers.is_empty() => {
+                Err(unreachable(name, port, "the name has no address"))
+            }
+            Ok(Ok(answers)) => Ok(answers),
+            Ok(Err(error)) => Err(unreachable(name, port, &error.to_string())),
+            Err(_) => Err(unreachable(name, port, "the name did not resolve in time")),
+        }
+    }
+
+    fn refuse_limit(&self, name: &str, port: u16) -> Refusal {
+        let refusal = Refusal::TooMany {
+            connections_max: self.inner.limits.connections_max,
+        };
+        let error = refusal.to_string();
+        self.record(name, port, EgressVerdict::Unreachable { error });
+        refusal
+    }
+
+    fn refuse(&self, name: &str, port: u16, rule: &AllowRule, refusal: Refusal) -> Refusal {
+        let verdict = match &refusal {
+            Refusal::Address { range, .. } => EgressVerdict::AddressRefused { range: *range },
+            Refusal::Unreachable { error, .. } => EgressVerdict::Unreachable {
+                error: error.clone(),
+            },
+            Refusal::Host { .. } => EgressVerdict::HostRefused,
+            Refusal::Port { .. } => EgressVerdict::PortRefused,
+            Refusal::TooMany { .. } => EgressVerdict::Unreachable {
+                error: refusal.to_string(),
+            },
+        };
+        self.inner.sink.record(EgressEvent {
+            rule: Some(rule.to_string()),
+            ..plain_event(name, port, verdict)
+        });
+        refusal
+    }
+
+    fn record(&self, name: &str, port: u16, verdict: EgressVerdict) {
+        self.inner.sink.record(plain_event(name, port, verdict));
+    }
+
+    fn refused_names(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
+        let names = &self.inner.refused_names;
+        names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn plain_event(name: &str, port: u16, verdict: EgressVerdict) -> EgressEvent {
+    EgressEvent {
+        host: name.to_owned(),
+        port,
+        address: None,
+        rule: None,
+        verdict,
+        bytes_out: 0,
+        bytes_in: 0,
+    }
+}
+
+fn unreachable(name: &str, port: u16, error: &str) -> Refusal {
+    Refusal::Unreachable {
+        host: name.to_owned(),
+        port,
+        error: error.to_owned(),
+    }
+}
+
+/// Whether a name belongs to kiln itself: never resolved outside, whatever a rule says.
+fn is_internal(name: &str) -> bool {
+    name.ends_with(INTERNAL_SUFFIX) || Some(name) == INTERNAL_SUFFIX.strip_prefix('.')
+}
+
+/// A text that is no host name, fit for a record; never equal to a host name.
+fn shown(host: &str) -> String {
+    format!("{:?}", host.chars().take(260).collect::<String>())
+}

@@ -1,0 +1,340 @@
+//! What is kept of the gateway's decisions: a bounded log, and a summary for the end of a job.
+//!
+//! Refusals and connections have separate budgets, so a guest cannot push a real connection out of the record
+//! by asking for a million refused names. Connections beyond their budget are merged into an earlier one to
+//! the same place (bytes add up): the set of hosts reached is never incomplete.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::sync::{Mutex, PoisonError};
+
+use kiln_core::network::{EgressEvent, EgressVerdict, INTERNAL_SUFFIX};
+use serde::{Deserialize, Serialize};
+
+/// Most separate events of admitted connections.
+pub const CONNECTION_EVENTS_MAX: usize = 10_000;
+/// Most distinct refusals (host, port and verdict).
+pub const REFUSAL_EVENTS_MAX: usize = 1_000;
+/// Most hosts a one-line summary names per kind.
+const LINE_HOSTS_MAX: usize = 8;
+
+/// Where decisions go. Must not block.
+pub trait EgressSink: Send + Sync {
+    /// Takes one decision.
+    fn record(&self, event: EgressEvent);
+}
+
+/// The bounded record of one machine's egress.
+#[derive(Debug, Default)]
+pub struct EgressLog {
+    state: Mutex<LogState>,
+}
+
+#[derive(Debug, Default)]
+struct LogState {
+    events: Vec<EgressEvent>,
+    /// Index of the first event of each kind.
+    seen: HashMap<(String, u16, &'static str), usize>,
+    connections: usize,
+    refusals: usize,
+    merged: u64,
+    dropped: u64,
+}
+
+/// What a log holds.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct EgressRecord {
+    /// In the order they ended; repeated refusals appear once.
+    pub events: Vec<EgressEvent>,
+    /// Events whose bytes were added to an earlier one, and repeated refusals.
+    pub merged: u64,
+    /// Refusals that were not kept because [`REFUSAL_EVENTS_MAX`] distinct ones were there.
+    pub dropped: u64,
+}
+
+fn verdict_name(verdict: &EgressVerdict) -> &'static str {
+    match verdict {
+        EgressVerdict::Allowed => "allowed",
+        EgressVerdict::HostRefused => "host",
+        EgressVerdict::PortRefused => "port",
+        EgressVerdict::AddressRefused { .. } => "address",
+        EgressVerdict::NameMismatch { .. } => "name",
+        EgressVerdict::Unreachable { .. } => "unreachable",
+    }
+}
+
+impl EgressLog {
+    /// An empty log.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A copy of everything recorded so far.
+    #[must_use]
+    pub fn snapshot(&self) -> EgressRecord {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        EgressRecord {
+            events: state.events.clone(),
+            merged: state.merged,
+            dropped: state.dropped,
+        }
+    }
+}
+
+impl EgressSink for EgressLog {
+    fn record(&self, event: EgressEvent) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let allowed = event.verdict == EgressVerdict::Allowed;
+        let key = (event.host.clone(), event.port, verdict_name(&event.verdict));
+        let first = state.seen.get(&key).copied();
+        let full = if allowed {
+            state.connections >= CONNECTION_EVENTS_MAX
+        } else {
+            state.refusals >= REFUSAL_EVENTS_MAX
+        };
+        match first {
+            Some(at) if !allowed || full => {
+                state.merged += 1;
+                let earlier = &mut state.events[at];
+                earlier.bytes_out = earlier.bytes_out.saturating_add(event.bytes_out);
+                earlier.bytes_in = earlier.bytes_in.saturating_add(event.bytes_in);
+            }
+            // The hosts of a policy are few: their first connections are kept even beyond the budget.
+            None if full && !allowed => state.dropped += 1,
+            _ => {
+                if allowed {
+                    state.connections += 1;
+                } else {
+                    state.refusals += 1;
+                }
+                let at = state.events.len();
+                state.seen.entry(key).or_insert(at);
+                state.events.push(event);
+            }
+        }
+    }
+}
+
+/// One host that was reached.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ReachedHost {
+    /// Its name.
+    pub host: String,
+    /// Ports used, sorted.
+    pub ports: Vec<u16>,
+    /// Connections in the record.
+    pub connections: u64,
+    /// Bytes from the guest.
+    pub bytes_out: u64,
+    /// Bytes to the guest.
+    pub bytes_in: u64,
+}
+
+/// One host and port that was refused.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RefusedHost {
+    /// Its name.
+    pub host: String,
+    /// Port; 0 when only its name was asked for.
+    pub port: u16,
+    /// Why, in words.
+    pub reason: String,
+    /// The flag that would admit it, when a flag can: `--allow HOST[:PORT]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow: Option<String>,
+}
+
+/// What a job reached and what it was refused.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct EgressSummary {
+    /// Sorted by name.
+    pub reached: Vec<ReachedHost>,
+    /// Sorted by name and port.
+    pub refused: Vec<RefusedHost>,
+}
+
+/// Sums events up per host.
+#[must_use]
+pub fn summary(events: &[EgressEvent]) -> EgressSummary {
+    let mut reached: BTreeMap<&str, ReachedHost> = BTreeMap::new();
+    let mut refused: BTreeMap<(&str, u16, String), Option<String>> = BTreeMap::new();
+    for event in events {
+        if event.verdict != EgressVerdict::Allowed {
+            let (reason, allow) = explain(event);
+            refused.insert((&event.host, event.port, reason), allow);
+            continue;
+        }
+        let host = reached.entry(&event.host).or_default();
+        host.host.clone_from(&event.host);
+        if !host.ports.contains(&event.port) {
+            host.ports.push(event.port);
+            host.ports.sort_unstable();
+        }
+        host.connections += 1;
+        host.bytes_out = host.bytes_out.saturating_add(event.bytes_out);
+        host.bytes_in = host.bytes_in.saturating_add(event.bytes_in);
+    }
+    let refused = refused
+        .into_iter()
+        .map(|((host, port, reason), allow)| RefusedHost {
+            host: host.to_owned(),
+            port,
+            reason,
+            allow,
+        })
+        .collect();
+    EgressSummary {
+        reached: reached.into_values().collect(),
+        refused,
+    }
+}
+
+fn explain(event: &EgressEvent) -> (String, Option<String>) {
+    let internal = format!(".{}", event.host).ends_with(INTERNAL_SUFFIX);
+    let flag = |text: String| {
+        let legal = text.parse::<kiln_core::AllowRule>().is_ok();
+        (legal && !internal).then(|| format!("--allow {text}"))
+    };
+    match &event.verdict {
+        EgressVerdict::HostRefused if matches!(event.port, 0 | 80 | 443) => {
+            ("no rule names it".to_owned(), flag(event.host.clone()))
+        }
+        EgressVerdict::HostRefused => (
+            "no rule names it".to_owned(),
+            flag(format!("{}:{}", event.host, event.port)),
+        ),
+        EgressVerdict::PortRefused => (
+            "its rule does not name this port".to_owned(),
+            flag(format!("{}:{}", event.host, event.port)),
+        ),
+        EgressVerdict::AddressRefused { range } if range.may_be_excepted() => (
+            "it resolves into a special-purpose range: the operator may except it in registries.toml"
+                .to_owned(),
+            None,
+        ),
+        EgressVerdict::AddressRefused { .. } => (
+            "it resolves to this host, a metadata service or no host at all".to_owned(),
+            None,
+        ),
+        EgressVerdict::NameMismatch { said } => (
+            match said {
+                Some(said) => format!("the connection asked for {said:?} instead"),
+                None => "the connection did not say this name".to_owned(),
+            },
+            None,
+        ),
+        EgressVerdict::Unreachable { error } => (format!("unreachable: {error}"), None),
+        EgressVerdict::Allowed => (String::new(), None),
+    }
+}
+
+impl fmt::Display for EgressSummary {
+    /// One line: hosts reached, hosts refused, and the flag that would admit each.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |all: Vec<String>| match all.len() {
+            0 => "none".to_owned(),
+            len if len > LINE_HOSTS_MAX => format!(
+                "{} and {} more",
+                all[..LINE_HOSTS_MAX].join(", "),
+                len - LINE_HOSTS_MAX
+            ),
+            _ => all.join(", "),
+        };
+        let reached = self.reached.iter().map(|host| host.host.clone()).collect();
+        let refused = self.refused.iter().map(|refused| {
+            let place = match refused.port {
+                0 => refused.host.clone(),
+                port => format!("{}:{port}", refused.host),
+            };
+            match &refused.allow {
+                Some(flag) => format!("{place} ({flag})"),
+                None => format!("{place} ({})", refused.reason),
+            }
+        });
+        write!(
+            f,
+            "hosts reached: {}; refused: {}",
+            list(reached),
+            list(refused.collect())
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_core::network::SpecialRange;
+
+    fn event(host: &str, port: u16, verdict: EgressVerdict) -> EgressEvent {
+        EgressEvent {
+            host: host.to_owned(),
+            port,
+            address: None,
+            rule: None,
+            verdict,
+            bytes_out: 1,
+            bytes_in: 2,
+        }
+    }
+
+    #[test]
+    fn refusals_cannot_push_connections_out() {
+        let log = EgressLog::new();
+        for at in 0..REFUSAL_EVENTS_MAX + 50 {
+            let host = format!("x{at}.example.org");
+            log.record(event(&host, 0, EgressVerdict::HostRefused));
+            log.record(event(&host, 0, EgressVerdict::HostRefused));
+        }
+        for _ in 0..CONNECTION_EVENTS_MAX + 7 {
+            log.record(event("a.example.org", 443, EgressVerdict::Allowed));
+        }
+        log.record(event("b.example.org", 443, EgressVerdict::Allowed));
+        let record = log.snapshot();
+        assert_eq!(record.dropped, 100);
+        assert_eq!(record.merged, REFUSAL_EVENTS_MAX as u64 + 7);
+        let summary = summary(&record.events);
+        let names: Vec<&str> = summary.reached.iter().map(|h| h.host.as_str()).collect();
+        assert_eq!(names, ["a.example.org", "b.example.org"]);
+        assert_eq!(
+            summary.reached[0].bytes_in,
+            2 * (CONNECTION_EVENTS_MAX as u64 + 7)
+        );
+    }
+
+    #[test]
+    fn the_summary_names_the_flag_that_admits() {
+        let events = [
+            event("a.example.org", 443, EgressVerdict::Allowed),
+            event("b.example.org", 0, EgressVerdict::HostRefused),
+            event("b.example.org", 0, EgressVerdict::HostRefused),
+            event("c.example.org", 8080, EgressVerdict::PortRefused),
+            event(
+                "d.example.org",
+                443,
+                EgressVerdict::AddressRefused {
+                    range: SpecialRange::LinkLocal,
+                },
+            ),
+            event("nope.kiln.internal", 0, EgressVerdict::HostRefused),
+        ];
+        let summary = summary(&events);
+        let flags: Vec<Option<&str>> = summary.refused.iter().map(|r| r.allow.as_deref()).collect();
+        assert_eq!(
+            flags,
+            [
+                Some("--allow b.example.org"),
+                Some("--allow c.example.org:8080"),
+                None,
+                None
+            ]
+        );
+        let line = summary.to_string();
+        assert!(
+            line.starts_with(
+                "hosts reached: a.example.org; refused: b.example.org (--allow b.example.org), "
+            ),
+            "{line}"
+        );
+    }
+}

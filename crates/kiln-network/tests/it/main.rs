@@ -1,0 +1,6 @@
+//! Integration tests of the gateway: loopback servers behind a resolver and dialer of our own.
+
+mod gateway;
+mod names;
+mod proxy;
+mod world;

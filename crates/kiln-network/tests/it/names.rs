@@ -1,0 +1,240 @@
+//! The name inside the connection must be the name that was admitted.
+
+use std::sync::{Arc, Mutex};
+
+use kiln_core::network::EgressVerdict;
+use kiln_network::EgressLog;
+use kiln_network::gateway::{RelayEnd, RelayReport};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::world::{Guest, PUBLIC, World, config, verdicts};
+
+const HOST: &str = "a.example.org";
+
+/// What the server got, what the guest got back, how it ended.
+struct Seen {
+    server: Vec<u8>,
+    guest: Vec<u8>,
+    report: RelayReport,
+    log: Arc<EgressLog>,
+}
+
+/// Sends `parts` to `HOST:port`, half-closes, and returns what happened.
+async fn send(port: u16, parts: &[&[u8]]) -> Seen {
+    let world = World::default();
+    world.name(HOST, &[&[PUBLIC]]);
+    let got = Arc::new(Mutex::new(Vec::new()));
+    let store = Arc::clone(&got);
+    let _server = world
+        .server(&format!("{PUBLIC}:{port}"), move |mut stream| {
+            let store = Arc::clone(&store);
+            async move {
+                let mut part = [0; 4096];
+                while let Ok(len @ 1..) = stream.read(&mut part).await {
+                    store
+                        .lock()
+                        .expect("no panic")
+                        .extend_from_slice(&part[..len]);
+                }
+                let _ = stream.write_all(b"bye").await;
+            }
+        })
+        .await;
+    let (config, log) = config(&[&format!("{HOST}:{port}")]);
+    let gateway = world.gateway(config);
+    let mut guest = Guest::start(gateway.connect(HOST, port).await.expect("admitted"));
+    for part in parts {
+        // A refused guest's stream may be closed already.
+        let _ = guest.stream.write_all(part).await;
+        tokio::task::yield_now().await;
+    }
+    let _ = guest.stream.shutdown().await;
+    let answer = guest.read_all().await;
+    let report = guest.report().await;
+    let server = got.lock().expect("no panic").clone();
+    Seen {
+        server,
+        guest: answer,
+        report,
+        log,
+    }
+}
+
+fn hello(name: Option<&str>) -> Vec<u8> {
+    let mut config = rustls::ClientConfig::builder_with_provider(
+        rustls::crypto::ring::default_provider().into(),
+    )
+    .with_safe_default_protocol_versions()
+    .expect("versions")
+    .with_root_certificates(rustls::RootCertStore::empty())
+    .with_no_client_auth();
+    config.enable_sni = name.is_some();
+    let name = name.unwrap_or(HOST).to_owned().try_into().expect("name");
+    let mut client = rustls::ClientConnection::new(Arc::new(config), name).expect("client");
+    let mut bytes = Vec::new();
+    client.write_tls(&mut bytes).expect("hello");
+    bytes
+}
+
+fn assert_refused(seen: &Seen, said: Option<&str>) {
+    assert!(
+        seen.server.is_empty(),
+        "nothing may reach the server: {:?}",
+        seen.server
+    );
+    assert!(
+        matches!(&seen.report.end, RelayEnd::NameRefused { said: s, .. } if s.as_deref() == said),
+        "{:?}",
+        seen.report
+    );
+    assert_eq!(
+        verdicts(&seen.log),
+        [EgressVerdict::NameMismatch {
+            said: said.map(str::to_owned)
+        }]
+    );
+    assert_eq!(seen.report.bytes_out, 0);
+}
+
+#[tokio::test]
+async fn tls_with_the_right_name_passes_on_any_port_and_in_any_pieces() {
+    let hello = hello(Some(HOST));
+    for port in [443, 80, 8443] {
+        let parts: Vec<&[u8]> = hello.chunks(60).collect();
+        let seen = send(port, &parts).await;
+        assert_eq!(seen.server, hello, "{port}");
+        assert_eq!(seen.guest, b"bye");
+        assert_eq!(verdicts(&seen.log), [EgressVerdict::Allowed]);
+    }
+}
+
+#[tokio::test]
+async fn tls_with_another_name_or_none_is_refused_with_an_alert() {
+    let alert = [0x15, 3, 3, 0, 2, 2, 112];
+    for port in [443, 8443] {
+        let seen = send(port, &[&hello(Some("b.example.org"))]).await;
+        assert_refused(&seen, Some("b.example.org"));
+        assert_eq!(seen.guest, alert);
+        let seen = send(port, &[&hello(None)]).await;
+        assert_refused(&seen, None);
+        assert_eq!(seen.guest, alert);
+    }
+}
+
+#[tokio::test]
+async fn a_hello_that_is_too_long_cut_off_or_no_hello_is_refused() {
+    let mut long = vec![0x16, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc];
+    long.resize(20_000, 0);
+    assert_refused(&send(443, &[&long]).await, None);
+    assert_refused(&send(443, &[&hello(Some(HOST))[..80]]).await, None);
+    assert_refused(
+        &send(443, &[b"\x16\x03\x01\x00\x05\x02\x00\x00\x01\x00"]).await,
+        None,
+    );
+    assert_refused(&send(443, &[b"\x80\x2e\x01\x03\x01"]).await, None);
+    assert_refused(&send(443, &[b"SSH-2.0-x\r\n"]).await, None);
+    assert_refused(&send(80, &[b"\x00\x01"]).await, None);
+}
+
+#[tokio::test]
+async fn http_with_the_right_host_passes() {
+    let request = b"GET / HTTP/1.1\r\nHost: a.example.org\r\n\r\n";
+    let seen = send(80, &[request, request]).await;
+    assert_eq!(seen.server, [&request[..], request].concat());
+    assert_eq!(seen.guest, b"bye");
+}
+
+#[tokio::test]
+async fn http_to_other_hosts_is_refused_before_a_byte_leaves() {
+    for port in [80, 443, 8080] {
+        let seen = send(
+            port,
+            &[b"GET / HTTP/1.1\r\nHo", b"st: b.example.org\r\n\r\n"],
+        )
+        .await;
+        assert_refused(&seen, Some("b.example.org"));
+        let text = String::from_utf8_lossy(&seen.guest).into_owned();
+        assert!(text.starts_with("HTTP/1.1 403 "), "{text}");
+        assert!(text.contains("b.example.org"), "{text}");
+    }
+    assert_refused(&send(80, &[b"GET / HTTP/1.0\r\n\r\n"]).await, None);
+    assert_refused(
+        &send(
+            80,
+            &[b"CONNECT b.example.org:443 HTTP/1.1\r\nHost: a.example.org\r\n\r\n"],
+        )
+        .await,
+        Some("b.example.org:443"),
+    );
+    assert_refused(
+        &send(
+            80,
+            &[b"GET http://b.example.org/ HTTP/1.1\r\nHost: a.example.org\r\n\r\n"],
+        )
+        .await,
+        Some("http://b.example.org/"),
+    );
+    assert_refused(
+        &send(
+            8080,
+            &[b"\r\n\r\nGET / HTTP/1.1\r\nHost: b.example.org\r\n\r\n"],
+        )
+        .await,
+        Some("b.example.org"),
+    );
+    let long = [b"GET / HTTP/1.1\r\nX: ", &vec![b'y'; 20_000][..]].concat();
+    assert_refused(&send(80, &[&long]).await, None);
+}
+
+#[tokio::test]
+async fn a_later_request_for_another_host_never_leaves() {
+    let first = b"POST / HTTP/1.1\r\nHost: a.example.org\r\nContent-Length: 4\r\n\r\nabcd";
+    let second = b"GET / HTTP/1.1\r\nHost: b.example.org\r\n\r\n";
+    for parts in [
+        vec![[&first[..], second].concat()],
+        vec![first.to_vec(), second.to_vec()],
+    ] {
+        let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+        let seen = send(80, &parts).await;
+        assert!(
+            matches!(seen.report.end, RelayEnd::NameRefused { .. }),
+            "{:?}",
+            seen.report
+        );
+        let server = String::from_utf8_lossy(&seen.server).into_owned();
+        assert!(!server.contains("b.example.org"), "{server}");
+    }
+}
+
+#[tokio::test]
+async fn other_protocols_pass_on_ports_that_a_rule_names_on_purpose() {
+    let seen = send(22, &[b"SSH-2.0-x\r\n", b"more"]).await;
+    assert_eq!(seen.server, b"SSH-2.0-x\r\nmore");
+    let seen = send(9000, &[b"no line end"]).await;
+    assert_eq!(seen.server, b"no line end");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_never_comes_is_not_waited_for_forever() {
+    let world = World::default();
+    world.name(HOST, &[&[PUBLIC]]);
+    let _server = world
+        .server(&format!("{PUBLIC}:443"), crate::world::echo)
+        .await;
+    let (config, _log) = config(&[HOST]);
+    let hold = config.limits.hold;
+    let gateway = world.gateway(config);
+    let admitted = gateway.connect(HOST, 443).await.expect("admitted");
+    let (mut guest, host) = tokio::io::duplex(1024);
+    guest
+        .write_all(&hello(Some(HOST))[..20])
+        .await
+        .expect("write");
+    let start = tokio::time::Instant::now();
+    let report = admitted.relay(Box::new(host)).await;
+    assert!(
+        matches!(report.end, RelayEnd::NameRefused { .. }),
+        "{report:?}"
+    );
+    assert!(start.elapsed() >= hold && start.elapsed() < hold * 2);
+}
