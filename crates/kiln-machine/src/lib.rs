@@ -1,4 +1,8 @@
 //! Machines behind one Driver trait: sim and qemu.
 
+pub mod cgroup;
 pub mod disk;
 pub mod driver;
+pub mod proc;
+pub mod reap;
+pub mod record;

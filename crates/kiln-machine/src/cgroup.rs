@@ -1,0 +1,568 @@
+//! A cgroup of its own for each VMM: limits on CPU, memory and processes that hold on the host, whatever the guest does.
+//!
+//! Version 2 is used where a group may be made with the controllers in it (a delegated subtree, or root), else the separate
+//! hierarchies of version 1, else none; which of them holds is a fact for `kiln doctor`, never a silent difference. The VMM enters its
+//! groups before it executes anything: the files are opened by the parent and the child writes `0` ([`enter`]).
+//! Sources: the kernel's `admin-guide/cgroup-v2.rst` and `admin-guide/cgroup-v1/{memory,pids}.rst`, `scheduler/sched-bwc.rst`.
+//! Read next: [`crate::reap`] (removal after a crash).
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use kiln_core::ByteSize;
+
+use crate::driver::{Check, CheckLevel};
+use crate::proc::ProcessIdentity;
+
+/// Period of the CPU quota, microseconds: the kernel's default.
+const CPU_PERIOD_US: u64 = 100_000;
+
+/// Memory of a VMM beyond its guest's: device buffers, translated code without KVM, page tables.
+/// Measured with QEMU without KVM: the translation buffer takes at most a quarter of this.
+pub const VMM_MEMORY_OVERHEAD: ByteSize = ByteSize::mib(512);
+
+/// Threads of a VMM: one per virtual CPU, one per iothread and worker. A VMM that needs more is broken or taken over.
+pub const VMM_PIDS_MAX: u64 = 256;
+
+/// How often a group that should become empty is looked at.
+const EMPTY_POLL: Duration = Duration::from_millis(5);
+
+/// Limits of one machine's VMM.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Thousandths of a CPU; 0 means no limit.
+    pub cpu_milli: u64,
+    /// Bytes of memory, page cache included; 0 means no limit.
+    pub memory_max: ByteSize,
+    /// Processes and threads; 0 means no limit.
+    pub pids_max: u64,
+}
+
+impl Limits {
+    /// The limits of a VMM with a guest of this size.
+    #[must_use]
+    pub fn of_guest(cpus: u32, memory: ByteSize) -> Self {
+        Self {
+            // One more than the guest has: device emulation runs beside the virtual CPUs.
+            cpu_milli: (u64::from(cpus) + 1) * 1000,
+            memory_max: ByteSize(memory.0.saturating_add(VMM_MEMORY_OVERHEAD.0)),
+            pids_max: VMM_PIDS_MAX,
+        }
+    }
+}
+
+/// Why a group cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// The host has none that may be used.
+    #[error("no cgroup may be made on this host: {0}")]
+    Unavailable(String),
+    /// A file operation failed.
+    #[error("could not {action} {path:?}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A resource that can be limited.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Controller {
+    /// CPU time.
+    Cpu,
+    /// Memory.
+    Memory,
+    /// Processes and threads.
+    Pids,
+}
+
+impl Controller {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Cpu, Self::Memory, Self::Pids];
+
+    /// The kernel's name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Memory => "memory",
+            Self::Pids => "pids",
+        }
+    }
+}
+
+/// Which generation of the interface a group uses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Version {
+    /// One hierarchy for all controllers.
+    V2,
+    /// A hierarchy per controller.
+    V1,
+}
+
+/// Where groups can be made on this host.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CgroupHost {
+    version: Option<Version>,
+    /// The directory below which groups are made, per controller that works.
+    parents: Vec<(Controller, PathBuf)>,
+    /// Why there is none, or why controllers are missing.
+    why: String,
+}
+
+impl CgroupHost {
+    /// Looks at this host. Makes and removes an empty group to be sure.
+    #[must_use]
+    pub fn detect() -> Self {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        Self::detect_from(&mounts, &own)
+    }
+
+    /// As [`Self::detect`], from the text of `/proc/self/mountinfo` and `/proc/self/cgroup`.
+    #[must_use]
+    pub fn detect_from(mounts: &str, own: &str) -> Self {
+        let v2 = v2_parent(mounts, own);
+        if let Ok((parent, controllers)) = &v2
+            && controllers.contains(&Controller::Memory)
+        {
+            return Self::new(
+                Version::V2,
+                controllers.iter().map(|c| (*c, parent.clone())).collect(),
+            );
+        }
+        let v1: Vec<_> = Controller::ALL
+            .into_iter()
+            .filter_map(|controller| Some((controller, v1_parent(mounts, own, controller)?)))
+            .collect();
+        if !v1.is_empty() {
+            return Self::new(Version::V1, v1);
+        }
+        match v2 {
+            Ok((parent, controllers)) => Self::new(
+                Version::V2,
+                controllers.iter().map(|c| (*c, parent.clone())).collect(),
+            ),
+            Err(why) => Self {
+                version: None,
+                parents: Vec::new(),
+                why,
+            },
+        }
+    }
+
+    fn new(version: Version, parents: Vec<(Controller, PathBuf)>) -> Self {
+        Self {
+            version: (!parents.is_empty()).then_some(version),
+            parents,
+            why: "the controller is not there or may not be used".to_owned(),
+        }
+    }
+
+    /// The generation in use; `None` when no group can be made.
+    #[must_use]
+    pub fn version(&self) -> Option<Version> {
+        self.version
+    }
+
+    /// Whether this resource can be limited.
+    #[must_use]
+    pub fn limits(&self, controller: Controller) -> bool {
+        self.parents.iter().any(|(has, _)| *has == controller)
+    }
+
+    /// One line per resource for `kiln doctor`.
+    #[must_use]
+    pub fn checks(&self) -> Vec<Check> {
+        Controller::ALL
+            .into_iter()
+            .map(|controller| {
+                let parent = self.parents.iter().find(|(has, _)| *has == controller);
+                let version = match self.version {
+                    Some(Version::V2) => "v2",
+                    _ => "v1",
+                };
+                let (level, found, hint) = match parent {
+                    Some((_, path)) => (
+                        CheckLevel::Pass,
+                        format!("cgroup {version} at {}", path.display()),
+                        None,
+                    ),
+                    None => (
+                        CheckLevel::Warn,
+                        format!("no limit on the VMM: {}", self.why),
+                        Some(
+                            "run kiln as root, or in a delegated scope: systemd-run --user --scope -p Delegate=yes kiln ..."
+                                .to_owned(),
+                        ),
+                    ),
+                };
+                Check {
+                    name: format!("cgroup-{}", controller.name()),
+                    level,
+                    found,
+                    hint,
+                }
+            })
+            .collect()
+    }
+
+    /// The directories that [`Self::create`] would make, to be written to the machine's record *before* they are made.
+    #[must_use]
+    pub fn paths_of(&self, name: &str) -> Vec<PathBuf> {
+        let mut paths: Vec<_> = self.parents.iter().map(|(_, dir)| dir.join(name)).collect();
+        paths.sort();
+        paths.dedup();
+        paths
+    }
+
+    /// Groups whose name ends with a machine's token: for a machine whose record cannot be read.
+    #[must_use]
+    pub fn find_by_token(&self, token: &str) -> Vec<PathBuf> {
+        let mut found: Vec<_> = self
+            .parents
+            .iter()
+            .filter_map(|(_, dir)| fs::read_dir(dir).ok())
+            .flatten()
+            .flatten()
+            .filter(|entry| {
+                let name = entry.file_name();
+                let name = name.to_string_lossy();
+                !token.is_empty() && name.starts_with("kiln-") && name.ends_with(token)
+            })
+            .map(|entry| entry.path())
+            .collect();
+        found.sort();
+        found.dedup();
+        found
+    }
+
+    /// Makes a group of this name with these limits.
+    ///
+    /// # Errors
+    /// When the host has none, or a group or limit is refused; nothing is left then.
+    pub fn create(&self, name: &str, limits: &Limits) -> Result<Cgroup, CgroupError> {
+        let Some(version) = self.version else {
+            return Err(CgroupError::Unavailable(self.why.clone()));
+        };
+        let group = Cgroup {
+            dirs: self.paths_of(name),
+            version,
+        };
+        for dir in &group.dirs {
+            match fs::create_dir(dir) {
+                Ok(()) => {}
+                Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(source) => {
+                    return Err(CgroupError::Io {
+                        action: "make",
+                        path: dir.clone(),
+                        source,
+                    });
+                }
+            }
+        }
+        for (controller, parent) in &self.parents {
+            for (file, value) in settings(version, *controller, limits) {
+                write_file(&parent.join(name).join(file), &value)?;
+            }
+        }
+        Ok(group)
+    }
+}
+
+/// What to write where, in this order.
+fn settings(
+    version: Version,
+    controller: Controller,
+    limits: &Limits,
+) -> Vec<(&'static str, String)> {
+    let quota_us = limits.cpu_milli * CPU_PERIOD_US / 1000;
+    let (memory, pids) = (limits.memory_max.0, limits.pids_max);
+    match (version, controller) {
+        (_, Controller::Cpu) if quota_us == 0 => Vec::new(),
+        (_, Controller::Memory) if memory == 0 => Vec::new(),
+        (_, Controller::Pids) if pids == 0 => Vec::new(),
+        (Version::V2, Controller::Cpu) => vec![("cpu.max", format!("{quota_us} {CPU_PERIOD_US}"))],
+        (Version::V1, Controller::Cpu) => vec![
+            ("cpu.cfs_period_us", CPU_PERIOD_US.to_string()),
+            ("cpu.cfs_quota_us", quota_us.to_string()),
+        ],
+        (Version::V2, Controller::Memory) => vec![
+            // A killed VMM is one dead machine; a half-killed one is a riddle.
+            ("memory.oom.group", "1".to_owned()),
+            ("memory.max", memory.to_string()),
+        ],
+        (Version::V1, Controller::Memory) => vec![("memory.limit_in_bytes", memory.to_string())],
+        (_, Controller::Pids) => vec![("pids.max", pids.to_string())],
+    }
+}
+
+/// One machine's groups. Dropping it removes nothing: that is [`Cgroup::remove`]'s, or the reaper's by the record.
+#[derive(Debug)]
+pub struct Cgroup {
+    dirs: Vec<PathBuf>,
+    version: Version,
+}
+
+impl Cgroup {
+    /// Its directories, for the machine's record.
+    #[must_use]
+    pub fn dirs(&self) -> &[PathBuf] {
+        &self.dirs
+    }
+
+    /// Opens the files through which a process enters. Pass them to [`enter`] in the child. Close-on-exec.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn open_procs(&self) -> Result<Vec<OwnedFd>, CgroupError> {
+        self.dirs
+            .iter()
+            .map(|dir| {
+                let path = dir.join("cgroup.procs");
+                OpenOptions::new()
+                    .write(true)
+                    .open(&path)
+                    .map(OwnedFd::from)
+                    .map_err(|source| CgroupError::Io {
+                        action: "open",
+                        path,
+                        source,
+                    })
+            })
+            .collect()
+    }
+
+    /// Processes of the group that the kernel killed because its memory was used up.
+    #[must_use]
+    pub fn oom_kills(&self) -> u64 {
+        let file = match self.version {
+            Version::V2 => "memory.events",
+            Version::V1 => "memory.oom_control",
+        };
+        self.dirs
+            .iter()
+            .filter_map(|dir| fs::read_to_string(dir.join(file)).ok())
+            .flat_map(|text| {
+                text.lines()
+                    .filter_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+                    .collect::<Vec<u64>>()
+            })
+            .sum()
+    }
+
+    /// Kills what is left in the group and removes it. Blocks for at most `deadline`. Idempotent.
+    ///
+    /// # Errors
+    /// When something is still in it at the deadline.
+    pub fn remove(&self, deadline: Duration) -> Result<(), CgroupError> {
+        for dir in &self.dirs {
+            remove_dir(dir, deadline).map_err(|source| CgroupError::Io {
+                action: "remove",
+                path: dir.clone(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Enters groups: writes `0`, which means the writing process, to each `cgroup.procs`. Makes only system calls and allocates
+/// nothing unless it fails: for use between fork and exec.
+///
+/// # Errors
+/// What the kernel says.
+pub fn enter(procs: &[OwnedFd]) -> io::Result<()> {
+    for file in procs {
+        write_all(file.as_fd(), b"0")?;
+    }
+    Ok(())
+}
+
+fn write_all(file: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    let written = rustix::io::write(file, bytes)?;
+    if written == bytes.len() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::WriteZero.into())
+    }
+}
+
+/// Kills what is left in a group and removes its directory. A missing directory is no error. Blocks for at most `deadline`.
+///
+/// # Errors
+/// `TimedOut` when something is still in it, or the kernel's word.
+pub fn remove_dir(dir: &Path, deadline: Duration) -> io::Result<()> {
+    let end = Instant::now() + deadline;
+    loop {
+        kill_all(dir, end);
+        match fs::remove_dir(dir) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::ResourceBusy => return Err(error),
+            Err(_) if Instant::now() >= end => return Err(io::ErrorKind::TimedOut.into()),
+            // Version 1 has no event for "empty": the state is looked at again.
+            Err(_) => std::thread::sleep(EMPTY_POLL),
+        }
+    }
+}
+
+fn kill_all(dir: &Path, end: Instant) {
+    // Version 2 since Linux 5.14 kills all at once, also what forks meanwhile.
+    let _ = write_file(&dir.join("cgroup.kill"), "1");
+    let own = std::process::id();
+    let pids = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    for pid in pids.lines().filter_map(|line| line.parse::<u32>().ok()) {
+        if pid == own {
+            continue;
+        }
+        if let Some(process) = ProcessIdentity::of(pid) {
+            let _ = process.kill_and_wait(end.saturating_duration_since(Instant::now()));
+        }
+    }
+}
+
+fn write_file(path: &Path, value: &str) -> Result<(), CgroupError> {
+    // Never created: a missing control file must be an error, on cgroupfs as in a test's directory.
+    OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|mut file| file.write_all(value.as_bytes()))
+        .map_err(|source| CgroupError::Io {
+            action: "write",
+            path: path.to_owned(),
+            source,
+        })
+}
+
+/// The directory of this process's own group in the unified hierarchy or one of its parents, in which groups with controllers can be made.
+fn v2_parent(mounts: &str, own: &str) -> Result<(PathBuf, Vec<Controller>), String> {
+    let (mount, root) = mount_of(mounts, "cgroup2", None).ok_or("cgroup v2 is not mounted")?;
+    let path = own
+        .lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .ok_or("this process is in no cgroup v2")?;
+    let mut dir = below(&mount, &root, path).ok_or("the own cgroup is outside the mount")?;
+    loop {
+        let why = match usable_v2(&dir) {
+            Ok(controllers) => return Ok((dir, controllers)),
+            Err(reason) => format!("{}: {reason}", dir.display()),
+        };
+        if dir == mount || !dir.pop() {
+            return Err(why);
+        }
+    }
+}
+
+/// Which controllers a new child of this group would have; turns them on where that is possible.
+fn usable_v2(dir: &Path) -> Result<Vec<Controller>, String> {
+    let has = |file: &str| fs::read_to_string(dir.join(file)).unwrap_or_default();
+    let listed = |text: &str, controller: Controller| {
+        text.split_ascii_whitespace()
+            .any(|word| word == controller.name())
+    };
+    let available = has("cgroup.controllers");
+    if !Controller::ALL.iter().any(|c| listed(&available, *c)) {
+        return Err("no controllers".to_owned());
+    }
+    may_write(&dir.join("cgroup.procs")).map_err(|error| error.to_string())?;
+    let control = dir.join("cgroup.subtree_control");
+    for controller in Controller::ALL {
+        if listed(&available, controller) && !listed(&has("cgroup.subtree_control"), controller) {
+            // Refused in a group that has processes of its own: then a parent may do.
+            let _ = OpenOptions::new()
+                .write(true)
+                .open(&control)
+                .and_then(|mut file| file.write_all(format!("+{}", controller.name()).as_bytes()));
+        }
+    }
+    let on = has("cgroup.subtree_control");
+    let usable: Vec<_> = Controller::ALL
+        .into_iter()
+        .filter(|controller| listed(&on, *controller))
+        .collect();
+    if usable.is_empty() {
+        return Err("controllers cannot be turned on for children".to_owned());
+    }
+    try_child(dir).map_err(|error| error.to_string())?;
+    Ok(usable)
+}
+
+/// This process's own group in the hierarchy of a controller.
+fn v1_parent(mounts: &str, own: &str, controller: Controller) -> Option<PathBuf> {
+    let (mount, root) = mount_of(mounts, "cgroup", Some(controller.name()))?;
+    let path = own.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let controllers = fields.next()?;
+        let path = fields.next()?;
+        controllers
+            .split(',')
+            .any(|name| name == controller.name())
+            .then_some(path)
+    })?;
+    let dir = below(&mount, &root, path)?;
+    try_child(&dir).ok()?;
+    Some(dir)
+}
+
+/// Mount point and root of a cgroup file system, from mountinfo (proc_pid_mountinfo(5)).
+fn mount_of(mounts: &str, kind: &str, controller: Option<&str>) -> Option<(PathBuf, String)> {
+    mounts.lines().find_map(|line| {
+        let (front, back) = line.split_once(" - ")?;
+        let mut back = back.split(' ');
+        if back.next()? != kind {
+            return None;
+        }
+        let options = back.nth(1)?;
+        let fits = controller.is_none_or(|wanted| options.split(',').any(|o| o == wanted));
+        let mut front = front.split(' ').skip(3);
+        let (root, mount) = (front.next()?, front.next()?);
+        fits.then(|| (PathBuf::from(mount), root.to_owned()))
+    })
+}
+
+/// A group's directory: its path counts from the hierarchy's root, the mount may show only a part.
+fn below(mount: &Path, root: &str, path: &str) -> Option<PathBuf> {
+    let relative = Path::new(path).strip_prefix(root).ok()?;
+    let plain = relative
+        .components()
+        .all(|part| matches!(part, std::path::Component::Normal(_)));
+    plain.then(|| {
+        // Joining an empty path would add a slash.
+        if relative.as_os_str().is_empty() {
+            mount.to_owned()
+        } else {
+            mount.join(relative)
+        }
+    })
+}
+
+fn may_write(path: &Path) -> io::Result<()> {
+    rustix::fs::access(path, rustix::fs::Access::WRITE_OK).map_err(io::Error::from)
+}
+
+/// Makes an empty group and removes it.
+fn try_child(dir: &Path) -> io::Result<()> {
+    let own = ProcessIdentity::of_self();
+    let child = dir.join(format!("kiln-probe-{}-{}", own.pid, next_probe()));
+    fs::create_dir(&child)?;
+    fs::remove_dir(&child)
+}
+
+fn next_probe() -> u64 {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests;
