@@ -1,1 +1,6 @@
-//! Where results live: registry with per-repository blob links, job records, receipts.
+//! Where results live: the embedded OCI registry and the records of jobs.
+//!
+//! This room decides nothing about builds: it keeps what it is given, proves it is unchanged, and
+//! lets only those read or write whom the wiring named. Read next: [`registry`].
+
+pub mod registry;

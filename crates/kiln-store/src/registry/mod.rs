@@ -1,0 +1,27 @@
+//! The embedded OCI registry: content-addressed files, a link per repository for every blob, tags,
+//! referrers and uploads, behind typed authorities and an HTTP interface.
+//!
+//! It is not a proxy and not a cache: what is in it was pushed to it. Read next: [`store`] (what lies
+//! where), [`authority`] (who may do what), [`http`] (the protocol).
+
+pub mod authority;
+mod durable;
+mod error;
+mod gc;
+pub mod http;
+pub mod manifest;
+mod name;
+mod quota;
+mod repo;
+pub mod serve;
+pub mod store;
+pub mod upload;
+mod verified;
+
+pub use authority::{Action, AttemptAuthority, Authority, LeaseCheck, LeaseTable, UserAuthority};
+pub use durable::FaultHook;
+pub use error::{ErrorKind, StoreError};
+pub use gc::{Collected, GRACE_DEFAULT, Scrubbed, Stats};
+pub use name::{ParseReferenceError, ParseRepoError, Reference, RepoName};
+pub use repo::{PutManifest, StoredManifest};
+pub use store::{BlobFile, OpenError, Store, StoreConfig};

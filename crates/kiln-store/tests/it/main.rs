@@ -1,0 +1,11 @@
+//! The registry and the job records as their users meet them.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "tests may stop at the first surprise and say what they skip"
+)]
+
+mod client;
+mod push_pull;
+mod room;
