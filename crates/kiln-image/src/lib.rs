@@ -1,3 +1,6 @@
 //! What goes into machines and images: machine image recipe, runtime bases, cache heads, source plans.
 
+pub mod bases;
+pub mod context;
+pub mod dockerfile;
 pub mod heads;

@@ -1,0 +1,21 @@
+//! The source tree of an image build: which files belong to it, its digest, and the tar stream that carries it.
+//!
+//! Everything is read once, never followed through a symbolic link, and checked for change while it is read.
+//! Not here: sending (the worker) and unpacking (the guest).
+//! Read next: [`ignore`] (what stays behind), [`walk`] (order and refusals), [`tree_digest`] (the canonical form).
+
+mod error;
+mod ignore;
+mod pack;
+mod patterns;
+mod read;
+mod tree_digest;
+mod walk;
+
+pub use error::{ContextError, Refused};
+pub use ignore::{IgnoreSource, Ignores};
+pub use pack::{Packed, digest, pack};
+pub use patterns::{PatternError, Patterns};
+pub use read::open_beneath;
+pub use tree_digest::{EntryKind, TreeDigest};
+pub use walk::{Entry, Limits, Tree, scan};

@@ -1,0 +1,171 @@
+//! Which files stay behind: `.dockerignore`, or `.gitignore` where there is neither it nor a Dockerfile.
+
+use std::os::fd::BorrowedFd;
+
+use ::ignore::Match;
+use ::ignore::gitignore::{Gitignore, GitignoreBuilder};
+
+use super::ContextError;
+use super::patterns::Patterns;
+use super::read::{open_beneath, read_small};
+
+/// Largest ignore file, bytes.
+const IGNORE_BYTES_MAX: u64 = 1024 * 1024;
+/// Version control data is never part of a source.
+const NEVER: [&str; 1] = [".git"];
+
+/// Which files decide.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case", tag = "kind", content = "file")]
+pub enum IgnoreSource {
+    /// A `.dockerignore` or `<Dockerfile>.dockerignore`: its path inside the folder.
+    Dockerignore(String),
+    /// The `.gitignore` of every folder.
+    Gitignore,
+    /// None: everything is sent.
+    Nothing,
+}
+
+/// The rules for one source folder.
+#[derive(Clone, Debug)]
+pub struct Ignores {
+    source: IgnoreSource,
+    docker: Patterns,
+    extra: Patterns,
+}
+
+impl Ignores {
+    /// No rules but the one about `.git`.
+    #[must_use]
+    pub fn nothing() -> Self {
+        Self {
+            source: IgnoreSource::Nothing,
+            docker: Patterns::default(),
+            extra: Patterns::default(),
+        }
+    }
+
+    /// Finds the rules of a folder. `dockerfile` is the user's own Dockerfile inside the folder, if one is used.
+    /// `extra` patterns hold besides and are never taken back.
+    ///
+    /// # Errors
+    /// When an ignore file cannot be read or is wrong.
+    pub fn of_folder(
+        root: BorrowedFd<'_>,
+        dockerfile: Option<&str>,
+        extra: &[&str],
+    ) -> Result<Self, ContextError> {
+        let mut rules = Self::nothing();
+        for pattern in extra {
+            rules
+                .extra
+                .add(pattern)
+                .map_err(|source| ContextError::Ignore {
+                    file: "kiln's own patterns".to_owned(),
+                    line: 1,
+                    source,
+                })?;
+        }
+        let own = dockerfile.map(|path| format!("{path}.dockerignore"));
+        for file in own.into_iter().chain([".dockerignore".to_owned()]) {
+            let Some(text) = ignore_file(root, &file)? else {
+                continue;
+            };
+            rules.docker = Patterns::parse(&text).map_err(|(line, source)| {
+                let file = file.clone();
+                ContextError::Ignore { file, line, source }
+            })?;
+            rules.source = IgnoreSource::Dockerignore(file);
+            return Ok(rules);
+        }
+        if dockerfile.is_none() {
+            rules.source = IgnoreSource::Gitignore;
+        }
+        Ok(rules)
+    }
+
+    /// Which files decide.
+    #[must_use]
+    pub fn source(&self) -> &IgnoreSource {
+        &self.source
+    }
+
+    /// The `.gitignore` of one folder (relative path, empty for the root), where those count.
+    pub(super) fn of_subfolder(
+        &self,
+        root: BorrowedFd<'_>,
+        folder: &str,
+    ) -> Result<Option<Gitignore>, ContextError> {
+        if self.source != IgnoreSource::Gitignore {
+            return Ok(None);
+        }
+        let file = join(folder, ".gitignore");
+        let Some(text) = ignore_file(root, &file)? else {
+            return Ok(None);
+        };
+        let mut builder = GitignoreBuilder::new(format!("/{folder}"));
+        for line in text.lines() {
+            // git itself skips lines it cannot read as a pattern.
+            let _ = builder.add_line(None, line);
+        }
+        Ok(builder.build().ok())
+    }
+
+    /// Whether `path` stays behind. `git` are the `.gitignore`s from the root down to its folder.
+    pub(super) fn verdict(&self, path: &str, is_folder: bool, git: &[&Gitignore]) -> Verdict {
+        let name = path.rsplit('/').next().unwrap_or(path);
+        if NEVER.contains(&name) || self.extra.is_ignored(path) {
+            return Verdict::Skip;
+        }
+        let rooted = format!("/{path}");
+        for rules in git.iter().rev() {
+            match rules.matched(&rooted, is_folder) {
+                Match::Ignore(_) => return Verdict::Skip,
+                Match::Whitelist(_) => return Verdict::Send,
+                Match::None => {}
+            }
+        }
+        if !self.docker.is_ignored(path) {
+            return Verdict::Send;
+        }
+        match is_folder && self.docker.take_back() {
+            true => Verdict::Enter,
+            false => Verdict::Skip,
+        }
+    }
+}
+
+/// What becomes of an entry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Verdict {
+    Send,
+    /// An ignored folder that may hold entries that are not.
+    Enter,
+    Skip,
+}
+
+/// `folder/name`, or `name` in the root.
+pub(super) fn join(folder: &str, name: &str) -> String {
+    match folder {
+        "" => name.to_owned(),
+        folder => format!("{folder}/{name}"),
+    }
+}
+
+fn ignore_file(root: BorrowedFd<'_>, file: &str) -> Result<Option<String>, ContextError> {
+    let error = |source| ContextError::Read {
+        path: file.to_owned(),
+        source,
+    };
+    let opened = match open_beneath(root, file.as_bytes(), false) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(error)?,
+    };
+    let bytes = read_small(opened, IGNORE_BYTES_MAX)
+        .map_err(error)?
+        .ok_or_else(|| ContextError::IgnoreSize {
+            file: file.to_owned(),
+            max: IGNORE_BYTES_MAX,
+        })?;
+    Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+}
