@@ -1,3 +1,78 @@
-//! Project automation.
+//! Project automation: `cargo xtask <verb>`. Nothing here ships.
 
-fn main() {}
+mod demo;
+mod docs;
+mod layers;
+mod run;
+mod test;
+mod tidy;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+const HELP: &str = "cargo xtask <verb>
+
+  tidy      file and function budgets, module headers, banned names, registry hosts
+  layers    dependency arrows between the rooms
+  docs      generated reference is fresh (--write makes it so)
+  test      every check and test; --kiln PATH --guest PATH name the built binaries
+  e2e       the end-to-end builds alone; --kiln PATH --guest PATH
+  demo      two apps from source to answering HTTP; --kiln PATH --guest PATH
+";
+
+fn main() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    let verb = args.next().unwrap_or_default();
+    let rest: Vec<String> = args.collect();
+    std::env::set_current_dir(root())?;
+    match verb.as_str() {
+        "tidy" => tidy::check(),
+        "layers" => layers::check(),
+        "docs" => docs::check(
+            &Binaries::from_args(&rest)?,
+            rest.iter().any(|arg| arg == "--write"),
+        ),
+        "test" => test::all(&Binaries::from_args(&rest)?),
+        "e2e" => test::end_to_end(&Binaries::from_args(&rest)?),
+        "demo" => demo::run(&Binaries::from_args(&rest)?),
+        "" | "help" | "--help" => {
+            run::say(HELP);
+            Ok(())
+        }
+        other => bail!("unknown verb {other:?}\n\n{HELP}"),
+    }
+}
+
+/// The repository's root.
+fn root() -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest).to_owned()
+}
+
+/// The binaries that were built before.
+struct Binaries {
+    kiln: PathBuf,
+    guest: PathBuf,
+}
+
+impl Binaries {
+    fn from_args(args: &[String]) -> Result<Self> {
+        let value = |flag: &str, fallback: &str| -> Result<PathBuf> {
+            let given = args
+                .iter()
+                .position(|arg| arg == flag)
+                .and_then(|at| args.get(at + 1));
+            let path = given.map_or_else(|| root().join(fallback), PathBuf::from);
+            path.canonicalize()
+                .with_context(|| format!("{} is missing: run `make build` first", path.display()))
+        };
+        Ok(Self {
+            kiln: value("--kiln", "target/release/kiln")?,
+            guest: value(
+                "--guest",
+                "target/guest/x86_64-unknown-linux-gnu/guest/kiln-guest",
+            )?,
+        })
+    }
+}

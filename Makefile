@@ -1,0 +1,45 @@
+# kiln. `make help` lists the targets.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+TARGET ?= $(CURDIR)/target
+KILN   := $(TARGET)/release/kiln
+GUEST  := $(TARGET)/guest/x86_64-unknown-linux-gnu/guest/kiln-guest
+
+.PHONY: help
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+.PHONY: setup
+setup: ## Install system packages and build kiln and its guest
+	@scripts/bootstrap.sh
+	@$(MAKE) --no-print-directory build
+
+.PHONY: build
+build: guest ## Build kiln and its guest
+	cargo build --release --locked -p kiln-cli
+
+.PHONY: guest
+guest: ## Build the static guest
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --profile guest -p kiln-guest \
+	  --target x86_64-unknown-linux-gnu --target-dir $(TARGET)/guest
+
+.PHONY: demo
+demo: setup ## Do everything: set up, build two apps in microVMs, run them, change one line, rebuild
+	cargo xtask demo --kiln $(KILN) --guest $(GUEST)
+
+.PHONY: test
+test: ## Set up, then run every check and test
+	@scripts/bootstrap.sh --test
+	@$(MAKE) --no-print-directory build
+	cargo xtask test --kiln $(KILN) --guest $(GUEST)
+
+.PHONY: bench
+bench: setup ## Measure what PROMISES.md promises
+	$(KILN) setup --recipe machine-image --guest $(GUEST)
+	$(KILN) bench
+
+.PHONY: uninstall
+uninstall: ## Remove what kiln keeps on this machine and the build output (system packages stay)
+	@if [ -x $(KILN) ]; then $(KILN) uninstall --yes; fi
+	rm -rf $(TARGET)

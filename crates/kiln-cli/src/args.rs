@@ -1,0 +1,395 @@
+//! The command line, as clap sees it. Raw words only: nothing past `commands` sees these types.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use kiln_core::{AllowRule, ByteSize, ImageRef};
+
+/// Builds container images and runs untrusted commands, each in a fresh microVM on this machine.
+#[derive(Parser, Debug)]
+#[command(name = "kiln", version, propagate_version = true, disable_help_subcommand = true)]
+#[command(after_help = "Exit codes: 0 success, 1 your build or command failed, 2 usage or configuration, 3 infrastructure,\n\
+4 refused by policy, 5 guest fault, 124 timeout, 130 cancelled. `kiln run` passes on the command's own code.")]
+pub struct Cli {
+    /// Print data as JSON, one object a line
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say more on standard error; twice for debugging
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Build a container image from a folder or git URL
+    Build(Box<BuildArgs>),
+    /// Run a command, or a container image, in a fresh machine
+    Run(Box<RunArgs>),
+    /// Print how a folder would be built, without building it
+    Plan(PlanArgs),
+    /// Say what this host offers and how to mend what is missing
+    Doctor(DoctorArgs),
+    /// List, show and read finished and running jobs
+    #[command(subcommand)]
+    Job(JobCommand),
+    /// Make, list and remove templates that machines are cloned from
+    #[command(subcommand)]
+    Template(TemplateCommand),
+    /// Make, list, verify and remove machine images
+    #[command(subcommand)]
+    MachineImage(ImageCommand),
+    /// List, add and make runtime base images
+    #[command(subcommand)]
+    Bases(BasesCommand),
+    /// Find out which hosts builds may reach for packages
+    #[command(subcommand)]
+    Registries(RegistriesCommand),
+    /// The built-in image registry
+    #[command(subcommand)]
+    Registry(RegistryCommand),
+    /// Show and bound what kiln keeps on disk
+    #[command(subcommand)]
+    Cache(CacheCommand),
+    /// Measure what PROMISES.md promises
+    Bench(BenchArgs),
+    /// Do all set-up that needs no root: machine image, bases, registries, templates
+    Setup(SetupArgs),
+    /// Remove everything kiln keeps on this machine
+    Uninstall(UninstallArgs),
+    /// Print a completion script
+    Completions {
+        /// For which shell
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages into a folder
+    Man {
+        /// The folder
+        dir: PathBuf,
+    },
+}
+
+/// Options of `kiln build`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  kiln build .\n  kiln build --tag shop:1.4 examples/node-express\n  \
+kiln build https://git.example.org/team/app.git#v2 --push registry.example.org/app:v2\n  \
+kiln build . --secret id=token,env=TOKEN --allow api.example.org:443")]
+pub struct BuildArgs {
+    /// Folder, or git URL with an optional #ref
+    #[arg(default_value = ".")]
+    pub source: String,
+    /// Name for the image, within your tenant; may be given more than once
+    #[arg(short, long = "tag", value_name = "NAME[:TAG]")]
+    pub tags: Vec<ImageRef>,
+    /// Dockerfile to use instead of a detected plan
+    #[arg(short, long, value_name = "PATH")]
+    pub file: Option<PathBuf>,
+    /// Build only up to this stage
+    #[arg(long)]
+    pub target: Option<String>,
+    /// Build argument; KEY alone takes the value from the environment
+    #[arg(long = "build-arg", value_name = "KEY[=VALUE]")]
+    pub build_args: Vec<String>,
+    /// Secret for RUN --mount=type=secret: id=NAME,src=FILE or id=NAME,env=VARIABLE
+    #[arg(long = "secret", value_name = "SPEC")]
+    pub secrets: Vec<String>,
+    /// Also let the build reach this host
+    #[arg(long = "allow", value_name = "HOST[:PORTS]")]
+    pub allow: Vec<AllowRule>,
+    /// Neither use nor feed the cache
+    #[arg(long)]
+    pub no_cache: bool,
+    /// Where the result goes
+    #[arg(long, value_name = "registry|oci:FILE", default_value = "registry")]
+    pub output: String,
+    /// Push to another registry with your own docker or podman credentials
+    #[arg(long, value_name = "REF")]
+    pub push: Option<ImageRef>,
+    /// Load into the local Docker or Podman
+    #[arg(long)]
+    pub load: bool,
+    /// Also write the result as JSON into this file
+    #[arg(long, value_name = "FILE")]
+    pub result: Option<PathBuf>,
+    /// Platform of the image
+    #[arg(long, default_value = "linux/amd64")]
+    pub platform: String,
+    /// Limits of the machine
+    #[command(flatten)]
+    pub limits: LimitArgs,
+}
+
+/// Options of `kiln run`.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  kiln run -- uname -a\n  kiln run --image shop:1.4 -p 8080:3000\n  \
+kiln run --image shop:1.4 -e LOG=debug -- node --version\n\nWithout --allow the machine reaches nothing.")]
+pub struct RunArgs {
+    /// Container image to run; without it the command runs in the machine image itself
+    #[arg(long, value_name = "REF")]
+    pub image: Option<ImageRef>,
+    /// Forward a port of this machine to the guest: HOST:GUEST or [ADDRESS:]HOST:GUEST
+    #[arg(short, long = "publish", value_name = "HOST:GUEST")]
+    pub publish: Vec<String>,
+    /// Environment variable; KEY alone takes the value from the environment
+    #[arg(short, long = "env", value_name = "KEY[=VALUE]")]
+    pub env: Vec<String>,
+    /// Let it reach this host
+    #[arg(long = "allow", value_name = "HOST[:PORTS]")]
+    pub allow: Vec<AllowRule>,
+    /// Give it a terminal (the default when both ends are one)
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Connect standard input (the default when it is not a terminal, or with --tty)
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Limits of the machine
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// The command and its arguments
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+/// Limits of one machine.
+#[derive(Args, Debug, Clone)]
+pub struct LimitArgs {
+    /// Virtual CPUs
+    #[arg(long, value_name = "COUNT")]
+    pub cpus: Option<u32>,
+    /// Memory, for example 512M or 2G
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<ByteSize>,
+    /// Longest run time, for example 90s, 10m, 1h (10m for builds, none for runs)
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+}
+
+/// Options of `kiln plan`.
+#[derive(Args, Debug)]
+pub struct PlanArgs {
+    /// The folder
+    #[arg(default_value = ".")]
+    pub dir: PathBuf,
+    /// Dockerfile to use instead of a detected plan
+    #[arg(short, long, value_name = "PATH")]
+    pub file: Option<PathBuf>,
+}
+
+/// Options of `kiln doctor`.
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    /// Read every stored byte again and compare digests
+    #[arg(long)]
+    pub scrub: bool,
+}
+
+/// Verbs of `kiln job`.
+#[derive(Subcommand, Debug)]
+pub enum JobCommand {
+    /// List jobs, newest first
+    List {
+        /// How many
+        #[arg(long, default_value_t = 20)]
+        limit: usize,
+    },
+    /// Show one job
+    Show {
+        /// Its id, or the beginning of it
+        id: String,
+    },
+    /// Print a job's log
+    Logs {
+        /// Its id, or the beginning of it
+        id: String,
+    },
+}
+
+/// Verbs of `kiln template`.
+#[derive(Subcommand, Debug)]
+pub enum TemplateCommand {
+    /// Make the templates that builds and runs start from, also for your current cache head
+    Prepare,
+    /// List templates
+    List,
+    /// Remove templates
+    Prune {
+        /// Also those that are still current
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+/// Verbs of `kiln machine-image`.
+#[derive(Subcommand, Debug)]
+pub enum ImageCommand {
+    /// Make the machine image
+    Bake {
+        /// The recipe's folder
+        #[arg(long, default_value = "machine-image")]
+        recipe: PathBuf,
+        /// The static kiln-guest binary
+        #[arg(long, value_name = "PATH")]
+        guest: Option<PathBuf>,
+    },
+    /// List machine images
+    List,
+    /// Show one machine image
+    Show {
+        /// Its name; the current one without
+        name: Option<String>,
+    },
+    /// Read all files of a machine image again
+    Verify {
+        /// Its name; the current one without
+        name: Option<String>,
+    },
+    /// Remove all but the newest four
+    Prune,
+}
+
+/// Verbs of `kiln bases`.
+#[derive(Subcommand, Debug)]
+pub enum BasesCommand {
+    /// List base images and where they come from
+    List,
+    /// Let Dockerfiles use a public image, pinned by digest
+    Add {
+        /// The name Dockerfiles use, for example node:20-slim
+        name: String,
+        /// What it stands for: a reference with a digest
+        reference: ImageRef,
+    },
+    /// Make the bases and the shared cache head
+    Bake,
+}
+
+/// Verbs of `kiln registries`.
+#[derive(Subcommand, Debug)]
+pub enum RegistriesCommand {
+    /// Ask this host's package managers and write registries.toml
+    Discover,
+    /// Print registries.toml
+    Show,
+}
+
+/// Verbs of `kiln registry`.
+#[derive(Subcommand, Debug)]
+pub enum RegistryCommand {
+    /// Serve the registry on loopback until interrupted
+    Serve {
+        /// Address to listen on
+        #[arg(long, default_value = "127.0.0.1:5080")]
+        listen: std::net::SocketAddr,
+        /// Let anybody on this machine pull without a token
+        #[arg(long)]
+        anonymous_pull: bool,
+    },
+    /// Write a token where docker, podman and skopeo look for it
+    Login {
+        /// Address the registry is served on
+        #[arg(long, default_value = "127.0.0.1:5080")]
+        address: std::net::SocketAddr,
+    },
+    /// List repositories and tags
+    List,
+    /// Remove an image
+    Rm {
+        /// Which
+        reference: ImageRef,
+    },
+    /// Remove blobs that no image needs
+    Gc {
+        /// Keep blobs younger than this
+        #[arg(long, default_value = "1h", value_parser = parse_duration)]
+        grace: Duration,
+    },
+}
+
+/// Verbs of `kiln cache`.
+#[derive(Subcommand, Debug)]
+pub enum CacheCommand {
+    /// Show what is kept and how much it takes
+    Show,
+    /// Remove what is not needed
+    Prune {
+        /// Also your build cache
+        #[arg(long)]
+        heads: bool,
+    },
+}
+
+/// Options of `kiln bench`.
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    /// Which benchmarks; all without
+    pub names: Vec<String>,
+    /// Samples of each
+    #[arg(long, default_value_t = 10)]
+    pub samples: usize,
+}
+
+/// Options of `kiln setup`.
+#[derive(Args, Debug)]
+pub struct SetupArgs {
+    /// The recipe's folder
+    #[arg(long, default_value = "machine-image")]
+    pub recipe: PathBuf,
+    /// The static kiln-guest binary
+    #[arg(long, value_name = "PATH")]
+    pub guest: Option<PathBuf>,
+}
+
+/// Options of `kiln uninstall`.
+#[derive(Args, Debug)]
+pub struct UninstallArgs {
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// When colour is used.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Color {
+    /// On a terminal without `NO_COLOR`.
+    Auto,
+    /// Never.
+    Never,
+}
+
+/// `90`, `90s`, `10m`, `2h`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let error = || format!("{text:?} is not a time: write for example 90s, 10m or 1h");
+    let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(at);
+    let seconds = match unit {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err(error()),
+    };
+    let count: u64 = number.parse().map_err(|_| error())?;
+    count.checked_mul(seconds).filter(|s| *s > 0).map(Duration::from_secs).ok_or_else(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(parse_duration("10m"), Ok(Duration::from_secs(600)));
+        for bad in ["", "m", "1d", "0", "-1", "99999999999999999999h"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! One verb, one module.
+
+mod bases;
+mod bench;
+mod build;
+mod cache;
+mod doctor;
+mod job;
+mod machine_image;
+mod meta;
+mod plan;
+mod registries;
+mod registry;
+mod run;
+mod setup;
+mod source;
+mod template;
+mod uninstall;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::args::Command;
+use crate::error::Result;
+use crate::show::Screen;
+
+/// Runs a verb; gives the exit code.
+pub async fn run(command: Command, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+    match command {
+        Command::Build(args) => build::run(*args, screen, cancel).await,
+        Command::Run(args) => run::run(*args, screen, cancel).await,
+        Command::Plan(args) => plan::run(&args, screen),
+        Command::Doctor(args) => doctor::run(&args, screen).await,
+        Command::Job(verb) => job::run(verb, screen),
+        Command::Template(verb) => template::run(verb, screen, cancel).await,
+        Command::MachineImage(verb) => machine_image::run(verb, screen, cancel).await,
+        Command::Bases(verb) => bases::run(verb, screen, cancel).await,
+        Command::Registries(verb) => registries::run(verb, screen).await,
+        Command::Registry(verb) => registry::run(verb, screen, cancel).await,
+        Command::Cache(verb) => cache::run(verb, screen).await,
+        Command::Bench(args) => bench::run(args, screen, cancel).await,
+        Command::Setup(args) => setup::run(args, screen, cancel).await,
+        Command::Uninstall(args) => uninstall::run(&args, screen).await,
+        Command::Completions { shell } => meta::completions(shell, screen),
+        Command::Man { dir } => meta::man(&dir, screen),
+    }
+}

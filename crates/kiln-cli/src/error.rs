@@ -1,0 +1,91 @@
+//! The one error a person sees: what happened, whose fault it was, and what to try.
+
+use std::fmt;
+
+use kiln_core::{FailureClass, Verdict};
+
+/// An error at the edge.
+#[derive(Debug)]
+pub struct CliError {
+    /// Decides the exit code.
+    pub class: FailureClass,
+    /// One sentence.
+    pub message: String,
+    /// What to try.
+    pub hints: Vec<String>,
+    /// A command's own exit code, passed through by `kiln run`.
+    pub command_code: Option<u8>,
+}
+
+/// Result of a verb.
+pub type Result<T, E = CliError> = std::result::Result<T, E>;
+
+impl CliError {
+    /// An error of this class.
+    pub fn new(class: FailureClass, message: impl Into<String>) -> Self {
+        Self { class, message: message.into(), hints: Vec::new(), command_code: None }
+    }
+
+    /// Wrong usage or configuration.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::new(FailureClass::Usage, message)
+    }
+
+    /// kiln's own or the host's failure, with its causes.
+    pub fn infrastructure(error: &dyn std::error::Error) -> Self {
+        Self::new(FailureClass::Infrastructure, chain(error))
+    }
+
+    /// Adds a hint.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hints.push(hint.into());
+        self
+    }
+
+    /// From a failed verdict.
+    pub fn from_verdict(verdict: &Verdict) -> Option<Self> {
+        let Verdict::Failed { class, message, hint, command_code } = verdict else { return None };
+        let mut error = Self::new(*class, message.clone());
+        error.hints.extend(hint.clone());
+        error.command_code = command_code.and_then(|code| u8::try_from(code).ok());
+        Some(error)
+    }
+
+    /// The exit code of the process.
+    pub fn exit_code(&self) -> u8 {
+        self.command_code.unwrap_or_else(|| self.class.exit_code())
+    }
+}
+
+/// An error and its causes in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
+impl fmt::Display for CliError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for CliError {}
+
+/// Turns any error with causes into an infrastructure error.
+pub trait OrInfrastructure<T> {
+    /// See the trait.
+    fn or_infrastructure(self) -> Result<T>;
+}
+
+impl<T, E: std::error::Error> OrInfrastructure<T> for std::result::Result<T, E> {
+    fn or_infrastructure(self) -> Result<T> {
+        self.map_err(|error| CliError::infrastructure(&error))
+    }
+}

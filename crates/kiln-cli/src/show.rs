@@ -1,0 +1,241 @@
+//! The screen: progress on standard error, data on standard output. The only module that writes to either.
+//!
+//! On a terminal the last line shows what runs now; elsewhere every event is one plain line. With `--json` every event
+//! is one JSON object a line on standard output. Colour never carries meaning and obeys `NO_COLOR`.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this module is the screen")]
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use kiln_worker::event::{Event, StepState};
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+use crate::error::CliError;
+
+/// How often the running line is drawn again.
+const REDRAW: Duration = Duration::from_millis(200);
+/// Widest line drawn on a terminal, in characters, when its width is unknown.
+const WIDTH_DEFAULT: usize = 100;
+
+/// How this process talks.
+#[derive(Clone, Copy, Debug)]
+pub struct Screen {
+    json: bool,
+    live: bool,
+    color: bool,
+}
+
+impl Screen {
+    /// From the command line and what standard error is.
+    pub fn new(json: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let no_color = crate::environment::is_set("NO_COLOR");
+        let dumb = crate::environment::var("TERM").is_some_and(|term| term == "dumb");
+        Self { json, live: terminal && !json && !dumb, color: terminal && !no_color && !dumb }
+    }
+
+    /// Whether `--json` was given.
+    pub fn json(self) -> bool {
+        self.json
+    }
+
+    /// Prints one object: a JSON line with `--json`, else what `text` gives.
+    pub fn data(self, value: &impl Serialize, text: impl FnOnce() -> String) {
+        let line = if self.json {
+            serde_json::to_string(value).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
+        } else {
+            text()
+        };
+        out(&line);
+    }
+
+    /// Prints text as it is on standard output.
+    pub fn text(self, text: &str) {
+        out(text);
+    }
+
+    /// A remark on standard error.
+    pub fn note(self, text: &str) {
+        if !self.json {
+            eprintln!("{}", printable(text));
+        }
+    }
+
+    /// Shows an error with its hints.
+    pub fn error(self, error: &CliError) {
+        if self.json {
+            let value = serde_json::json!({
+                "event": "error", "class": error.class, "message": error.message, "hints": error.hints,
+            });
+            out(&value.to_string());
+            return;
+        }
+        let (red, bold, off) = self.paint("31", "1");
+        eprintln!("{red}{bold}error:{off} {}", printable(&error.message));
+        for hint in &error.hints {
+            eprintln!("{bold}hint:{off} {}", printable(hint));
+        }
+    }
+
+    fn paint(self, first: &str, second: &str) -> (String, String, &'static str) {
+        if self.color {
+            (format!("\x1b[{first}m"), format!("\x1b[{second}m"), "\x1b[0m")
+        } else {
+            (String::new(), String::new(), "")
+        }
+    }
+
+    /// Draws events until their sender is gone. `passthrough` sends command output (step 0) to this process's own
+    /// standard output and error, byte for byte as text.
+    pub async fn follow(self, mut events: mpsc::Receiver<Event>) {
+        let mut running = Running::default();
+        let mut redraw = tokio::time::interval(REDRAW);
+        loop {
+            tokio::select! {
+                event = events.recv() => {
+                    let Some(event) = event else { break };
+                    self.event(&event, &mut running);
+                }
+                _ = redraw.tick(), if self.live => self.draw(&mut running),
+            }
+        }
+        self.wipe(&mut running);
+    }
+
+    fn event(self, event: &Event, running: &mut Running) {
+        if self.json {
+            if let Ok(line) = serde_json::to_string(event) {
+                out(&line);
+            }
+            return;
+        }
+        self.wipe(running);
+        let (dim, bold, off) = self.paint("2", "1");
+        match event {
+            Event::Phase { name } => {
+                running.what = format!("{name} ...");
+                running.since = Some(Instant::now());
+                if !self.live {
+                    eprintln!("== {name}");
+                }
+            }
+            Event::Progress { what, detail } => {
+                let line = if detail.is_empty() { what.clone() } else { format!("{what}: {detail}") };
+                if self.live {
+                    if running.what != line {
+                        running.since.get_or_insert_with(Instant::now);
+                    }
+                    running.what = line;
+                } else if running.last_plain != *what {
+                    running.last_plain.clone_from(what);
+                    eprintln!("   {}", printable(&line));
+                }
+            }
+            Event::Note { text } => eprintln!("   {}", printable(text)),
+            Event::Warning { text } => eprintln!("{bold}warning:{off} {}", printable(text)),
+            Event::Step { number, name, state, seconds } => {
+                self.step(*number, name, *state, *seconds, running);
+            }
+            Event::Log { step: 0, text, .. } => eprintln!("{}", printable(text)),
+            Event::Log { step, text, .. } => eprintln!("{dim}#{step} | {off}{}", printable(text)),
+        }
+    }
+
+    fn step(self, number: usize, name: &str, state: StepState, seconds: Option<f64>, running: &mut Running) {
+        if name.starts_with("[internal]") {
+            return;
+        }
+        let (color, word) = match state {
+            StepState::Running => ("36", "..."),
+            StepState::Cached => ("32", "cached"),
+            StepState::Done => ("32", "done"),
+            StepState::Failed => ("31", "FAILED"),
+            StepState::Cancelled => ("33", "stopped"),
+        };
+        let (paint, _, off) = self.paint(color, "1");
+        if state == StepState::Running {
+            running.steps.insert(number, (one_line(name), Instant::now()));
+            if !self.live {
+                eprintln!("#{number} {}", one_line(name));
+            }
+            return;
+        }
+        running.steps.remove(&number);
+        let time = seconds.map(|s| format!(" {s:.1}s")).unwrap_or_default();
+        let label = if self.live || state == StepState::Cached { one_line(name) } else { String::new() };
+        eprintln!("#{number} {label}{}{paint}{word}{time}{off}", if label.is_empty() { "" } else { " " });
+    }
+
+    fn draw(self, running: &mut Running) {
+        self.wipe(running);
+        let line = match running.steps.iter().next() {
+            Some((number, (name, since))) => {
+                let more = running.steps.len() - 1;
+                let more = if more > 0 { format!(" (+{more})") } else { String::new() };
+                format!("#{number} {name} {:.0}s{more}", since.elapsed().as_secs_f64())
+            }
+            None if !running.what.is_empty() => {
+                let seconds = running.since.map_or(0.0, |since| since.elapsed().as_secs_f64());
+                format!("{} {seconds:.0}s", running.what)
+            }
+            None => return,
+        };
+        let width = crate::environment::terminal_width().unwrap_or(WIDTH_DEFAULT).saturating_sub(1);
+        let line: String = printable(&line).chars().take(width).collect();
+        eprint!("{line}");
+        let _flushed = std::io::stderr().flush();
+        running.drawn = true;
+    }
+
+    fn wipe(self, running: &mut Running) {
+        if running.drawn {
+            eprint!("\r\x1b[K");
+            running.drawn = false;
+        }
+    }
+}
+
+#[derive(Default)]
+struct Running {
+    steps: BTreeMap<usize, (String, Instant)>,
+    what: String,
+    since: Option<Instant>,
+    last_plain: String,
+    drawn: bool,
+}
+
+/// A reader that went away (`kiln job list | head`) is no error.
+fn out(text: &str) {
+    let mut stdout = std::io::stdout().lock();
+    let _reader_gone = stdout.write_all(text.as_bytes());
+    if !text.ends_with('\n') {
+        let _reader_gone = stdout.write_all(b"\n");
+    }
+}
+
+/// Text of a guest or tenant without control characters that would drive the terminal.
+pub fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() && c != '\t' && c != '\n' { '\u{fffd}' } else { c })
+        .collect()
+}
+
+fn one_line(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    let short: String = line.chars().take(120).collect();
+    printable(&if short.len() < text.len() { format!("{short} ...") } else { short })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_text_cannot_drive_the_terminal() {
+        assert_eq!(printable("a\x1b[2Jb\tc\r"), "a\u{fffd}[2Jb\tc\u{fffd}");
+        assert_eq!(one_line("RUN a\nb"), "RUN a ...");
+    }
+}

@@ -1,0 +1,245 @@
+//! `make demo`: two apps from source to an image that answers HTTP, then one changed line and again.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::{Binaries, root, run};
+
+/// Longest wait for an app to answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
+/// Pause between two looks at a port that does not listen yet.
+const ANSWER_POLL: Duration = Duration::from_millis(100);
+/// Most bytes of a page.
+const PAGE_BYTES_MAX: u64 = 1 << 20;
+
+struct App {
+    name: &'static str,
+    folder: &'static str,
+    /// File with the line that changes, the text in it, and its replacement.
+    change: (&'static str, &'static str, &'static str),
+    guest_port: u16,
+    host_port: u16,
+}
+
+const APPS: [App; 2] = [
+    App {
+        name: "node-express",
+        folder: "examples/node-express",
+        change: ("server.js", "Hello from kiln", "Hello again from kiln"),
+        guest_port: 3000,
+        host_port: 18080,
+    },
+    App {
+        name: "python-flask",
+        folder: "examples/python-flask",
+        change: ("app.py", "Hello from kiln", "Hello again from kiln"),
+        guest_port: 8000,
+        host_port: 18081,
+    },
+];
+
+struct Row {
+    what: String,
+    built: Value,
+    answer_ms: u128,
+}
+
+/// Runs the whole demonstration.
+pub(crate) fn run(binaries: &Binaries) -> Result<()> {
+    run::heading("set-up: machine image, bases, templates (skips what is there)");
+    run::must(
+        Command::new(&binaries.kiln)
+            .args(["setup", "--recipe", "machine-image", "--guest"])
+            .arg(&binaries.guest),
+    )?;
+    let mut rows = Vec::new();
+    for app in &APPS {
+        let folder = copy(app)?;
+        rows.push(build_and_ask(
+            binaries,
+            app,
+            &folder,
+            "first",
+            app.change.1,
+        )?);
+        let file = folder.join(app.change.0);
+        let text = fs::read_to_string(&file)?;
+        if !text.contains(app.change.1) {
+            bail!("{} does not contain {:?}", file.display(), app.change.1);
+        }
+        fs::write(&file, text.replacen(app.change.1, app.change.2, 1))?;
+        rows.push(build_and_ask(
+            binaries,
+            app,
+            &folder,
+            "one line changed",
+            app.change.2,
+        )?);
+    }
+    table(&rows);
+    Ok(())
+}
+
+/// A fresh copy of the app below target/, so that the checkout stays as it is.
+fn copy(app: &App) -> Result<PathBuf> {
+    let to = root().join("target/demo").join(app.name);
+    if to.exists() {
+        fs::remove_dir_all(&to)?;
+    }
+    fs::create_dir_all(to.parent().context("a parent")?)?;
+    run::must(
+        Command::new("cp")
+            .arg("-R")
+            .arg(root().join(app.folder))
+            .arg(&to),
+    )?;
+    Ok(to)
+}
+
+fn build_and_ask(
+    binaries: &Binaries,
+    app: &App,
+    folder: &Path,
+    label: &str,
+    want: &str,
+) -> Result<Row> {
+    run::heading(&format!("{}: build ({label})", app.name));
+    let built = build(binaries, app, folder)?;
+    let reference = built["reference"]
+        .as_str()
+        .context("the build names no image")?;
+    run::heading(&format!("{}: run {reference}", app.name));
+    let started = Instant::now();
+    let mut machine = Running::start(binaries, app, reference)?;
+    let page = machine.fetch(app.host_port)?;
+    let answer_ms = started.elapsed().as_millis();
+    if !page.contains(want) {
+        bail!("the page does not say {want:?}:\n{page}");
+    }
+    run::say(&format!(
+        "   http://127.0.0.1:{}/ says: {}",
+        app.host_port,
+        page.lines().last().unwrap_or_default()
+    ));
+    Ok(Row {
+        what: format!("{} ({label})", app.name),
+        built,
+        answer_ms,
+    })
+}
+
+/// Builds with live progress on standard error; the last JSON line on standard output is the result.
+fn build(binaries: &Binaries, app: &App, folder: &Path) -> Result<Value> {
+    let result = root()
+        .join("target/demo")
+        .join(format!("{}.json", app.name));
+    run::must(
+        Command::new(&binaries.kiln)
+            .arg("build")
+            .arg(folder)
+            .args(["--tag", &format!("demo-{}", app.name), "--result"])
+            .arg(&result),
+    )?;
+    let text = fs::read_to_string(&result)?;
+    serde_json::from_str(&text).context("the result file is not JSON")
+}
+
+struct Running(Child);
+
+impl Running {
+    fn start(binaries: &Binaries, app: &App, reference: &str) -> Result<Self> {
+        let publish = format!("{}:{}", app.host_port, app.guest_port);
+        let child = Command::new(&binaries.kiln)
+            .args(["run", "--image", reference, "-p", &publish])
+            .stdin(Stdio::null())
+            .spawn()
+            .context("could not start kiln run")?;
+        Ok(Self(child))
+    }
+
+    fn fetch(&mut self, port: u16) -> Result<String> {
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
+        loop {
+            if let Some(status) = self.0.try_wait()? {
+                bail!("kiln run ended before the app answered: {status}");
+            }
+            match get(port) {
+                Ok(page) => return Ok(page),
+                Err(error) if Instant::now() > deadline => {
+                    return Err(error.context("the app did not answer in time"));
+                }
+                Err(_) => std::thread::sleep(ANSWER_POLL),
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // One interrupt, as a person would press Ctrl-C; then the process is waited for.
+        let pid = self.0.id().to_string();
+        let _ended_already = Command::new("kill").args(["-INT", &pid]).status();
+        let _status = self.0.wait();
+    }
+}
+
+fn get(port: u16) -> Result<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    write!(
+        stream,
+        "GET / HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut page = String::new();
+    stream.take(PAGE_BYTES_MAX).read_to_string(&mut page)?;
+    if !page.starts_with("HTTP/1.1 200") && !page.starts_with("HTTP/1.0 200") {
+        bail!("answered {:?}", page.lines().next().unwrap_or_default());
+    }
+    Ok(page)
+}
+
+fn table(rows: &[Row]) {
+    run::heading("what was built, and how long it took");
+    run::say(&format!(
+        "{:<34} {:<16} {:>8} {:>8} {:>8} {:>9}  phases (ms)",
+        "image", "digest", "size", "steps", "build", "answered"
+    ));
+    for row in rows {
+        let digest = row.built["digest"]
+            .as_str()
+            .unwrap_or_default()
+            .trim_start_matches("sha256:");
+        let size = row.built["size"].as_u64().unwrap_or_default();
+        let phases: Vec<(String, u64)> = row.built["phases_ms"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|pair| Some((pair[0].as_str()?.to_owned(), pair[1].as_u64()?)))
+            .collect();
+        let total: u64 = phases.iter().map(|(_, ms)| ms).sum();
+        let shown: Vec<String> = phases
+            .iter()
+            .map(|(name, ms)| format!("{name} {ms}"))
+            .collect();
+        run::say(&format!(
+            "{:<34} {:<16} {:>6.1}MB {:>8} {:>7.1}s {:>8.1}s  {}",
+            row.what,
+            &digest[..digest.len().min(16)],
+            size as f64 / 1e6,
+            format!("{}/{}", row.built["cached"][0], row.built["cached"][1]),
+            total as f64 / 1e3,
+            row.answer_ms as f64 / 1e3,
+            shown.join(", ")
+        ));
+    }
+    run::say(
+        "\nsteps: found in the cache / all. The images are in kiln's own registry: `kiln registry list`.",
+    );
+}
