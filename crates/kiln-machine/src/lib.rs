@@ -3,6 +3,7 @@
 pub mod cgroup;
 pub mod disk;
 pub mod driver;
+pub mod ledger;
 pub mod proc;
 pub mod reap;
 pub mod record;
