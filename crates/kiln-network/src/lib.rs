@@ -11,8 +11,10 @@
 //! Read next: [`gateway`] (the flow of one connection), [`inspect`] (the pure parsers of guest bytes),
 //! [`record`] (what is kept of it), [`origin`] (URLs).
 
+pub mod ca;
 pub mod gateway;
 pub mod inspect;
+pub mod lockfile;
 pub mod origin;
 pub mod record;
 
