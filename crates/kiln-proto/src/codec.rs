@@ -143,7 +143,9 @@ where
     let mut header = [tag, 0, 0, 0, 0];
     header[1..].copy_from_slice(&(body.len() as u32).to_le_bytes());
     let mut both = Buf::chain(&header[..], body);
-    AsyncWriteExt::write_all_buf(&mut stream, &mut both).await.map_err(CodecError::Io)
+    AsyncWriteExt::write_all_buf(&mut stream, &mut both)
+        .await
+        .map_err(CodecError::Io)
 }
 
 /// Reads one chunk; `Ok(None)` at the end of the stream.

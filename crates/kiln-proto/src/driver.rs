@@ -154,6 +154,7 @@ impl<T> Driver<T> {
         self.done.send_if_modified(|done| {
             let first = done.is_none();
             if first {
+                tracing::debug!(reason = ?shared.with(|mux| mux.ended().cloned()), "session over");
                 *done = shared.with(|mux| mux.ended().cloned());
             }
             first

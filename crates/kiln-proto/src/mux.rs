@@ -14,7 +14,7 @@
 //! with a window in and [`SEND_BUFFER`] out each, `control_max` + [`REFUSALS_MAX`] queued control
 //! frames, [`PINGS_MAX`] pongs.
 
-use crate::frame::{DATA_LEN_MAX, Frame, FrameError, put_data};
+use crate::frame::{DATA_LEN_MAX, Frame, put_data};
 use crate::session::{CloseReason, SessionLimits};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
@@ -23,6 +23,10 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 
 mod handles;
+mod violation;
+pub use violation::ProtocolError;
+#[cfg(test)]
+mod tests;
 
 /// Credit each direction of a new stream starts with, in bytes. Part of the wire: both sides
 /// know it, and more outstanding credit than this is a protocol error.
@@ -57,74 +61,6 @@ pub(crate) enum Role {
     Host,
     /// Opens even streams.
     Guest,
-}
-
-/// What an honest peer never does. On the host this is a guest fault.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum ProtocolError {
-    /// The bytes are not a frame.
-    #[error("malformed frame")]
-    Frame(#[source] FrameError),
-    /// The first frame was not a Hello.
-    #[error("the first frame is not a hello")]
-    NoHello,
-    /// A Hello with bad contents.
-    #[error("malformed hello")]
-    Hello(#[source] crate::hello::HelloError),
-    /// A second Hello.
-    #[error("a hello in the middle of a session")]
-    SecondHello,
-    /// An Open with an id that is not the peer's to choose, or not rising.
-    #[error("the peer opened stream {stream}, which it may not choose")]
-    StreamId {
-        /// The id.
-        stream: u32,
-    },
-    /// More streams open at once than agreed.
-    #[error("the peer opened stream {stream} beyond {max} open streams")]
-    TooManyStreams {
-        /// The id of the stream too many.
-        stream: u32,
-        /// The bound.
-        max: usize,
-    },
-    /// A frame for a stream that was never opened.
-    #[error("a frame for stream {stream}, which was never opened")]
-    UnknownStream {
-        /// The id.
-        stream: u32,
-    },
-    /// Data without credit for it.
-    #[error("{len} bytes on stream {stream} with credit for {credit}")]
-    CreditExceeded {
-        /// The id.
-        stream: u32,
-        /// Bytes that came.
-        len: usize,
-        /// Bytes allowed.
-        credit: u32,
-    },
-    /// More credit given than bytes taken.
-    #[error("credit on stream {stream} beyond its window")]
-    CreditOverflow {
-        /// The id.
-        stream: u32,
-    },
-    /// Data or a second Eof after Eof or Reset.
-    #[error("bytes on stream {stream} after its end")]
-    AfterEnd {
-        /// The id.
-        stream: u32,
-    },
-    /// Streams opened faster than their ends can be sent.
-    #[error("the peer opens streams and does not read the answers")]
-    Flood,
-    /// A Pong that answers no Ping.
-    #[error("a pong for ping {number}, which was never sent")]
-    Pong {
-        /// The number.
-        number: u64,
-    },
 }
 
 /// The peer ended a stream; inside the `io::Error` of reads and writes.

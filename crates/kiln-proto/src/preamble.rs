@@ -233,7 +233,7 @@ mod tests {
         let mut upper = preamble(0xab).to_bytes();
         upper[16] = b'A';
         assert_eq!(Preamble::from_bytes(&upper), None);
-        assert!(RUN_COPIES * PREAMBLE_LEN > FRAME_SPAN_MAX);
+        const { assert!(RUN_COPIES * PREAMBLE_LEN > FRAME_SPAN_MAX) };
     }
 
     #[test]

@@ -22,19 +22,22 @@
 //! The transport must write through: bytes accepted by `poll_write` go out without a flush.
 
 use crate::driver::{Driver, Opening};
-use crate::frame::{Frame, FrameBuffer, FrameError};
+use crate::frame::{Frame, FrameBuffer};
 use crate::hello::{GENERATION_MAX, GENERATION_MIN, Hello, HelloError, negotiate};
 use crate::mux::{CLOSE_NORMAL, Mux, OpenRefusal, ProtocolError, Role};
-use crate::preamble::{PREAMBLE_LEN, Preamble, RunScanner, Scan, find};
+use crate::preamble::{Preamble, RunScanner, Scan};
 use crate::stream::{Incoming, Stream};
 use bytes::Bytes;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
+
+mod search;
+use search::EchoSearch;
 
 /// Streams open at once in one direction.
 pub const STREAMS_MAX: usize = 256;
@@ -222,11 +225,17 @@ pub enum PingError {
 }
 
 /// What the handles and the driver of one session have in common.
-#[derive(Debug)]
 pub(crate) struct Shared {
     mux: Mutex<Mux>,
     /// Told when `open` may try again.
     pub(crate) room: Notify,
+}
+
+impl std::fmt::Debug for Shared {
+    /// Without the contents: buffers may hold secrets.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
 }
 
 impl Shared {
@@ -485,110 +494,5 @@ impl Session {
     /// The generation both sides agreed on.
     pub fn generation(&self) -> u32 {
         self.generation
-    }
-}
-
-/// The host's search for echo and Hello. Its fields survive when the search is cancelled.
-struct EchoSearch {
-    echo: [u8; crate::preamble::ECHO_LEN],
-    run: Vec<u8>,
-    /// Bytes of `run` written in this round.
-    sent: usize,
-    input: FrameBuffer,
-    discarded: u64,
-    discard_max: u64,
-    echoed: bool,
-}
-
-impl EchoSearch {
-    fn new(preamble: &Preamble, discard_max: u64) -> Self {
-        Self {
-            echo: preamble.echo(),
-            run: preamble.run(),
-            sent: 0,
-            input: FrameBuffer::new(READ_BUFFER),
-            discarded: 0,
-            discard_max,
-            echoed: false,
-        }
-    }
-
-    async fn run<T: AsyncRead + AsyncWrite + Unpin>(
-        &mut self,
-        io: &mut T,
-    ) -> Result<Hello, SessionError> {
-        let (mut reader, mut writer): (ReadHalf<&mut T>, WriteHalf<&mut T>) = tokio::io::split(io);
-        let mut next_pause = RUN_PAUSE;
-        let pause = tokio::time::sleep(Duration::ZERO);
-        tokio::pin!(pause);
-        loop {
-            let paused = self.sent == self.run.len();
-            tokio::select! {
-                count = reader.read(self.input.spare()) => {
-                    match count.map_err(SessionError::Transport)? {
-                        0 => return Err(SessionError::TransportEnded),
-                        count => self.input.filled(count),
-                    }
-                    if let Some(hello) = self.look()? {
-                        return Ok(hello);
-                    }
-                }
-                count = writer.write(&self.run[self.sent..]), if !paused => {
-                    match count.map_err(SessionError::Transport)? {
-                        0 => return Err(SessionError::TransportEnded),
-                        count => self.sent += count,
-                    }
-                    if self.sent == self.run.len() {
-                        pause.as_mut().reset(Instant::now() + next_pause);
-                        next_pause = (next_pause * 2).min(RUN_PAUSE_MAX);
-                    }
-                }
-                () = &mut pause, if paused && !self.echoed => self.sent = 0,
-            }
-        }
-    }
-
-    fn look(&mut self) -> Result<Option<Hello>, SessionError> {
-        if !self.echoed {
-            let stale = match find(self.input.rest(), &self.echo) {
-                Ok(at) => {
-                    self.echoed = true;
-                    self.input.consume(at + self.echo.len());
-                    at
-                }
-                Err(useless) => {
-                    self.input.consume(useless);
-                    useless
-                }
-            };
-            self.discarded += stale as u64;
-            if self.discarded > self.discard_max {
-                return Err(SessionError::NoEcho {
-                    max: self.discard_max,
-                });
-            }
-        }
-        if !self.echoed {
-            return Ok(None);
-        }
-        let malformed = |error: FrameError| SessionError::Protocol(ProtocolError::Frame(error));
-        match self.input.next_frame().map_err(malformed)? {
-            None => Ok(None),
-            Some(Frame::Hello(body)) => Hello::parse(body)
-                .map(Some)
-                .map_err(|error| SessionError::Protocol(ProtocolError::Hello(error))),
-            Some(_) => Err(SessionError::Protocol(ProtocolError::NoHello)),
-        }
-    }
-
-    /// What the driver goes on with: the unread bytes, and the rest of a copy that was begun.
-    fn opening(self) -> Opening {
-        let whole = self.sent.next_multiple_of(PREAMBLE_LEN);
-        let output = self.run[self.sent..whole].to_vec();
-        Opening {
-            input: self.input,
-            output,
-            copies: None,
-        }
     }
 }
