@@ -9,7 +9,8 @@
 //! byte stream. It never reads the environment by itself; callers pass plain maps.
 //!
 //! Read next: [`gateway`] (the flow of one connection), [`inspect`] (the pure parsers of guest bytes),
-//! [`record`] (what is kept of it), [`origin`] (URLs).
+//! [`record`] (what is kept of it), [`registries`] (which hosts builds need), [`ca`] (what the host trusts),
+//! [`lockfile`] (which hosts a project names).
 
 pub mod ca;
 pub mod gateway;
@@ -17,6 +18,7 @@ pub mod inspect;
 pub mod lockfile;
 pub mod origin;
 pub mod record;
+pub mod registries;
 
 pub use gateway::{
     Admitted, BoxedDuplex, Gateway, GatewayConfig, GuestService, Limits, Refusal, RelayReport,

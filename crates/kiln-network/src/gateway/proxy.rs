@@ -44,6 +44,8 @@ pub struct ProxyUrl {
     host: String,
     port: u16,
     authorization: Option<String>,
+    /// With credentials; never shown.
+    written: String,
 }
 
 impl ProxyUrl {
@@ -72,6 +74,7 @@ impl ProxyUrl {
             host: url.origin.host,
             port: url.origin.port,
             authorization,
+            written: with_scheme,
         })
     }
 
@@ -85,6 +88,11 @@ impl ProxyUrl {
     #[must_use]
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// The whole URL, credentials included.
+    pub(crate) fn as_written(&self) -> &str {
+        &self.written
     }
 
     /// Value of `Proxy-Authorization`, if it wants one.
