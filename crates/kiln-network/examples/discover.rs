@@ -9,6 +9,7 @@ use std::time::Instant;
 use kiln_network::registries::probe::HostProbe;
 use kiln_network::registries::{Registries, Runtime, discover, merge};
 
+#[expect(clippy::disallowed_methods, reason = "an example has no configuration")]
 fn main() -> anyhow::Result<()> {
     let start = Instant::now();
     let found = discover(&HostProbe::new(std::env::vars().collect()), &|_, _| None);

@@ -63,6 +63,11 @@ fn verdict_name(verdict: &EgressVerdict) -> &'static str {
     }
 }
 
+/// Whether bytes moved or could have: also a connection that was cut off after some legal requests.
+fn reached_host(event: &EgressEvent) -> bool {
+    event.verdict == EgressVerdict::Allowed || event.bytes_out > 0 || event.bytes_in > 0
+}
+
 impl EgressLog {
     /// An empty log.
     #[must_use]
@@ -85,7 +90,7 @@ impl EgressLog {
 impl EgressSink for EgressLog {
     fn record(&self, event: EgressEvent) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let allowed = event.verdict == EgressVerdict::Allowed;
+        let allowed = reached_host(&event);
         let key = (event.host.clone(), event.port, verdict_name(&event.verdict));
         let first = state.seen.get(&key).copied();
         let full = if allowed {
@@ -163,6 +168,8 @@ pub fn summary(events: &[EgressEvent]) -> EgressSummary {
         if event.verdict != EgressVerdict::Allowed {
             let (reason, allow) = explain(event);
             refused.insert((&event.host, event.port, reason), allow);
+        }
+        if !reached_host(event) {
             continue;
         }
         let host = reached.entry(&event.host).or_default();
@@ -272,9 +279,9 @@ mod tests {
             port,
             address: None,
             rule: None,
+            bytes_out: u64::from(verdict == EgressVerdict::Allowed),
+            bytes_in: 2 * u64::from(verdict == EgressVerdict::Allowed),
             verdict,
-            bytes_out: 1,
-            bytes_in: 2,
         }
     }
 
@@ -300,6 +307,21 @@ mod tests {
             summary.reached[0].bytes_in,
             2 * (CONNECTION_EVENTS_MAX as u64 + 7)
         );
+    }
+
+    #[test]
+    fn a_connection_cut_off_after_legal_requests_was_reached_and_refused() {
+        let mut cut = event(
+            "a.example.org",
+            80,
+            EgressVerdict::NameMismatch {
+                said: Some("b.example.org".to_owned()),
+            },
+        );
+        cut.bytes_out = 7;
+        let summary = summary(&[cut]);
+        assert_eq!(summary.reached[0].bytes_out, 7);
+        assert_eq!(summary.refused.len(), 1);
     }
 
     #[test]

@@ -9,7 +9,7 @@ mod text;
 
 use std::fmt;
 
-use kiln_core::network::normal_host;
+use kiln_core::network::{NameVerdict, NetworkPolicy, normal_host};
 
 /// Most bytes of a lockfile.
 pub const LOCKFILE_BYTES_MAX: usize = 64 << 20;
@@ -158,6 +158,18 @@ pub fn lockfile_hosts(kind: LockfileKind, bytes: &[u8]) -> Result<Vec<LockedHost
     }
     found.hosts.sort_by_key(|host| host.line);
     Ok(found.hosts)
+}
+
+/// The hosts among these that a build under this policy could not reach.
+#[must_use]
+pub fn not_allowed<'a>(found: &'a [LockedHost], policy: &NetworkPolicy) -> Vec<&'a LockedHost> {
+    let refused = |locked: &&LockedHost| {
+        !matches!(
+            policy.decide(&locked.host, locked.port),
+            NameVerdict::Allowed(_)
+        )
+    };
+    found.iter().filter(refused).collect()
 }
 
 struct Found<'a> {

@@ -169,6 +169,18 @@ fn escapes_and_odd_hosts_cannot_hide() {
 }
 
 #[test]
+fn hosts_outside_a_policy_are_listed() {
+    let yarn = "  resolved \"https://a.example.org/x\"\n  resolved \"https://b.example.org/x\"\n  resolved \"http://a.example.org:81/x\"\n";
+    let found = lockfile_hosts(LockfileKind::Yarn, yarn.as_bytes()).expect("legal");
+    let policy = NetworkPolicy::from_rules(["a.example.org".parse().expect("rule")]);
+    let lines: Vec<usize> = not_allowed(&found, &policy)
+        .iter()
+        .map(|locked| locked.line)
+        .collect();
+    assert_eq!(lines, [2, 3]);
+}
+
+#[test]
 fn kinds_by_name_and_content() {
     let of = |name: &str, text: &str| LockfileKind::of(name, text.as_bytes());
     assert_eq!(

@@ -14,6 +14,7 @@ use kiln_core::network::{Cidr, RangeException};
 use kiln_core::{AllowRule, Digest};
 use serde::{Deserialize, Serialize};
 
+use crate::ca::{self, CaBundle, CaError, CaSetting};
 use crate::gateway::proxy::{ProxyConfig, ProxyError};
 use crate::origin::split;
 
@@ -318,6 +319,19 @@ impl Registries {
         config.transpose().map_err(RegistriesError::Proxy)
     }
 
+    /// The certificates that machines and build steps shall trust; `None` when the file names none.
+    ///
+    /// # Errors
+    /// When a named file is missing or is not a file of certificates.
+    pub fn ca_bundle(&self) -> Result<Option<CaBundle>, CaError> {
+        let files = self.ca.iter().flat_map(|ca| &ca.files);
+        let named = files.map(|path| CaSetting {
+            setting: "registries.toml".to_owned(),
+            path: path.clone(),
+        });
+        ca::load(&named.collect::<Vec<_>>())
+    }
+
     /// Runtimes whose tool in the base image must still be asked.
     #[must_use]
     pub fn needing_base(&self) -> BTreeSet<Runtime> {
@@ -491,104 +505,5 @@ pub fn write_text(path: &Path, text: &str) -> Result<(), RegistriesError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const TEXT: &str = r#"
-version = 1
-[ca]
-files = ["/etc/ca.pem"]
-[runtime.node]
-index = "https://mirror.example.org/npm/"
-hosts = ["mirror.example.org:443"]
-source = "mine"
-[[exception]]
-host = "mirror.example.org"
-range = "10.0.0.0/8"
-[[exception]]
-host = "mirror.example.org"
-range = "192.168.0.0/16"
-allow = false
-"#;
-
-    #[test]
-    fn the_file_is_read_and_written_back() {
-        let file = Registries::parse(TEXT).expect("legal");
-        assert_eq!(
-            file.index(Runtime::Node),
-            Some("https://mirror.example.org/npm/")
-        );
-        assert_eq!(
-            file.rules(Runtime::Node),
-            ["mirror.example.org:443".parse().expect("rule")]
-        );
-        assert_eq!(file.rules(Runtime::Python), []);
-        assert_eq!(
-            file.exceptions().len(),
-            1,
-            "the refused one is not in force"
-        );
-        assert_eq!(Registries::parse(&file.render()).expect("legal"), file);
-        let sealed = file.sealed();
-        assert!(sealed.runtime[&Runtime::Node].is_untouched());
-        let mut changed = Registries::parse(&sealed.render()).expect("legal");
-        assert_eq!(changed, sealed);
-        changed
-            .runtime
-            .get_mut(&Runtime::Node)
-            .expect("there")
-            .hosts
-            .clear();
-        assert!(!changed.runtime[&Runtime::Node].is_untouched());
-    }
-
-    #[test]
-    fn errors_name_the_line() {
-        let cases = [
-            ("version = 1\nhost = 1\n", "line 2"),
-            ("version = 1\n[runtime.cobol]\n", "line 2"),
-            (
-                "version = 1\n[runtime.node]\nhosts = [\"10.0.0.1\"]\n",
-                "line 3",
-            ),
-            (
-                "version = 1\n\n[runtime.node]\nindex = \"https://u:p@mirror.example.org\"\n",
-                "line 4",
-            ),
-            (
-                "version = 1\n[[exception]]\nhost = \"a.example.org\"\nrange = \"10.0.0.0\"\n",
-                "line 4",
-            ),
-        ];
-        for (text, line) in cases {
-            let Err(RegistriesError::Parse(source)) = Registries::parse(text) else {
-                panic!("{text:?} is legal");
-            };
-            assert!(source.to_string().contains(line), "{text:?}: {source}");
-        }
-        assert!(matches!(
-            Registries::parse("version = 2"),
-            Err(RegistriesError::Version { found: 2 })
-        ));
-        let socks = "version = 1\n[proxy]\nhttps = \"socks5://p:1\"\n";
-        assert!(matches!(
-            Registries::parse(socks),
-            Err(RegistriesError::Proxy(_))
-        ));
-    }
-
-    #[test]
-    fn files_are_replaced_whole() {
-        let dir = tempfile::tempdir().expect("dir");
-        let path = dir.path().join("deep/registries.toml");
-        assert_eq!(Registries::load(&path).expect("none"), None);
-        for text in ["version = 1\n", TEXT] {
-            write_text(&path, text).expect("written");
-            assert_eq!(read_text(&path).expect("read").as_deref(), Some(text));
-        }
-        assert_eq!(
-            fs::read_dir(dir.path().join("deep")).expect("list").count(),
-            1
-        );
-    }
-}
+#[path = "file_tests.rs"]
+mod tests;
