@@ -1,6 +1,10 @@
 //! Where results live: the embedded OCI registry and the records of jobs.
 //!
 //! This room decides nothing about builds: it keeps what it is given, proves it is unchanged, and
-//! lets only those read or write whom the wiring named. Read next: [`registry`].
+//! lets only those read or write whom the wiring named. Read next: [`host`] (the interface of the worker
+//! and the command line), [`registry`] (what is behind it).
 
+pub mod host;
 pub mod registry;
+
+pub use host::HostRegistry;

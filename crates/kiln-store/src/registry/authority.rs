@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kiln_core::lease::LeaseRefused;
 use kiln_core::{AttemptId, Lease, TenantName};
+use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
 use super::name::RepoName;
@@ -17,7 +18,8 @@ use super::name::RepoName;
 pub const ATTEMPT_BYTES_MAX: u64 = 20 << 30;
 
 /// What somebody wants to do with a repository.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Action {
     /// Read blobs, manifests, tags and referrers.
     Pull,
@@ -40,7 +42,8 @@ impl Action {
 }
 
 /// Which repositories a grant is about.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Names {
     /// A name and everything below it.
     Tree(String),
@@ -58,7 +61,7 @@ impl Names {
 }
 
 /// Some actions on some repositories.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Grant {
     /// Where.
     pub names: Names,
@@ -125,8 +128,16 @@ impl AttemptAuthority {
         &self.lease
     }
 
-    pub(crate) fn pull_trees(&self) -> &[String] {
+    /// Trees that may be read, the attempt's own quarantine first.
+    #[must_use]
+    pub fn pull_trees(&self) -> &[String] {
         &self.pull
+    }
+
+    /// Bytes this attempt may store.
+    #[must_use]
+    pub fn bytes_max(&self) -> u64 {
+        self.bytes_max
     }
 }
 
@@ -141,7 +152,7 @@ impl fmt::Debug for AttemptAuthority {
 }
 
 /// Somebody who showed a token on the loopback door.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct UserAuthority {
     /// Name, for messages and for keeping upload sessions apart.
     pub name: String,
@@ -168,7 +179,9 @@ impl UserAuthority {
         }
     }
 
-    fn allows(&self, action: Action, repo: &RepoName) -> bool {
+    /// Whether some grant covers the action on the repository.
+    #[must_use]
+    pub fn allows(&self, action: Action, repo: &RepoName) -> bool {
         let covers = |grant: &Grant| grant.actions.contains(&action) && grant.names.cover(repo);
         self.grants.iter().any(covers)
     }
@@ -219,8 +232,19 @@ impl Authority {
                 repo: repo.clone(),
             });
         }
-        match (self, action) {
-            (Self::Attempt(attempt), Action::Push | Action::Delete) => attempt
+        match action {
+            Action::Push | Action::Delete => self.check_live(),
+            Action::Pull => Ok(()),
+        }
+    }
+
+    /// For an attempt: whether its lease is live now. Everybody else has none.
+    ///
+    /// # Errors
+    /// [`StoreError::Lease`].
+    pub fn check_live(&self) -> Result<(), StoreError> {
+        match self {
+            Self::Attempt(attempt) => attempt
                 .check
                 .check(&attempt.lease)
                 .map_err(StoreError::Lease),

@@ -4,24 +4,33 @@
 //! It is not a proxy and not a cache: what is in it was pushed to it. Read next: [`store`] (what lies
 //! where), [`authority`] (who may do what), [`http`] (the protocol).
 
+mod adopt;
 pub mod authority;
 mod durable;
 mod error;
 mod gc;
 pub mod http;
+pub mod loopback;
 pub mod manifest;
 mod name;
 mod quota;
 mod repo;
 pub mod serve;
 pub mod store;
+pub mod token;
 pub mod upload;
 mod verified;
 
-pub use authority::{Action, AttemptAuthority, Authority, LeaseCheck, LeaseTable, UserAuthority};
+pub use adopt::Adopted;
+pub use authority::{
+    ATTEMPT_BYTES_MAX, Action, AttemptAuthority, Authority, Grant, LeaseCheck, LeaseTable, Names,
+    UserAuthority,
+};
 pub use durable::FaultHook;
 pub use error::{ErrorKind, StoreError};
 pub use gc::{Collected, GRACE_DEFAULT, Scrubbed, Stats};
+pub use loopback::{BindError, LoopbackConfig};
 pub use name::{ParseReferenceError, ParseRepoError, Reference, RepoName};
 pub use repo::{PutManifest, StoredManifest};
 pub use store::{BlobFile, OpenError, Store, StoreConfig};
+pub use token::{Secret, SecretError};

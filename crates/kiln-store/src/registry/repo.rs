@@ -17,7 +17,7 @@ use super::quota::{Account, NAME_CHARGE};
 use super::store::{Store, is_there};
 
 /// Most names read from one directory into memory: tags or referrers of one repository.
-pub const NAMES_MAX: usize = 200_000;
+pub(super) const NAMES_MAX: usize = 200_000;
 /// Longest record of the store's own read back, bytes (a referrer's annotations are the bulk).
 const RECORD_BYTES_MAX: u64 = MANIFEST_BYTES_MAX + 4096;
 
@@ -229,6 +229,18 @@ impl Store {
                 .and_then(|text| text.trim_end().parse().ok()),
         };
         digest.ok_or_else(|| unknown_manifest(repo, reference))
+    }
+
+    /// Gives the digest back when the repository holds a manifest of it.
+    pub(crate) fn require_manifest(
+        &self,
+        repo: &RepoName,
+        digest: &Digest,
+    ) -> Result<Digest, StoreError> {
+        match self.read_link(repo, digest)? {
+            Some(_) => Ok(*digest),
+            None => Err(unknown_manifest(repo, &Reference::Digest(*digest))),
+        }
     }
 
     /// Reads a manifest; its bytes have the digest that is returned.

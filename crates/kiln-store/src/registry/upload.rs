@@ -190,6 +190,12 @@ impl Store {
         Ok(upload)
     }
 
+    /// Drops a session of host code, if it is still there.
+    pub(crate) fn cancel_upload(&self, id: &str) {
+        let dropped = self.uploads.lock().remove(id);
+        drop(dropped);
+    }
+
     fn reserve_slot(&self, id: &str, repo: &RepoName, owner: &str) -> Result<(), StoreError> {
         let mut slots = self.uploads.lock();
         let mine = slots.values().filter(|slot| slot.owner() == owner).count();

@@ -15,6 +15,7 @@ pub(crate) type Answer = Response<Bytes>;
 /// One connection.
 pub(crate) struct Client {
     sender: hyper::client::conn::http1::SendRequest<Full<Bytes>>,
+    host: String,
 }
 
 impl Client {
@@ -23,7 +24,14 @@ impl Client {
     ) -> Result<Self> {
         let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await?;
         tokio::spawn(connection);
-        Ok(Self { sender })
+        let host = "registry.kiln.internal".to_owned();
+        Ok(Self { sender, host })
+    }
+
+    /// Names another host in its requests.
+    pub(crate) fn with_host(mut self, host: &str) -> Self {
+        host.clone_into(&mut self.host);
+        self
     }
 
     pub(crate) async fn send(
@@ -36,7 +44,7 @@ impl Client {
         let mut request = Request::builder()
             .method(method)
             .uri(path)
-            .header("host", "registry.kiln.internal");
+            .header("host", &self.host);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }

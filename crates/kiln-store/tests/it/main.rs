@@ -7,5 +7,9 @@
 )]
 
 mod client;
+mod guest;
+mod host_api;
+mod loopback;
 mod push_pull;
 mod room;
+mod skopeo;

@@ -1,5 +1,7 @@
 //! Answers of the registry's HTTP interface, and errors in the spec's JSON form.
 
+use std::fmt;
+
 use axum::body::Body;
 use axum::response::Response;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, LOCATION, RETRY_AFTER};
@@ -38,14 +40,14 @@ impl Answer {
     }
 
     /// Sets a header. Values that are not legal in HTTP are left out; kiln's own always are.
-    pub(crate) fn header(mut self, name: HeaderName, value: impl ToString) -> Self {
+    pub(crate) fn header(mut self, name: HeaderName, value: impl fmt::Display) -> Self {
         if let Ok(value) = HeaderValue::try_from(value.to_string()) {
             self.0.headers_mut().insert(name, value);
         }
         self
     }
 
-    pub(crate) fn location(self, path: impl ToString) -> Self {
+    pub(crate) fn location(self, path: impl fmt::Display) -> Self {
         self.header(LOCATION, path)
     }
 

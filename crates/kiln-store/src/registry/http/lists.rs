@@ -1,12 +1,11 @@
 //! Lists, in pages: tags, referrers, and the repositories the caller may read.
 
-use axum::response::Response;
 use http::StatusCode;
 use http::header::LINK;
 use kiln_core::Digest;
 use serde_json::json;
 
-use super::answer::{self, Answer, FILTERS_APPLIED};
+use super::answer::{Answer, FILTERS_APPLIED};
 use super::transfer::blocking;
 use super::{Asked, Handled};
 use crate::registry::authority::Action;
@@ -35,13 +34,9 @@ fn page(names: Vec<String>, n: Option<usize>, last: Option<&str>) -> Page {
     Page { names, more }
 }
 
-fn n_of(asked: &Asked) -> Result<Option<usize>, Response> {
-    let Some(text) = asked.query("n") else {
-        return Ok(None);
-    };
-    text.parse()
-        .map(Some)
-        .map_err(|_| answer::error(StatusCode::BAD_REQUEST, "UNSUPPORTED", "n must be a number"))
+/// What the client asked for; a text that is no number counts as absent, as the spec allows.
+fn n_of(asked: &Asked) -> Option<usize> {
+    asked.query("n")?.parse().ok()
 }
 
 fn paged(path: &str, n: Option<usize>, page: &Page) -> Answer {
@@ -57,10 +52,7 @@ fn paged(path: &str, n: Option<usize>, page: &Page) -> Answer {
 
 pub(super) async fn tags(asked: Asked, repo: RepoName) -> Handled {
     asked.authority.check(Action::Pull, &repo)?;
-    let n = match n_of(&asked) {
-        Ok(n) => n,
-        Err(refusal) => return Ok(refusal),
-    };
+    let n = n_of(&asked);
     let (store, name) = (asked.store.clone(), repo.clone());
     let tags = blocking(move || store.tags(&name)).await?;
     let page = page(tags, n, asked.query("last").as_deref());
@@ -69,10 +61,7 @@ pub(super) async fn tags(asked: Asked, repo: RepoName) -> Handled {
 }
 
 pub(super) async fn catalog(asked: Asked) -> Handled {
-    let n = match n_of(&asked) {
-        Ok(n) => n,
-        Err(refusal) => return Ok(refusal),
-    };
+    let n = n_of(&asked);
     let store = asked.store.clone();
     let repos = blocking(move || store.repositories(None)).await?;
     let readable = repos

@@ -1,0 +1,234 @@
+//! The host's interface, as owner and attached, and what happens when the owner goes away.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Result;
+use http::{Method, StatusCode};
+use kiln_core::Digest;
+use kiln_store::HostRegistry;
+use kiln_store::host::{HostConfig, HostError, Publish};
+use kiln_store::registry::manifest::OCI_MANIFEST;
+use kiln_store::registry::{AttemptAuthority, Authority, ErrorKind, Reference, RepoName};
+use tokio::io::AsyncReadExt;
+
+use crate::client::{Client, code, digest_of, header, manifest};
+use crate::room::{Room, lease};
+
+async fn open(dir: &Path) -> Result<HostRegistry> {
+    Ok(HostRegistry::open_or_attach(dir, HostConfig::default()).await?)
+}
+
+async fn connect(host: &HostRegistry, authority: Authority) -> Result<Client> {
+    let (ours, theirs) = tokio::io::duplex(64 << 10);
+    let host = host.clone();
+    tokio::spawn(async move { host.serve_connection(theirs, authority).await });
+    Client::over(ours).await
+}
+
+fn repo(text: &str) -> RepoName {
+    text.parse().unwrap()
+}
+
+async fn read(host: &HostRegistry, name: &RepoName, digest: &Digest) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    host.open_blob(name, digest)
+        .await?
+        .into_reader()
+        .read_to_end(&mut bytes)
+        .await?;
+    Ok(bytes)
+}
+
+/// The same life of an image, whoever owns the registry.
+async fn whole_life(host: &HostRegistry, own: &str) -> Result<()> {
+    let from = repo(&format!("quarantine/{own}/1"));
+    let to = repo(&format!("t/local/{own}"));
+    let layer = own.repeat(400_000).into_bytes();
+    let (digest, size) = host
+        .put_blob(&from, std::io::Cursor::new(layer.clone()), None)
+        .await?;
+    assert_eq!((digest, size), (Digest::of(&layer), layer.len() as u64));
+    let wrong = host.put_blob(&from, &b"evil"[..], Some(digest)).await;
+    assert_eq!(wrong.unwrap_err().kind(), ErrorKind::Invalid);
+    host.put_blob(&from, &b"{}"[..], None).await?;
+    let image = manifest(b"{}", &[&layer]);
+    let pushed = Reference::Tag("pushed".to_owned());
+    let bytes = serde_json::to_vec(&image)?;
+    let manifest = host
+        .put_manifest(&from, &pushed, OCI_MANIFEST, bytes)
+        .await?;
+    assert_eq!(manifest, digest_of(&image));
+    assert!(!host.has_blob(&to, &digest).await?);
+    assert!(
+        host.open_blob(&to, &digest)
+            .await
+            .unwrap_err()
+            .is_not_found()
+    );
+    let publish = Publish {
+        from: from.clone(),
+        manifest,
+        to: to.clone(),
+        tags: vec!["v1".to_owned(), "latest".to_owned()],
+    };
+    let published = host.publish(&publish, None).await?;
+    assert!(published.bytes > size);
+    assert_eq!(host.list_tags(&to).await?, ["latest", "v1"]);
+    assert_eq!(read(host, &to, &digest).await?, layer);
+    let tag = Reference::Tag("v1".to_owned());
+    assert_eq!(host.resolve(&to, &tag).await?, manifest);
+    assert_eq!(host.get_manifest(&to, &tag).await?.digest, manifest);
+    let job = repo(&format!("quarantine/{own}"));
+    assert_eq!(host.list_repositories(Some(&job)).await?, [from.clone()]);
+    host.delete_tree(&job).await?;
+    assert!(host.delete_tree(&job).await.unwrap_err().is_not_found());
+    assert_eq!(host.list_repositories(Some(&job)).await?, []);
+    assert_eq!(
+        read(host, &to, &digest).await?,
+        layer,
+        "published images stay"
+    );
+    host.delete(&to, &Reference::Tag("latest".to_owned()))
+        .await?;
+    assert_eq!(host.list_tags(&to).await?, ["v1"]);
+    host.delete(&to, &Reference::Digest(manifest)).await?;
+    let collected = host.gc(Duration::ZERO).await?;
+    assert!(
+        collected.contents >= 2 && collected.bytes > size,
+        "{collected:?}"
+    );
+    assert!(
+        host.get_manifest(&to, &tag)
+            .await
+            .unwrap_err()
+            .is_not_found()
+    );
+    assert_eq!(host.scrub().await?.corrupt, []);
+    Ok(())
+}
+
+#[tokio::test]
+async fn owner_and_attached_have_the_same_interface() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    // Longer than the path of a unix socket may be.
+    let path = dir.path().join("d".repeat(120)).join("registry");
+    let owner = open(&path).await?;
+    let attached = open(&path).await?;
+    assert!(owner.is_owner().await && !attached.is_owner().await);
+    assert_eq!(attached.about().await?.pid, std::process::id());
+    whole_life(&owner, "one").await?;
+    whole_life(&attached, "two").await?;
+    assert_eq!(owner.stats().await?.contents, 0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_attached_process_takes_over_when_the_owner_goes() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let owner = open(dir.path()).await?;
+    let attached = open(dir.path()).await?;
+    let third = open(dir.path()).await?;
+    let name = repo("t/local/app");
+    let (digest, _) = attached.put_blob(&name, &b"kept"[..], None).await?;
+    drop(owner);
+    assert_eq!(read(&attached, &name, &digest).await?, b"kept");
+    assert!(attached.is_owner().await);
+    assert_eq!(read(&third, &name, &digest).await?, b"kept");
+    assert!(!third.is_owner().await);
+    drop(attached);
+    let mut guest = connect(&third, Authority::Operator).await?;
+    let path = format!("/v2/{name}/blobs/{digest}");
+    assert_eq!(guest.get(&path).await?.body().as_ref(), b"kept");
+    assert!(third.is_owner().await);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_guest_is_served_alike_through_an_attached_process() -> Result<()> {
+    let room = Room::new()?;
+    let dir = room.dir.path().join("shared-registry");
+    let _owner = open(&dir).await?;
+    let attached = open(&dir).await?;
+    let authority = room.guest("b1");
+    let mut guest = connect(&attached, Authority::Attempt(authority.clone())).await?;
+    let layer = vec![7; 2_000_000];
+    for bytes in [&layer[..], b"{}"] {
+        let pushed = guest.push_blob("quarantine/b1/1", bytes).await?;
+        assert_eq!(pushed.status(), StatusCode::CREATED, "{}", code(&pushed));
+    }
+    let image = manifest(b"{}", &[&layer]);
+    let put = guest.push_manifest("quarantine/b1/1", "x", &image).await?;
+    assert_eq!(put.status(), StatusCode::CREATED, "{}", code(&put));
+    assert_eq!(code(&guest.push_blob("t/local/app", b"x").await?), "DENIED");
+    for path in ["/_kiln/call", "/v2/../_kiln/call", "//_kiln/call"] {
+        let headers = [("kiln-authority", "\"operator\"")];
+        let body = br#"{"call":"stats"}"#;
+        let refused = guest.send(Method::POST, path, &headers, body).await?;
+        assert!(
+            refused.status().is_client_error(),
+            "{path}: {}",
+            refused.status()
+        );
+    }
+    let headers = [("kiln-authority", "\"operator\"")];
+    let claimed = guest
+        .send(
+            Method::POST,
+            "/v2/t/local/app/blobs/uploads/",
+            &headers,
+            b"",
+        )
+        .await?;
+    assert_eq!(code(&claimed), "DENIED", "a guest cannot say who it is");
+
+    let publish = Publish {
+        from: repo("quarantine/b1/1"),
+        manifest: digest_of(&image),
+        to: repo("t/local/app"),
+        tags: vec!["v1".to_owned()],
+    };
+    let stale = AttemptAuthority::new(lease("b1", 0), room.leases.clone());
+    let refused = attached.publish(&publish, Some(&stale)).await;
+    assert!(matches!(refused, Err(HostError::Store(_))), "{refused:?}");
+    attached.publish(&publish, Some(&authority)).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_lease_that_ends_during_a_forwarded_body_stops_its_commit() -> Result<()> {
+    let room = Room::new()?;
+    let dir = room.dir.path().join("shared-registry");
+    let owner = open(&dir).await?;
+    let attached = open(&dir).await?;
+    let authority = Authority::Attempt(room.guest("b1"));
+    let mut guest = connect(&attached, authority).await?;
+    let uploads = "/v2/quarantine/b1/1/blobs/uploads/";
+    let begun = guest.send(Method::POST, uploads, &[], b"").await?;
+    let location = header(&begun, "location")?.to_owned();
+    room.leases.end(&lease("b1", 1).attempt);
+    let path = format!("{location}?digest={}", Digest::of(b"layer"));
+    let refused = guest.send(Method::PUT, &path, &[], b"layer").await?;
+    assert_eq!(code(&refused), "DENIED");
+    assert_eq!(owner.stats().await?.contents, 0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_newer_layout_is_refused_clearly() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    std::fs::write(dir.path().join("VERSION"), "kiln-registry 99\n")?;
+    let error = HostRegistry::open_or_attach(dir.path(), HostConfig::default()).await;
+    let text = error.unwrap_err().to_string();
+    assert!(
+        text.contains("kiln-registry 99") && text.contains("newer"),
+        "{text}"
+    );
+    let foreign = tempfile::tempdir()?;
+    std::fs::write(foreign.path().join("thesis.tex"), "precious")?;
+    assert!(
+        open(foreign.path()).await.is_err(),
+        "never moves in with other files"
+    );
+    Ok(())
+}
