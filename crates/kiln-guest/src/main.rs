@@ -1,3 +1,43 @@
 //! PID 1 of a machine: mounts, commands, trees, forwards, DNS and egress.
+//!
+//! One static binary with two names: as PID 1 it boots the machine and serves its channel for ever; called as
+//! `kiln-runc` it stands between BuildKit and runc. It decides nothing about policy: it asks the host.
+//! Read next: `boot` (power-on to channel), `serve` (sessions and streams), `orders` (what the host can ask).
 
-fn main() {}
+mod boot;
+mod cgroup;
+mod channel;
+mod error;
+mod exec;
+mod fd;
+mod identity;
+mod log;
+mod modules;
+mod orders;
+mod reaper;
+mod serve;
+mod state;
+mod uevent;
+
+use std::process::ExitCode;
+
+use rustix::process::Pid;
+
+/// Exit code for a call that makes no sense.
+const USAGE: u8 = 64;
+
+fn main() -> ExitCode {
+    if rustix::process::getpid() != Pid::INIT {
+        log::raw("kiln-guest: this program is PID 1 of a machine and does nothing elsewhere");
+        return ExitCode::from(USAGE);
+    }
+    std::panic::set_hook(Box::new(|info| boot::die(&info.to_string())));
+    let booted = match boot::boot() {
+        Ok(booted) => booted,
+        Err(error) => boot::die(&error::chain(&error)),
+    };
+    match serve::run(booted) {
+        Ok(never) => match never {},
+        Err(error) => boot::die(&error::chain(&error)),
+    }
+}

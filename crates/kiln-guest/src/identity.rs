@@ -1,0 +1,255 @@
+//! A clone's new identity: entropy, clock, boot id, machine-id, host name; everything is read back.
+//!
+//! The kernel's boot id is made when it is first read. Nothing here reads it before the machine has its own, so a
+//! clone's kernel never holds its template's: what containers see in their own `/proc` is fresh as well.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::time::Duration;
+
+use kiln_proto::msg::{GuestError, Identity, Reidentified};
+use rustix::mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount};
+use rustix::system::{sethostname, uname};
+use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
+
+use crate::error::{Context, SysError, invalid};
+use crate::orders;
+use crate::state::Guest;
+
+/// Bytes of entropy in a seed.
+const SEED_LEN: usize = 32;
+/// `RNDADDENTROPY` of random(4).
+const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+/// `RNDRESEEDCRNG` of random(4).
+const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+/// Bytes read back from the generator.
+const SAMPLE_LEN: usize = 16;
+/// Where the kernel shows its boot id.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// Where ours is kept.
+const OWN_BOOT_ID: &str = "/run/kiln/boot_id";
+/// The machine-id of systemd and of D-Bus.
+const MACHINE_ID: &str = "/etc/machine-id";
+const DBUS_MACHINE_ID: &str = "/var/lib/dbus/machine-id";
+/// Longest host name.
+const HOSTNAME_MAX: usize = 63;
+
+/// The boot id this machine was given; empty before that.
+pub(crate) fn known_boot_id() -> String {
+    fs::read_to_string(OWN_BOOT_ID)
+        .unwrap_or_default()
+        .trim()
+        .to_owned()
+}
+
+/// Bytes of hexadecimal text of exactly that length.
+fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    if text.len() != 2 * N || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    let mut bytes = [0; N];
+    for (index, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&text[2 * index..2 * index + 2], 16).ok()?;
+    }
+    Some(bytes)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _infallible = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn is_uuid(text: &str) -> bool {
+    let hyphens = [8, 13, 18, 23];
+    text.len() == 36
+        && text.bytes().enumerate().all(|(at, byte)| {
+            if hyphens.contains(&at) {
+                byte == b'-'
+            } else {
+                byte.is_ascii_hexdigit()
+            }
+        })
+}
+
+fn is_hostname(text: &str) -> bool {
+    (1..=HOSTNAME_MAX).contains(&text.len())
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+}
+
+/// Takes the identity. The workload is frozen.
+pub(crate) async fn take(guest: &Guest, identity: Identity) -> Result<Reidentified, GuestError> {
+    let ran = orders::usage(guest).saturating_sub(
+        guest
+            .frozen_usage
+            .load(std::sync::atomic::Ordering::Relaxed),
+    );
+    let seed: [u8; SEED_LEN] =
+        unhex(&identity.seed).ok_or_else(|| invalid("a seed has 64 hex digits"))?;
+    if !is_uuid(&identity.boot_id) {
+        return Err(invalid("a boot id is a UUID with hyphens"));
+    }
+    if unhex::<16>(&identity.machine_id).is_none() {
+        return Err(invalid("a machine-id has 32 hex digits"));
+    }
+    if !is_hostname(&identity.hostname) {
+        return Err(invalid("the host name is no label of DNS"));
+    }
+    let work = move || apply(&identity, &seed, ran);
+    let taken = tokio::task::spawn_blocking(work).await;
+    taken
+        .map_err(|error| invalid(error.to_string()))?
+        .map_err(GuestError::from)
+}
+
+fn apply(identity: &Identity, seed: &[u8; SEED_LEN], ran: u64) -> Result<Reidentified, SysError> {
+    let (entropy_added, reseeded) = reseed(seed)?;
+    set_clock(identity.wall_unix_ns)?;
+    set_boot_id(&identity.boot_id)?;
+    set_machine_id(&identity.machine_id)?;
+    sethostname(identity.hostname.as_bytes()).context(|| "set the host name".to_owned())?;
+    write_hosts(&identity.hostname)?;
+    let mut sample = [0; SAMPLE_LEN];
+    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut sample));
+    read.context(|| "read random bytes".to_owned())?;
+    let text = |path: &str| {
+        fs::read_to_string(path)
+            .map(|t| t.trim().to_owned())
+            .context(|| format!("read {path}"))
+    };
+    Ok(Reidentified {
+        entropy_added,
+        reseeded,
+        sample: hex(&sample),
+        wall_unix_ns: wall_ns(),
+        boot_id: text(BOOT_ID)?,
+        machine_id: text(MACHINE_ID)?,
+        hostname: uname().nodename().to_string_lossy().into_owned(),
+        workload_ran: ran,
+    })
+}
+
+/// Mixes the seed in with credit, then makes the kernel's generator use it. Credit alone does not.
+#[expect(unsafe_code, reason = "rustix has no ioctls of random(4)")]
+fn reseed(seed: &[u8; SEED_LEN]) -> Result<(bool, bool), SysError> {
+    #[repr(C)]
+    struct Pool {
+        entropy_bits: libc::c_int,
+        len: libc::c_int,
+        seed: [u8; SEED_LEN],
+    }
+    let len = SEED_LEN as libc::c_int;
+    let pool = Pool {
+        entropy_bits: 8 * len,
+        len,
+        seed: *seed,
+    };
+    let random = File::options().write(true).open("/dev/random");
+    let random = random.context(|| "open /dev/random".to_owned())?;
+    // SAFETY: the structure is rand_pool_info followed by `len` bytes and outlives the call.
+    let added = unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const pool) } == 0;
+    // SAFETY: this ioctl has no argument.
+    let reseeded = unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) } == 0;
+    Ok((added, reseeded))
+}
+
+fn wall_ns() -> u64 {
+    let now = clock_gettime(ClockId::Realtime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000) + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+fn set_clock(unix_ns: u64) -> Result<(), SysError> {
+    let time = Duration::from_nanos(unix_ns);
+    let time = Timespec {
+        tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(time.subsec_nanos()),
+    };
+    clock_settime(ClockId::Realtime, time).context(|| "set the clock".to_owned())
+}
+
+/// A file over the kernel's: the kernel has no way to change its own.
+fn set_boot_id(id: &str) -> Result<(), SysError> {
+    let _none_before = unmount(BOOT_ID, UnmountFlags::DETACH);
+    fs::write(OWN_BOOT_ID, format!("{id}\n")).context(|| format!("write {OWN_BOOT_ID}"))?;
+    mount_bind(OWN_BOOT_ID, BOOT_ID).context(|| format!("cover {BOOT_ID}"))?;
+    let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID;
+    mount_remount(BOOT_ID, flags, "").context(|| format!("cover {BOOT_ID} read-only"))
+}
+
+fn set_machine_id(id: &str) -> Result<(), SysError> {
+    fs::create_dir_all("/etc").context(|| "make /etc".to_owned())?;
+    replace(MACHINE_ID, &format!("{id}\n"))?;
+    if Path::new(DBUS_MACHINE_ID)
+        .parent()
+        .is_some_and(Path::is_dir)
+    {
+        replace(DBUS_MACHINE_ID, &format!("{id}\n"))?;
+    }
+    Ok(())
+}
+
+/// Who this machine is, in its own hosts file.
+pub(crate) fn write_hosts(hostname: &str) -> Result<(), SysError> {
+    fs::create_dir_all("/etc").context(|| "make /etc".to_owned())?;
+    replace("/etc/hosts", &hosts(hostname))?;
+    replace("/etc/hostname", &format!("{hostname}\n"))
+}
+
+/// The text of a hosts file.
+pub(crate) fn hosts(hostname: &str) -> String {
+    format!("127.0.0.1 localhost {hostname}\n")
+}
+
+/// Replaces a file of the root disk as a whole, whatever it was (often a symlink).
+pub(crate) fn replace(path: &str, text: &str) -> Result<(), SysError> {
+    let fresh = format!("{path}.kiln");
+    let _none_before = fs::remove_file(&fresh);
+    let written = File::create_new(&fresh).and_then(|mut file| {
+        use std::os::unix::fs::PermissionsExt;
+        file.set_permissions(fs::Permissions::from_mode(0o644))?;
+        file.write_all(text.as_bytes())
+    });
+    written
+        .and_then(|()| fs::rename(&fresh, path))
+        .context(|| format!("write {path}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_well_formed_identities_pass() {
+        assert_eq!(unhex::<2>("0aFF"), Some([10, 255]));
+        for bad in ["", "0a", "0aFFF", "0aF+", "+aFF"] {
+            assert_eq!(unhex::<2>(bad), None, "{bad}");
+        }
+        assert_eq!(hex(&[0, 255, 16]), "00ff10");
+        assert!(is_uuid("01234567-89ab-cdef-0123-456789abcdef"));
+        assert!(!is_uuid("01234567-89ab-cdef-0123-456789abcde/"));
+        assert!(!is_uuid("0123456789abcdef0123456789abcdef"));
+        assert!(is_hostname("kiln-1") && is_hostname("a"));
+        for bad in ["", "-a", "a-", "a.b", "a b", &"x".repeat(64)] {
+            assert!(!is_hostname(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_replaced_even_when_it_is_a_dangling_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("resolv.conf");
+        std::os::unix::fs::symlink("/nonexistent/target", &path).unwrap();
+        replace(path.to_str().unwrap(), "nameserver\n").unwrap();
+        assert!(!path.is_symlink());
+        assert_eq!(fs::read_to_string(&path).unwrap(), "nameserver\n");
+    }
+}

@@ -1,0 +1,178 @@
+//! What the host can ask of the machine, one function each.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use kiln_proto::msg::{
+    CallResult, GuestError, GuestEvent, MachineStats, Order, OrderReply, Quiesced,
+};
+use rustix::system::{RebootCommand, reboot, sysinfo};
+
+use crate::cgroup::{Cgroup, Watch};
+use crate::error::{SysError, chain, invalid};
+use crate::state::Guest;
+use crate::{exec, identity, log};
+
+/// How long freezing and thawing may take.
+const FREEZE_WAIT: Duration = Duration::from_secs(10);
+/// Memory that stays outside the workload: the kernel, the guest, its buffers.
+const MEMORY_RESERVE: u64 = 64 * 1024 * 1024;
+/// The reserve is at most this part of all memory.
+const MEMORY_RESERVE_PART: u64 = 8;
+/// Processes and threads of the workload unless the host says otherwise.
+const PIDS_MAX: u64 = 16_384;
+/// How long processes may take to end at power-off before they are killed.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+
+/// Carries out one order.
+pub(crate) async fn carry_out(guest: Arc<Guest>, order: Order) -> CallResult {
+    match order {
+        Order::Quiesce => quiesce(&guest).await.map(OrderReply::Quiesced),
+        Order::Reidentify(identity) => {
+            freeze(&guest).await?;
+            identity::take(&guest, identity)
+                .await
+                .map(OrderReply::Reidentified)
+        }
+        Order::Thaw => {
+            guest.workload.thaw(FREEZE_WAIT).await?;
+            Ok(OrderReply::Done)
+        }
+        Order::SetLimits {
+            memory_max,
+            pids_max,
+        } => {
+            bound_workload(&guest, memory_max, pids_max)?;
+            Ok(OrderReply::Done)
+        }
+        Order::Stats => Ok(OrderReply::Stats(stats(&guest))),
+        Order::Shutdown => shut_down(&guest).await,
+        other => Err(invalid(format!("not known here: {other:?}"))),
+    }
+}
+
+/// Memory in this machine, bytes.
+fn memory_total() -> u64 {
+    let info = sysinfo();
+    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit))
+}
+
+/// The workload's bound: what was asked, at most what the machine has less a reserve.
+fn workload_memory(asked: u64, total: u64) -> u64 {
+    let most = total - MEMORY_RESERVE.min(total / MEMORY_RESERVE_PART);
+    if asked == 0 { most } else { asked.min(most) }
+}
+
+/// Bounds the workload as a whole; 0 means what is usual.
+pub(crate) fn bound_workload(guest: &Guest, memory: u64, pids: u64) -> Result<(), SysError> {
+    guest
+        .workload
+        .limit_memory(workload_memory(memory, memory_total()))?;
+    guest
+        .workload
+        .limit_pids(if pids == 0 { PIDS_MAX } else { pids })
+}
+
+/// Freezes the workload and remembers how much it had run until then.
+async fn freeze(guest: &Guest) -> Result<(), SysError> {
+    if guest.is_frozen() {
+        return Ok(());
+    }
+    guest.workload.freeze(FREEZE_WAIT).await?;
+    guest.frozen_usage.store(usage(guest), Ordering::Relaxed);
+    Ok(())
+}
+
+/// CPU time of the workload, microseconds.
+pub(crate) fn usage(guest: &Guest) -> u64 {
+    guest.workload.value("cpu.stat", "usage_usec")
+}
+
+async fn quiesce(guest: &Arc<Guest>) -> Result<Quiesced, GuestError> {
+    guest.prepared().await;
+    freeze(guest).await?;
+    let synced = tokio::task::spawn_blocking(rustix::fs::sync).await;
+    synced.map_err(|error| invalid(error.to_string()))?;
+    Ok(Quiesced {
+        frozen: guest.workload.value("cgroup.events", "frozen") == 1,
+        open_streams: guest.open_streams().saturating_sub(1),
+        secret_issued: guest.secret_issued.load(Ordering::Relaxed),
+        job_ran: guest.job_ran.load(Ordering::Relaxed),
+    })
+}
+
+fn stats(guest: &Guest) -> MachineStats {
+    let workload = &guest.workload;
+    MachineStats {
+        memory_bytes: workload.number("memory.current"),
+        memory_peak: workload.number("memory.peak"),
+        cpu_ms: usage(guest) / 1000,
+        oom_kills: workload.value("memory.events", "oom_kill"),
+        state_bytes_free: 0,
+    }
+}
+
+/// Tells the host about every OOM kill in the workload, for ever.
+pub(crate) async fn watch_memory(workload: Cgroup) {
+    let mut watch = match Watch::new(&workload.path().join("memory.events")) {
+        Ok(watch) => watch,
+        Err(error) => return log::error(&chain(&error)),
+    };
+    let mut told: Vec<(String, u64)> = Vec::new();
+    while watch.changed().await.is_ok() {
+        let now = workload.oom_kills();
+        for (cgroup, count) in &now {
+            if !told.contains(&(cgroup.clone(), *count)) {
+                log::emit(GuestEvent::OomKill {
+                    cgroup: cgroup.clone(),
+                    count: *count,
+                });
+            }
+        }
+        told = now;
+    }
+}
+
+async fn shut_down(guest: &Arc<Guest>) -> CallResult {
+    let _already = guest.workload.thaw(FREEZE_WAIT).await;
+    stop_all(guest).await;
+    rustix::fs::sync();
+    Ok(OrderReply::Done)
+}
+
+/// Switches the machine off. Returns only when that fails.
+pub(crate) fn power_off() {
+    if let Err(error) = reboot(RebootCommand::PowerOff) {
+        log::error(&format!("the machine does not power off: {error}"));
+    }
+}
+
+/// Ends every process of the workload: asked first, then killed.
+#[expect(unsafe_code, reason = "a signal to all processes")]
+async fn stop_all(guest: &Guest) {
+    // SAFETY: plain system call without pointers; PID 1 itself is never meant by -1.
+    let _none_left = unsafe { libc::kill(-1, libc::SIGTERM) };
+    if guest.workload.emptied(STOP_GRACE).await.is_err() {
+        let _gone = guest.workload.kill();
+        if let Err(error) = guest.workload.emptied(exec::KILL_WAIT).await {
+            log::warn(&chain(&error));
+        }
+    }
+    // SAFETY: as above.
+    let _none_left = unsafe { libc::kill(-1, libc::SIGKILL) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_workload_leaves_a_reserve() {
+        const MIB: u64 = 1024 * 1024;
+        assert_eq!(workload_memory(0, 2048 * MIB), 1984 * MIB);
+        assert_eq!(workload_memory(0, 128 * MIB), 112 * MIB);
+        assert_eq!(workload_memory(100 * MIB, 2048 * MIB), 100 * MIB);
+        assert_eq!(workload_memory(9999 * MIB, 2048 * MIB), 1984 * MIB);
+    }
+}

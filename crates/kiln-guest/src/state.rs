@@ -1,0 +1,98 @@
+//! What all parts of the guest share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use kiln_proto::msg::feature;
+use tokio::sync::watch;
+
+use crate::cgroup::Cgroup;
+use crate::reaper::Reaper;
+
+/// Name of the workload's cgroup.
+pub(crate) const WORKLOAD: &str = "workload";
+
+/// The state of the machine, one for the whole process.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    /// Starts and reaps children.
+    pub(crate) reaper: Reaper,
+    /// Everything that is not the guest itself.
+    pub(crate) workload: Cgroup,
+    /// The root disk is mounted.
+    pub(crate) has_root: bool,
+    /// A secret was given to this machine.
+    pub(crate) secret_issued: AtomicBool,
+    /// A job's command ran in this machine.
+    pub(crate) job_ran: AtomicBool,
+    /// CPU time of the workload when it was last frozen, microseconds.
+    pub(crate) frozen_usage: AtomicU64,
+    streams: AtomicU32,
+    execs: AtomicU64,
+    prepared: watch::Sender<bool>,
+}
+
+impl Guest {
+    /// The state right after boot.
+    pub(crate) fn new(has_root: bool) -> Self {
+        Self {
+            reaper: Reaper::default(),
+            workload: Cgroup::at(WORKLOAD),
+            has_root,
+            secret_issued: AtomicBool::new(false),
+            job_ran: AtomicBool::new(false),
+            frozen_usage: AtomicU64::new(0),
+            streams: AtomicU32::new(0),
+            execs: AtomicU64::new(0),
+            prepared: watch::channel(false).0,
+        }
+    }
+
+    /// A number for the next command.
+    pub(crate) fn next_exec(&self) -> u64 {
+        self.execs.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Streams being served now.
+    pub(crate) fn open_streams(&self) -> u32 {
+        self.streams.load(Ordering::Relaxed)
+    }
+
+    /// Counts a stream for as long as the result lives.
+    pub(crate) fn count_stream(self: &Arc<Self>) -> StreamCount {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        StreamCount(Arc::clone(self))
+    }
+
+    /// Says that what boots in the background is done.
+    pub(crate) fn set_prepared(&self) {
+        self.prepared.send_replace(true);
+    }
+
+    /// Waits for what boots in the background.
+    pub(crate) async fn prepared(&self) {
+        let mut prepared = self.prepared.subscribe();
+        let _sender_lives_in_self = prepared.wait_for(|done| *done).await;
+    }
+
+    /// True while the workload is frozen or being frozen.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.workload.number("cgroup.freeze") == 1
+    }
+
+    /// What this guest can do here.
+    pub(crate) fn features(&self) -> Vec<&'static str> {
+        let features = vec![feature::REIDENTIFY, feature::EXEC, feature::TTY];
+        features
+    }
+}
+
+/// See [`Guest::count_stream`].
+#[derive(Debug)]
+pub(crate) struct StreamCount(Arc<Guest>);
+
+impl Drop for StreamCount {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}

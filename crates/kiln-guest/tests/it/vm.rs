@@ -1,0 +1,224 @@
+//! Starts a machine under QEMU and opens a session with its guest.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use kiln_proto::hello::Hello;
+use kiln_proto::session::{Session, SessionLimits};
+use kiln_proto::stream::Incoming;
+use tempfile::TempDir;
+
+/// Longest boot.
+const BOOT: Duration = Duration::from_secs(60);
+
+/// Where the parts of a machine lie; `None` (and a word) when they are not given.
+pub(crate) fn parts() -> Option<(PathBuf, PathBuf)> {
+    let parts = std::env::var_os("KILN_TEST_VM").zip(std::env::var_os("KILN_TEST_GUEST"));
+    if parts.is_none() {
+        println!("skipped: KILN_TEST_VM and KILN_TEST_GUEST are not set");
+    }
+    parts.map(|(vm, guest)| (vm.into(), guest.into()))
+}
+
+/// A running machine; killed when dropped.
+pub(crate) struct Vm {
+    qemu: Child,
+    pub(crate) dir: TempDir,
+    started: Instant,
+}
+
+/// What to attach.
+#[derive(Default)]
+pub(crate) struct Spec {
+    pub(crate) root: bool,
+    /// Serial numbers and sizes of new disks.
+    pub(crate) disks: Vec<(&'static str, u64)>,
+    pub(crate) memory_mib: u32,
+}
+
+fn cpio_entry(out: &mut Vec<u8>, name: &str, mode: u32, data: &[u8]) {
+    let header = format!(
+        "070701{:08x}{mode:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}{:08x}",
+        out.len() + 1,
+        0,
+        0,
+        1,
+        0,
+        data.len(),
+        0,
+        0,
+        0,
+        0,
+        name.len() + 1,
+        0
+    );
+    for part in [header.as_bytes(), name.as_bytes(), b"\0"] {
+        out.extend_from_slice(part);
+    }
+    out.resize(out.len().next_multiple_of(4), 0);
+    out.extend_from_slice(data);
+    out.resize(out.len().next_multiple_of(4), 0);
+}
+
+fn initrd(parts: &Path, guest: &Path) -> Vec<u8> {
+    let mut out = Vec::new();
+    cpio_entry(&mut out, "init", 0o100_755, &fs::read(guest).unwrap());
+    cpio_entry(&mut out, "modules", 0o040_755, b"");
+    for entry in fs::read_dir(parts.join("modules")).unwrap() {
+        let entry = entry.unwrap();
+        let name = format!("modules/{}", entry.file_name().to_str().unwrap());
+        cpio_entry(&mut out, &name, 0o100_644, &fs::read(entry.path()).unwrap());
+    }
+    cpio_entry(&mut out, "TRAILER!!!", 0, b"");
+    out
+}
+
+impl Vm {
+    /// Starts it. The session is opened by [`Vm::session`].
+    pub(crate) fn start(spec: &Spec) -> Option<Self> {
+        let (parts, guest) = parts()?;
+        let dir = tempfile::Builder::new()
+            .prefix("kiln-vm")
+            .tempdir()
+            .unwrap();
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        fs::File::create(path("initrd"))
+            .unwrap()
+            .write_all(&initrd(&parts, &guest))
+            .unwrap();
+        let log = std::env::var("KILN_TEST_LOG").unwrap_or_else(|_| "info".to_owned());
+        let append = format!(
+            "console=ttyS0 panic=-1 quiet loglevel=0 cryptomgr.notests noreplace-smp maxcpus=1 kiln.log={log}"
+        );
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args([
+            "-M",
+            "q35",
+            "-bios",
+            "qboot.rom",
+            "-accel",
+            "tcg,thread=multi",
+        ])
+        .args([
+            "-cpu",
+            "max,la57=off,cx16=off",
+            "-smp",
+            "2",
+            "-nodefaults",
+            "-no-user-config",
+        ])
+        .args([
+            "-display",
+            "none",
+            "-no-reboot",
+            "-m",
+            &format!("{}", spec.memory_mib.max(256)),
+        ])
+        .args([
+            "-kernel",
+            parts.join("kernel").to_str().unwrap(),
+            "-initrd",
+            &path("initrd"),
+        ])
+        .args(["-append", &append])
+        .args(["-serial", &format!("file:{}", path("console"))])
+        .args(["-device", "virtio-serial-pci"])
+        .args([
+            "-chardev",
+            &format!("socket,id=ch,path={},server=on,wait=off", path("channel")),
+        ])
+        .args(["-device", "virtserialport,chardev=ch,name=kiln.channel"])
+        .args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp"))])
+        .args(["-device", "virtio-rng-pci"]);
+        if spec.root {
+            let file = parts.join("root.img");
+            disk(&mut qemu, "kiln-root", file.to_str().unwrap(), true);
+        }
+        for (serial, size) in &spec.disks {
+            let file = path(serial);
+            fs::File::create(&file).unwrap().set_len(*size).unwrap();
+            disk(&mut qemu, serial, &file, false);
+        }
+        let qemu = qemu
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Some(Self {
+            qemu,
+            dir,
+            started: Instant::now(),
+        })
+    }
+
+    /// Connects and says hello. A later call replaces an earlier session.
+    pub(crate) async fn session(&self) -> (Session, Hello, Incoming) {
+        let path = self.dir.path().join("channel");
+        let stream = loop {
+            match StdStream::connect(&path) {
+                Ok(stream) => break stream,
+                Err(_) if self.started.elapsed() < BOOT => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                Err(error) => panic!("no channel: {error}\n{}", self.console()),
+            }
+        };
+        stream.set_nonblocking(true).unwrap();
+        let stream = tokio::net::UnixStream::from_std(stream).unwrap();
+        let session = Session::connect(stream, SessionLimits::default(), BOOT).await;
+        match session {
+            Ok(session) => session,
+            Err(error) => panic!("no session: {error:?}\n{}", self.console()),
+        }
+    }
+
+    /// Time since QEMU was started.
+    pub(crate) fn age(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// What the console said.
+    pub(crate) fn console(&self) -> String {
+        fs::read_to_string(self.dir.path().join("console")).unwrap_or_default()
+    }
+
+    /// Waits for QEMU to end by itself.
+    pub(crate) async fn ended(&mut self, within: Duration) {
+        let deadline = Instant::now() + within;
+        while self.qemu.try_wait().unwrap().is_none() {
+            assert!(
+                Instant::now() < deadline,
+                "the machine does not end\n{}",
+                self.console()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn disk(qemu: &mut Command, serial: &str, file: &str, read_only: bool) {
+    let flag = if read_only { "on" } else { "off" };
+    let locking = if read_only { "off" } else { "auto" };
+    let blockdev = format!(
+        "driver=raw,node-name={serial},read-only={flag},file.driver=file,file.filename={file},file.locking={locking}"
+    );
+    qemu.args(["-blockdev", &blockdev]);
+    qemu.args([
+        "-device",
+        &format!("virtio-blk-pci,drive={serial},serial={serial}"),
+    ]);
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("console:\n{}", self.console());
+        }
+        let _ended = self.qemu.kill();
+        let _ended = self.qemu.wait();
+    }
+}
