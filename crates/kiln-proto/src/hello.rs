@@ -7,7 +7,7 @@ use thiserror::Error;
 /// Lowest generation of the wire this crate speaks.
 pub const GENERATION_MIN: u32 = 1;
 /// Highest generation of the wire this crate speaks.
-pub const GENERATION_MAX: u32 = 1;
+pub const GENERATION_MAX: u32 = crate::msg::GENERATION;
 /// Most bytes of [`Hello::guest_version`] and [`Hello::boot_id`] each.
 pub const HELLO_TEXT_MAX: usize = 128;
 /// Most entries of [`Hello::features`].
