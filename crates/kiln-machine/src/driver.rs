@@ -49,6 +49,11 @@ pub trait Driver: Send + Sync + fmt::Debug {
         start: Start,
     ) -> BoxFuture<'a, Result<Arc<dyn Machine>, LaunchError>>;
 
+    /// What a template of this driver depends on beyond the specification: VMM, accelerator, CPU. Part of a template's key.
+    fn template_facts(&self) -> BoxFuture<'_, Vec<(String, String)>> {
+        Box::pin(async { Vec::new() })
+    }
+
     /// Finds machines whose owner died, in this driver's home, and removes every trace of them.
     fn reap(&self) -> BoxFuture<'_, ReapReport>;
 }

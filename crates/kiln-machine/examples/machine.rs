@@ -1,0 +1,161 @@
+//! Starts machines by hand and prints what each step takes: `machine DIR HOME [cold|clones|many|fault] [COUNT]`.
+//!
+//! DIR holds `kernel`, `initrd` and `root.img`; HOME is a kiln home for the machines and templates of this run.
+
+#![expect(clippy::print_stdout, reason = "it is a program for people")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use kiln_core::machine::{BootSource, DiskAccess, DiskFormat};
+use kiln_core::{ByteSize, Digest, DiskRole, DiskSlot, MachineSpec};
+use kiln_machine::bring_up::{self, Deadlines, Ready};
+use kiln_machine::driver::{Driver, Start};
+use kiln_machine::qemu::{QemuConfig, QemuDriver};
+use kiln_machine::template::{Purpose, TemplateKey, TemplateStore};
+
+fn spec(dir: &Path, name: &str) -> Result<MachineSpec> {
+    let root = DiskSlot {
+        role: DiskRole::Root,
+        backing: Some(dir.join("root.img")),
+        format: DiskFormat::Raw,
+        access: DiskAccess::ReadOnly,
+    };
+    Ok(MachineSpec {
+        name: name.parse()?,
+        cpus: 1,
+        memory: ByteSize::mib(512),
+        boot: BootSource {
+            kernel: dir.join("kernel"),
+            initrd: dir.join("initrd"),
+            args: Vec::new(),
+            image: Digest::of(dir.as_os_str().as_encoded_bytes()),
+        },
+        disks: vec![root],
+        boot_timeout_ms: 30_000,
+    })
+}
+
+fn say(what: &str, ready: &Ready) {
+    let t = ready.timings;
+    println!(
+        "{what}: total {:?} (launch {:?}, hello {:?}, identity {:?}, thaw {:?}, retries {})",
+        t.total(),
+        t.launch,
+        t.hello,
+        t.identity,
+        t.thaw,
+        t.retries
+    );
+}
+
+async fn end(ready: Ready) -> Result<()> {
+    let began = Instant::now();
+    drop(ready.session);
+    let leaks = ready.machine.destroy().await;
+    println!("  destroyed in {:?}", began.elapsed());
+    match leaks.leaks.is_empty() {
+        true => Ok(()),
+        false => bail!("leaks: {:?}", leaks.leaks),
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().collect();
+    let [_, dir, home, rest @ ..] = &args[..] else {
+        bail!("usage: machine DIR HOME [cold|clones|many|fault] [COUNT]");
+    };
+    let dir = std::fs::canonicalize(dir)?;
+    std::fs::create_dir_all(home)?;
+    let home: PathBuf = std::fs::canonicalize(home)?;
+    let mode = rest.first().map_or("clones", String::as_str);
+    let count: usize = rest.get(1).map_or(Ok(10), |n| n.parse())?;
+    let mut config = QemuConfig::new(&home);
+    config.probe_boot = Some(spec(&dir, "probe")?.boot);
+    let driver: Arc<dyn Driver> = Arc::new(QemuDriver::new(config)?);
+    println!("{:#?}", driver.probe().await);
+    if mode == "cold" {
+        for n in 0..count {
+            let spec = spec(&dir, &format!("cold-{n}"))?;
+            let ready =
+                bring_up::start(&*driver, &spec, &Start::Cold, Deadlines::default()).await?;
+            say("cold", &ready);
+            println!("  {:?}", ready.machine.stats().await?);
+            end(ready).await?;
+        }
+        return Ok(());
+    }
+    let store = TemplateStore::open(&home.join("templates"))?;
+    let mould = spec(&dir, "mould")?;
+    let key = TemplateKey::of(
+        Purpose::Run,
+        "",
+        &mould,
+        driver.template_facts().await,
+        vec![],
+    );
+    let began = Instant::now();
+    let make = |target| {
+        let (driver, mould) = (&driver, &mould);
+        async move {
+            let nothing = |_| async { Ok::<(), anyhow::Error>(()) };
+            bring_up::make_template(&**driver, mould, &target, Deadlines::default(), nothing).await
+        }
+    };
+    let held = store
+        .get_or_make(&key, &|p| println!("  template: {p:?}"), make)
+        .await
+        .context("no template")?;
+    println!("template {} in {:?}", held.template.key, began.elapsed());
+    let start = Start::Template(held.template.clone());
+    if mode == "clones" {
+        let mut totals = Vec::new();
+        for n in 0..count {
+            let spec = spec(&dir, &format!("clone-{n}"))?;
+            let ready = bring_up::start(&*driver, &spec, &start, Deadlines::default()).await?;
+            say("clone", &ready);
+            totals.push(ready.timings.total());
+            end(ready).await?;
+        }
+        totals.sort();
+        println!(
+            "p50 {:?}, max {:?}",
+            totals[totals.len() / 2],
+            totals[totals.len() - 1]
+        );
+        return Ok(());
+    }
+    let began = Instant::now();
+    let mut tasks = Vec::new();
+    for n in 0..count {
+        let (driver, start, spec) = (
+            driver.clone(),
+            start.clone(),
+            spec(&dir, &format!("many-{n}"))?,
+        );
+        tasks.push(tokio::spawn(async move {
+            bring_up::start(&*driver, &spec, &start, Deadlines::default()).await
+        }));
+    }
+    let mut all = Vec::new();
+    for task in tasks {
+        all.push(task.await??);
+    }
+    println!("{count} clones ready in {:?}", began.elapsed());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let mut pss = 0;
+    for ready in &all {
+        pss += ready.machine.stats().await?.pss.0;
+    }
+    println!("proportional memory each: {}", ByteSize(pss / count as u64));
+    if mode == "fault" {
+        std::process::abort();
+    }
+    for ready in all {
+        end(ready).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,360 @@
+//! QEMU's arguments as a pure function of what a machine is made of.
+//!
+//! The device tree is the same for a cold machine and a clone of its template: same devices, same addresses.
+//! No default device, no monitor but the private control socket, no format ever guessed, no path that QEMU has to open:
+//! files are descriptors it inherits. Why each setting: `docs/` of the project, "the QEMU driver".
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+
+use kiln_core::machine::DiskFormat;
+use kiln_core::{ByteSize, DiskRole};
+use serde_json::{Value, json};
+
+/// `pc`: its one PCI bus takes new disks while the guest runs, without bridges that a boot would have to scan. No USB, no
+/// SMBus, no VMware port, no HPET: nobody in a machine needs them.
+const MACHINE_TYPE: &str =
+    "pc,usb=off,smbus=off,vmport=off,hpet=off,dump-guest-core=off,memory-backend=ram";
+/// Translated code is kept up to this many MiB; the memory is only touched as code is translated.
+const TRANSLATION_MIB: u32 = 256;
+/// Without privileges, child processes or changes of scheduling.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+/// Kernel arguments of every cold boot. A panic resets at once, and a reset ends the machine. Self tests of the kernel's ciphers and the
+/// patching of locks cost 0.6 s without KVM.
+const KERNEL_ARGS: &str = "console=ttyS0 panic=-1 quiet loglevel=0 cryptomgr.notests noreplace-smp";
+/// Name of the channel's port in the guest.
+pub(crate) const PORT_NAME: &str = "kiln.channel";
+/// First slot of the PCI bus that is used for disks.
+const DISK_SLOT_FIRST: u32 = 8;
+
+/// How guest code is run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Accel {
+    /// Hardware. The device's descriptor set, where QEMU can take it that way.
+    Kvm {
+        /// Number of the set; without one QEMU opens `/dev/kvm` itself.
+        set: Option<u32>,
+    },
+    /// Translation.
+    Tcg,
+}
+
+impl Accel {
+    /// The CPU model. `la57` off: five-level page tables cost every miss without KVM.
+    pub(crate) fn cpu_model(self) -> &'static str {
+        match self {
+            Self::Kvm { .. } => "host",
+            Self::Tcg => "max,la57=off",
+        }
+    }
+
+    /// For keys and messages.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Kvm { .. } => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// What to do once QEMU is up.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Wake {
+    /// Boot this kernel.
+    Boot {
+        /// Kernel, readable.
+        kernel: RawFd,
+        /// Initial RAM disk, readable.
+        initrd: RawFd,
+        /// Arguments beyond [`KERNEL_ARGS`].
+        args: Vec<String>,
+    },
+    /// Wait for the state of a template.
+    Incoming,
+}
+
+/// A disk whose files are open.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct DiskNodes {
+    /// What it is for.
+    pub(crate) role: DiskRole,
+    /// Its files, top first: format and number of the descriptor set.
+    pub(crate) files: Vec<(DiskFormat, u32)>,
+    /// Whether the guest may write.
+    pub(crate) writable: bool,
+}
+
+/// Everything the arguments depend on.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Machine {
+    /// Name of the process; has the machine's token.
+    pub(crate) name: String,
+    /// Accelerator.
+    pub(crate) accel: Accel,
+    /// Virtual CPUs.
+    pub(crate) cpus: u32,
+    /// Guest memory.
+    pub(crate) memory: ByteSize,
+    /// Guest RAM: a file.
+    pub(crate) ram: RawFd,
+    /// Whether writes to RAM go to the file. False: they stay this machine's own.
+    pub(crate) ram_shared: bool,
+    /// Connected control socket.
+    pub(crate) control: RawFd,
+    /// Listening socket of the channel.
+    pub(crate) channel: RawFd,
+    /// Connected socket that takes the serial console.
+    pub(crate) console: RawFd,
+    /// Cold disks.
+    pub(crate) disks: Vec<DiskNodes>,
+    /// Descriptor to add to each set: (descriptor, set).
+    pub(crate) sets: Vec<(RawFd, u32)>,
+    /// Boot or wait.
+    pub(crate) wake: Wake,
+}
+
+/// The arguments, without the program.
+pub(crate) fn arguments(machine: &Machine) -> Vec<OsString> {
+    let mut out: Vec<OsString> = Vec::with_capacity(64);
+    let mut put = |flag: &str, value: String| {
+        out.push(flag.into());
+        out.push(value.into());
+    };
+    let memory = machine.memory.0;
+    put("-name", machine.name.clone());
+    put("-sandbox", SANDBOX.into());
+    put("-display", "none".into());
+    put("-M", MACHINE_TYPE.into());
+    for (fd, set) in &machine.sets {
+        put("-add-fd", format!("fd={fd},set={set}"));
+    }
+    match machine.accel {
+        Accel::Kvm { set: None } => put("-accel", "kvm".into()),
+        Accel::Kvm { set: Some(set) } => put("-accel", format!("kvm,device=/dev/fdset/{set}")),
+        Accel::Tcg => put(
+            "-accel",
+            format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}"),
+        ),
+    }
+    put("-cpu", machine.accel.cpu_model().into());
+    put("-smp", machine.cpus.to_string());
+    put("-m", format!("{}M", machine.memory.as_mib()));
+    let sharing = if machine.ram_shared {
+        "share=on"
+    } else {
+        "share=off,readonly=on,rom=off"
+    };
+    put(
+        "-object",
+        format!(
+            "memory-backend-file,id=ram,size={memory},mem-path=/proc/self/fd/{},{sharing}",
+            machine.ram
+        ),
+    );
+    put(
+        "-chardev",
+        format!("socket,id=control,fd={}", machine.control),
+    );
+    put("-mon", "chardev=control,mode=control".into());
+    put(
+        "-chardev",
+        format!("socket,id=console,fd={}", machine.console),
+    );
+    put("-serial", "chardev:console".into());
+    put(
+        "-chardev",
+        format!(
+            "socket,id=channel,fd={},server=on,wait=off",
+            machine.channel
+        ),
+    );
+    put(
+        "-device",
+        "virtio-serial-pci,id=ports,addr=3,max_ports=2".into(),
+    );
+    put(
+        "-device",
+        format!("virtserialport,bus=ports.0,chardev=channel,name={PORT_NAME},nr=1"),
+    );
+    put("-device", "vmgenid,guid=auto".into());
+    for disk in &machine.disks {
+        for node in block_nodes(disk) {
+            put("-blockdev", node.to_string());
+        }
+        put("-device", block_device(disk).to_string());
+    }
+    match &machine.wake {
+        Wake::Boot {
+            kernel,
+            initrd,
+            args,
+        } => {
+            put("-kernel", format!("/proc/self/fd/{kernel}"));
+            put("-initrd", format!("/proc/self/fd/{initrd}"));
+            let line = std::iter::once(KERNEL_ARGS).chain(args.iter().map(String::as_str));
+            put("-append", line.collect::<Vec<_>>().join(" "));
+        }
+        Wake::Incoming => put("-incoming", "defer".into()),
+    }
+    // The process stays after the guest's end until it was asked why and told to quit: nothing is lost.
+    out.extend(
+        [
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-no-shutdown",
+        ]
+        .map(Into::into),
+    );
+    out
+}
+
+fn role_name(role: DiskRole) -> &'static str {
+    role.serial().trim_start_matches("kiln-")
+}
+
+/// Id of a role's device.
+pub(crate) fn device_id(role: DiskRole) -> String {
+    format!("disk-{}", role_name(role))
+}
+
+/// Block nodes of a disk, in the order in which they are added: the lowest file first.
+pub(crate) fn block_nodes(disk: &DiskNodes) -> Vec<Value> {
+    let name = role_name(disk.role);
+    let mut nodes = Vec::with_capacity(disk.files.len() * 2);
+    for (depth, (format, set)) in disk.files.iter().enumerate().rev() {
+        let read_only = depth > 0 || !disk.writable;
+        // A machine's own overlay dies with the machine: the guest's flushes need not reach the host's disk.
+        let common = json!({
+            "read-only": read_only, "auto-read-only": false,
+            "discard": if read_only { "ignore" } else { "unmap" },
+            "cache": { "direct": false, "no-flush": true },
+        });
+        let mut file = common.clone();
+        file["driver"] = "file".into();
+        file["node-name"] = format!("{name}{depth}file").into();
+        file["filename"] = format!("/dev/fdset/{set}").into();
+        nodes.push(file);
+        let mut node = common;
+        node["node-name"] = format!("{name}{depth}").into();
+        node["file"] = format!("{name}{depth}file").into();
+        match format {
+            DiskFormat::Raw => node["driver"] = "raw".into(),
+            DiskFormat::Qcow2 => {
+                node["driver"] = "qcow2".into();
+                node["backing"] = match depth + 1 < disk.files.len() {
+                    true => format!("{name}{}", depth + 1).into(),
+                    false => Value::Null,
+                };
+            }
+        }
+        nodes.push(node);
+    }
+    nodes
+}
+
+/// The device of a disk. An error of the host's disk stops the guest instead of reaching it.
+pub(crate) fn block_device(disk: &DiskNodes) -> Value {
+    json!({
+        "driver": "virtio-blk-pci",
+        "id": device_id(disk.role),
+        "drive": format!("{}0", role_name(disk.role)),
+        "serial": disk.role.serial(),
+        "bus": "pci.0",
+        "addr": format!("0x{:x}", DISK_SLOT_FIRST + slot(disk.role)),
+        "num-queues": 1,
+        "werror": "stop",
+        "rerror": "stop",
+    })
+}
+
+/// Each role has its own slot, so that a disk is at the same address whether it was there from the start or added.
+fn slot(role: DiskRole) -> u32 {
+    match role {
+        DiskRole::Root => 0,
+        DiskRole::State => 1,
+        DiskRole::Scratch => 2,
+        DiskRole::Source => 3,
+        DiskRole::Image => 4,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(wake: Wake) -> Machine {
+        Machine {
+            name: "kiln-x-token".into(),
+            accel: Accel::Tcg,
+            cpus: 2,
+            memory: ByteSize::mib(512),
+            ram: 10,
+            ram_shared: true,
+            control: 11,
+            channel: 12,
+            console: 13,
+            disks: vec![DiskNodes {
+                role: DiskRole::State,
+                files: vec![
+                    (DiskFormat::Qcow2, 1),
+                    (DiskFormat::Qcow2, 2),
+                    (DiskFormat::Raw, 3),
+                ],
+                writable: true,
+            }],
+            sets: vec![(14, 1), (15, 2), (16, 3)],
+            wake,
+        }
+    }
+
+    fn text(machine: &Machine) -> String {
+        let args = arguments(machine);
+        args.iter()
+            .map(|a| a.to_string_lossy().into_owned())
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+
+    #[test]
+    fn only_the_top_of_a_chain_is_writable_and_every_format_is_explicit() {
+        let disk = &machine(Wake::Incoming).disks[0];
+        let nodes = block_nodes(disk);
+        assert_eq!(nodes.len(), 6);
+        assert_eq!(nodes[1]["driver"], "raw");
+        assert_eq!(nodes[3]["backing"], "state2");
+        assert_eq!(nodes[5]["backing"], "state1");
+        let writable: Vec<_> = nodes.iter().map(|n| n["read-only"] == false).collect();
+        assert_eq!(writable, [false, false, false, false, true, true]);
+        assert_eq!(block_device(disk)["serial"], "kiln-state");
+    }
+
+    #[test]
+    fn a_clone_has_the_devices_of_its_template_and_private_memory() {
+        let cold = machine(Wake::Boot {
+            kernel: 20,
+            initrd: 21,
+            args: vec!["maxcpus=1".into()],
+        });
+        let mut clone = machine(Wake::Incoming);
+        clone.ram_shared = false;
+        let (cold, clone) = (text(&cold), text(&clone));
+        let devices = |text: &str| {
+            text.split(" -")
+                .filter(|part| part.starts_with("device "))
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(devices(&cold), devices(&clone));
+        assert!(cold.contains("noreplace-smp maxcpus=1") && cold.contains("share=on"));
+        assert!(clone.contains("share=off,readonly=on") && !clone.contains("-kernel"));
+        for part in [
+            "-nodefaults",
+            "-no-user-config",
+            "-sandbox on,",
+            "dump-guest-core=off",
+        ] {
+            assert!(clone.contains(part), "{part}");
+        }
+    }
+}

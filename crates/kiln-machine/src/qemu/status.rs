@@ -1,0 +1,232 @@
+//! A machine's state as the host sees it: what QEMU's events and its end mean.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::process::Child;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::process::{Signal, pidfd_send_signal};
+use serde_json::Value;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, watch};
+
+use super::console::Ring;
+use super::qmp::{Event, Qmp};
+use crate::driver::{MachineState, StopReason};
+
+/// What the kernel says before it resets after a panic. It is the guest's word: for people, not for decisions.
+const PANIC_WORDS: &str = "Kernel panic - not syncing";
+/// How long after the process's end its last events are awaited.
+const LAST_EVENTS: Duration = Duration::from_secs(1);
+
+/// How far the saving of device state got.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Migration {
+    /// Not asked for, or under way.
+    Pending,
+    /// Everything is written or read.
+    Completed,
+    /// It failed.
+    Failed,
+}
+
+/// Shared by a machine and its monitor.
+#[derive(Debug)]
+pub(crate) struct Status {
+    state: watch::Sender<MachineState>,
+    migration: watch::Sender<Migration>,
+    reason: Mutex<Option<StopReason>>,
+    pidfd: OwnedFd,
+}
+
+impl Status {
+    /// State of a VMM that was just started.
+    pub(crate) fn new(pidfd: OwnedFd) -> Arc<Self> {
+        Arc::new(Self {
+            state: watch::Sender::new(MachineState::Starting),
+            migration: watch::Sender::new(Migration::Pending),
+            reason: Mutex::new(None),
+            pidfd,
+        })
+    }
+
+    pub(crate) fn state(&self) -> MachineState {
+        *self.state.borrow()
+    }
+
+    /// Moves on; a final state stays.
+    pub(crate) fn advance(&self, next: MachineState) {
+        self.state.send_if_modified(|state| {
+            let moves = !state.is_terminal() && *state != next;
+            if moves {
+                *state = next;
+            }
+            moves
+        });
+    }
+
+    /// The first reason wins: what happens afterwards follows from it.
+    pub(crate) fn set_reason(&self, reason: StopReason) {
+        let mut slot = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.get_or_insert(reason);
+    }
+
+    fn reason(&self) -> Option<StopReason> {
+        *self.reason.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Kills the process, for this reason if there is none yet.
+    pub(crate) fn kill(&self, reason: StopReason) {
+        if self.state().is_terminal() {
+            return;
+        }
+        self.set_reason(reason);
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Waits for a final state.
+    pub(crate) async fn stopped(&self) -> MachineState {
+        let mut watch = self.state.subscribe();
+        let state = watch.wait_for(|state| state.is_terminal()).await;
+        state
+            .map(|state| *state)
+            .unwrap_or(MachineState::Stopped(StopReason::VmmDied))
+    }
+
+    /// Waits for a final state at most this long.
+    pub(crate) async fn stopped_within(&self, deadline: Duration) -> Option<MachineState> {
+        tokio::time::timeout(deadline, self.stopped()).await.ok()
+    }
+
+    /// Waits until device state is written or read, or the machine has stopped.
+    pub(crate) async fn migrated(&self) -> Migration {
+        let mut watch = self.migration.subscribe();
+        tokio::select! {
+            done = watch.wait_for(|state| *state != Migration::Pending) => {
+                done.map(|state| *state).unwrap_or(Migration::Failed)
+            }
+            _ = self.stopped() => Migration::Failed,
+        }
+    }
+}
+
+/// Watches a VMM until its end. It is the only place where a machine's state becomes final.
+pub(crate) async fn monitor(
+    status: Arc<Status>,
+    mut child: Child,
+    mut events: mpsc::Receiver<Event>,
+    qmp: Arc<Qmp>,
+    console: Ring,
+) {
+    let ended = watch_end(&status);
+    loop {
+        tokio::select! {
+            event = events.recv() => match event {
+                Some(event) => heed(&status, &event, &qmp, &console).await,
+                None => break,
+            },
+            () = ended.wait() => break,
+        }
+    }
+    // The socket may end before the process does, or the other way round.
+    if tokio::time::timeout(LAST_EVENTS, ended.wait())
+        .await
+        .is_err()
+    {
+        status.kill(StopReason::VmmDied);
+    }
+    let reaped = tokio::task::spawn_blocking(move || child.wait()).await;
+    tracing::debug!(?reaped, "a VMM ended");
+    while let Ok(Some(event)) = tokio::time::timeout(LAST_EVENTS, events.recv()).await {
+        heed(&status, &event, &qmp, &console).await;
+    }
+    let reason = status.reason().unwrap_or(StopReason::VmmDied);
+    status.advance(MachineState::Stopped(reason));
+}
+
+fn watch_end(status: &Status) -> Ended {
+    let registered = status.pidfd.try_clone().and_then(|pidfd| {
+        #[expect(unsafe_code, reason = "a descriptor is registered with the runtime")]
+        // SAFETY: an `OwnedFd` names the same open descriptor for as long as the `AsyncFd` owns it.
+        let watched = unsafe { AsyncFd::register(pidfd) };
+        watched.map_err(io::Error::from)
+    });
+    registered.map_or_else(Ended::Unwatched, Ended::Pidfd)
+}
+
+/// A way to learn of the process's end.
+enum Ended {
+    Pidfd(AsyncFd<OwnedFd>),
+    Unwatched(io::Error),
+}
+
+impl Ended {
+    async fn wait(&self) {
+        match self {
+            Self::Pidfd(pidfd) => {
+                let _ = pidfd.readable().await;
+            }
+            Self::Unwatched(error) => {
+                tracing::warn!(%error, "the end of a VMM cannot be watched, only its control socket's");
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
+async fn heed(status: &Status, event: &Event, qmp: &Qmp, console: &Ring) {
+    let text = |key: &str| event.data[key].as_str().unwrap_or_default();
+    match event.name.as_str() {
+        "SHUTDOWN" => {
+            if event.data["guest"].as_bool() == Some(true) {
+                status.set_reason(shutdown_reason(text("reason"), console));
+            }
+            // Closes the disks in order.
+            let _ = qmp.send("quit", Value::Null, None).await;
+        }
+        "BLOCK_IO_ERROR" if text("action") == "stop" => {
+            tracing::warn!(
+                device = text("node-name"),
+                reason = text("reason"),
+                "the host's disk failed under a machine"
+            );
+            status.kill(StopReason::HostIo);
+        }
+        "MIGRATION" => match text("status") {
+            "completed" => drop(status.migration.send_replace(Migration::Completed)),
+            "failed" | "cancelled" => drop(status.migration.send_replace(Migration::Failed)),
+            _ => {}
+        },
+        _ => {}
+    }
+}
+
+fn shutdown_reason(word: &str, console: &Ring) -> StopReason {
+    match word {
+        "guest-shutdown" => StopReason::PoweredOff,
+        "guest-panic" => StopReason::GuestPanic,
+        "guest-reset" if console.text().contains(PANIC_WORDS) => StopReason::GuestPanic,
+        _ => StopReason::Reset,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reset_after_a_panic_is_a_panic() {
+        let console = Ring::new(1024);
+        assert_eq!(shutdown_reason("guest-reset", &console), StopReason::Reset);
+        assert_eq!(
+            shutdown_reason("guest-shutdown", &console),
+            StopReason::PoweredOff
+        );
+        console.push(b"[ 1.0] Kernel panic - not syncing: x\n");
+        assert_eq!(
+            shutdown_reason("guest-reset", &console),
+            StopReason::GuestPanic
+        );
+    }
+}
