@@ -224,25 +224,33 @@ impl CgroupHost {
         paths
     }
 
-    /// Groups whose name ends with a machine's token: for a machine whose record cannot be read.
+    /// All machines' groups that are there now, of live and dead machines.
     #[must_use]
-    pub fn find_by_token(&self, token: &str) -> Vec<PathBuf> {
+    pub fn groups(&self) -> Vec<PathBuf> {
         let mut found: Vec<_> = self
             .parents
             .iter()
             .filter_map(|(_, dir)| fs::read_dir(dir).ok())
             .flatten()
             .flatten()
-            .filter(|entry| {
-                let name = entry.file_name();
-                let name = name.to_string_lossy();
-                !token.is_empty() && name.starts_with("kiln-") && name.ends_with(token)
-            })
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with("kiln-"))
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
             .map(|entry| entry.path())
             .collect();
         found.sort();
         found.dedup();
         found
+    }
+
+    /// Groups whose name ends with a machine's token: for a machine whose record cannot be read.
+    #[must_use]
+    pub fn find_by_token(&self, token: &str) -> Vec<PathBuf> {
+        let mut groups = self.groups();
+        groups.retain(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            !token.is_empty() && name.ends_with(token)
+        });
+        groups
     }
 
     /// Makes a group of this name with these limits.

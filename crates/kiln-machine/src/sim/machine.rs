@@ -1,0 +1,305 @@
+//! One simulated machine.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_core::machine::DiskAccess;
+use kiln_core::{ByteSize, DiskRole, DiskSlot, MachineName};
+use tokio::process::Child;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::config::{Phase, SimConfig};
+use super::disk::{SimDisk, file_name};
+use super::guest::Guest;
+use super::template;
+use crate::driver::{
+    BoxFuture, Channel, HostStats, LeakReport, Machine, MachineError, MachineState, StopReason,
+    TemplateRef,
+};
+use crate::record::MachineDir;
+
+/// How long a killed machine may take to be gone.
+const END_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A simulated machine; see [`super`].
+#[derive(Debug)]
+pub struct SimMachine {
+    config: Arc<SimConfig>,
+    guest: Arc<Guest>,
+    state: Arc<watch::Sender<MachineState>>,
+    dir: Arc<MachineDir>,
+    memory: ByteSize,
+}
+
+impl SimMachine {
+    /// Takes over what was prepared and lets the guest run.
+    pub(super) fn start(
+        config: Arc<SimConfig>,
+        guest: Guest,
+        dir: MachineDir,
+        memory: ByteSize,
+        stand_in: Option<Child>,
+        boot_time: Duration,
+    ) -> Self {
+        let guest = Arc::new(guest);
+        let state = Arc::new(watch::Sender::new(MachineState::Running));
+        let body = tokio::spawn(Arc::clone(&guest).run(boot_time));
+        tokio::spawn(supervise(
+            Arc::clone(&guest),
+            Arc::clone(&state),
+            body,
+            stand_in,
+        ));
+        Self {
+            config,
+            guest,
+            state,
+            dir: Arc::new(dir),
+            memory,
+        }
+    }
+
+    /// Where the machine keeps its files.
+    #[must_use]
+    pub fn dir(&self) -> &MachineDir {
+        &self.dir
+    }
+
+    /// The guest stops answering and reading for good.
+    pub fn silence(&self) {
+        self.guest.port.silence();
+    }
+
+    /// The machine stops for this reason, as if from outside.
+    pub fn break_down(&self, reason: StopReason) {
+        self.guest.power_off(reason);
+    }
+
+    /// Reads a file of the guest without asking it.
+    #[must_use]
+    pub fn read_guest_file(&self, path: &str) -> Option<Vec<u8>> {
+        self.guest.memory().read(path)
+    }
+
+    /// Lets go of the machine as if this process had been killed: nothing is removed, the lock falls. For reaping tests.
+    pub fn abandon(&self) {
+        self.guest.power_off(StopReason::Killed);
+        self.dir.abandon();
+    }
+
+    async fn wait_stopped(&self) -> MachineState {
+        let mut state = self.state.subscribe();
+        let stopped = state.wait_for(|state| state.is_terminal()).await;
+        stopped.map_or(MachineState::Stopped(StopReason::Killed), |state| *state)
+    }
+
+    fn check_running(&self) -> Result<(), MachineError> {
+        match *self.state.borrow() {
+            MachineState::Stopped(reason) => Err(MachineError::Stopped(reason)),
+            _ => Ok(()),
+        }
+    }
+
+    async fn save(&self, target: &TemplateRef) -> Result<(), MachineError> {
+        self.check_running()?;
+        if !self.config.capabilities.templates {
+            return Err(MachineError::Unsupported("make templates"));
+        }
+        let memory = {
+            let memory = self.guest.memory();
+            if !memory.frozen {
+                return Err(MachineError::Control {
+                    command: "save".to_owned(),
+                    why: "the workload is not frozen".to_owned(),
+                });
+            }
+            memory.clone()
+        };
+        self.guest.port.silence();
+        self.state.send_if_modified(|state| {
+            let running = *state == MachineState::Running;
+            if running {
+                *state = MachineState::Saving;
+            }
+            running
+        });
+        self.config.reached(Phase::Saving);
+        let saved = template::save(&memory, target);
+        self.guest.power_off(StopReason::Saved);
+        self.wait_stopped().await;
+        let report = self.remove().await;
+        if !report.leaks.is_empty() {
+            tracing::warn!(machine = %self.dir.name(), leaks = ?report.leaks, "a machine left something behind");
+        }
+        saved.map_err(|source| MachineError::Io {
+            action: "save the template to",
+            path: target.dir.clone(),
+            source,
+        })
+    }
+
+    async fn remove(&self) -> LeakReport {
+        let dir = Arc::clone(&self.dir);
+        match tokio::task::spawn_blocking(move || dir.remove()).await {
+            Ok(report) => report,
+            Err(error) => LeakReport {
+                leaks: vec![error.to_string()],
+            },
+        }
+    }
+
+    fn attach(&self, slot: &DiskSlot) -> Result<(), MachineError> {
+        self.check_running()?;
+        if !self.config.capabilities.hotplug_disk {
+            return Err(MachineError::Unsupported("add disks while it runs"));
+        }
+        let serial = slot.role.serial().to_owned();
+        if self.guest.memory().disks.contains_key(&serial) {
+            return Err(MachineError::Control {
+                command: "attach".to_owned(),
+                why: format!("there is a disk {serial} already"),
+            });
+        }
+        let disk = SimDisk::make(slot, self.dir.dir()).map_err(|source| MachineError::Io {
+            action: "make",
+            path: self.dir.path(&file_name(slot.role)),
+            source,
+        })?;
+        self.guest.memory().disks.insert(serial, disk);
+        Ok(())
+    }
+}
+
+/// Waits for the end of the guest or of its stand-in, whichever is first, and ends the other.
+async fn supervise(
+    guest: Arc<Guest>,
+    state: Arc<watch::Sender<MachineState>>,
+    body: JoinHandle<()>,
+    mut stand_in: Option<Child>,
+) {
+    let mut power = guest.power();
+    let reason = {
+        let off = power.wait_for(Option::is_some);
+        let died = async {
+            match &mut stand_in {
+                Some(child) => drop(child.wait().await),
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            off = off => off.ok().and_then(|reason| *reason).unwrap_or(StopReason::Killed),
+            () = died => StopReason::VmmDied,
+        }
+    };
+    guest.port.close();
+    guest.power_off(reason);
+    body.abort();
+    if let Some(child) = &mut stand_in {
+        // It may have ended by itself.
+        let _ = child.kill().await;
+    }
+    state.send_replace(MachineState::Stopped(reason));
+}
+
+impl Machine for SimMachine {
+    fn name(&self) -> &MachineName {
+        self.dir.name()
+    }
+
+    fn state(&self) -> MachineState {
+        *self.state.borrow()
+    }
+
+    fn stopped(&self) -> BoxFuture<'_, MachineState> {
+        Box::pin(self.wait_stopped())
+    }
+
+    fn channel(&self) -> BoxFuture<'_, Result<Channel, MachineError>> {
+        Box::pin(async move {
+            self.check_running()?;
+            Ok(Box::new(self.guest.port.connect()) as Channel)
+        })
+    }
+
+    fn attach_disk<'a>(&'a self, disk: &'a DiskSlot) -> BoxFuture<'a, Result<(), MachineError>> {
+        Box::pin(async move { self.attach(disk) })
+    }
+
+    fn stats(&self) -> BoxFuture<'_, Result<HostStats, MachineError>> {
+        Box::pin(async move {
+            self.check_running()?;
+            let used = ByteSize(self.guest.memory().bytes().min(self.memory.0));
+            Ok(HostStats {
+                rss: used,
+                pss: used,
+                cpu_ms: 1,
+            })
+        })
+    }
+
+    fn console_tail(&self) -> String {
+        self.guest.console()
+    }
+
+    fn into_template<'a>(
+        &'a self,
+        target: &'a TemplateRef,
+    ) -> BoxFuture<'a, Result<(), MachineError>> {
+        Box::pin(self.save(target))
+    }
+
+    fn stop(&self, deadline: Duration) -> BoxFuture<'_, MachineState> {
+        Box::pin(async move {
+            if let Ok(state) = tokio::time::timeout(deadline, self.wait_stopped()).await {
+                return state;
+            }
+            self.guest.power_off(StopReason::Killed);
+            self.wait_stopped().await
+        })
+    }
+
+    fn take_disk(&self, role: DiskRole) -> Result<PathBuf, MachineError> {
+        if !self.state().is_terminal() {
+            return Err(MachineError::Control {
+                command: "take a disk".to_owned(),
+                why: "the machine still runs".to_owned(),
+            });
+        }
+        let memory = self.guest.memory();
+        match memory.disks.get(role.serial()).filter(|disk| disk.writable) {
+            Some(disk) => Ok(disk.file.clone()),
+            None => Err(MachineError::Unsupported(
+                "give a disk that it did not write",
+            )),
+        }
+    }
+
+    fn destroy(&self) -> BoxFuture<'_, LeakReport> {
+        Box::pin(async move {
+            self.guest.power_off(StopReason::Killed);
+            let ended = tokio::time::timeout(END_DEADLINE, self.wait_stopped()).await;
+            self.config.reached(Phase::Destroying);
+            let mut report = self.remove().await;
+            if ended.is_err() {
+                report
+                    .leaks
+                    .push(format!("the guest still runs after {END_DEADLINE:?}"));
+            }
+            report
+        })
+    }
+}
+
+impl Drop for SimMachine {
+    fn drop(&mut self) {
+        // The supervisor ends the guest and the stand-in; the directory removes the rest.
+        self.guest.power_off(StopReason::Killed);
+    }
+}
+
+/// Whether a slot can be simulated: a fork and a read-only disk need a file behind them.
+pub(super) fn needs_backing(slot: &DiskSlot) -> bool {
+    !matches!(slot.access, DiskAccess::New { .. })
+}

@@ -1,0 +1,91 @@
+//! Templates of simulated machines: the guest's memory as JSON, and the disks frozen with it.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::disk::{SimDisk, file_name};
+use super::memory::Memory;
+use crate::driver::{LaunchError, TemplateRef};
+use crate::proc::partial_name;
+
+const MEMORY_FILE: &str = "memory.json";
+const SCHEMA: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    schema: u32,
+    key: String,
+    memory: Memory,
+}
+
+/// Writes a template; it appears whole or not at all. One that another process made meanwhile is as good.
+pub(super) fn save(memory: &Memory, target: &TemplateRef) -> io::Result<()> {
+    let name = target.dir.file_name().unwrap_or_default();
+    let partial = target
+        .dir
+        .with_file_name(partial_name(&name.to_string_lossy()));
+    let result = write(memory, target, &partial);
+    if result.is_err() {
+        let _ = fs::remove_dir_all(&partial);
+    }
+    result
+}
+
+fn write(memory: &Memory, target: &TemplateRef, partial: &Path) -> io::Result<()> {
+    fs::create_dir_all(partial)?;
+    let mut memory = memory.clone();
+    memory.stop_clock();
+    for disk in memory.disks.values_mut().filter(|disk| disk.writable) {
+        disk.flush()?;
+        let name = file_name(disk.role);
+        fs::copy(&disk.file, partial.join(&name))?;
+        disk.file = name.into();
+    }
+    let saved = Saved {
+        schema: SCHEMA,
+        key: target.key.clone(),
+        memory,
+    };
+    fs::write(partial.join(MEMORY_FILE), serde_json::to_vec(&saved)?)?;
+    match fs::rename(partial, &target.dir) {
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+            fs::remove_dir_all(partial)
+        }
+        other => other,
+    }
+}
+
+/// The memory of a clone, with its own copy of the template's disks in `dir`.
+pub(super) fn restore(template: &TemplateRef, dir: &Path) -> Result<Memory, LaunchError> {
+    let unusable = |why: String| LaunchError::Template {
+        key: template.key.clone(),
+        why,
+    };
+    let bytes =
+        fs::read(template.dir.join(MEMORY_FILE)).map_err(|error| unusable(error.to_string()))?;
+    let saved: Saved =
+        serde_json::from_slice(&bytes).map_err(|error| unusable(error.to_string()))?;
+    if saved.schema != SCHEMA || saved.key != template.key {
+        return Err(unusable(
+            "it was made for another key or version".to_owned(),
+        ));
+    }
+    let mut memory = saved.memory;
+    for disk in memory.disks.values_mut() {
+        own_copy(disk, template, dir).map_err(|error| unusable(error.to_string()))?;
+    }
+    memory.start_clock();
+    Ok(memory)
+}
+
+fn own_copy(disk: &mut SimDisk, template: &TemplateRef, dir: &Path) -> io::Result<()> {
+    if disk.writable {
+        let own = dir.join(file_name(disk.role));
+        fs::copy(template.dir.join(file_name(disk.role)), &own)?;
+        disk.file = own;
+    }
+    Ok(())
+}

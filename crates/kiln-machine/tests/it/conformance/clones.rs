@@ -1,0 +1,154 @@
+//! Templates and their clones.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use kiln_core::DiskRole;
+use kiln_machine::driver::{LaunchError, Start};
+use kiln_proto::msg::Order;
+
+use super::under_test::UnderTest;
+use crate::host::{Host, request};
+
+/// Siblings of one template.
+const SIBLINGS: usize = 8;
+/// How far a clone's clock may be off right after it was set.
+const CLOCK_SLACK: Duration = Duration::from_secs(10);
+
+/// What a clone shows of its identity.
+#[derive(Debug)]
+struct Shown {
+    random: Vec<u8>,
+    uuid: String,
+    machine_id: String,
+    boot_id: String,
+    hostname: String,
+    clock_off: Duration,
+}
+
+async fn show(host: &Host) -> Shown {
+    let ran = async |argv: &[&str]| host.exec(argv).await.expect("ran");
+    let random = ran(&["head", "-c", "32", "/dev/urandom"]).await.stdout;
+    let wall = ran(&["date", "+%s%N"]).await.text();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .expect("clock")
+        .as_nanos();
+    let wall: u128 = wall.parse().expect("nanoseconds");
+    let off = Duration::from_nanos(u64::try_from(now.abs_diff(wall)).expect("fits"));
+    Shown {
+        random,
+        uuid: ran(&["cat", "/proc/sys/kernel/random/uuid"]).await.text(),
+        machine_id: ran(&["cat", "/etc/machine-id"]).await.text(),
+        boot_id: ran(&["cat", "/proc/sys/kernel/random/boot_id"])
+            .await
+            .text(),
+        hostname: ran(&["hostname"]).await.text(),
+        clock_off: off,
+    }
+}
+
+pub(crate) async fn clone_identity(test: &UnderTest) {
+    let (origin, host) = test.boot("origin").await;
+    let template = test.template_of(&*origin, host, "clone-identity").await;
+    test.destroy(&*origin).await;
+    let mut clones = Vec::new();
+    for number in 0..SIBLINGS {
+        let spec = test.spec(&format!("c{number}"));
+        let (machine, host) = test.clone_of(&template, &spec).await;
+        host.call(&Order::Thaw).await.expect("thawed");
+        clones.push((machine, host));
+    }
+    let mut shown = Vec::new();
+    for (_, host) in &clones {
+        shown.push(show(host).await);
+    }
+    let distinct = |texts: Vec<String>| texts.into_iter().collect::<BTreeSet<_>>().len();
+    let of = |field: fn(&Shown) -> String| distinct(shown.iter().map(field).collect());
+    assert_eq!(
+        of(|s| hex::encode(&s.random)),
+        SIBLINGS,
+        "random bytes repeat"
+    );
+    assert_eq!(of(|s| s.uuid.clone()), SIBLINGS, "UUIDs repeat");
+    assert_eq!(of(|s| s.machine_id.clone()), SIBLINGS, "machine-ids repeat");
+    assert_eq!(of(|s| s.boot_id.clone()), SIBLINGS, "boot ids repeat");
+    for ((machine, _), shown) in clones.iter().zip(&shown) {
+        assert_eq!(shown.hostname, machine.name().as_str());
+        assert_eq!(shown.random.len(), 32);
+        assert!(shown.clock_off < CLOCK_SLACK, "{shown:?}");
+    }
+    for (machine, _) in &clones {
+        test.destroy(&**machine).await;
+    }
+    fs::remove_dir_all(&template.dir).expect("a template is only a directory");
+}
+
+pub(crate) async fn nothing_runs_before_thaw(test: &UnderTest) {
+    let (origin, host) = test.boot("origin").await;
+    let template = test.template_of(&*origin, host, "thaw").await;
+    let (machine, host) = test.clone_of(&template, &test.spec("frozen")).await;
+    let early = host.exec(&["echo", "ran"]);
+    tokio::pin!(early);
+    tokio::select! {
+        ended = &mut early => panic!("it ran before thaw: {ended:?}"),
+        () = tokio::time::sleep(Duration::from_millis(300)) => {}
+    }
+    host.call(&Order::Thaw).await.expect("thawed");
+    assert_eq!(early.await.expect("ran").text(), "ran");
+    test.destroy(&*machine).await;
+}
+
+pub(crate) async fn template_disks_are_frozen_with_it(test: &UnderTest) {
+    let mut spec = test.spec("origin");
+    spec.disks.push(test.fork_of(DiskRole::State, "head.img"));
+    let (origin, host) = test.boot_spec(&spec).await;
+    let path = host.mount("kiln-state", false).await.expect("mounted");
+    let file = format!("{path}/from-template");
+    let mut write = request(&["tee", &file]);
+    // What prepares a template is kiln's own, not a job's.
+    write.trusted = true;
+    host.exec_with(write, b"warm").await.expect("ran");
+    let template = test.template_of(&*origin, host, "with-state").await;
+    for _ in 0..2 {
+        let mut spec = test.spec("c");
+        spec.disks.push(test.fork_of(DiskRole::State, "head.img"));
+        let (machine, host) = test.clone_of(&template, &spec).await;
+        host.call(&Order::Thaw).await.expect("thawed");
+        let ran = host.exec(&["cat", &file]).await.expect("ran");
+        assert_eq!(ran.text(), "warm", "mounted, with the template's writes");
+        let own = format!("{path}/own");
+        let before = host.exec(&["cat", &own]).await.expect("ran");
+        assert_ne!(before.exit.code, Some(0), "a sibling's write shows");
+        host.exec_with(request(&["tee", &own]), b"mine")
+            .await
+            .expect("ran");
+        test.destroy(&*machine).await;
+    }
+}
+
+pub(crate) async fn damaged_template_is_refused(test: &UnderTest) {
+    let (origin, host) = test.boot("origin").await;
+    let mut template = test.template_of(&*origin, host, "damaged").await;
+    let spec = test.spec("none");
+    for entry in fs::read_dir(&template.dir).expect("list").flatten() {
+        if entry.path().extension().is_some_and(|end| end == "json") {
+            fs::write(entry.path(), "{\"schema\":1").expect("write");
+        }
+    }
+    for _ in 0..2 {
+        let start = Start::Template(template.clone());
+        let refused = test.driver.launch(&spec, start).await;
+        let error = refused.expect_err("damaged or missing");
+        assert!(
+            matches!(
+                error,
+                LaunchError::Template { .. } | LaunchError::Refused(_)
+            ),
+            "{error:?}"
+        );
+        assert_eq!(test.leftovers(spec.name.as_str()), [""; 0]);
+        template.dir = test.home.join("templates/missing");
+    }
+}

@@ -1,0 +1,1 @@
+//! Every trouble at every step of a simulated machine's life.
