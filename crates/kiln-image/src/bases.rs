@@ -9,6 +9,7 @@ mod file;
 
 pub use config::{Base, BaseKind, Bases, PinnedImage, SHARED_PREFIX};
 pub use file::BasesError;
+pub(crate) use file::line_of;
 
 #[cfg(test)]
 mod tests;

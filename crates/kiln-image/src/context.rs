@@ -17,5 +17,6 @@ pub use ignore::{IgnoreSource, Ignores};
 pub use pack::{Packed, digest, pack};
 pub use patterns::{PatternError, Patterns};
 pub use read::open_beneath;
+pub(crate) use read::read_small;
 pub use tree_digest::{EntryKind, TreeDigest};
 pub use walk::{Entry, Limits, Tree, scan};

@@ -1,6 +1,8 @@
 //! What goes into machines and images: machine image recipe, runtime bases, cache heads, source plans.
 
 pub mod bases;
+pub mod build_config;
 pub mod context;
 pub mod dockerfile;
 pub mod heads;
+pub mod plan;

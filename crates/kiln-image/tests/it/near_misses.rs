@@ -1,0 +1,1 @@
+//! Folders without a plan: each error names what to add.
