@@ -5,6 +5,8 @@
 //! and the command line), [`registry`] (what is behind it).
 
 pub mod host;
+pub mod image;
+pub mod records;
 pub mod registry;
 
 pub use host::HostRegistry;

@@ -80,7 +80,10 @@ async fn whole_life(host: &HostRegistry, own: &str) -> Result<()> {
     assert_eq!(host.resolve(&to, &tag).await?, manifest);
     assert_eq!(host.get_manifest(&to, &tag).await?.digest, manifest);
     let job = repo(&format!("quarantine/{own}"));
-    assert_eq!(host.list_repositories(Some(&job)).await?, [from.clone()]);
+    assert_eq!(
+        host.list_repositories(Some(&job)).await?,
+        vec![from.clone()]
+    );
     host.delete_tree(&job).await?;
     assert!(host.delete_tree(&job).await.unwrap_err().is_not_found());
     assert_eq!(host.list_repositories(Some(&job)).await?, []);

@@ -7,9 +7,13 @@
 )]
 
 mod client;
+mod crash;
 mod guest;
 mod host_api;
+mod image;
+mod integrity;
 mod loopback;
 mod push_pull;
+mod records;
 mod room;
 mod skopeo;

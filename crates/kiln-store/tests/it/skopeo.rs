@@ -17,7 +17,7 @@ use crate::loopback::Door;
     clippy::disallowed_methods,
     reason = "the test's own switch is read from the environment"
 )]
-fn skopeo_is_here() -> Result<bool> {
+pub(crate) fn skopeo_is_here() -> Result<bool> {
     let found = std::process::Command::new("skopeo")
         .arg("--version")
         .output();
@@ -31,7 +31,7 @@ fn skopeo_is_here() -> Result<bool> {
     Ok(false)
 }
 
-async fn skopeo(args: &[&str]) -> Result<String> {
+pub(crate) async fn skopeo(args: &[&str]) -> Result<String> {
     let output = Command::new("skopeo").args(args).output().await?;
     if !output.status.success() {
         bail!(
