@@ -1,4 +1,9 @@
 //! The wire between host and guest: frames, streams, orders and reports.
+//!
+//! Host and guest use the same code over one duplex byte stream per machine. It knows nothing of
+//! virtual machines, jobs or files; who opens the transport and who obeys the messages is
+//! elsewhere. Read next: [`session`] (start and end), [`stream`] (what one works with), [`msg`]
+//! (what is said), then [`mux`] and [`preamble`] for the rules underneath.
 
 pub mod codec;
 mod driver;

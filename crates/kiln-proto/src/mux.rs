@@ -1,7 +1,7 @@
 //! The multiplexer: what frames mean. A state machine without I/O, clock or tasks.
 //!
-//! The driver (`driver.rs`) shows it every frame that arrived ([`Mux::on_frame`]) and asks it for
-//! bytes to send ([`Mux::fill`]); stream handles (`stream.rs`) read and write through it. It decides:
+//! The driver (`driver.rs`) shows it every frame that arrived (`Mux::on_frame`) and asks it for
+//! bytes to send (`Mux::fill`); stream handles (`stream.rs`) read and write through it. It decides:
 //!
 //! - **Credit.** Each direction of a stream starts with [`WINDOW`] bytes. The reader gives bytes
 //!   back only when the application consumed them, so a stuck reader stops its own sender and

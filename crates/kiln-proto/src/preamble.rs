@@ -29,7 +29,9 @@
 //! nothing written before this connection can contain. The echo's magic differs from the
 //! preamble's, so a transport that merely loops bytes back is not taken for a guest.
 //!
-//! A run costs 64 KiB per session, less than a millisecond on virtio-serial.
+//! A run costs 64 KiB per session. Measured on virtio-serial without KVM: 2 ms from connecting the
+//! socket to the end of the handshake, also right after `kill -9` of a host in the middle of a
+//! frame in each direction; one run's pause more where the guest swallowed the first run.
 
 use crate::frame::FRAME_SPAN_MAX;
 

@@ -54,7 +54,7 @@ pub const DISCARD_MAX: u64 = 64 * 1024 * 1024;
 /// Bytes read from the transport at once.
 pub const READ_BUFFER: usize = 256 * 1024;
 /// Pause between the first two runs of preambles; it doubles up to [`RUN_PAUSE_MAX`].
-pub const RUN_PAUSE: Duration = Duration::from_millis(50);
+pub const RUN_PAUSE: Duration = Duration::from_millis(20);
 /// Longest pause between two runs of preambles.
 pub const RUN_PAUSE_MAX: Duration = Duration::from_millis(400);
 
@@ -134,6 +134,13 @@ pub enum CloseReason {
     },
 }
 
+impl CloseReason {
+    /// True if the peer broke the protocol: on the host, a guest fault.
+    pub fn is_peer_fault(&self) -> bool {
+        matches!(self, Self::Protocol(_))
+    }
+}
+
 impl From<ProtocolError> for CloseReason {
     fn from(error: ProtocolError) -> Self {
         Self::Protocol(error)
@@ -182,6 +189,13 @@ pub enum SessionError {
     /// The system gave no random bytes for the nonce.
     #[error("no random bytes for the nonce: {0}")]
     Random(getrandom::Error),
+}
+
+impl SessionError {
+    /// True if the peer broke the protocol: on the host, a guest fault.
+    pub fn is_peer_fault(&self) -> bool {
+        matches!(self, Self::Protocol(_) | Self::NoEcho { .. })
+    }
 }
 
 /// Why a stream could not be opened.

@@ -17,7 +17,9 @@ async fn verdict(frames: &[Frame<'_>], expected: ProtocolError) {
         .await
         .unwrap();
     raw.send(frames).await;
-    assert_eq!(host.closed().await, CloseReason::Protocol(expected.clone()));
+    let closed = host.closed().await;
+    assert!(closed.is_peer_fault());
+    assert_eq!(closed, CloseReason::Protocol(expected.clone()));
     let said = loop {
         let close = raw.next(|frame| match frame {
             Frame::Close { code, reason } => Some((code, reason.to_owned())),
