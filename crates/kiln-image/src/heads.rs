@@ -30,12 +30,14 @@ pub const SHARED: &str = "shared";
 pub struct Head {
     /// Version of this record.
     pub schema: u32,
-    /// `H(parent id, digest of this file)`, 32 hex digits.
+    /// `H(id of the head it follows, digest of this file)`, 32 hex digits.
     pub id: String,
     /// The scope it belongs to.
     pub scope: String,
-    /// Id of the head below, if any.
+    /// Id of the head whose disk lies directly below this one's, if any.
     pub parent: Option<String>,
+    /// Id of the head that was forked, and that this one followed: its lineage. Another than `parent` after flattening.
+    pub follows: Option<String>,
     /// Id of the shared head at the bottom of the chain (its own id for a shared head).
     pub root: String,
     /// Overlays above the shared disk: 0 for a shared head.
@@ -57,8 +59,8 @@ pub struct Head {
 pub struct Candidate<'a> {
     /// The disk file; moved into the store. Must lie on the store's filesystem.
     pub file: &'a Path,
-    /// Overlays above the shared disk, this one included.
-    pub depth: u32,
+    /// The head whose disk is the file's backing file; `None` for a disk without one.
+    pub stands_on: Option<&'a Head>,
     /// See [`Head::written_by`].
     pub written_by: String,
     /// See [`Head::buildkit`].
@@ -206,11 +208,14 @@ impl HeadStore {
         let id = head_id(parent.map(|head| head.id.as_str()), disk);
         let head = Head {
             schema: SCHEMA,
-            root: parent.map_or_else(|| id.clone(), |parent| parent.root.clone()),
+            root: candidate
+                .stands_on
+                .map_or_else(|| id.clone(), |below| below.root.clone()),
             id,
             scope: scope.to_owned(),
-            parent: parent.map(|head| head.id.clone()),
-            depth: candidate.depth,
+            parent: candidate.stands_on.map(|below| below.id.clone()),
+            follows: parent.map(|head| head.id.clone()),
+            depth: candidate.stands_on.map_or(0, |below| below.depth + 1),
             disk,
             bytes,
             written_by: candidate.written_by.clone(),

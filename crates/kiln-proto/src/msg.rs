@@ -136,6 +136,12 @@ pub enum Order {
         /// Processes and threads.
         pids_max: u64,
     },
+    /// Environment that every RUN step gets unless it sets the same name itself: registry settings of
+    /// package managers. Replaces what was set before.
+    SetStepEnv {
+        /// Names and values.
+        env: Vec<(String, String)>,
+    },
     /// Start BuildKit on the mounted state disk and wait until it answers.
     StartBuildkit(BuildkitConfig),
     /// Stop BuildKit and wait until it has gone.

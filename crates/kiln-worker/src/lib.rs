@@ -4,8 +4,23 @@
 //! queues or fairness; it prints nothing. Read next: [`host`] (what a host has ready), [`attempt`] (one machine of
 //! one attempt), [`build`] and [`run`] (the two kinds of job).
 
+pub mod attempt;
+pub mod build;
+pub mod buildkit;
+pub mod commit;
 pub mod event;
+pub mod failure;
 pub mod home;
-pub mod solve;
+pub mod host;
+pub mod image;
+pub mod joblog;
 pub mod orders;
+pub mod phases;
+pub mod publish;
+pub mod registry;
+pub mod run;
 pub mod services;
+pub mod solve;
+pub mod templates;
+pub mod unpack;
+pub mod warm;

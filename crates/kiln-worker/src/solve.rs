@@ -43,7 +43,7 @@ struct Vertex {
 #[serde(default)]
 struct VertexStatus {
     id: String,
-    vertex: String,
+    started: Option<String>,
     completed: Option<String>,
 }
 
@@ -93,6 +93,9 @@ pub struct Solve {
     last_end: Option<f64>,
     /// Seconds from the first step's start to the first RUN step's start, by the guest's clock.
     pub first_run: Option<f64>,
+    /// Milliseconds from the job's submission to the start of the solve, by the host's clock.
+    pub submitted_ms: u64,
+    push: Option<(f64, f64)>,
 }
 
 impl Solve {
@@ -211,10 +214,21 @@ impl Solve {
             // With one platform and no attestations, the manifest is what is pushed; the last one named wins.
             self.claimed_manifest = Some(clip(digest.trim(), 100));
         }
-        if status.id.starts_with("pushing layers") {
-            self.pushing = status.completed.is_none() || self.pushing;
+        if status.id.starts_with("pushing ") {
+            self.pushing = true;
+            let start = status.started.as_deref().and_then(unix_seconds);
+            let end = status.completed.as_deref().and_then(unix_seconds).or(start);
+            if let (Some(start), Some(end)) = (start, end) {
+                let (first, last) = self.push.unwrap_or((start, end));
+                self.push = Some((first.min(start), last.max(end)));
+            }
         }
-        let _vertex = &status.vertex;
+    }
+
+    /// Seconds the push took, by the guest's clock.
+    #[must_use]
+    pub fn push_seconds(&self) -> f64 {
+        self.push.map_or(0.0, |(start, end)| (end - start).max(0.0))
     }
 
     fn log(&mut self, log: &VertexLog, events: &mut Vec<Event>) {

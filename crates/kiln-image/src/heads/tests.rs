@@ -1,9 +1,9 @@
 use super::*;
 
-fn candidate(file: &Path, depth: u32) -> Candidate<'_> {
+fn candidate<'a>(file: &'a Path, stands_on: Option<&'a Head>) -> Candidate<'a> {
     Candidate {
         file,
-        depth,
+        stands_on,
         written_by: "b1/1".to_owned(),
         buildkit: "v1".to_owned(),
         now_unix_ms: 1,
@@ -20,7 +20,7 @@ fn fixture() -> Fixture {
     let dir = tempfile::tempdir().expect("temp dir");
     let store = HeadStore::open(&dir.path().join("heads")).expect("store");
     let shared = store
-        .seal_shared(&candidate(&file(&dir, "base"), 0))
+        .seal_shared(&candidate(&file(&dir, "base"), None))
         .expect("sealed");
     Fixture { dir, store, shared }
 }
@@ -50,12 +50,12 @@ fn two_builds_fork_one_head_and_one_of_them_wins() {
     let (first, second) = (file(&f.dir, "first"), file(&f.dir, "second"));
     let won = committed(
         f.store
-            .commit("local", Some(&fork), &candidate(&first, 1))
+            .commit("local", Some(&fork), &candidate(&first, Some(&fork)))
             .expect("io"),
     );
     let lost = f
         .store
-        .commit("local", Some(&fork), &candidate(&second, 1))
+        .commit("local", Some(&fork), &candidate(&second, Some(&fork)))
         .expect("io");
     assert_eq!(
         lost,
@@ -70,10 +70,24 @@ fn two_builds_fork_one_head_and_one_of_them_wins() {
     );
     let next = committed(
         f.store
-            .commit("local", Some(&won), &candidate(&second, 2))
+            .commit("local", Some(&won), &candidate(&second, Some(&won)))
             .expect("io"),
     );
     assert_eq!(f.store.chain(&next).expect("chain").len(), 3);
+    let flat = file(&f.dir, "flat");
+    let flat = committed(
+        f.store
+            .commit("local", Some(&next), &candidate(&flat, Some(&f.shared)))
+            .expect("io"),
+    );
+    assert_eq!(
+        (
+            flat.depth,
+            flat.follows.clone(),
+            f.store.chain(&flat).expect("chain").len()
+        ),
+        (1, Some(next.id), 2)
+    );
 }
 
 #[test]
@@ -84,7 +98,7 @@ fn a_new_shared_head_or_buildkit_starts_a_tenant_over() {
         .commit(
             "local",
             Some(&f.shared),
-            &candidate(&file(&f.dir, "own"), 1),
+            &candidate(&file(&f.dir, "own"), Some(&f.shared)),
         )
         .expect("io");
     let own = committed(own);
@@ -94,7 +108,7 @@ fn a_new_shared_head_or_buildkit_starts_a_tenant_over() {
     );
     let shared = f
         .store
-        .seal_shared(&candidate(&file(&f.dir, "base2"), 0))
+        .seal_shared(&candidate(&file(&f.dir, "base2"), None))
         .expect("sealed");
     assert_eq!(
         f.store.to_fork("local", "v1").expect("read").map(|h| h.id),
@@ -102,11 +116,19 @@ fn a_new_shared_head_or_buildkit_starts_a_tenant_over() {
     );
     let stale = f
         .store
-        .commit("local", Some(&own), &candidate(&file(&f.dir, "late"), 2))
+        .commit(
+            "local",
+            Some(&own),
+            &candidate(&file(&f.dir, "late"), Some(&own)),
+        )
         .expect("io");
     let over = f
         .store
-        .commit("local", Some(&shared), &candidate(&file(&f.dir, "over"), 1))
+        .commit(
+            "local",
+            Some(&shared),
+            &candidate(&file(&f.dir, "over"), Some(&shared)),
+        )
         .expect("io");
     assert!(matches!(stale, Commit::Committed(_)) || matches!(over, Commit::Committed(_)));
 }
@@ -119,7 +141,7 @@ fn prune_keeps_what_is_reached_or_pinned() {
             .commit(
                 "local",
                 Some(&f.shared),
-                &candidate(&file(&f.dir, "own"), 1),
+                &candidate(&file(&f.dir, "own"), Some(&f.shared)),
             )
             .expect("io"),
     );

@@ -1,0 +1,173 @@
+//! `kiln.toml` in the configuration directory: what the operator sets for every job on this host.
+//!
+//! Raw here, resolved by [`Config::limits`]. Unknown keys are refused with their line. A project's own `kiln.toml` (`[build]`) is
+//! the image room's business.
+
+use std::path::Path;
+use std::time::Duration;
+
+use kiln_core::ByteSize;
+use kiln_core::job::Limits;
+use serde::Deserialize;
+
+use crate::args::LimitArgs;
+use crate::error::{CliError, Result};
+
+/// Largest configuration file, bytes.
+const CONFIG_BYTES_MAX: u64 = 1 << 20;
+/// Time a build may take when nobody says otherwise.
+pub const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
+/// Time that stands for "no limit": thirty days.
+pub const NO_TIMEOUT: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// The file.
+#[derive(Deserialize, Debug, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Defaults and maxima of machines.
+    pub limits: LimitConfig,
+    /// The registry's door on loopback.
+    pub registry: RegistryConfig,
+    /// Disk budgets.
+    pub cache: CacheConfig,
+    /// Network of builds.
+    pub network: NetworkConfig,
+}
+
+/// `[limits]`
+#[derive(Deserialize, Debug)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitConfig {
+    /// Most virtual CPUs of one machine.
+    pub cpus_max: u32,
+    /// Most memory of one machine.
+    pub memory_max: ByteText,
+    /// Memory of a build.
+    pub build_memory: ByteText,
+    /// Memory of a run.
+    pub run_memory: ByteText,
+    /// Most disk of one machine.
+    pub disk_max: ByteText,
+}
+
+/// `[registry]`
+#[derive(Deserialize, Debug, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct RegistryConfig {
+    /// Anybody on this host may pull.
+    pub anonymous_pull: bool,
+}
+
+/// `[cache]`
+#[derive(Deserialize, Debug)]
+#[serde(default, deny_unknown_fields)]
+pub struct CacheConfig {
+    /// Most bytes of templates, heads, unpacked images and registry together.
+    pub budget: ByteText,
+}
+
+/// `[network]`
+#[derive(Deserialize, Debug, Default)]
+#[serde(default, deny_unknown_fields)]
+pub struct NetworkConfig {
+    /// Pass the host's CA bundle into builds: yes when the host's settings name one, unless set here.
+    pub ca_bundle: Option<bool>,
+}
+
+/// A size written as text (`2G`).
+#[derive(Deserialize, Debug, Clone, Copy)]
+#[serde(try_from = "String")]
+pub struct ByteText(pub ByteSize);
+
+impl TryFrom<String> for ByteText {
+    type Error = kiln_core::size::ParseSizeError;
+
+    fn try_from(text: String) -> std::result::Result<Self, Self::Error> {
+        text.parse().map(Self)
+    }
+}
+
+impl Default for LimitConfig {
+    fn default() -> Self {
+        Self {
+            cpus_max: 4,
+            memory_max: ByteText(ByteSize::gib(8)),
+            build_memory: ByteText(ByteSize::gib(2)),
+            run_memory: ByteText(ByteSize::mib(512)),
+            disk_max: ByteText(ByteSize::gib(50)),
+        }
+    }
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self { budget: ByteText(ByteSize::gib(60)) }
+    }
+}
+
+impl Config {
+    /// Reads the file; a missing one means defaults.
+    ///
+    /// # Errors
+    /// When it cannot be read or has unknown keys or values; the message names the line.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = match std::fs::metadata(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Ok(meta) if meta.len() > CONFIG_BYTES_MAX => {
+                return Err(CliError::usage(format!("{} is larger than 1 MiB", path.display())));
+            }
+            _ => std::fs::read_to_string(path)
+                .map_err(|error| CliError::usage(format!("could not read {}: {error}", path.display())))?,
+        };
+        toml::from_str(&text).map_err(|error| {
+            CliError::usage(format!("{} is not valid: {}", path.display(), error.to_string().trim()))
+        })
+    }
+
+    /// The limits of one job: what was asked, never more than the maxima.
+    ///
+    /// # Errors
+    /// When more is asked than the operator allows.
+    pub fn limits(&self, asked: &LimitArgs, build: bool, host_cpus: u32) -> Result<Limits> {
+        let cpus_max = self.limits.cpus_max.max(1);
+        let cpus = asked.cpus.unwrap_or_else(|| if build { host_cpus.clamp(1, cpus_max.min(2)) } else { 1 });
+        if cpus == 0 || cpus > cpus_max {
+            return Err(CliError::usage(format!("--cpus {cpus}: at least 1 and at most {cpus_max}"))
+                .hint("the operator's maximum is limits.cpus_max in kiln.toml"));
+        }
+        let default = if build { self.limits.build_memory.0 } else { self.limits.run_memory.0 };
+        let memory = asked.memory.unwrap_or(default);
+        let least = ByteSize::mib(128);
+        if memory < least || memory > self.limits.memory_max.0 {
+            return Err(CliError::usage(format!(
+                "--memory {memory}: at least {least} and at most {}",
+                self.limits.memory_max.0
+            ))
+            .hint("the operator's maximum is limits.memory_max in kiln.toml"));
+        }
+        let timeout = asked.timeout.unwrap_or(if build { BUILD_TIMEOUT } else { NO_TIMEOUT });
+        let timeout_ms = u64::try_from(timeout.min(NO_TIMEOUT).as_millis()).unwrap_or(u64::MAX);
+        Ok(Limits { cpus, memory, disk: self.limits.disk_max.0, timeout_ms })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_keys_are_refused_with_their_line() {
+        let error = toml::from_str::<Config>("[limits]\ncpus = 3\n").expect_err("unknown key").to_string();
+        assert!(error.contains("line 2") && error.contains("cpus"), "{error}");
+        let config: Config = toml::from_str("[limits]\nmemory_max = \"1G\"\n").expect("valid");
+        let asked = LimitArgs { cpus: None, memory: Some(ByteSize::gib(2)), timeout: None };
+        assert!(config.limits(&asked, true, 2).is_err());
+    }
+
+    #[test]
+    fn defaults_fit_their_own_maxima() {
+        let none = LimitArgs { cpus: None, memory: None, timeout: None };
+        let limits = Config::default().limits(&none, true, 64).expect("defaults");
+        assert_eq!((limits.cpus, limits.memory, limits.timeout_ms), (2, ByteSize::gib(2), 600_000));
+    }
+}

@@ -1,0 +1,221 @@
+//! One machine of one attempt: from a specification to a guest that takes orders, and to nothing left behind.
+//!
+//! The choice of how to start is made here, in this order: a template for exactly this head; the plain template with the
+//! head plugged in; a cold boot.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_core::machine::{DiskAccess, DiskFormat};
+use kiln_core::{ByteSize, DiskRole, DiskSlot, FailureClass, MachineName, MachineSpec};
+use kiln_image::heads::Head;
+use kiln_machine::bring_up::{self, Deadlines, Ready};
+use kiln_machine::driver::{Machine, MachineState, Start};
+use kiln_machine::ledger::Ticket;
+use kiln_machine::template::Held;
+use kiln_network::gateway::Gateway;
+use kiln_proto::Session;
+use kiln_proto::msg::{Mount, Order};
+use tokio::task::JoinHandle;
+
+use crate::event::Events;
+use crate::failure::Failure;
+use crate::host::Host;
+use crate::orders;
+use crate::services::Services;
+use crate::templates::{self, Purpose};
+
+/// Longest boot of a cold machine, without KVM on a busy host.
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest wait for a plugged disk to appear and mount.
+pub const MOUNT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait for a guest to power itself off.
+pub const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A machine that takes orders, with everything that belongs to it.
+#[derive(Debug)]
+pub struct Attempt {
+    /// The machine.
+    pub machine: Arc<dyn Machine>,
+    /// The session on its channel.
+    pub session: Session,
+    /// What its guest may ask for.
+    pub services: Arc<Services>,
+    /// Key of the template it was cloned from.
+    pub template: Option<String>,
+    /// Whether BuildKit already runs on the mounted state disk.
+    pub build_ready: bool,
+    serving: JoinHandle<()>,
+    _ticket: Ticket,
+    _template: Option<Held>,
+}
+
+/// What a machine is needed for.
+#[derive(Debug)]
+pub struct Wanted<'a> {
+    /// Name of the machine.
+    pub name: MachineName,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory.
+    pub memory: ByteSize,
+    /// What for.
+    pub purpose: Purpose<'a>,
+    /// Make a missing template first (true for people who wait anyway), or boot cold.
+    pub make_template: bool,
+}
+
+/// The shared, read-only root disk.
+#[must_use]
+pub fn root_disk(host: &Host) -> DiskSlot {
+    DiskSlot {
+        role: DiskRole::Root,
+        backing: Some(host.image.root.clone()),
+        format: DiskFormat::Raw,
+        access: DiskAccess::ReadOnly,
+    }
+}
+
+/// A copy-on-write fork of a head.
+#[must_use]
+pub fn state_disk(host: &Host, head: &Head) -> DiskSlot {
+    DiskSlot {
+        role: DiskRole::State,
+        backing: Some(host.heads.disk(head)),
+        format: DiskFormat::Qcow2,
+        access: DiskAccess::Fork,
+    }
+}
+
+/// The specification of a machine on the current machine image.
+#[must_use]
+pub fn spec(host: &Host, name: MachineName, cpus: u32, memory: ByteSize, disks: Vec<DiskSlot>) -> MachineSpec {
+    MachineSpec {
+        name,
+        cpus,
+        memory,
+        boot: host.image.boot.clone(),
+        disks,
+        boot_timeout_ms: u64::try_from(BOOT_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+impl Drop for Attempt {
+    /// An attempt whose future was dropped (a deadline, a cancel) ends its session; the last handle of the machine kills it.
+    fn drop(&mut self) {
+        self.session.close(0, "the job is over");
+        self.serving.abort();
+    }
+}
+
+impl Attempt {
+    /// Starts a machine and serves its guest.
+    ///
+    /// # Errors
+    /// When no machine can be started, or the clone did not prove its new identity.
+    pub async fn start(
+        host: &Host,
+        wanted: Wanted<'_>,
+        ticket: Ticket,
+        gateway: Gateway,
+        events: &Events,
+    ) -> Result<Self, Failure> {
+        let memory = templates::size_class(wanted.memory);
+        let chosen = templates::choose(host, &wanted, memory, events).await?;
+        let mut disks = vec![root_disk(host)];
+        if let (Purpose::Build { head }, true) = (&wanted.purpose, chosen.holds_head || chosen.template.is_none()) {
+            disks.push(state_disk(host, head));
+        }
+        let spec = spec(host, wanted.name.clone(), wanted.cpus, memory, disks);
+        let start = chosen.template.as_ref().map_or(Start::Cold, |held| Start::Template(held.template.clone()));
+        let ready = bring_up::start(&*host.driver, &spec, &start, Deadlines::default()).await.map_err(templates::bring_up_failure)?;
+        let Ready { machine, session, incoming, .. } = ready;
+        let services = Services::new(gateway, events.clone());
+        let serving = services.serve(incoming);
+        let attempt = Self {
+            machine,
+            session,
+            services,
+            template: chosen.template.as_ref().map(|held| held.template.key.clone()),
+            build_ready: chosen.holds_head,
+            serving,
+            _ticket: ticket,
+            _template: chosen.template,
+        };
+        if let Purpose::Build { head } = &wanted.purpose
+            && !attempt.build_ready
+        {
+            if attempt.template.is_some() {
+                attempt.machine.attach_disk(&state_disk(host, head)).await?;
+            }
+            attempt.mount(DiskRole::State, false, false).await?;
+        }
+        Ok(attempt)
+    }
+
+    /// Mounts a disk of the machine.
+    ///
+    /// # Errors
+    /// When the guest cannot.
+    pub async fn mount(&self, role: DiskRole, read_only: bool, format_blank: bool) -> Result<(), Failure> {
+        let mount = Mount {
+            serial: role.serial().to_owned(),
+            read_only,
+            format_blank,
+            timeout_ms: u64::try_from(MOUNT_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
+        };
+        orders::call(&self.session, "mount a disk", &Order::Mount(mount), MOUNT_TIMEOUT * 2).await?;
+        Ok(())
+    }
+
+    /// Tells the guest to power off and waits; afterwards disks can be taken.
+    ///
+    /// # Errors
+    /// When it did not power off by itself: its disks are then not clean.
+    pub async fn power_off(&self) -> Result<(), Failure> {
+        // The answer may never arrive: the machine's end is what counts.
+        let _answer = orders::call(&self.session, "power off", &Order::Shutdown, STOP_TIMEOUT).await;
+        match self.machine.stop(STOP_TIMEOUT).await {
+            MachineState::Stopped(kiln_machine::driver::StopReason::PoweredOff) => Ok(()),
+            other => Err(Failure::new(
+                FailureClass::Infrastructure,
+                format!("the machine did not power off cleanly: {other:?}"),
+            )),
+        }
+    }
+
+    /// What the end of machine or session explains about a failure seen first.
+    pub async fn explain(&self, failure: Failure) -> Failure {
+        if matches!(failure.class, FailureClass::User | FailureClass::Timeout | FailureClass::Cancelled) {
+            return failure;
+        }
+        if let Some(fault) = self.services.fault() {
+            return Failure::new(FailureClass::GuestFault, format!("the guest sent {fault}"));
+        }
+        // A dying machine closes its channel first: give its own end a moment to be known.
+        let stopped = tokio::time::timeout(Duration::from_secs(1), self.machine.stopped()).await;
+        if let Ok(state) = stopped {
+            let explained = failure.explained_by(state);
+            let console = self.machine.console_tail();
+            let last = console.lines().rev().take(12).collect::<Vec<_>>();
+            if last.is_empty() {
+                return explained;
+            }
+            let tail: Vec<&str> = last.into_iter().rev().collect();
+            return Failure { message: format!("{}\nconsole:\n{}", explained.message, tail.join("\n")), ..explained };
+        }
+        match self.session.close_reason() {
+            Some(reason) => Failure::from_close(&reason),
+            None => failure,
+        }
+    }
+
+    /// Destroys the machine; what could not be removed is told.
+    pub async fn destroy(self, events: &Events) {
+        self.session.close(0, "the job is over");
+        let report = self.machine.destroy().await;
+        for leak in report.leaks {
+            events.warn(format!("left behind: {leak}")).await;
+        }
+    }
+}

@@ -1,0 +1,436 @@
+//! An image build: one attempt from lease to receipt.
+//!
+//! Phases: queue, machine, source, build, push, verify, commit. The host drives every one; the guest only answers.
+//! What BuildKit says of itself is shown and bounded; what is believed is read back from the registry.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_core::job::TrustClass;
+use kiln_core::network::RangeException;
+use kiln_core::{Digest, FailureClass, ImageRef, JobRequest, Lease, NetworkPolicy, Observed};
+use kiln_image::context::Tree;
+use kiln_image::heads::Head;
+use kiln_network::gateway::{Gateway, GatewayConfig};
+use kiln_network::gateway::proxy::ProxyConfig;
+use kiln_network::record::{EgressLog, EgressSummary};
+use kiln_proto::msg::{Exit, Order, Place, PutTree};
+use kiln_proto::Session;
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::attempt::{Attempt, Wanted};
+use crate::buildkit;
+use crate::event::{Event, Events};
+use crate::failure::Failure;
+use crate::host::{Host, now_unix_ms};
+use crate::joblog::JobLog;
+use crate::orders;
+use crate::phases::Phases;
+use crate::publish::{self, Published};
+use crate::registry::RegistryAccess;
+use crate::solve::Solve;
+use crate::templates::Purpose;
+use crate::commit;
+
+/// Longest time to send the source.
+pub const SOURCE_TIMEOUT: Duration = Duration::from_secs(600);
+/// Most bytes of one context file tree the guest takes.
+pub const CONTEXT_BYTES_MAX: u64 = 8 << 30;
+/// Most entries of a context.
+pub const CONTEXT_ENTRIES_MAX: u64 = 500_000;
+/// Name of the context and Dockerfile trees in the guest. Stable, so that BuildKit recognises unchanged files.
+const TREE_NAME: &str = "build";
+/// Tag the guest pushes in its quarantine.
+pub const QUARANTINE_TAG: &str = "image";
+
+/// Everything a build needs beyond its request.
+pub struct BuildInput {
+    /// The request: path-free.
+    pub request: JobRequest,
+    /// The source tree behind its digest.
+    pub tree: Arc<Tree>,
+    /// Digest of the Dockerfile before its FROM lines were pinned.
+    pub dockerfile_read: Digest,
+    /// Secrets by id.
+    pub secrets: Vec<(String, Vec<u8>)>,
+    /// The operator's CA bundle, if builds get one.
+    pub ca_bundle: Option<Vec<u8>>,
+    /// Environment of RUN steps: registry settings of the runtime's tools.
+    pub step_env: Vec<(String, String)>,
+    /// The operator's exceptions for names in special ranges.
+    pub exceptions: Vec<RangeException>,
+    /// The host's HTTP proxy.
+    pub proxy: ProxyConfig,
+    /// Which step's output is kept: all of it, bounded.
+    pub log: Arc<JobLog>,
+}
+
+impl std::fmt::Debug for BuildInput {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BuildInput").field("request", &self.request).finish_non_exhaustive()
+    }
+}
+
+/// What a finished build tells.
+#[derive(Clone, Debug, Serialize)]
+pub struct BuildReport {
+    /// The job.
+    pub job: String,
+    /// Reference in kiln's registry.
+    pub reference: String,
+    /// Digest of the image manifest.
+    pub digest: Digest,
+    /// Compressed bytes of config and layers.
+    pub size: u64,
+    /// Digest and compressed bytes of each layer.
+    pub layers: Vec<(Digest, u64)>,
+    /// Milliseconds of each phase.
+    pub phases_ms: Vec<(String, u64)>,
+    /// Seconds BuildKit itself reports.
+    pub buildkit_seconds: f64,
+    /// Milliseconds from submission to the first RUN step, where one ran.
+    pub first_run_ms: Option<u64>,
+    /// Steps found in the cache, and all steps.
+    pub cached: (usize, usize),
+    /// Key of the template the machine was cloned from.
+    pub template: Option<String>,
+    /// Head the build forked, and the one it committed.
+    pub head: (Option<String>, Option<String>),
+    /// Hosts reached and refused.
+    pub egress: EgressSummary,
+}
+
+/// How a build ended.
+#[derive(Debug)]
+pub struct BuildEnd {
+    /// The report of a build that passed.
+    pub result: Result<BuildReport, Failure>,
+    /// Milliseconds of each phase.
+    pub phases_ms: Vec<(String, u64)>,
+    /// What the gateway decided.
+    pub egress: EgressSummary,
+    /// What the host saw, when there is an image.
+    pub observed: Option<Observed>,
+}
+
+struct Job<'a> {
+    host: &'a Host,
+    input: BuildInput,
+    lease: Lease,
+    build: kiln_core::job::ImageBuild,
+    egress: Arc<EgressLog>,
+    events: Events,
+    started_unix_ms: u64,
+    submitted: std::time::Instant,
+}
+
+/// Runs one build. The lease must be live; it is ended here.
+pub async fn run(
+    host: &Host,
+    registry: &RegistryAccess,
+    input: BuildInput,
+    lease: Lease,
+    events: &Events,
+    cancel: &CancellationToken,
+) -> BuildEnd {
+    let mut phases = Phases::new(events.clone());
+    let egress = Arc::new(EgressLog::new());
+    let kiln_core::JobKind::ImageBuild(build) = input.request.kind.clone() else {
+        let failure = Failure::new(FailureClass::Usage, "this job is not an image build");
+        return BuildEnd { result: Err(failure), phases_ms: Vec::new(), egress: EgressSummary::default(), observed: None };
+    };
+    let job = Job {
+        host,
+        build,
+        lease,
+        egress: Arc::clone(&egress),
+        events: events.clone(),
+        started_unix_ms: now_unix_ms(),
+        submitted: std::time::Instant::now(),
+        input,
+    };
+    let limit = Duration::from_millis(job.input.request.limits.timeout_ms);
+    let result = tokio::select! {
+        result = tokio::time::timeout(limit, job.work(registry, &mut phases, cancel)) => match result {
+            Ok(result) => result,
+            Err(_) => Err(Failure::new(FailureClass::Timeout, format!("the build took longer than {limit:?}"))
+                .hint("give it more with --timeout")),
+        },
+        () = cancel.cancelled() => {
+            // The attempt's own cancellation path destroys the machine; here only the wait ends.
+            Err(Failure::cancelled())
+        }
+    };
+    host.leases.end(&job.lease.attempt);
+    registry.discard_quarantine(&job.lease.attempt).await;
+    let phases_ms = phases.finish();
+    let summary = kiln_network::record::summary(&egress.snapshot().events);
+    let (result, observed) = match result {
+        Ok((mut report, observed)) => {
+            report.phases_ms.clone_from(&phases_ms);
+            report.egress = summary.clone();
+            (Ok(report), Some(observed))
+        }
+        Err(failure) => (Err(failure), None),
+    };
+    BuildEnd { result, phases_ms, egress: summary, observed }
+}
+
+impl Job<'_> {
+    async fn work(
+        &self,
+        registry: &RegistryAccess,
+        phases: &mut Phases,
+        cancel: &CancellationToken,
+    ) -> Result<(BuildReport, Observed), Failure> {
+        phases.begin("queue").await;
+        let limits = self.input.request.limits;
+        let memory = crate::templates::size_class(limits.memory);
+        let ticket = self.host.admit(limits.cpus, memory, self.lease.attempt.job.as_str(), &self.events).await?;
+        phases.begin("machine").await;
+        let head = self.fork()?;
+        let pin = self.host.heads.pin(&head).map_err(|error| Failure::infrastructure(&error))?;
+        let name = self.lease.attempt.machine_name("build").map_err(|error| Failure::infrastructure(&error))?;
+        let wanted = Wanted {
+            name,
+            cpus: limits.cpus,
+            memory: limits.memory,
+            purpose: Purpose::Build { head: &head },
+            make_template: true,
+        };
+        let attempt =
+            Attempt::start(self.host, wanted, ticket, self.gateway(registry), &self.events).await?;
+        let done = self.in_machine(&attempt, &head, registry, phases).await;
+        let done = match done {
+            Ok(done) => {
+                phases.begin("commit").await;
+                let head = self.commit(&attempt, &head).await;
+                Ok((done, head))
+            }
+            Err(failure) if cancel.is_cancelled() => Err(failure),
+            Err(failure) => Err(attempt.explain(failure).await),
+        };
+        let template = attempt.template.clone();
+        attempt.destroy(&self.events).await;
+        drop(pin);
+        let ((published, solve), committed) = done?;
+        Ok(self.report(&head, template, published, &solve, committed))
+    }
+
+    /// The head to fork; `--no-cache` starts from the shared one, which holds only bases.
+    fn fork(&self) -> Result<Head, Failure> {
+        let tenant = self.lease.tenant.as_str();
+        let scope = if self.build.no_cache { kiln_image::heads::SHARED } else { tenant };
+        let head = self.host.heads.to_fork(scope, &self.host.image.buildkit);
+        head.map_err(|error| Failure::infrastructure(&error))?.ok_or_else(|| {
+            Failure::new(FailureClass::Infrastructure, "there are no runtime bases yet").hint("run `kiln setup` once")
+        })
+    }
+
+    fn gateway(&self, registry: &RegistryAccess) -> Gateway {
+        let policy: NetworkPolicy = self.input.request.network.clone();
+        let mut config = GatewayConfig::new(policy, Arc::clone(&self.egress) as _);
+        config.exceptions.clone_from(&self.input.exceptions);
+        config.proxy = self.input.proxy.clone();
+        config.services = registry.services_for(&self.lease, &self.host.leases);
+        Gateway::new(config)
+    }
+
+    async fn in_machine(
+        &self,
+        attempt: &Attempt,
+        head: &Head,
+        registry: &RegistryAccess,
+        phases: &mut Phases,
+    ) -> Result<(Published, Solve), Failure> {
+        let session = &attempt.session;
+        self.provide_settings(session).await?;
+        if !attempt.build_ready {
+            buildkit::start(session).await?;
+        }
+        phases.begin("source").await;
+        let paths = self.send_source(session).await?;
+        phases.begin("build").await;
+        let submitted_ms = self.submitted.elapsed();
+        let mut solve = self.solve(attempt, &paths).await?;
+        let pushed = solve.push_seconds();
+        phases.split("push", pushed);
+        solve.submitted_ms = u64::try_from(submitted_ms.as_millis()).unwrap_or(u64::MAX);
+        phases.begin("verify").await;
+        let published = publish::verify_and_tag(registry, &self.host.leases, &self.lease, &self.build, solve.claimed_manifest.as_deref()).await?;
+        let _head = head;
+        Ok((published, solve))
+    }
+
+    /// CA bundle, environment of RUN steps, secrets: all in guest memory.
+    async fn provide_settings(&self, session: &Session) -> Result<(), Failure> {
+        let bundle = self.input.ca_bundle.as_deref().unwrap_or_default();
+        orders::put_file(session, "take the CA bundle", Place::CaBundle, bundle).await?;
+        let env = self.input.step_env.clone();
+        orders::call_done(session, "take settings", &Order::SetStepEnv { env }, orders::ORDER_TIMEOUT).await?;
+        for (id, value) in &self.input.secrets {
+            orders::put_file(session, "take a secret", Place::Secret { id: id.clone() }, value).await?;
+        }
+        Ok(())
+    }
+
+    async fn send_source(&self, session: &Session) -> Result<TreePaths, Failure> {
+        let tree = Arc::clone(&self.input.tree);
+        let expected = self.build.source;
+        let order = |place| PutTree { place, bytes_max: CONTEXT_BYTES_MAX, entries_max: CONTEXT_ENTRIES_MAX };
+        let (sender, digest) = tokio::sync::oneshot::channel();
+        let sent = orders::put_tree(
+            session,
+            "take the source",
+            &order(Place::Context { name: TREE_NAME.to_owned() }),
+            SOURCE_TIMEOUT,
+            move |out| {
+                let packed = kiln_image::context::pack(&tree, out).map_err(std::io::Error::other)?;
+                let _receiver_gone = sender.send(packed.digest);
+                Ok(())
+            },
+        )
+        .await?;
+        if digest.await.ok() != Some(expected) {
+            return Err(Failure::new(FailureClass::User, "the source changed while it was being sent")
+                .hint("build again when nothing writes to the folder"));
+        }
+        let dockerfile = buildkit::send_dockerfile(session, TREE_NAME, self.build.dockerfile.clone()).await?;
+        Ok(TreePaths { context: sent.path, dockerfile })
+    }
+
+    async fn solve(&self, attempt: &Attempt, paths: &TreePaths) -> Result<Solve, Failure> {
+        let tell = async |event: Event| {
+            self.input.log.event(&event);
+            self.events.tell(event).await;
+        };
+        let (exit, solve) = buildkit::solve(&attempt.session, self.buildctl(paths), 0, tell).await?;
+        if exit.code == Some(0) {
+            return Ok(solve);
+        }
+        Err(self.build_failure(attempt, &solve, &exit))
+    }
+
+    fn build_failure(&self, attempt: &Attempt, solve: &Solve, exit: &Exit) -> Failure {
+        let words = solve.other_lines.join("\n");
+        let all = format!("{words}\n{}", solve.failed().map(|(_, step)| step.error.clone()).unwrap_or_default());
+        let killed = all.contains("exit code: 137") || all.contains("signal: killed");
+        if attempt.services.oom_kills() > 0 && (killed || exit.oom) {
+            return Failure::new(FailureClass::OutOfMemory, step_message(solve, "ran out of memory"))
+                .hint("give the build more with --memory");
+        }
+        if all.contains("no space left on device") {
+            return Failure::new(FailureClass::User, step_message(solve, "filled the machine's disk"))
+                .hint("the disk of a build is bounded; the operator's limit is limits.disk_max in kiln.toml");
+        }
+        if let Some((_, step)) = solve.failed() {
+            let why = step.error.lines().next().unwrap_or("it failed").to_owned();
+            return Failure::new(FailureClass::User, step_message(solve, &why));
+        }
+        let last = solve.other_lines.iter().rev().find(|line| line.contains("error")).cloned();
+        Failure::new(FailureClass::User, last.unwrap_or_else(|| format!("BuildKit ended with {:?}", exit.code)))
+    }
+
+    fn buildctl(&self, paths: &TreePaths) -> Vec<String> {
+        let mut argv = buildkit::command(&paths.context, &paths.dockerfile);
+        let mut add = |words: String| argv.push(words);
+        if let Some(target) = &self.build.target {
+            add(format!("--opt=target={target}"));
+        }
+        for (key, value) in &self.build.build_args {
+            add(format!("--opt=build-arg:{key}={value}"));
+        }
+        for (id, _) in &self.input.secrets {
+            add(format!("--secret=id={id},src=/run/kiln/secrets/{id}"));
+        }
+        if self.build.no_cache {
+            add("--no-cache".to_owned());
+        }
+        let repository = publish::quarantine(&self.lease.attempt);
+        let name = format!("{}/{repository}:{QUARANTINE_TAG}", kiln_core::network::REGISTRY_HOST);
+        add(format!("--output=type=image,name={name},push=true,oci-mediatypes=true,compression=gzip"));
+        argv
+    }
+
+    /// Commits the machine's overlay as the tenant's next head. A failure here does not fail the build.
+    async fn commit(&self, attempt: &Attempt, parent: &Head) -> Option<String> {
+        let trusted = self.input.request.trust == TrustClass::Trusted;
+        // A build that received a secret commits only to a head that untrusted refs cannot read; the embedded tenant has none.
+        if !trusted || self.build.no_cache {
+            return None;
+        }
+        match commit::commit(self.host, attempt, &self.lease, parent).await {
+            Ok(head) => head,
+            Err(failure) => {
+                self.events.warn(format!("the build cache was not kept: {failure}")).await;
+                None
+            }
+        }
+    }
+
+    fn report(
+        &self,
+        head: &Head,
+        template: Option<String>,
+        published: Published,
+        solve: &Solve,
+        committed: Option<String>,
+    ) -> (BuildReport, Observed) {
+        let policy = serde_json::to_vec(&self.input.request.network).unwrap_or_default();
+        let observed = Observed {
+            schema: Observed::SCHEMA,
+            attempt: self.lease.attempt.clone(),
+            tenant: self.lease.tenant.clone(),
+            source: self.build.source,
+            dockerfile: Digest::of(self.build.dockerfile.as_bytes()),
+            bases: self.build.bases.clone(),
+            policy: Digest::of(&policy),
+            machine_image: self.host.image.name.clone(),
+            template: template.clone(),
+            head: Some(head.id.clone()),
+            egress: self.egress.snapshot().events,
+            manifest: published.manifest,
+            blobs: published.blobs.clone(),
+            started_unix_ms: self.started_unix_ms,
+            ended_unix_ms: now_unix_ms(),
+        };
+        let first_run_ms = solve.first_run.map(|seconds| {
+            solve.submitted_ms.saturating_add(Duration::from_secs_f64(seconds.clamp(0.0, 1e6)).as_millis() as u64)
+        });
+        let report = BuildReport {
+            job: self.lease.attempt.job.to_string(),
+            reference: published.tags.first().map(ImageRef::to_string).unwrap_or_default(),
+            digest: published.manifest,
+            size: published.size,
+            layers: published.layers,
+            phases_ms: Vec::new(),
+            buildkit_seconds: solve.seconds(),
+            first_run_ms,
+            cached: solve.cache_hits(),
+            template,
+            head: (Some(head.id.clone()), committed),
+            egress: EgressSummary::default(),
+        };
+        (report, observed)
+    }
+}
+
+struct TreePaths {
+    context: String,
+    dockerfile: String,
+}
+
+fn step_message(solve: &Solve, what: &str) -> String {
+    match solve.failed() {
+        Some((number, step)) => format!("step #{number} {} {what}", step.name.lines().next().unwrap_or_default()),
+        None => format!("the build {what}"),
+    }
+}
+
+/// Build arguments that BuildKit treats as its own and that must not be set by a request.
+#[must_use]
+pub fn refused_build_args(args: &BTreeMap<String, String>) -> Vec<String> {
+    args.keys().filter(|key| *key == "BUILDKIT_SYNTAX").cloned().collect()
+}

@@ -1,0 +1,300 @@
+//! A command in a fresh machine: in the machine image itself, or in a container image under runc.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_core::machine::{DiskAccess, DiskFormat};
+use kiln_core::network::RangeException;
+use kiln_core::{DiskRole, DiskSlot, FailureClass, JobRequest, Lease};
+use kiln_network::gateway::proxy::ProxyConfig;
+use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
+use kiln_network::record::{EgressLog, EgressSummary};
+use kiln_proto::msg::{ConnectReply, ContainerSpec, ExecRequest, Exit, Forward, Order, OrderReply, Place, TtySize, kind};
+use kiln_proto::{Session, codec};
+use tokio::io::AsyncRead;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::attempt::{Attempt, Wanted};
+use crate::event::Events;
+use crate::failure::Failure;
+use crate::host::Host;
+use crate::joblog::JobLog;
+use crate::orders::{self, Control, ExecIo};
+use crate::phases::Phases;
+use crate::templates::Purpose;
+use crate::unpack::Unpacked;
+
+/// Connections one forwarded port serves at once.
+pub const FORWARDS_MAX: usize = 128;
+/// How long a command may take to end after it was interrupted.
+pub const INTERRUPT_GRACE: Duration = Duration::from_secs(2);
+/// The environment every command starts from.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Everything a run needs beyond its request.
+pub struct RunInput {
+    /// The request.
+    pub request: JobRequest,
+    /// The unpacked image and how to start it; `None` runs in the machine image.
+    pub image: Option<(Unpacked, ContainerSpec)>,
+    /// Standard input, if connected.
+    pub stdin: Option<Box<dyn AsyncRead + Send + Unpin>>,
+    /// Size of the terminal, if the command gets one.
+    pub tty: Option<TtySize>,
+    /// Gets output in order: stream (1 or 2) and bytes.
+    pub output: mpsc::Sender<(u8, Vec<u8>)>,
+    /// Signals and window sizes for the command.
+    pub control: mpsc::Receiver<Control>,
+    /// Ports already bound on the host, each with its guest port.
+    pub listeners: Vec<(TcpListener, u16)>,
+    /// The operator's CA bundle.
+    pub ca_bundle: Option<Vec<u8>>,
+    /// The operator's exceptions.
+    pub exceptions: Vec<RangeException>,
+    /// The host's HTTP proxy.
+    pub proxy: ProxyConfig,
+    /// The log that is kept.
+    pub log: Arc<JobLog>,
+}
+
+impl std::fmt::Debug for RunInput {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RunInput").field("request", &self.request).finish_non_exhaustive()
+    }
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct RunEnd {
+    /// How the command ended, or why it did not run.
+    pub result: Result<Exit, Failure>,
+    /// Milliseconds of each phase.
+    pub phases_ms: Vec<(String, u64)>,
+    /// What the gateway decided.
+    pub egress: EgressSummary,
+}
+
+/// Runs one command. The lease must be live; it is ended here.
+pub async fn run(
+    host: &Host,
+    input: RunInput,
+    lease: Lease,
+    events: &Events,
+    cancel: &CancellationToken,
+) -> RunEnd {
+    let mut phases = Phases::new(events.clone());
+    let egress = Arc::new(EgressLog::new());
+    let limit = Duration::from_millis(input.request.limits.timeout_ms);
+    let work = work(host, input, &lease, Arc::clone(&egress), events, cancel, &mut phases);
+    let result = match tokio::time::timeout(limit, work).await {
+        Ok(result) => result,
+        Err(_) => Err(Failure::new(FailureClass::Timeout, format!("the command took longer than {limit:?}"))
+            .hint("give it more with --timeout")),
+    };
+    host.leases.end(&lease.attempt);
+    let summary = kiln_network::record::summary(&egress.snapshot().events);
+    RunEnd { result, phases_ms: phases.finish(), egress: summary }
+}
+
+async fn work(
+    host: &Host,
+    input: RunInput,
+    lease: &Lease,
+    egress: Arc<EgressLog>,
+    events: &Events,
+    cancel: &CancellationToken,
+    phases: &mut Phases,
+) -> Result<Exit, Failure> {
+    phases.begin("queue").await;
+    let limits = input.request.limits;
+    let memory = crate::templates::size_class(limits.memory);
+    let ticket = tokio::select! {
+        ticket = host.admit(limits.cpus, memory, lease.attempt.job.as_str(), events) => ticket?,
+        () = cancel.cancelled() => return Err(Failure::cancelled()),
+    };
+    phases.begin("machine").await;
+    let name = lease.attempt.machine_name("run").map_err(|error| Failure::infrastructure(&error))?;
+    let wanted =
+        Wanted { name, cpus: limits.cpus, memory: limits.memory, purpose: Purpose::Run, make_template: true };
+    let mut config = GatewayConfig::new(input.request.network.clone(), egress as _);
+    config.exceptions.clone_from(&input.exceptions);
+    config.proxy = input.proxy.clone();
+    config.services = KilnNames::default();
+    let attempt = tokio::select! {
+        attempt = Attempt::start(host, wanted, ticket, Gateway::new(config), events) => attempt?,
+        () = cancel.cancelled() => return Err(Failure::cancelled()),
+    };
+    let result = in_machine(&attempt, input, lease, cancel, phases).await;
+    let result = match result {
+        Err(failure) => Err(attempt.explain(failure).await),
+        ok => ok,
+    };
+    attempt.destroy(events).await;
+    result
+}
+
+async fn in_machine(
+    attempt: &Attempt,
+    input: RunInput,
+    lease: &Lease,
+    cancel: &CancellationToken,
+    phases: &mut Phases,
+) -> Result<Exit, Failure> {
+    let RunInput { request, image, stdin, tty, output, control, listeners, ca_bundle, log, .. } = input;
+    let kiln_core::JobKind::Run(command) = request.kind else {
+        return Err(Failure::new(FailureClass::Usage, "this job is not a run"));
+    };
+    if let Some(bundle) = &ca_bundle {
+        orders::put_file(&attempt.session, "take the CA bundle", Place::CaBundle, bundle).await?;
+    }
+    let exec = match image {
+        None => plain_exec(&command, tty, stdin.is_some()),
+        Some((unpacked, spec)) => container_exec(attempt, &unpacked, spec, tty, stdin.is_some(), lease).await?,
+    };
+    let forwards: Vec<_> = listeners
+        .into_iter()
+        .map(|(listener, port)| tokio::spawn(forward(attempt.session.clone(), listener, port)))
+        .collect();
+    phases.begin("run").await;
+    let result = run_exec(&attempt.session, &exec, ExecParts { stdin, output, control, log }, cancel).await;
+    for task in forwards {
+        task.abort();
+    }
+    let exit = result?;
+    if exit.oom {
+        return Err(Failure {
+            command_code: exit.code,
+            ..Failure::new(FailureClass::OutOfMemory, "the command ran out of memory")
+                .hint("give it more with --memory")
+        });
+    }
+    Ok(exit)
+}
+
+fn plain_exec(command: &kiln_core::job::RunCommand, tty: Option<TtySize>, stdin: bool) -> ExecRequest {
+    let mut env = vec![("PATH".to_owned(), PATH.to_owned()), ("HOME".to_owned(), "/root".to_owned())];
+    if tty.is_some() && !command.env.contains_key("TERM") {
+        env.push(("TERM".to_owned(), "xterm-256color".to_owned()));
+    }
+    env.extend(command.env.iter().map(|(key, value)| (key.clone(), value.clone())));
+    ExecRequest { argv: command.argv.clone(), env, cwd: "/root".to_owned(), tty, stdin, ..ExecRequest::default() }
+}
+
+async fn container_exec(
+    attempt: &Attempt,
+    unpacked: &Unpacked,
+    spec: ContainerSpec,
+    tty: Option<TtySize>,
+    stdin: bool,
+    lease: &Lease,
+) -> Result<ExecRequest, Failure> {
+    let disk = DiskSlot {
+        role: DiskRole::Image,
+        backing: Some(unpacked.disk.clone()),
+        format: DiskFormat::Qcow2,
+        access: DiskAccess::ReadOnly,
+    };
+    attempt.machine.attach_disk(&disk).await?;
+    attempt.mount(DiskRole::Image, true, false).await?;
+    let spec = ContainerSpec { hostname: lease.attempt.job.to_string(), tty: tty.is_some(), ..spec };
+    let what = "prepare the container";
+    let reply =
+        orders::call(&attempt.session, what, &Order::PrepareContainer(Box::new(spec)), orders::ORDER_TIMEOUT).await?;
+    let OrderReply::Prepared { argv } = reply else {
+        return Err(Failure::new(FailureClass::GuestFault, format!("asked to {what}, the guest answered {reply:?}")));
+    };
+    let env = vec![("PATH".to_owned(), PATH.to_owned())];
+    Ok(ExecRequest { argv, env, cwd: "/".to_owned(), tty, stdin, ..ExecRequest::default() })
+}
+
+struct ExecParts {
+    stdin: Option<Box<dyn AsyncRead + Send + Unpin>>,
+    output: mpsc::Sender<(u8, Vec<u8>)>,
+    control: mpsc::Receiver<Control>,
+    log: Arc<JobLog>,
+}
+
+/// Runs the command; a cancel is an interrupt to it first, and the machine's end soon after.
+async fn run_exec(
+    session: &Session,
+    exec: &ExecRequest,
+    parts: ExecParts,
+    cancel: &CancellationToken,
+) -> Result<Exit, Failure> {
+    let ExecParts { stdin, output, mut control, log } = parts;
+    let (sender, mut chunks) = mpsc::channel::<(u8, Vec<u8>)>(64);
+    let (orders_in, orders_out) = mpsc::channel(16);
+    let relay = async {
+        while let Some((stream, bytes)) = chunks.recv().await {
+            log.raw(&bytes);
+            let _reader_gone = output.send((stream, bytes)).await;
+        }
+    };
+    let pass_on = async {
+        loop {
+            tokio::select! {
+                order = control.recv() => match order {
+                    Some(order) => drop(orders_in.send(order).await),
+                    None => std::future::pending().await,
+                },
+                () = cancel.cancelled() => break,
+            }
+        }
+        let _ended = orders_in.send(Control::Signal(2)).await;
+        tokio::time::sleep(INTERRUPT_GRACE / 2).await;
+        let _ended = orders_in.send(Control::Signal(15)).await;
+        tokio::time::sleep(INTERRUPT_GRACE / 2).await;
+    };
+    let io = ExecIo { stdin: stdin.map(|reader| reader as _), output: sender, control: orders_out };
+    let run = async {
+        let (exit, ()) = tokio::join!(orders::exec(session, "run the command", exec, io), relay);
+        exit
+    };
+    tokio::select! {
+        exit = run => {
+            let exit = exit.map_err(start_failure)?;
+            if cancel.is_cancelled() { Err(Failure::cancelled()) } else { Ok(exit) }
+        }
+        () = pass_on => Err(Failure::cancelled()),
+    }
+}
+
+/// A command that does not exist is the user's error, as in any shell.
+fn start_failure(error: orders::CallError) -> Failure {
+    match error {
+        orders::CallError::Refused { error, .. } => {
+            let not_found = error.code == kiln_proto::msg::GuestErrorCode::NotFound;
+            let code = if not_found { 127 } else { 126 };
+            Failure { command_code: Some(code), ..Failure::new(FailureClass::User, error.message) }
+        }
+        other => Failure::from(other),
+    }
+}
+
+/// Serves one forwarded port until it is aborted.
+async fn forward(session: Session, listener: TcpListener, port: u16) {
+    let slots = Arc::new(tokio::sync::Semaphore::new(FORWARDS_MAX));
+    loop {
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        let Ok((client, _)) = listener.accept().await else { continue };
+        let session = session.clone();
+        tokio::spawn(async move {
+            let _slot = slot;
+            // A client's broken connection is the client's to see.
+            let _ended = forward_one(&session, client, port).await;
+        });
+    }
+}
+
+async fn forward_one(session: &Session, mut client: TcpStream, port: u16) -> std::io::Result<()> {
+    let payload = serde_json::to_vec(&Forward { port })?;
+    let mut stream = session.open(kind::FORWARD, &payload).await.map_err(std::io::Error::other)?;
+    let reply: ConnectReply = codec::read_msg(&mut stream, orders::REPLY_BYTES_MAX).await.map_err(std::io::Error::other)?;
+    if reply == ConnectReply::Connected {
+        client.set_nodelay(true)?;
+        tokio::io::copy_bidirectional(&mut client, &mut stream).await?;
+    }
+    Ok(())
+}
