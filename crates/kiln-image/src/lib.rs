@@ -1,5 +1,6 @@
 //! What goes into machines and images: machine image recipe, runtime bases, cache heads, source plans.
 
+pub mod bake;
 pub mod bases;
 pub mod build_config;
 pub mod context;
