@@ -162,6 +162,10 @@ impl BringUpError {
                 source: CallError::Answer(error),
                 ..
             } if error.is_peer_fault() => FailureClass::GuestFault,
+            Self::Order {
+                source: CallError::Open(error),
+                ..
+            } if error.is_peer_fault() => FailureClass::GuestFault,
             _ => FailureClass::Infrastructure,
         }
     }

@@ -7,6 +7,8 @@
 //! Readers here are not cancellation-safe: a reader dropped half-way has taken bytes with it.
 //! Give each direction of a stream its own task, or finish the read before selecting on it.
 
+use crate::session::CloseReason;
+use crate::stream::session_end_of;
 use bytes::{Buf, Bytes};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -52,12 +54,14 @@ pub enum CodecError {
 }
 
 impl CodecError {
-    /// True if the peer's bytes are at fault, not the transport.
+    /// True if the peer's bytes are at fault, not the transport: those of this message, or those
+    /// that ended the session as a protocol error.
     pub fn is_peer_fault(&self) -> bool {
-        matches!(
-            self,
-            Self::Truncated { .. } | Self::TooLong { .. } | Self::Json(_)
-        )
+        match self {
+            Self::Truncated { .. } | Self::TooLong { .. } | Self::Json(_) => true,
+            Self::Io(error) => session_end_of(error).is_some_and(CloseReason::is_peer_fault),
+            Self::Eof => false,
+        }
     }
 }
 

@@ -221,6 +221,13 @@ pub enum OpenError {
     Ended(#[source] CloseReason),
 }
 
+impl OpenError {
+    /// True if the session is over because the peer broke the protocol.
+    pub fn is_peer_fault(&self) -> bool {
+        matches!(self, Self::Ended(reason) if reason.is_peer_fault())
+    }
+}
+
 /// Why a ping was not answered.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum PingError {

@@ -212,7 +212,7 @@ pub enum Lie {
     MachineId,
     /// Reidentify: the host name is the template's.
     Hostname,
-    /// Reidentify: the clock was not set.
+    /// Reidentify: the clock is a day late.
     Clock,
     /// Reidentify: the entropy was not taken, and it says so.
     NoEntropy,

@@ -18,6 +18,9 @@ use crate::driver::StopReason;
 /// Size that every simulated filesystem claims.
 const DISK_BYTES: u64 = 1 << 30;
 
+/// How late the clock of a guest that lies about it is: a day.
+const CLOCK_LIE_NS: u64 = 86_400 * 1_000_000_000;
+
 /// First argument of the command that [`Order::PrepareContainer`] answers with.
 pub(super) const CONTAINER_COMMAND: &str = "kiln-sim-container";
 
@@ -116,9 +119,12 @@ fn reidentify(guest: &Guest, wanted: &Identity) -> Result<Reidentified, GuestErr
     if entropy_added && reseeded && !guest.lies(Lie::RepeatedRandom) {
         memory.reseed(&seed);
     }
-    if !guest.lies(Lie::Clock) {
-        memory.set_wall_ns(wanted.wall_unix_ns);
-    }
+    let late = if guest.lies(Lie::Clock) {
+        CLOCK_LIE_NS
+    } else {
+        0
+    };
+    memory.set_wall_ns(wanted.wall_unix_ns.saturating_sub(late));
     if !guest.lies(Lie::BootId) {
         memory.boot_id.clone_from(&wanted.boot_id);
     }

@@ -19,6 +19,7 @@ const REPLY_MAX: usize = 64 * 1024;
 
 /// Why the guest did not do what it was told.
 #[derive(Debug)]
+#[expect(dead_code, reason = "what is inside is shown when a test fails")]
 pub(crate) enum Failed {
     /// It said no.
     Refused(GuestError),
@@ -42,6 +43,7 @@ pub(crate) struct Host {
 #[derive(Debug)]
 pub(crate) struct Ran {
     pub(crate) stdout: Vec<u8>,
+    #[expect(dead_code, reason = "shown when a test fails")]
     pub(crate) stderr: Vec<u8>,
     pub(crate) exit: Exit,
 }
@@ -53,7 +55,7 @@ impl Ran {
     }
 }
 
-fn broken(error: &dyn std::error::Error) -> Failed {
+pub(crate) fn broken(error: &dyn std::error::Error) -> Failed {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
@@ -73,19 +75,32 @@ impl Host {
             SessionError::Deadline { .. } => Failed::Timeout,
             other => broken(&other),
         })?;
+        Ok(Self::of(session, hello, incoming, deadline))
+    }
+
+    /// A host of a session that somebody else began.
+    pub(crate) fn of(
+        session: Session,
+        hello: Hello,
+        incoming: Incoming,
+        deadline: Duration,
+    ) -> Self {
         let events = Arc::new(Mutex::new(Vec::new()));
         let mut tasks = tokio::task::JoinSet::new();
         tasks.spawn(take_streams(incoming, Arc::clone(&events)));
-        Ok(Self {
+        Self {
             session,
             hello,
             events,
             deadline,
             _incoming: tasks,
-        })
+        }
     }
 
-    async fn within<T>(&self, work: impl Future<Output = Result<T, Failed>>) -> Result<T, Failed> {
+    pub(crate) async fn within<T>(
+        &self,
+        work: impl Future<Output = Result<T, Failed>>,
+    ) -> Result<T, Failed> {
         tokio::time::timeout(self.deadline, work)
             .await
             .unwrap_or(Err(Failed::Timeout))
