@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 use super::disk::{SimDisk, file_name};
 use super::memory::Memory;
 use crate::driver::{LaunchError, TemplateRef};
-use crate::proc::partial_name;
 
 const MEMORY_FILE: &str = "memory.json";
 const SCHEMA: u32 = 1;
@@ -21,27 +20,14 @@ struct Saved {
     memory: Memory,
 }
 
-/// Writes a template; it appears whole or not at all. One that another process made meanwhile is as good.
+/// Fills a template's directory. Who asked makes it appear whole: see `crate::template`.
 pub(super) fn save(memory: &Memory, target: &TemplateRef) -> io::Result<()> {
-    let name = target.dir.file_name().unwrap_or_default();
-    let partial = target
-        .dir
-        .with_file_name(partial_name(&name.to_string_lossy()));
-    let result = write(memory, target, &partial);
-    if result.is_err() {
-        let _ = fs::remove_dir_all(&partial);
-    }
-    result
-}
-
-fn write(memory: &Memory, target: &TemplateRef, partial: &Path) -> io::Result<()> {
-    fs::create_dir_all(partial)?;
     let mut memory = memory.clone();
     memory.stop_clock();
     for disk in memory.disks.values_mut().filter(|disk| disk.writable) {
         disk.flush()?;
         let name = file_name(disk.role);
-        fs::copy(&disk.file, partial.join(&name))?;
+        fs::copy(&disk.file, target.dir.join(&name))?;
         disk.file = name.into();
     }
     let saved = Saved {
@@ -49,13 +35,7 @@ fn write(memory: &Memory, target: &TemplateRef, partial: &Path) -> io::Result<()
         key: target.key.clone(),
         memory,
     };
-    fs::write(partial.join(MEMORY_FILE), serde_json::to_vec(&saved)?)?;
-    match fs::rename(partial, &target.dir) {
-        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
-            fs::remove_dir_all(partial)
-        }
-        other => other,
-    }
+    fs::write(target.dir.join(MEMORY_FILE), serde_json::to_vec(&saved)?)
 }
 
 /// The memory of a clone, with its own copy of the template's disks in `dir`.

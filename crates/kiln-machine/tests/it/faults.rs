@@ -81,6 +81,7 @@ impl Sim {
             key: "k".to_owned(),
             dir: self.home.path().join("templates/k"),
         };
+        std::fs::create_dir_all(&target.dir).expect("dir");
         let spec = self.spec("origin");
         let prepare = |_session| async { Ok::<(), std::io::Error>(()) };
         bring_up::make_template(&self.driver, &spec, &target, DEADLINES, prepare)
@@ -499,7 +500,7 @@ async fn no_template_is_made_of_a_guest_that_may_not_become_one() {
         let spec = sim.spec("origin");
         let made = bring_up::make_template(&sim.driver, &spec, &target, DEADLINES, prepare).await;
         assert!(matches!(made, Err(BringUpError::False(_))), "{made:?}");
-        assert!(!target.dir.exists());
+        assert!(!target.dir.exists(), "nothing was written");
         sim.assert_nothing_left();
     }
 }

@@ -107,12 +107,12 @@ async fn sim_phases(test: &UnderTest) {
     }
 }
 
-/// A killed writer's unfinished template.
+/// A killed writer's template, unfinished or not. It would be a partial one of the template store, which sweeps those.
 fn sweep(test: &UnderTest) {
-    let report = kiln_machine::reap::sweep_partial(&[test.home.join("templates")]);
-    assert!(report.leaks.is_empty(), "{report:?}");
-    // A template that was finished in the last moment is whole.
-    let _ = std::fs::remove_dir_all(test.home.join("templates/of-the-dead"));
+    match std::fs::remove_dir_all(test.home.join("templates/of-the-dead")) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{error}"),
+        _ => {}
+    }
 }
 
 /// Waits until the child has come so far: by its directory, then by its record.

@@ -69,12 +69,10 @@ pub(crate) async fn guest_panic(test: &UnderTest) {
     assert!(matches!(lost, Err(Failed::Broken(_))), "{lost:?}");
     let stopped = tokio::time::timeout(test.deadline, machine.stopped()).await;
     let state = stopped.expect("a panic ends the machine");
-    assert_eq!(state, MachineState::Stopped(StopReason::GuestPanic));
-    assert!(
-        machine.console_tail().contains("panic"),
-        "{}",
-        machine.console_tail()
-    );
+    let console = machine.console_tail();
+    let panicked = MachineState::Stopped(StopReason::GuestPanic);
+    assert_eq!(state, panicked, "console:\n{console}");
+    assert!(console.contains("panic"), "{console}");
     test.destroy(&*machine).await;
 }
 

@@ -194,7 +194,7 @@ impl UnderTest {
             key: key.to_owned(),
             dir: self.home.join("templates").join(key),
         };
-        fs::create_dir_all(self.home.join("templates")).expect("dir");
+        fs::create_dir_all(&template.dir).expect("dir");
         machine.into_template(&template).await.expect("saved");
         let state = machine.state();
         assert!(
@@ -358,9 +358,15 @@ fn signal(pid: i32, number: i32) {
     assert_eq!(result, 0, "kill -{number} {pid}");
 }
 
+/// The image's directory. A file there holds the name of a directory beside it.
 #[expect(clippy::disallowed_methods, reason = "how the test run is configured")]
 fn image_dir() -> Option<PathBuf> {
-    std::env::var_os(IMAGE).map(PathBuf::from)
+    let named = PathBuf::from(std::env::var_os(IMAGE)?);
+    if named.is_dir() {
+        return Some(named);
+    }
+    let name = fs::read_to_string(&named).ok()?;
+    Some(named.with_file_name(name.trim()))
 }
 
 /// Says once per test run that a driver is not tested. Fails instead where everything has to be there.
