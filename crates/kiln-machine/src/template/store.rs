@@ -352,18 +352,39 @@ impl TemplateStore {
             if listed.in_use || !(stale || idle || left > policy.bytes_max) {
                 continue;
             }
-            let dir = self.root.join(&listed.id);
-            // Taken exclusively, so that nobody begins to use it meanwhile.
-            let lock = File::open(dir.join(LOCK_FILE)).ok();
-            if lock.as_ref().is_some_and(|lock| lock.try_lock().is_err()) {
-                continue;
+            if self.remove_idle(&listed.id)? {
+                left = left.saturating_sub(listed.bytes);
+                report.bytes += listed.bytes;
+                report.removed.push(listed.id);
             }
-            self.remove(&dir)?;
-            left = left.saturating_sub(listed.bytes);
-            report.bytes += listed.bytes;
-            report.removed.push(listed.id);
         }
         Ok(report)
+    }
+
+    /// Removes these templates where nobody uses them.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn remove_unused(&self, ids: &[String]) -> Result<PruneReport, TemplateError> {
+        let mut report = PruneReport::default();
+        for listed in self.list()? {
+            if ids.contains(&listed.id) && !listed.in_use && self.remove_idle(&listed.id)? {
+                report.bytes += listed.bytes;
+                report.removed.push(listed.id);
+            }
+        }
+        Ok(report)
+    }
+
+    /// Removes a template unless somebody has just begun to use it.
+    fn remove_idle(&self, id: &str) -> Result<bool, TemplateError> {
+        let dir = self.root.join(id);
+        // Taken exclusively, so that nobody begins to use it meanwhile.
+        let lock = File::open(dir.join(LOCK_FILE)).ok();
+        if lock.as_ref().is_some_and(|lock| lock.try_lock().is_err()) {
+            return Ok(false);
+        }
+        self.remove(&dir).map(|()| true)
     }
 
     /// Reads every file of every template again; gives those that are damaged, with the reason. Removes nothing.
