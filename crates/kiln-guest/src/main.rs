@@ -13,10 +13,15 @@ mod fd;
 mod identity;
 mod log;
 mod modules;
+mod mounts;
+mod net;
+mod netlink;
 mod orders;
 mod reaper;
 mod serve;
 mod state;
+mod tool;
+mod tree;
 mod uevent;
 
 use std::process::ExitCode;

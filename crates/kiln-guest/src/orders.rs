@@ -12,7 +12,7 @@ use rustix::system::{RebootCommand, reboot, sysinfo};
 use crate::cgroup::{Cgroup, Watch};
 use crate::error::{SysError, chain, invalid};
 use crate::state::Guest;
-use crate::{exec, identity, log};
+use crate::{exec, identity, log, mounts, tree};
 
 /// How long freezing and thawing may take.
 const FREEZE_WAIT: Duration = Duration::from_secs(10);
@@ -46,7 +46,18 @@ pub(crate) async fn carry_out(guest: Arc<Guest>, order: Order) -> CallResult {
             bound_workload(&guest, memory_max, pids_max)?;
             Ok(OrderReply::Done)
         }
-        Order::Stats => Ok(OrderReply::Stats(stats(&guest))),
+        Order::Mount(mount) => mounts::mount_disk(&guest, mount)
+            .await
+            .map(OrderReply::Mounted),
+        Order::Unmount { serial } => {
+            mounts::unmount_disk(&guest, &serial).await?;
+            Ok(OrderReply::Done)
+        }
+        Order::RemoveTree { place } => {
+            tree::remove_tree(&guest, &place).await?;
+            Ok(OrderReply::Done)
+        }
+        Order::Stats => Ok(OrderReply::Stats(stats(&guest).await)),
         Order::Shutdown => shut_down(&guest).await,
         other => Err(invalid(format!("not known here: {other:?}"))),
     }
@@ -102,14 +113,14 @@ async fn quiesce(guest: &Arc<Guest>) -> Result<Quiesced, GuestError> {
     })
 }
 
-fn stats(guest: &Guest) -> MachineStats {
+async fn stats(guest: &Guest) -> MachineStats {
     let workload = &guest.workload;
     MachineStats {
         memory_bytes: workload.number("memory.current"),
         memory_peak: workload.number("memory.peak"),
         cpu_ms: usage(guest) / 1000,
         oom_kills: workload.value("memory.events", "oom_kill"),
-        state_bytes_free: 0,
+        state_bytes_free: mounts::state_bytes_free(guest).await,
     }
 }
 
@@ -137,6 +148,7 @@ pub(crate) async fn watch_memory(workload: Cgroup) {
 async fn shut_down(guest: &Arc<Guest>) -> CallResult {
     let _already = guest.workload.thaw(FREEZE_WAIT).await;
     stop_all(guest).await;
+    mounts::unmount_all(guest).await;
     rustix::fs::sync();
     Ok(OrderReply::Done)
 }

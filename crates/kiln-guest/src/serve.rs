@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use kiln_proto::codec;
 use kiln_proto::hello::Hello;
-use kiln_proto::msg::{CallResult, ExecRequest, Order, kind};
+use kiln_proto::msg::{CallResult, ExecRequest, Forward, GetTree, Order, PutFile, PutTree, kind};
 use kiln_proto::mux::CODE_FIRST_FREE;
 use kiln_proto::session::{Session, SessionError, SessionLimits};
-use kiln_proto::stream::{Inbound, Incoming, Stream};
+use kiln_proto::stream::{Inbound, Incoming};
 use serde::de::DeserializeOwned;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::task::JoinSet;
 
 use crate::boot::Booted;
@@ -23,7 +23,7 @@ use crate::cgroup;
 use crate::channel::{self, Port, PortIo};
 use crate::error::{Context, SysError, chain, invalid};
 use crate::state::Guest;
-use crate::{boot, exec, identity, log, orders, uevent};
+use crate::{boot, exec, identity, log, net, orders, tree, uevent};
 
 /// Threads for work that blocks.
 const BLOCKING_THREADS_MAX: usize = 16;
@@ -60,6 +60,7 @@ async fn serve(booted: Booted) -> Result<Infallible, SysError> {
         }
     });
     tokio::spawn(orders::watch_memory(guest.workload.clone()));
+    net::start(&guest)?;
     tokio::spawn(prepare(Arc::clone(&guest)));
     let class = Path::new("/sys/class/virtio-ports");
     let node = uevent::wait_until("the channel", PORT_WAIT, || {
@@ -101,6 +102,7 @@ async fn prepare(guest: Arc<Guest>) {
 
 async fn serve_session(guest: &Arc<Guest>, session: Session, mut incoming: Incoming) {
     log::debug("a session begins");
+    guest.net.set_session(Some(session.clone()));
     let mut tasks = JoinSet::new();
     let events = session.clone();
     tasks.spawn(async move { send_events(events).await });
@@ -113,6 +115,7 @@ async fn serve_session(guest: &Arc<Guest>, session: Session, mut incoming: Incom
             Some(_finished) = tasks.join_next() => {}
         }
     }
+    guest.net.set_session(None);
     tasks.shutdown().await;
     drop(incoming);
     let reason = session.closed().await;
@@ -144,6 +147,22 @@ async fn serve_stream(guest: Arc<Guest>, inbound: Inbound) {
             Ok(request) => return exec::serve(guest, request, inbound.stream).await,
             Err(why) => why,
         },
+        kind::FORWARD => match payload::<Forward>(&inbound) {
+            Ok(request) => return net::forward(request, inbound.stream).await,
+            Err(why) => why,
+        },
+        kind::PUT_TREE => match payload::<PutTree>(&inbound) {
+            Ok(order) => return tree::put_tree(guest, order, inbound.stream).await,
+            Err(why) => why,
+        },
+        kind::GET_TREE => match payload::<GetTree>(&inbound) {
+            Ok(order) => return tree::get_tree(order, inbound.stream).await,
+            Err(why) => why,
+        },
+        kind::PUT_FILE => match payload::<PutFile>(&inbound) {
+            Ok(order) => return tree::put_file(guest, order, inbound.stream).await,
+            Err(why) => why,
+        },
         other => format!("streams of kind {other} are not served"),
     };
     inbound.stream.reset(RESET_INVALID, &refused);
@@ -171,7 +190,10 @@ async fn serve_call(guest: &Arc<Guest>, inbound: Inbound) {
 }
 
 /// Sends one message and half-closes.
-pub(crate) async fn answer<T: serde::Serialize + Sync>(mut stream: Stream, message: &T) {
+pub(crate) async fn answer<T: serde::Serialize + Sync>(
+    mut stream: impl AsyncWrite + Unpin,
+    message: &T,
+) {
     let _host_gone = codec::write_msg(&mut stream, message).await;
     let _host_gone = stream.shutdown().await;
 }

@@ -7,6 +7,8 @@ use kiln_proto::msg::feature;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
+use crate::mounts::Mounts;
+use crate::net::Net;
 use crate::reaper::Reaper;
 
 /// Name of the workload's cgroup.
@@ -27,6 +29,10 @@ pub(crate) struct Guest {
     pub(crate) job_ran: AtomicBool,
     /// CPU time of the workload when it was last frozen, microseconds.
     pub(crate) frozen_usage: AtomicU64,
+    /// Disks that are mounted.
+    pub(crate) mounts: tokio::sync::Mutex<Mounts>,
+    /// Names, addresses, and the way to the host.
+    pub(crate) net: Net,
     streams: AtomicU32,
     execs: AtomicU64,
     prepared: watch::Sender<bool>,
@@ -42,6 +48,8 @@ impl Guest {
             secret_issued: AtomicBool::new(false),
             job_ran: AtomicBool::new(false),
             frozen_usage: AtomicU64::new(0),
+            mounts: tokio::sync::Mutex::default(),
+            net: Net::default(),
             streams: AtomicU32::new(0),
             execs: AtomicU64::new(0),
             prepared: watch::channel(false).0,
@@ -82,7 +90,14 @@ impl Guest {
 
     /// What this guest can do here.
     pub(crate) fn features(&self) -> Vec<&'static str> {
-        let features = vec![feature::REIDENTIFY, feature::EXEC, feature::TTY];
+        let features = vec![
+            feature::REIDENTIFY,
+            feature::EXEC,
+            feature::TTY,
+            feature::TREE,
+            feature::FORWARD,
+            feature::EGRESS,
+        ];
         features
     }
 }

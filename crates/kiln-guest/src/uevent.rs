@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::error::{Context, SysError};
+use crate::netlink;
 
 /// Longest serial number the kernel gives for a virtio disk, bytes.
 const SERIAL_MAX: usize = 64;
@@ -85,28 +86,12 @@ pub(crate) fn wait_until<T>(
     }
 }
 
-#[expect(unsafe_code, reason = "rustix has no netlink socket for uevents")]
+/// The multicast group of the kernel's own uevents.
+const KERNEL_GROUP: u32 = 1;
+
 fn listen() -> Result<OwnedFd, SysError> {
-    let what = || "listen for uevents".to_owned();
-    let flags = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: plain system call without pointers.
-    let fd = unsafe { libc::socket(libc::AF_NETLINK, flags, libc::NETLINK_KOBJECT_UEVENT) };
-    if fd < 0 {
-        return Err(std::io::Error::last_os_error()).context(what);
-    }
-    // SAFETY: the descriptor was just made and nobody else has it.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: an all-zero sockaddr_nl is valid.
-    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
-    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
-    address.nl_groups = 1;
-    let len = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
-    // SAFETY: the address is a sockaddr_nl of the stated length and outlives the call.
-    let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) };
-    if bound < 0 {
-        return Err(std::io::Error::last_os_error()).context(what);
-    }
-    Ok(socket)
+    netlink::socket(libc::NETLINK_KOBJECT_UEVENT, KERNEL_GROUP, false)
+        .context(|| "listen for uevents".to_owned())
 }
 
 /// True if a virtio disk is attached at all.

@@ -5,4 +5,6 @@
 
 mod host;
 mod machine;
+mod network;
+mod trees;
 mod vm;

@@ -1,0 +1,335 @@
+//! The machine's own disks: where each is mounted, how, and how it is let go of so that its files are whole.
+//!
+//! A disk is named by its serial number; each role has one place. Unmounting is complete only when the kernel holds
+//! the device no more: then everything is on the disk and the next mount replays no journal.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use kiln_core::DiskRole;
+use kiln_proto::msg::{GuestError, GuestErrorCode, Mount, Mounted};
+use rustix::fs::{Mode, OFlags, fsync, statvfs, syncfs};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
+
+use crate::error::{Context, SysError, failure, invalid};
+use crate::state::Guest;
+use crate::{log, tool, tree, uevent};
+
+/// Where the state disk is mounted: BuildKit's root.
+pub(crate) const STATE: &str = "/var/lib/buildkit";
+/// Where the image disk is mounted.
+pub(crate) const IMAGE: &str = "/image";
+/// Longest wait for a disk, whatever the order says.
+const APPEAR_MAX: Duration = Duration::from_secs(60);
+/// How long making a filesystem may take.
+const FORMAT_WAIT: Duration = Duration::from_secs(60);
+/// How long the kernel may take to let go of an unmounted disk.
+const RELEASE_WAIT: Duration = Duration::from_secs(30);
+/// Pause between two looks whether it did: there is no notification for it.
+const RELEASE_PAUSE: Duration = Duration::from_millis(2);
+/// Bytes at the start of a disk that decide whether it is blank.
+const PROBE_LEN: usize = 64 * 1024;
+/// Offset of the magic number in an ext4 superblock, from the start of the disk.
+const EXT4_MAGIC_AT: usize = 1024 + 56;
+const EXT4_MAGIC: [u8; 2] = [0x53, 0xef];
+/// Directories of the scratch disk that stand in for those of the root.
+const SCRATCH_BINDS: [(&str, &str, u32); 3] = [
+    ("work", "/work", 0o755),
+    ("tmp", "/tmp", 0o1777),
+    ("var-tmp", "/var/tmp", 0o1777),
+];
+
+/// What lies on a disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Content {
+    Blank,
+    Ext4,
+    Other,
+}
+
+fn content(start: &[u8]) -> Content {
+    if start.get(EXT4_MAGIC_AT..EXT4_MAGIC_AT + 2) == Some(&EXT4_MAGIC) {
+        Content::Ext4
+    } else if start.iter().all(|byte| *byte == 0) {
+        Content::Blank
+    } else {
+        Content::Other
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Entry {
+    path: &'static str,
+    node: PathBuf,
+    read_only: bool,
+}
+
+/// The disks that are mounted, by serial number.
+#[derive(Debug, Default)]
+pub(crate) struct Mounts(HashMap<String, Entry>);
+
+impl Mounts {
+    fn at(&self, path: &str) -> Option<&Entry> {
+        self.0.values().find(|entry| entry.path == path)
+    }
+
+    /// True if a disk is mounted there.
+    pub(crate) fn is_mounted(&self, path: &str) -> bool {
+        self.at(path).is_some()
+    }
+
+    /// True if a disk is mounted there for writing.
+    pub(crate) fn is_writable(&self, path: &str) -> bool {
+        self.at(path).is_some_and(|entry| !entry.read_only)
+    }
+}
+
+/// Where a disk belongs.
+fn place(serial: &str) -> Option<&'static str> {
+    [
+        (DiskRole::State, STATE),
+        (DiskRole::Scratch, "/scratch"),
+        (DiskRole::Source, "/source"),
+        (DiskRole::Image, IMAGE),
+    ]
+    .into_iter()
+    .find_map(|(role, path)| (role.serial() == serial).then_some(path))
+}
+
+/// Mounts a disk when it is there, at the place of its role.
+pub(crate) async fn mount_disk(guest: &Guest, order: Mount) -> Result<Mounted, GuestError> {
+    let path = place(&order.serial)
+        .ok_or_else(|| invalid(format!("disk {:?} is not for mounting", order.serial)))?;
+    let mut mounts = guest.mounts.lock().await;
+    if mounts.is_mounted(path) {
+        return Err(invalid(format!("{path} is mounted already")));
+    }
+    let within = Duration::from_millis(order.timeout_ms).min(APPEAR_MAX);
+    let serial = order.serial.clone();
+    let disk = blocking(move || uevent::wait_for(&serial, within)).await?;
+    if order.format_blank && !order.read_only {
+        format(guest, &disk.node).await?;
+    }
+    let node = disk.node.clone();
+    let read_only = order.read_only;
+    blocking(move || mount_at(&node, path, read_only)).await?;
+    let entry = Entry {
+        path,
+        node: disk.node,
+        read_only,
+    };
+    mounts.0.insert(order.serial, entry);
+    Ok(space(path)?)
+}
+
+/// Unmounts a disk and waits until all of it is written.
+pub(crate) async fn unmount_disk(guest: &Guest, serial: &str) -> Result<(), GuestError> {
+    let mut mounts = guest.mounts.lock().await;
+    let entry = mounts.0.get(serial).cloned();
+    let entry = entry.ok_or_else(|| invalid(format!("disk {serial:?} is not mounted")))?;
+    blocking(move || let_go(&entry)).await?;
+    mounts.0.remove(serial);
+    Ok(())
+}
+
+/// Unmounts every disk at power-off. Failures are logged: nothing else can be done then.
+pub(crate) async fn unmount_all(guest: &Guest) {
+    let serials: Vec<String> = guest.mounts.lock().await.0.keys().cloned().collect();
+    for serial in serials {
+        if let Err(error) = unmount_disk(guest, &serial).await {
+            log::error(&format!("disk {serial} was not unmounted: {error}"));
+        }
+    }
+}
+
+/// Bytes free on the state disk; 0 when it is not mounted.
+pub(crate) async fn state_bytes_free(guest: &Guest) -> u64 {
+    if !guest.mounts.lock().await.is_mounted(STATE) {
+        return 0;
+    }
+    space(STATE).map_or(0, |space| space.bytes_free)
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SysError> + Send + 'static,
+) -> Result<T, GuestError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| invalid(error.to_string()))?
+        .map_err(GuestError::from)
+}
+
+fn space(path: &str) -> Result<Mounted, SysError> {
+    let stat = statvfs(path).context(|| format!("look at {path}"))?;
+    Ok(Mounted {
+        path: path.to_owned(),
+        bytes_total: stat.f_blocks.saturating_mul(stat.f_frsize),
+        bytes_free: stat.f_bavail.saturating_mul(stat.f_frsize),
+    })
+}
+
+/// Makes a filesystem on a blank disk. A disk with anything else on it is left alone.
+async fn format(guest: &Guest, node: &Path) -> Result<(), GuestError> {
+    let mut start = vec![0; PROBE_LEN];
+    let read = File::open(node).and_then(|mut disk| disk.read_exact(&mut start));
+    read.context(|| format!("read {}", node.display()))?;
+    match content(&start) {
+        Content::Ext4 => return Ok(()),
+        Content::Other => {
+            let message = format!("{} holds neither nothing nor ext4", node.display());
+            return Err(failure(GuestErrorCode::Invalid, message));
+        }
+        Content::Blank => {}
+    }
+    let node = node.display().to_string();
+    // A new disk reads as zeros: neither inode tables nor free space need writing.
+    let options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard,assume_storage_prezeroed=1";
+    let argv = ["mkfs.ext4", "-q", "-F", "-m", "0", "-E", options, &node];
+    Ok(tool::run(guest, &argv, FORMAT_WAIT).await?)
+}
+
+fn mount_at(node: &Path, path: &str, read_only: bool) -> Result<(), SysError> {
+    fs::create_dir_all(path).context(|| format!("make {path}"))?;
+    let mut flags = MountFlags::NOATIME;
+    // Barriers stay on: a disk's file must be whole whenever it is copied. No lazy initialisation in the background:
+    // an idle machine must be idle.
+    let mut options = c"commit=60,noinit_itable,errors=remount-ro";
+    if read_only {
+        flags |= MountFlags::RDONLY;
+        options = c"";
+    }
+    mount(node, path, "ext4", flags, options)
+        .context(|| format!("mount {} on {path}", node.display()))?;
+    if path == "/scratch" && !read_only {
+        for (name, target, mode) in SCRATCH_BINDS {
+            let source = Path::new(path).join(name);
+            let what = || format!("put {target} on the scratch disk");
+            fs::create_dir_all(&source).context(what)?;
+            fs::set_permissions(&source, fs::Permissions::from_mode(mode)).context(what)?;
+            mount_bind(&source, target).context(what)?;
+        }
+    }
+    Ok(())
+}
+
+/// Mount points below `path` in a mountinfo file, deepest first, `path` itself last.
+fn mounted_below(mountinfo: &str, path: &str) -> Vec<String> {
+    let inside = |point: &str| {
+        point
+            .strip_prefix(path)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
+    let mut found: Vec<String> = mountinfo
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(unescape)
+        .filter(|point| inside(point))
+        .collect();
+    // Later mounts may cover earlier ones: the last mounted goes first.
+    found.reverse();
+    found.sort_by_key(|point| std::cmp::Reverse(point.matches('/').count()));
+    found
+}
+
+/// Undoes the octal escapes of mountinfo.
+fn unescape(text: &str) -> String {
+    let mut out = Vec::new();
+    let mut rest = text.as_bytes();
+    while let Some((&byte, tail)) = rest.split_first() {
+        let octal = tail.get(..3).filter(|_| byte == b'\\');
+        let value = octal
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        out.push(value.unwrap_or(byte));
+        rest = if value.is_some() { &tail[3..] } else { tail };
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+fn let_go(entry: &Entry) -> Result<(), SysError> {
+    let path = entry.path;
+    if path == STATE && !entry.read_only {
+        // Build contexts are this machine's alone and no part of a head.
+        let _none = fs::remove_dir_all(tree::ON_STATE);
+    }
+    if path == "/scratch" {
+        for (_, target, _) in SCRATCH_BINDS.iter().rev() {
+            let _was_not = unmount(*target, UnmountFlags::empty());
+        }
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory =
+        rustix::fs::open(path, flags, Mode::empty()).context(|| format!("open {path}"))?;
+    syncfs(&directory).context(|| format!("write out {path}"))?;
+    drop(directory);
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo");
+    let mountinfo = mountinfo.context(|| "read the mounts".to_owned())?;
+    for point in mounted_below(&mountinfo, path) {
+        unmount(&point, UnmountFlags::empty()).context(|| format!("unmount {point}"))?;
+    }
+    released(&entry.node, entry.read_only)
+}
+
+/// Waits until nothing holds the device: mounts in namespaces that just died are undone a little later.
+fn released(node: &Path, read_only: bool) -> Result<(), SysError> {
+    let deadline = Instant::now() + RELEASE_WAIT;
+    let access = if read_only {
+        OFlags::RDONLY
+    } else {
+        OFlags::RDWR
+    };
+    loop {
+        match rustix::fs::open(node, access | OFlags::EXCL | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(device) => return fsync(&device).context(|| format!("flush {}", node.display())),
+            Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(RELEASE_PAUSE),
+            Err(error) => {
+                let failed: Result<(), Errno> = Err(error);
+                return failed.context(|| format!("release {}", node.display()));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_is_told_by_the_superblock() {
+        let mut start = vec![0; PROBE_LEN];
+        assert_eq!(content(&start), Content::Blank);
+        start[0] = 1;
+        assert_eq!(content(&start), Content::Other);
+        start[EXT4_MAGIC_AT..EXT4_MAGIC_AT + 2].copy_from_slice(&EXT4_MAGIC);
+        assert_eq!(content(&start), Content::Ext4);
+    }
+
+    #[test]
+    fn inner_mounts_come_first() {
+        let info = "1 0 0:1 / / rw - ext4 /dev/vda rw\n\
+            2 1 0:2 / /var/lib/buildkit rw - ext4 /dev/vdb rw\n\
+            3 2 0:3 / /var/lib/buildkit/a rw - overlay overlay rw\n\
+            4 2 0:3 / /var/lib/buildkit/a/b\\040c rw - tmpfs tmpfs rw\n\
+            5 1 0:4 / /var/lib/buildkit-other rw - tmpfs tmpfs rw\n";
+        let found = mounted_below(info, "/var/lib/buildkit");
+        assert_eq!(
+            found,
+            [
+                "/var/lib/buildkit/a/b c",
+                "/var/lib/buildkit/a",
+                "/var/lib/buildkit"
+            ]
+        );
+    }
+
+    #[test]
+    fn every_role_but_root_has_a_place() {
+        assert_eq!(place("kiln-state"), Some(STATE));
+        assert_eq!(place("kiln-root"), None);
+        assert_eq!(place("other"), None);
+    }
+}

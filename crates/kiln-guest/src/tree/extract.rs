@@ -1,0 +1,510 @@
+//! Unpacks a tar stream below a directory.
+//!
+//! A *plain* tree holds directories, files, symlinks and hard links. A *layer* of an image (OCI image specification,
+//! `layer.md`) also holds devices, owners, set-uid bits, extended attributes and whiteouts.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use kiln_proto::msg::{GuestError, GuestErrorCode};
+use rustix::fs::{
+    AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags, chownat, fchmod,
+    fchown, fsetxattr, futimens, linkat, makedev, mkdirat, mknodat, openat, statat, symlinkat,
+    utimensat,
+};
+use rustix::io::Errno;
+use tar::{Archive, Entry, EntryType};
+
+use super::walk::{Links, TreePath, Walker, remove_all, remove_children, shown};
+use crate::error::{Context, failure};
+
+/// Prefix of a file that removes another one of a lower layer.
+const WHITEOUT: &[u8] = b".wh.";
+/// File that hides everything its directory had in lower layers.
+const OPAQUE: &[u8] = b".wh..wh..opq";
+/// How extended attributes are named in PAX headers.
+const XATTR: &str = "SCHILY.xattr.";
+/// Most bytes of one extended attribute.
+const XATTR_MAX: usize = 64 * 1024;
+/// Bytes copied at once.
+const COPY_BUFFER: usize = 128 * 1024;
+/// Most bytes behind the end of the archive.
+const TRAILER_MAX: u64 = 1024 * 1024;
+
+/// What a tree may hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Content {
+    /// Directories, files and links.
+    Plain,
+    /// All that a filesystem holds.
+    Layer,
+}
+
+/// Bounds of one tree.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Rules {
+    pub(super) content: Content,
+    pub(super) bytes_max: u64,
+    pub(super) entries_max: u64,
+}
+
+/// What was unpacked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Counts {
+    pub(super) entries: u64,
+    pub(super) bytes: u64,
+}
+
+struct Extractor {
+    walker: Walker,
+    rules: Rules,
+    counts: Counts,
+    /// Paths of this layer, for opaque directories.
+    made: HashSet<Vec<u8>>,
+    /// Directories whose times are set when nothing more is put into them.
+    directories: Vec<(TreePath, Timestamps)>,
+    buffer: Vec<u8>,
+}
+
+/// What a tar header says about a file.
+struct Meta {
+    mode: Mode,
+    owner: Option<(Uid, Gid)>,
+    times: Timestamps,
+    xattrs: Vec<(String, Vec<u8>)>,
+}
+
+/// Unpacks `source` below `root`.
+pub(super) fn extract(
+    mut source: impl Read,
+    root: OwnedFd,
+    rules: Rules,
+) -> Result<Counts, GuestError> {
+    let links = match rules.content {
+        Content::Plain => Links::Refuse,
+        Content::Layer => Links::InRoot,
+    };
+    let mut extractor = Extractor {
+        walker: Walker::new(root, links),
+        rules,
+        counts: Counts::default(),
+        made: HashSet::new(),
+        directories: Vec::new(),
+        buffer: vec![0; COPY_BUFFER],
+    };
+    {
+        let mut archive = Archive::new(&mut source);
+        for entry in archive
+            .entries()
+            .context(|| "read the archive".to_owned())?
+        {
+            let mut entry = entry.context(|| "read the archive".to_owned())?;
+            extractor.entry(&mut entry)?;
+        }
+    }
+    extractor.finish()?;
+    // Tar pads its end; the sender may still be writing that.
+    let rest = io::copy(&mut source.take(TRAILER_MAX), &mut io::sink());
+    rest.context(|| "read the end of the archive".to_owned())?;
+    Ok(extractor.counts)
+}
+
+fn limit(message: String) -> GuestError {
+    failure(GuestErrorCode::LimitExceeded, message)
+}
+
+fn system(error: impl Into<io::Error>, what: &str, path: &[u8]) -> GuestError {
+    let failed: Result<(), io::Error> = Err(error.into());
+    match failed.context(|| format!("{what} {}", shown(path))) {
+        Err(error) => error.into(),
+        Ok(()) => failure(GuestErrorCode::System, what),
+    }
+}
+
+impl Extractor {
+    fn is_layer(&self) -> bool {
+        self.rules.content == Content::Layer
+    }
+
+    fn entry<R: Read>(&mut self, entry: &mut Entry<'_, R>) -> Result<(), GuestError> {
+        let kind = entry.header().entry_type();
+        if matches!(kind, EntryType::XGlobalHeader) {
+            return Ok(());
+        }
+        self.counts.entries += 1;
+        if self.counts.entries > self.rules.entries_max {
+            return Err(limit(format!(
+                "more than {} entries",
+                self.rules.entries_max
+            )));
+        }
+        let raw = entry.path_bytes().into_owned();
+        let path = TreePath::parse(&raw, self.is_layer())?;
+        let meta = self.meta(entry, &raw)?;
+        let Some((parent, name)) = path.split() else {
+            return self.root_entry(kind, &meta, &raw);
+        };
+        if self.is_layer() {
+            if let Some(hidden) = name.strip_prefix(WHITEOUT) {
+                return self.whiteout(parent, name, hidden, &raw);
+            }
+            self.remember(&path);
+        }
+        match kind {
+            EntryType::Directory => self.directory(&path, meta, &raw),
+            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+                self.file(entry, parent, name, &meta, &raw)
+            }
+            EntryType::Symlink => {
+                let target = entry
+                    .link_name_bytes()
+                    .map(|t| t.into_owned())
+                    .unwrap_or_default();
+                self.symlink(parent, name, &target, &meta, &raw)
+            }
+            EntryType::Link => {
+                let target = entry
+                    .link_name_bytes()
+                    .map(|t| t.into_owned())
+                    .unwrap_or_default();
+                self.hard_link(parent, name, &target, &raw)
+            }
+            EntryType::Char | EntryType::Block | EntryType::Fifo if self.is_layer() => {
+                let major = entry.header().device_major().ok().flatten().unwrap_or(0);
+                let minor = entry.header().device_minor().ok().flatten().unwrap_or(0);
+                self.node(kind, (major, minor), parent, name, &meta, &raw)
+            }
+            other => {
+                let message = format!("{}: entries of type {other:?} are refused", shown(&raw));
+                Err(failure(GuestErrorCode::Invalid, message))
+            }
+        }
+    }
+
+    fn meta<R: Read>(&self, entry: &mut Entry<'_, R>, raw: &[u8]) -> Result<Meta, GuestError> {
+        let mut xattrs = Vec::new();
+        if self.is_layer() {
+            let extensions = entry
+                .pax_extensions()
+                .map_err(|e| system(e, "read the headers of", raw))?;
+            for extension in extensions.into_iter().flatten().flatten() {
+                let Some(name) = extension.key().ok().and_then(|key| key.strip_prefix(XATTR))
+                else {
+                    continue;
+                };
+                if extension.value_bytes().len() <= XATTR_MAX
+                    && !name.starts_with("trusted.overlay.")
+                {
+                    xattrs.push((name.to_owned(), extension.value_bytes().to_vec()));
+                }
+            }
+        }
+        let header = entry.header();
+        let number =
+            |value: io::Result<u64>| value.map_err(|e| system(e, "read the header of", raw));
+        let id = |value: u64| u32::try_from(value).unwrap_or(u32::MAX - 1);
+        let bits = header
+            .mode()
+            .map_err(|e| system(e, "read the header of", raw))?;
+        let seconds = header.mtime().unwrap_or(0);
+        let time = Timespec {
+            tv_sec: i64::try_from(seconds).unwrap_or(0),
+            tv_nsec: 0,
+        };
+        let owner = if self.is_layer() {
+            let (uid, gid) = (id(number(header.uid())?), id(number(header.gid())?));
+            Some((Uid::from_raw(uid), Gid::from_raw(gid)))
+        } else {
+            None
+        };
+        Ok(Meta {
+            mode: Mode::from_raw_mode(bits & 0o7777),
+            owner,
+            times: Timestamps {
+                last_access: time,
+                last_modification: time,
+            },
+            xattrs,
+        })
+    }
+
+    fn root_entry(&mut self, kind: EntryType, meta: &Meta, raw: &[u8]) -> Result<(), GuestError> {
+        if kind != EntryType::Directory {
+            return Err(failure(
+                GuestErrorCode::UnsafePath,
+                format!("{}: not a file's name", shown(raw)),
+            ));
+        }
+        if self.is_layer() {
+            let fd = openat(self.walker.root(), c".", READ_DIR, Mode::empty());
+            fd.and_then(|fd| apply(fd.as_fd(), meta))
+                .map_err(|e| system(e, "set up", raw))?;
+        }
+        Ok(())
+    }
+
+    fn remember(&mut self, path: &TreePath) {
+        let components = path.components();
+        for len in (1..=components.len()).rev() {
+            // Once a directory is known, all above it are.
+            if !self.made.insert(components[..len].join(&b'/')) {
+                break;
+            }
+        }
+    }
+
+    fn whiteout(
+        &mut self,
+        parent: &[Vec<u8>],
+        name: &[u8],
+        hidden: &[u8],
+        raw: &[u8],
+    ) -> Result<(), GuestError> {
+        let prefix = parent.join(&b'/');
+        let made = std::mem::take(&mut self.made);
+        let at = self.walker.open(parent, true)?;
+        let removed = if name == OPAQUE {
+            let ours = |child: &[u8]| {
+                let path = if prefix.is_empty() {
+                    child.to_vec()
+                } else {
+                    [&prefix, child].join(&b'/')
+                };
+                made.contains(&path)
+            };
+            openat(at, c".", READ_DIR, Mode::empty())
+                .map_err(io::Error::from)
+                .and_then(|fd| remove_children(fd.as_fd(), &mut { ours }))
+        } else if hidden.is_empty()
+            || matches!(hidden, b"." | b"..")
+            || hidden.starts_with(WHITEOUT)
+        {
+            Ok(())
+        } else {
+            remove_all(at, hidden)
+        };
+        self.made = made;
+        self.walker.forget();
+        removed.map_err(|e| system(e, "apply whiteout", raw))
+    }
+
+    fn directory(&mut self, path: &TreePath, meta: Meta, raw: &[u8]) -> Result<(), GuestError> {
+        let Some((parent, name)) = path.split() else {
+            return Ok(());
+        };
+        let layer = self.is_layer();
+        let at = self.walker.open(parent, true)?;
+        let mut replaced = false;
+        match mkdirat(at, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) => {}
+            Err(Errno::EXIST) => {
+                let there = statat(at, name, AtFlags::SYMLINK_NOFOLLOW)
+                    .map_err(|e| system(e, "look at", raw))?;
+                if FileType::from_raw_mode(there.st_mode) != FileType::Directory {
+                    if !layer {
+                        return Err(failure(
+                            GuestErrorCode::UnsafePath,
+                            format!("{} comes twice", shown(raw)),
+                        ));
+                    }
+                    remove_all(at, name).map_err(|e| system(e, "replace", raw))?;
+                    mkdirat(at, name, Mode::from_raw_mode(0o755))
+                        .map_err(|e| system(e, "make", raw))?;
+                    replaced = true;
+                }
+            }
+            Err(error) => return Err(system(error, "make", raw)),
+        }
+        let fd = openat(at, name, READ_DIR | OFlags::NOFOLLOW, Mode::empty());
+        fd.and_then(|fd| apply(fd.as_fd(), &meta))
+            .map_err(|e| system(e, "set up", raw))?;
+        if replaced {
+            self.walker.forget();
+        }
+        self.directories.push((path.clone(), meta.times));
+        Ok(())
+    }
+
+    fn file<R: Read>(
+        &mut self,
+        entry: &mut Entry<'_, R>,
+        parent: &[Vec<u8>],
+        name: &[u8],
+        meta: &Meta,
+        raw: &[u8],
+    ) -> Result<(), GuestError> {
+        let at = self.walker.open(parent, true)?;
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let create = || openat(at, name, flags, Mode::from_raw_mode(0o600));
+        let fd = match create() {
+            Err(Errno::EXIST) => {
+                clear_way(at, name, self.rules.content).map_err(|e| system(e, "replace", raw))?;
+                create()
+            }
+            other => other,
+        };
+        let mut file = File::from(fd.map_err(|e| system(e, "make", raw))?);
+        loop {
+            let count = entry
+                .read(&mut self.buffer)
+                .map_err(|e| system(e, "receive", raw))?;
+            if count == 0 {
+                break;
+            }
+            self.counts.bytes += count as u64;
+            if self.counts.bytes > self.rules.bytes_max {
+                return Err(limit(format!(
+                    "more than {} bytes of files",
+                    self.rules.bytes_max
+                )));
+            }
+            file.write_all(&self.buffer[..count])
+                .map_err(|e| system(e, "write", raw))?;
+        }
+        apply(file.as_fd(), meta).map_err(|e| system(e, "set up", raw))?;
+        futimens(&file, &meta.times).map_err(|e| system(e, "set the times of", raw))
+    }
+
+    fn symlink(
+        &mut self,
+        parent: &[Vec<u8>],
+        name: &[u8],
+        target: &[u8],
+        meta: &Meta,
+        raw: &[u8],
+    ) -> Result<(), GuestError> {
+        let at = self.walker.open(parent, true)?;
+        let make = || symlinkat(target, at, name);
+        let made = match make() {
+            Err(Errno::EXIST) => {
+                clear_way(at, name, self.rules.content).map_err(|e| system(e, "replace", raw))?;
+                make()
+            }
+            other => other,
+        };
+        made.map_err(|e| system(e, "link", raw))?;
+        own_and_date(at, name, meta).map_err(|e| system(e, "set up", raw))
+    }
+
+    fn hard_link(
+        &mut self,
+        parent: &[Vec<u8>],
+        name: &[u8],
+        target: &[u8],
+        raw: &[u8],
+    ) -> Result<(), GuestError> {
+        let target = TreePath::parse(target, self.is_layer())?;
+        let Some((target_parent, target_name)) = target.split() else {
+            return Err(failure(
+                GuestErrorCode::UnsafePath,
+                format!("{} links to nothing", shown(raw)),
+            ));
+        };
+        let from = self.walker.open(target_parent, false)?.try_clone_to_owned();
+        let from = from.map_err(|e| system(e, "link", raw))?;
+        let there = statat(&from, target_name, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|e| system(e, "link", raw))?;
+        let kind = FileType::from_raw_mode(there.st_mode);
+        if kind == FileType::Directory || (kind != FileType::RegularFile && !self.is_layer()) {
+            return Err(failure(
+                GuestErrorCode::UnsafePath,
+                format!("{} links to no file", shown(raw)),
+            ));
+        }
+        let same = target.joined() == TreePath::parse(raw, true)?.joined();
+        if same {
+            return Ok(());
+        }
+        let at = self.walker.open(parent, true)?;
+        let make = || linkat(&from, target_name, at, name, AtFlags::empty());
+        let made = match make() {
+            Err(Errno::EXIST) => {
+                clear_way(at, name, self.rules.content).map_err(|e| system(e, "replace", raw))?;
+                make()
+            }
+            other => other,
+        };
+        made.map_err(|e| system(e, "link", raw))
+    }
+
+    fn node(
+        &mut self,
+        kind: EntryType,
+        (major, minor): (u32, u32),
+        parent: &[Vec<u8>],
+        name: &[u8],
+        meta: &Meta,
+        raw: &[u8],
+    ) -> Result<(), GuestError> {
+        let kind = match kind {
+            EntryType::Char => FileType::CharacterDevice,
+            EntryType::Block => FileType::BlockDevice,
+            _ => FileType::Fifo,
+        };
+        let at = self.walker.open(parent, true)?;
+        clear_way(at, name, self.rules.content).map_err(|e| system(e, "replace", raw))?;
+        mknodat(at, name, kind, meta.mode, makedev(major, minor))
+            .map_err(|e| system(e, "make", raw))?;
+        own_and_date(at, name, meta).map_err(|e| system(e, "set up", raw))?;
+        rustix::fs::chmodat(at, name, meta.mode, AtFlags::empty())
+            .map_err(|e| system(e, "set up", raw))
+    }
+
+    /// Directories last, deepest last put, so that their times stay.
+    fn finish(&mut self) -> Result<(), GuestError> {
+        for (path, times) in std::mem::take(&mut self.directories).into_iter().rev() {
+            let Some((parent, name)) = path.split() else {
+                continue;
+            };
+            // A later entry may have replaced it; then it has no times of its own.
+            if let Ok(at) = self.walker.open(parent, false) {
+                let _replaced = utimensat(at, name, &times, AtFlags::SYMLINK_NOFOLLOW);
+            }
+        }
+        Ok(())
+    }
+}
+
+const READ_DIR: OFlags = OFlags::RDONLY
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::CLOEXEC);
+
+/// Makes room for an entry that comes again. Only a layer may replace a directory.
+fn clear_way(at: BorrowedFd<'_>, name: &[u8], content: Content) -> io::Result<()> {
+    match content {
+        Content::Layer => remove_all(at, name),
+        Content::Plain => match rustix::fs::unlinkat(at, name, AtFlags::empty()) {
+            Err(Errno::NOENT) | Ok(()) => Ok(()),
+            Err(error) => Err(error.into()),
+        },
+    }
+}
+
+/// Owner first: it clears set-uid bits and capabilities.
+fn apply(fd: BorrowedFd<'_>, meta: &Meta) -> rustix::io::Result<()> {
+    if let Some((uid, gid)) = meta.owner {
+        fchown(fd, Some(uid), Some(gid))?;
+    }
+    fchmod(fd, meta.mode)?;
+    for (name, value) in &meta.xattrs {
+        match fsetxattr(fd, name.as_str(), value, XattrFlags::empty()) {
+            // What this filesystem cannot hold is lost, as it is for every other unpacker.
+            Ok(()) | Err(Errno::OPNOTSUPP) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn own_and_date(at: BorrowedFd<'_>, name: &[u8], meta: &Meta) -> rustix::io::Result<()> {
+    if let Some((uid, gid)) = meta.owner {
+        chownat(at, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+    }
+    utimensat(at, name, &meta.times, AtFlags::SYMLINK_NOFOLLOW)
+}
+
+#[cfg(test)]
+mod tests;
