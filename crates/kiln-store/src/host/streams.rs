@@ -16,7 +16,7 @@ use super::error::HostError;
 use super::remote::{ConnectError, Connection, collect, request};
 use super::{HostRegistry, OWNERS_MAX, Role};
 use crate::registry::http::header;
-use crate::registry::http::transfer::{BATCH_BYTES, blocking, receive, send};
+use crate::registry::http::transfer::{FAST_BATCH_BYTES, blocking, receive, send};
 use crate::registry::manifest::MANIFEST_BYTES_MAX;
 use crate::registry::{Authority, ErrorKind, Reference, RepoName, Store, StoredManifest};
 
@@ -159,11 +159,12 @@ impl HostRegistry {
         let connection = match self.door().await? {
             Door::Here(store) => {
                 let (repo, digest) = (repo.clone(), *digest);
-                let blob = blocking(move || store.open_blob(&repo, &digest)).await?;
+                let opened = store.clone();
+                let blob = blocking(move || opened.open_blob(&repo, &digest)).await?;
                 let size = blob.size;
                 return Ok(BlobStream {
                     size,
-                    body: send(blob, 0, size),
+                    body: send(&store, blob, 0, size),
                 });
             }
             Door::There(connection) => connection,
@@ -197,7 +198,7 @@ impl HostRegistry {
     ) -> Result<(Digest, u64), HostError> {
         let counted = Arc::new(Mutex::new(Hasher::default()));
         let hasher = counted.clone();
-        let stream = ReaderStream::with_capacity(content, BATCH_BYTES);
+        let stream = ReaderStream::with_capacity(content, FAST_BATCH_BYTES);
         match self.door().await? {
             Door::Here(store) => put_here(store, repo, Body::from_stream(stream), expected).await,
             Door::There(connection) => {

@@ -16,6 +16,7 @@ mod name;
 mod quota;
 mod repo;
 pub mod serve;
+mod stall;
 pub mod store;
 pub mod token;
 pub mod upload;

@@ -12,6 +12,7 @@ use tower::ServiceExt;
 
 use super::authority::Authority;
 use super::http::router_for;
+use super::stall::{Progressing, STALL_MAX};
 use super::store::Store;
 
 /// A peer must send the head of its (next) request within this time, else the connection is closed.
@@ -44,6 +45,6 @@ pub(crate) async fn serve_router(
         .header_read_timeout(HEAD_WAIT_MAX)
         .max_buf_size(CONNECTION_BUFFER_BYTES)
         .max_headers(HEADERS_MAX)
-        .serve_connection(TokioIo::new(io), service)
+        .serve_connection(TokioIo::new(Progressing::new(io, STALL_MAX)), service)
         .await
 }

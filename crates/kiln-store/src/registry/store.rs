@@ -22,12 +22,14 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use kiln_core::Digest;
+use tokio::sync::Semaphore;
 
 use super::durable::{Durable, FaultHook, is_absent, sync_dir};
 use super::error::StoreError;
+use super::http::transfer::FAST_TRANSFERS;
 use super::name::RepoName;
 use super::quota::Quotas;
 use super::upload::Uploads;
@@ -106,6 +108,8 @@ pub struct Store {
     names: RwLock<()>,
     linked_meanwhile: Mutex<Option<HashSet<Digest>>>,
     config: StoreConfig,
+    /// Permits to move bytes in large batches: see [`super::http::transfer`].
+    pub(super) fast_transfers: Arc<Semaphore>,
     _lock: File,
 }
 
@@ -157,6 +161,7 @@ impl Store {
             names: RwLock::default(),
             linked_meanwhile: Mutex::default(),
             config,
+            fast_transfers: Arc::new(Semaphore::new(FAST_TRANSFERS)),
             _lock: lock,
         })
     }

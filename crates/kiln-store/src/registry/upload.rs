@@ -249,6 +249,10 @@ impl Upload {
         &self.id
     }
 
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// Bytes received so far.
     #[must_use]
     pub fn size(&self) -> u64 {

@@ -185,6 +185,25 @@ async fn names_that_are_not_loopback_are_turned_away() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_refused_large_push_still_gets_its_reason() -> Result<()> {
+    let door = Door::open(&[]).await?;
+    let mut client = door.client().await?;
+    let basic = door.basic()?;
+    let auth = [("authorization", basic.as_str())];
+    let body = vec![0; 20 << 20];
+    let path = format!(
+        "/v2/shared/node/blobs/uploads/?digest={}",
+        Digest::of(b"other")
+    );
+    let refused = client.send(Method::POST, &path, &auth, &body).await?;
+    assert_eq!(code(&refused), "DENIED");
+    let path = path.replace("shared/node", "t/local/app");
+    let refused = client.send(Method::POST, &path, &auth, &body).await?;
+    assert_eq!(code(&refused), "DIGEST_INVALID");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_taken_port_is_told_and_builds_go_on() -> Result<()> {
     let stranger = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let taken = stranger.local_addr()?;

@@ -17,7 +17,8 @@ const NO_SNIFF: HeaderName = HeaderName::from_static("x-content-type-options");
 pub(super) async fn get(asked: Asked, repo: RepoName, digest: Digest) -> Handled {
     asked.authority.check(Action::Pull, &repo)?;
     let store = asked.store.clone();
-    let blob = blocking(move || store.open_blob(&repo, &digest)).await?;
+    let opened = store.clone();
+    let blob = blocking(move || opened.open_blob(&repo, &digest)).await?;
     let size = blob.size;
     let answer = |status| {
         Answer::new(status)
@@ -27,13 +28,15 @@ pub(super) async fn get(asked: Asked, repo: RepoName, digest: Digest) -> Handled
             .header(ACCEPT_RANGES, "bytes")
     };
     Ok(match wanted(asked.header(RANGE), size) {
-        Wanted::All => answer(StatusCode::OK).body(size, asked.is_head(), || send(blob, 0, size)),
+        Wanted::All => {
+            answer(StatusCode::OK).body(size, asked.is_head(), || send(&store, blob, 0, size))
+        }
         Wanted::Part { start, len } => answer(StatusCode::PARTIAL_CONTENT)
             .header(
                 CONTENT_RANGE,
                 format!("bytes {start}-{}/{size}", start + len - 1),
             )
-            .body(len, asked.is_head(), || send(blob, start, len)),
+            .body(len, asked.is_head(), || send(&store, blob, start, len)),
         Wanted::Unsatisfiable => answer(StatusCode::RANGE_NOT_SATISFIABLE)
             .header(CONTENT_RANGE, format!("bytes */{size}"))
             .empty(),

@@ -6,6 +6,7 @@
 
 pub(crate) mod answer;
 mod blobs;
+mod drain;
 mod lists;
 mod manifests;
 mod range;
@@ -77,15 +78,22 @@ async fn handle(State(store): State<Arc<Store>>, request: Request) -> Response {
         Ok(route) => route,
         Err(error) => return answer::route_error(error),
     };
+    // A client that waits for "100 Continue" has not sent its body and will not after a refusal.
+    let waits = parts.headers.contains_key(http::header::EXPECT);
+    let (lent, body) = drain::lend(body);
     let asked = Asked {
         store,
         authority,
         parts,
     };
-    match dispatch(asked, route, body).await {
+    let response = match dispatch(asked, route, body).await {
         Ok(response) => response,
         Err(error) => answer::store_error(&error),
+    };
+    if !response.status().is_success() && !waits {
+        lent.drain().await;
     }
+    response
 }
 
 async fn dispatch(asked: Asked, route: Route, body: Body) -> Handled {

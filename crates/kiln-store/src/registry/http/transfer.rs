@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,14 +10,21 @@ use axum::body::Body;
 use bytes::Bytes;
 use futures_util::stream;
 use http_body_util::BodyExt;
+use rustix::buffer::spare_capacity;
+use rustix::io::Errno;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
 
 use crate::registry::error::StoreError;
-use crate::registry::store::BlobFile;
+use crate::registry::store::{BlobFile, Store};
 use crate::registry::upload::Upload;
 
-/// Bytes gathered before they are written, and read at once.
-pub(crate) const BATCH_BYTES: usize = 512 << 10;
+/// Bytes moved at once by one of the first [`FAST_TRANSFERS`] transfers: fewest switches between threads.
+pub(crate) const FAST_BATCH_BYTES: usize = 1 << 20;
+/// Bytes moved at once by every further one, so that many slow peers cannot hold much memory.
+const SLOW_BATCH_BYTES: usize = 64 << 10;
+/// Transfers that move large batches at the same time. Each holds two of them at most.
+pub(crate) const FAST_TRANSFERS: usize = 16;
 /// A sender that is silent for this long has its request ended; what it sent stays in its session.
 pub(crate) const BODY_IDLE_MAX: Duration = Duration::from_secs(60);
 
@@ -45,6 +51,7 @@ pub(crate) async fn receive(
     upload: Upload,
     promised: Option<u64>,
 ) -> Result<Upload, StoreError> {
+    let pace = Pace::new(upload.store());
     let mut writer = Writer::Idle(upload);
     let mut batch: Vec<Bytes> = Vec::new();
     let mut batched = 0;
@@ -69,7 +76,7 @@ pub(crate) async fn receive(
         }
         batched += data.len();
         batch.push(data);
-        if batched >= BATCH_BYTES {
+        if batched >= pace.batch_bytes() {
             writer = writer.write(std::mem::take(&mut batch)).await?;
             batched = 0;
         }
@@ -116,28 +123,61 @@ impl Writer {
 }
 
 /// A body that reads `len` bytes of a blob from `start`, one batch ahead of the connection.
-pub(crate) fn send(blob: BlobFile, start: u64, len: u64) -> Body {
+pub(crate) fn send(store: &Store, blob: BlobFile, start: u64, len: u64) -> Body {
     let file = Arc::new(blob.file);
-    let first = (len > 0).then(|| read_batch(&file, start, len));
-    let state = (file, start, len, first);
-    let batches = stream::try_unfold(state, |(file, start, len, next)| async move {
+    let pace = Pace::new(store);
+    let first = (len > 0).then(|| read_batch(&file, start, len, &pace));
+    let state = (file, pace, start, len, first);
+    let batches = stream::try_unfold(state, |(file, pace, start, len, next)| async move {
         let Some(reading) = next else {
             return Ok::<_, io::Error>(None);
         };
         let bytes = reading.await.map_err(io::Error::other)??;
         let (start, len) = (start + bytes.len() as u64, len - bytes.len() as u64);
-        let next = (len > 0).then(|| read_batch(&file, start, len));
-        Ok(Some((bytes, (file, start, len, next))))
+        let next = (len > 0).then(|| read_batch(&file, start, len, &pace));
+        Ok(Some((bytes, (file, pace, start, len, next))))
     });
     Body::from_stream(batches)
 }
 
-fn read_batch(file: &Arc<File>, start: u64, len: u64) -> JoinHandle<io::Result<Bytes>> {
+/// How much one transfer moves at once.
+struct Pace(Option<OwnedSemaphorePermit>);
+
+impl Pace {
+    fn new(store: &Store) -> Self {
+        Self(store.fast_transfers.clone().try_acquire_owned().ok())
+    }
+
+    fn batch_bytes(&self) -> usize {
+        match self.0 {
+            Some(_) => FAST_BATCH_BYTES,
+            None => SLOW_BATCH_BYTES,
+        }
+    }
+}
+
+fn read_batch(
+    file: &Arc<File>,
+    start: u64,
+    len: u64,
+    pace: &Pace,
+) -> JoinHandle<io::Result<Bytes>> {
     let file = file.clone();
-    let want = usize::try_from(len).map_or(BATCH_BYTES, |len| len.min(BATCH_BYTES));
+    let max = pace.batch_bytes();
+    let want = usize::try_from(len).map_or(max, |len| len.min(max));
     tokio::task::spawn_blocking(move || {
-        let mut buffer = vec![0; want];
-        file.read_exact_at(&mut buffer, start)?;
+        let mut buffer = Vec::with_capacity(want);
+        while buffer.len() < want {
+            let at = start + buffer.len() as u64;
+            // Straight into memory that was never zeroed; a short read goes on where it stopped.
+            match rustix::io::pread(&*file, spare_capacity(&mut buffer), at) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        // The allocator may have given more room than was asked for.
+        buffer.truncate(want);
         Ok(Bytes::from(buffer))
     })
 }
