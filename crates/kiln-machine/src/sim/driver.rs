@@ -107,6 +107,10 @@ impl SimDriver {
         start: &Start,
     ) -> Result<Arc<SimMachine>, LaunchError> {
         self.check(spec, start)?;
+        let used = match start {
+            Start::Cold => None,
+            Start::Template(template) => Some(template::lock(template)?),
+        };
         let faults = self.faults_for(&spec.name);
         let dir = MachineDir::create(&self.home, &spec.name, "sim").map_err(launch_error)?;
         self.config.reached(Phase::DirMade);
@@ -127,10 +131,6 @@ impl SimDriver {
             dir.set_running(pid).map_err(launch_error)?;
         }
         self.config.reached(Phase::Running);
-        let boot_time = match start {
-            Start::Cold => self.config.boot_time,
-            Start::Template(_) => self.config.clone_time,
-        };
         let guest = Guest::new(memory, faults, self.config.script.clone());
         let machine = Arc::new(SimMachine::start(
             Arc::clone(&self.config),
@@ -138,7 +138,7 @@ impl SimDriver {
             dir,
             spec.memory,
             stand_in,
-            boot_time,
+            used,
         ));
         let mut plan = self.plan();
         plan.machines

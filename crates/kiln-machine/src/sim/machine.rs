@@ -1,5 +1,6 @@
 //! One simulated machine.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +32,8 @@ pub struct SimMachine {
     state: Arc<watch::Sender<MachineState>>,
     dir: Arc<MachineDir>,
     memory: ByteSize,
+    /// Keeps the template from being pruned.
+    _template: Option<File>,
 }
 
 impl SimMachine {
@@ -41,8 +44,12 @@ impl SimMachine {
         dir: MachineDir,
         memory: ByteSize,
         stand_in: Option<Child>,
-        boot_time: Duration,
+        template: Option<File>,
     ) -> Self {
+        let boot_time = match template {
+            Some(_) => config.clone_time,
+            None => config.boot_time,
+        };
         let guest = Arc::new(guest);
         let state = Arc::new(watch::Sender::new(MachineState::Running));
         let body = tokio::spawn(Arc::clone(&guest).run(boot_time));
@@ -58,6 +65,7 @@ impl SimMachine {
             state,
             dir: Arc::new(dir),
             memory,
+            _template: template,
         }
     }
 

@@ -1,6 +1,6 @@
 //! Templates of simulated machines: the guest's memory as JSON, and the disks frozen with it.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::disk::{SimDisk, file_name};
 use super::memory::Memory;
 use crate::driver::{LaunchError, TemplateRef};
+use crate::template::lock_for_use;
 
 const MEMORY_FILE: &str = "memory.json";
 const SCHEMA: u32 = 1;
@@ -36,6 +37,14 @@ pub(super) fn save(memory: &Memory, target: &TemplateRef) -> io::Result<()> {
         memory,
     };
     fs::write(target.dir.join(MEMORY_FILE), serde_json::to_vec(&saved)?)
+}
+
+/// Marks a template as used.
+pub(super) fn lock(template: &TemplateRef) -> Result<File, LaunchError> {
+    lock_for_use(template).map_err(|error| LaunchError::Template {
+        key: template.key.clone(),
+        why: error.to_string(),
+    })
 }
 
 /// The memory of a clone, with its own copy of the template's disks in `dir`.

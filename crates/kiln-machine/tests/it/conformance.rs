@@ -44,7 +44,7 @@ macro_rules! for_drivers {
             clone_identity = super::clones::clone_identity,
             nothing_runs_before_thaw = super::clones::nothing_runs_before_thaw,
             template_disks_are_frozen_with_it = super::clones::template_disks_are_frozen_with_it,
-            damaged_template_is_refused = super::clones::damaged_template_is_refused,
+            damaged_template_is_removed = super::clones::damaged_template_is_removed,
             root_is_read_only_and_shared = super::disks::root_is_read_only_and_shared,
             fork_persists_nothing_unless_taken = super::disks::fork_persists_nothing_unless_taken,
             scratch_is_new_each_time = super::disks::scratch_is_new_each_time,

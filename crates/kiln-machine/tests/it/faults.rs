@@ -13,6 +13,7 @@ use kiln_machine::driver::{
     Driver as _, LaunchError, Machine, MachineState, Start, StopReason, TemplateRef,
 };
 use kiln_machine::sim::{Fault, Lie, SimConfig, SimDriver, Step, Trouble, Violation};
+use kiln_machine::template::{Held, Purpose, TemplateKey, TemplateStore};
 use kiln_proto::CloseReason;
 use kiln_proto::msg::{
     BuildkitConfig, ConnectReply, ContainerSpec, Forward, GetTree, GuestError, GuestErrorCode,
@@ -76,18 +77,16 @@ impl Sim {
         assert_nothing_left(self.home.path());
     }
 
-    async fn template(&self) -> TemplateRef {
-        let target = TemplateRef {
-            key: "k".to_owned(),
-            dir: self.home.path().join("templates/k"),
-        };
-        std::fs::create_dir_all(&target.dir).expect("dir");
+    async fn template(&self) -> Held {
+        let store = TemplateStore::open(&self.home.path().join("templates")).expect("store");
         let spec = self.spec("origin");
-        let prepare = |_session| async { Ok::<(), std::io::Error>(()) };
-        bring_up::make_template(&self.driver, &spec, &target, DEADLINES, prepare)
-            .await
-            .expect("a template");
-        target
+        let key = TemplateKey::of(Purpose::Run, "test", &spec, Vec::new(), Vec::new());
+        let make = async |target: TemplateRef| {
+            let prepare = |_session| async { Ok::<(), std::io::Error>(()) };
+            bring_up::make_template(&self.driver, &spec, &target, DEADLINES, prepare).await
+        };
+        let made = store.get_or_make(&key, &|_| {}, make).await;
+        made.expect("a template")
     }
 }
 
@@ -471,7 +470,7 @@ async fn a_clone_that_lies_about_its_identity_is_destroyed() {
     let template = sim.template().await;
     for lie in lies {
         sim.driver.inject(Fault::Lies(lie));
-        let start = Start::Template(template.clone());
+        let start = Start::Template(template.template.clone());
         let started = bring_up::start(&sim.driver, &sim.spec("clone"), &start, DEADLINES).await;
         let error = started.expect_err("a liar");
         assert!(
@@ -481,7 +480,7 @@ async fn a_clone_that_lies_about_its_identity_is_destroyed() {
         assert_eq!(error.class(), FailureClass::GuestFault);
         sim.assert_nothing_left();
     }
-    let start = Start::Template(template);
+    let start = Start::Template(template.template.clone());
     let honest = bring_up::start(&sim.driver, &sim.spec("clone"), &start, DEADLINES).await;
     let honest = honest.expect("an honest clone");
     assert!(honest.machine.destroy().await.leaks.is_empty());
@@ -513,7 +512,7 @@ async fn lies_that_no_single_answer_shows_are_seen_by_the_suite() {
     let mut drawn = Vec::new();
     for name in ["a", "b"] {
         sim.driver.inject(Fault::Lies(Lie::RepeatedRandom));
-        let start = Start::Template(template.clone());
+        let start = Start::Template(template.template.clone());
         let machine = sim.driver.launch(&sim.spec(name), start).await;
         let machine = machine.expect("cloned");
         let host = Host::connect(&*machine, DEADLINE).await.expect("hello");
@@ -524,7 +523,7 @@ async fn lies_that_no_single_answer_shows_are_seen_by_the_suite() {
     }
     assert_eq!(drawn[0], drawn[1], "siblings repeat");
     sim.driver.inject(Fault::Lies(Lie::FalselyFrozen));
-    let start = Start::Template(template);
+    let start = Start::Template(template.template.clone());
     let machine = sim.driver.launch(&sim.spec("c"), start).await;
     let machine = machine.expect("cloned");
     let host = Host::connect(&*machine, DEADLINE).await.expect("hello");

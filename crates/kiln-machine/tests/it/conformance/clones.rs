@@ -1,11 +1,14 @@
 //! Templates and their clones.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
+use std::path::Path;
+use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kiln_core::DiskRole;
-use kiln_machine::driver::{LaunchError, Start};
+use kiln_machine::driver::Start;
+use kiln_machine::template::{Progress, PrunePolicy};
 use kiln_proto::msg::Order;
 
 use super::under_test::UnderTest;
@@ -50,8 +53,9 @@ async fn show(host: &Host) -> Shown {
 }
 
 pub(crate) async fn clone_identity(test: &UnderTest) {
-    let (origin, host) = test.boot("origin").await;
-    let template = test.template_of(&*origin, host, "clone-identity").await;
+    let spec = test.spec("origin");
+    let (origin, host) = test.boot_spec(&spec).await;
+    let template = test.template_of(&spec, &*origin, host).await;
     test.destroy(&*origin).await;
     let mut clones = Vec::new();
     for number in 0..SIBLINGS {
@@ -82,12 +86,20 @@ pub(crate) async fn clone_identity(test: &UnderTest) {
     for (machine, _) in &clones {
         test.destroy(&**machine).await;
     }
-    fs::remove_dir_all(&template.dir).expect("a template is only a directory");
+    let store = test.templates();
+    let everything = PrunePolicy {
+        bytes_max: 0,
+        unused_max: Duration::ZERO,
+    };
+    assert_eq!(store.prune(everything).expect("pruned").removed, [""; 0]);
+    drop((template, clones));
+    assert_eq!(store.prune(everything).expect("pruned").removed.len(), 1);
 }
 
 pub(crate) async fn nothing_runs_before_thaw(test: &UnderTest) {
-    let (origin, host) = test.boot("origin").await;
-    let template = test.template_of(&*origin, host, "thaw").await;
+    let spec = test.spec("origin");
+    let (origin, host) = test.boot_spec(&spec).await;
+    let template = test.template_of(&spec, &*origin, host).await;
     let (machine, host) = test.clone_of(&template, &test.spec("frozen")).await;
     let early = host.exec(&["echo", "ran"]);
     tokio::pin!(early);
@@ -110,7 +122,7 @@ pub(crate) async fn template_disks_are_frozen_with_it(test: &UnderTest) {
     // What prepares a template is kiln's own, not a job's.
     write.trusted = true;
     host.exec_with(write, b"warm").await.expect("ran");
-    let template = test.template_of(&*origin, host, "with-state").await;
+    let template = test.template_of(&spec, &*origin, host).await;
     for _ in 0..2 {
         let mut spec = test.spec("c");
         spec.disks.push(test.fork_of(DiskRole::State, "head.img"));
@@ -128,27 +140,49 @@ pub(crate) async fn template_disks_are_frozen_with_it(test: &UnderTest) {
     }
 }
 
-pub(crate) async fn damaged_template_is_refused(test: &UnderTest) {
-    let (origin, host) = test.boot("origin").await;
-    let mut template = test.template_of(&*origin, host, "damaged").await;
+pub(crate) async fn damaged_template_is_removed(test: &UnderTest) {
+    let spec = test.spec("origin");
+    let (origin, host) = test.boot_spec(&spec).await;
+    let held = test.template_of(&spec, &*origin, host).await;
+    let template = held.template.clone();
+    drop(held);
+    let mut files: Vec<_> = fs::read_dir(&template.dir)
+        .expect("list")
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_none_or(|end| end != "json") || test.kind == "sim")
+        .collect();
+    files.retain(|path| !path.ends_with("meta.json") && !path.ends_with("seen.json"));
+    files.sort_by_key(|path| fs::metadata(path).map_or(0, |meta| meta.len()));
+    flip_a_byte(files.last().expect("files"));
+    let key = test.template_key(&spec, "test").await;
+    let told = Mutex::new(Vec::new());
+    let found = test.templates().find(&key, &|progress| {
+        told.lock().expect("lock").push(progress);
+    });
+    assert!(found.expect("looked").is_none(), "never used");
+    let told = told.into_inner().expect("lock");
+    assert!(
+        matches!(told.as_slice(), [Progress::RemovedDamaged(_)]),
+        "{told:?}"
+    );
+    assert!(!template.dir.exists());
+    // A clone of what is not there fails and leaves nothing.
     let spec = test.spec("none");
-    for entry in fs::read_dir(&template.dir).expect("list").flatten() {
-        if entry.path().extension().is_some_and(|end| end == "json") {
-            fs::write(entry.path(), "{\"schema\":1").expect("write");
-        }
-    }
-    for _ in 0..2 {
-        let start = Start::Template(template.clone());
-        let refused = test.driver.launch(&spec, start).await;
-        let error = refused.expect_err("damaged or missing");
-        assert!(
-            matches!(
-                error,
-                LaunchError::Template { .. } | LaunchError::Refused(_)
-            ),
-            "{error:?}"
-        );
-        assert_eq!(test.leftovers(spec.name.as_str()), [""; 0]);
-        template.dir = test.home.join("templates/missing");
-    }
+    let launched = test.driver.launch(&spec, Start::Template(template)).await;
+    assert!(launched.is_err());
+    assert_eq!(test.leftovers(spec.name.as_str()), [""; 0]);
+}
+
+fn flip_a_byte(path: &Path) {
+    use std::os::unix::fs::FileExt as _;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .expect("open");
+    let at = file.metadata().expect("size").len() / 2;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).expect("read");
+    file.write_all_at(&[byte[0] ^ 1], at).expect("write");
 }

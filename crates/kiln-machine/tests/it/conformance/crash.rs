@@ -46,7 +46,7 @@ pub(crate) fn play(kind: &str, home: &Path, name: &str, moment: &str) {
             machine.destroy().await;
         }
         say("saving");
-        let template = test.template_of(&*machine, host, "of-the-dead").await;
+        let template = test.template_of(&spec, &*machine, host).await;
         panic!("a whole life without being killed: {template:?}");
     });
 }
@@ -107,12 +107,10 @@ async fn sim_phases(test: &UnderTest) {
     }
 }
 
-/// A killed writer's template, unfinished or not. It would be a partial one of the template store, which sweeps those.
+/// A killed writer's unfinished template. One that was finished in the last moment is whole.
 fn sweep(test: &UnderTest) {
-    match std::fs::remove_dir_all(test.home.join("templates/of-the-dead")) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{error}"),
-        _ => {}
-    }
+    let report = kiln_machine::reap::sweep_partial(&[test.templates().root().to_owned()]);
+    assert!(report.leaks.is_empty(), "{report:?}");
 }
 
 /// Waits until the child has come so far: by its directory, then by its record.

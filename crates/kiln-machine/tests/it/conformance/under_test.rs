@@ -13,6 +13,7 @@ use kiln_machine::driver::{Driver, Machine, MachineState, Start, TemplateRef};
 use kiln_machine::proc::{self, Wanted};
 use kiln_machine::qemu::{Program, QemuConfig, QemuDriver};
 use kiln_machine::sim::{SimConfig, SimDriver};
+use kiln_machine::template::{Held, Purpose, TemplateKey, TemplateStore};
 
 use crate::host::{Host, identity};
 
@@ -180,37 +181,46 @@ impl UnderTest {
         }
     }
 
-    /// Makes a template of a machine whose host has just quiesced it.
+    pub(crate) fn templates(&self) -> TemplateStore {
+        TemplateStore::open(&self.home.join("templates")).expect("a store")
+    }
+
+    pub(crate) async fn template_key(&self, spec: &MachineSpec, what: &str) -> TemplateKey {
+        let facts = self.driver.template_facts().await;
+        TemplateKey::of(Purpose::Run, what, spec, facts, Vec::new())
+    }
+
+    /// Makes a template of a machine, in the home's store.
     pub(crate) async fn template_of(
         &self,
+        spec: &MachineSpec,
         machine: &dyn Machine,
         host: Host,
-        key: &str,
-    ) -> TemplateRef {
-        let quiesced = host.quiesce().await.expect("quiesced");
-        assert!(quiesced.frozen, "{quiesced:?}");
-        drop(host);
-        let template = TemplateRef {
-            key: key.to_owned(),
-            dir: self.home.join("templates").join(key),
+    ) -> Held {
+        let key = self.template_key(spec, "test").await;
+        let make = async |target: TemplateRef| {
+            let quiesced = host.quiesce().await.expect("quiesced");
+            assert!(quiesced.frozen, "{quiesced:?}");
+            drop(host);
+            machine.into_template(&target).await
         };
-        fs::create_dir_all(&template.dir).expect("dir");
-        machine.into_template(&template).await.expect("saved");
+        let made = self.templates().get_or_make(&key, &|_| {}, make).await;
+        let held = made.expect("saved");
         let state = machine.state();
         assert!(
             matches!(state, MachineState::Stopped(_)),
             "a machine that became a template is gone: {state:?}"
         );
-        template
+        held
     }
 
     /// A clone whose identity was taken and checked; still frozen.
     pub(crate) async fn clone_of(
         &self,
-        template: &TemplateRef,
+        held: &Held,
         spec: &MachineSpec,
     ) -> (Arc<dyn Machine>, Host) {
-        let start = Start::Template(template.clone());
+        let start = Start::Template(held.template.clone());
         let machine = self.driver.launch(spec, start).await.expect("cloned");
         let host = self.host(&*machine).await;
         let wanted = identity(spec.name.as_str());
@@ -380,6 +390,7 @@ fn skip(what: &str, why: &str) {
     );
     // Written past the test harness, which hides what a passing test prints.
     SAID.call_once(|| {
-        let _ = writeln!(std::io::stderr(), "skipped: conformance of {what}: {why}");
+        let line = format!("skipped: conformance of {what}: {why}\n");
+        let _ = std::io::stderr().write_all(line.as_bytes());
     });
 }
