@@ -43,6 +43,24 @@ impl CliError {
         self
     }
 
+    /// From a job's failure.
+    pub fn from_failure(failure: kiln_worker::failure::Failure) -> Self {
+        let kiln_worker::failure::Failure { class, message, hint, command_code } = failure;
+        let command_code = command_code.and_then(|code| u8::try_from(code).ok());
+        Self { class, message, hints: hint.into_iter().collect(), command_code }
+    }
+
+    /// As a job's failure.
+    pub fn into_failure(self) -> kiln_worker::failure::Failure {
+        let hint = (!self.hints.is_empty()).then(|| self.hints.join("; "));
+        kiln_worker::failure::Failure {
+            class: self.class,
+            message: self.message,
+            hint,
+            command_code: self.command_code.map(i32::from),
+        }
+    }
+
     /// From a failed verdict.
     pub fn from_verdict(verdict: &Verdict) -> Option<Self> {
         let Verdict::Failed { class, message, hint, command_code } = verdict else { return None };

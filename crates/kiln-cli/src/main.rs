@@ -1,12 +1,14 @@
 //! The `kiln` command: parses words, runs one verb, shows the result, and ends with the exit code that says whose fault it was.
 
 mod args;
+mod bench;
 mod commands;
 mod config;
 mod environment;
 mod error;
 mod interrupt;
 mod show;
+mod terminal;
 
 use std::process::ExitCode;
 

@@ -105,6 +105,27 @@ impl Screen {
         self.wipe(&mut running);
     }
 
+    /// As [`Screen::follow`], but phases and notes are shown only where they explain a wait: a command's own output
+    /// is what its user wants to see.
+    pub async fn follow_quietly(self, mut events: mpsc::Receiver<Event>) {
+        let mut running = Running::default();
+        let mut redraw = tokio::time::interval(REDRAW);
+        loop {
+            tokio::select! {
+                event = events.recv() => match event {
+                    None => break,
+                    Some(Event::Phase { .. }) => {
+                        self.wipe(&mut running);
+                        running = Running::default();
+                    }
+                    Some(event) => self.event(&event, &mut running),
+                },
+                _ = redraw.tick(), if self.live => self.draw(&mut running),
+            }
+        }
+        self.wipe(&mut running);
+    }
+
     fn event(self, event: &Event, running: &mut Running) {
         if self.json {
             if let Ok(line) = serde_json::to_string(event) {

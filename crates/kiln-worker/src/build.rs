@@ -51,8 +51,6 @@ pub struct BuildInput {
     pub request: JobRequest,
     /// The source tree behind its digest.
     pub tree: Arc<Tree>,
-    /// Digest of the Dockerfile before its FROM lines were pinned.
-    pub dockerfile_read: Digest,
     /// Secrets by id.
     pub secrets: Vec<(String, Vec<u8>)>,
     /// The operator's CA bundle, if builds get one.

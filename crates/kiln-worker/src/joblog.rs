@@ -1,146 +1,145 @@
-//! The log of a job as it is kept: bounded, with an honest mark where something was cut.
+//! The record of a running job, shared by the tasks that write to it: output, events, and the end.
 
-use std::io::Write;
-use std::sync::{Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use kiln_core::{Observed, Outcome, Receipt};
+use kiln_store::records::{JobWriter, NewRecord, Records};
 
 use crate::event::Event;
+use crate::failure::Failure;
+use crate::home::Home;
+use crate::host::now_unix_ms;
 
-/// Most bytes of one job's log.
-pub const LOG_BYTES_MAX: u64 = 64 << 20;
-/// Most bytes of one step's output within it.
+/// Most bytes of one step's output in the log; the log as a whole is bounded by the record.
 pub const STEP_BYTES_MAX: u64 = 16 << 20;
 
-/// A bounded log.
+/// A job's record while the job runs. A disk that cannot take it never fails the job.
+#[derive(Debug)]
 pub struct JobLog {
     state: Mutex<State>,
 }
 
+#[derive(Debug)]
 struct State {
-    out: Box<dyn Write + Send>,
-    written: u64,
-    cut: u64,
-    steps: std::collections::HashMap<usize, u64>,
-    failed: bool,
-}
-
-impl std::fmt::Debug for JobLog {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("JobLog").finish_non_exhaustive()
-    }
+    writer: Option<JobWriter>,
+    steps: HashMap<usize, u64>,
 }
 
 impl JobLog {
-    /// A log that writes here.
-    #[must_use]
-    pub fn new(out: Box<dyn Write + Send>) -> Self {
-        let state = State { out, written: 0, cut: 0, steps: std::collections::HashMap::new(), failed: false };
-        Self { state: Mutex::new(state) }
+    /// Begins the record of a job.
+    ///
+    /// # Errors
+    /// When it cannot be written at all.
+    pub fn begin(home: &Home, new: NewRecord) -> Result<Self, Failure> {
+        let records = Records::open(&home.jobs()).map_err(|error| Failure::infrastructure(&error))?;
+        let writer = records.begin(new).map_err(|error| Failure::infrastructure(&error))?;
+        Ok(Self { state: Mutex::new(State { writer: Some(writer), steps: HashMap::new() }) })
     }
 
-    /// Keeps what belongs into a log: steps and their output.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps an event; output lines and steps also go into the log.
     pub fn event(&self, event: &Event) {
+        let mut state = self.lock();
         match event {
-            Event::Log { step, text, .. } => self.line(*step, &format!("#{step} {text}\n")),
-            Event::Step { number, name, state, seconds } => {
+            Event::Log { step, text, .. } => state.line(*step, &format!("#{step} {text}\n")),
+            Event::Step { number, name, state: step, seconds } => {
                 let time = seconds.map(|s| format!(" {s:.1}s")).unwrap_or_default();
-                self.line(0, &format!("#{number} {name} {state:?}{time}\n"));
+                state.line(0, &format!("#{number} {name} {step:?}{time}\n"));
             }
-            Event::Warning { text } => self.line(0, &format!("warning: {text}\n")),
+            Event::Warning { text } => state.line(0, &format!("warning: {text}\n")),
             Event::Note { .. } | Event::Phase { .. } | Event::Progress { .. } => {}
+        }
+        if !matches!(event, Event::Log { .. })
+            && let Some(writer) = &mut state.writer
+        {
+            let _disk_full = writer.event(event);
         }
     }
 
     /// Keeps raw output of a command.
     pub fn raw(&self, bytes: &[u8]) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.write(bytes);
-    }
-
-    fn line(&self, step: usize, text: &str) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if step > 0 {
-            let used = state.steps.entry(step).or_default();
-            let before = *used;
-            *used += text.len() as u64;
-            if before >= STEP_BYTES_MAX {
-                state.cut += text.len() as u64;
-                return;
-            }
-            if *used >= STEP_BYTES_MAX {
-                let mark = format!("#{step} [kiln: this step printed more than {STEP_BYTES_MAX} bytes; the rest is cut]\n");
-                state.write(mark.as_bytes());
-                return;
-            }
+        if let Some(writer) = &mut self.lock().writer {
+            let _disk_full = writer.log(bytes);
         }
-        state.write(text.as_bytes());
     }
 
-    /// Ends the log; says how much was cut.
-    pub fn finish(&self) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.cut > 0 {
-            let mark = format!("[kiln: {} bytes of output were cut]\n", state.cut);
-            let _full = state.out.write_all(mark.as_bytes());
-        }
-        let _full = state.out.flush();
-    }
-
-    /// Bytes that were cut so far.
-    #[must_use]
-    pub fn cut(&self) -> u64 {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).cut
+    /// Ends the record.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn finish(
+        &self,
+        outcome: Outcome,
+        receipt: Option<Receipt>,
+        observed: Option<&Observed>,
+        details: serde_json::Value,
+    ) -> Result<(), Failure> {
+        let Some(mut writer) = self.lock().writer.take() else { return Ok(()) };
+        let ended = (|| {
+            if let Some(observed) = observed {
+                writer.observed(observed)?;
+            }
+            writer.details(details)?;
+            writer.finish(outcome, receipt, now_unix_ms())
+        })();
+        ended.map_err(|error| Failure::infrastructure(&error))
     }
 }
 
 impl State {
-    fn write(&mut self, bytes: &[u8]) {
-        if self.failed || self.written + bytes.len() as u64 > LOG_BYTES_MAX {
-            self.cut += bytes.len() as u64;
-            return;
+    fn line(&mut self, step: usize, text: &str) {
+        let mut mark = None;
+        if step > 0 {
+            let used = self.steps.entry(step).or_default();
+            let before = *used;
+            *used += text.len() as u64;
+            if before >= STEP_BYTES_MAX {
+                return;
+            }
+            if *used >= STEP_BYTES_MAX {
+                mark = Some(format!("#{step} [kiln: this step printed more than {STEP_BYTES_MAX} bytes; the rest is cut]\n"));
+            }
         }
-        if self.out.write_all(bytes).is_err() {
-            // A full disk must not fail the job; the mark at the end says what is missing.
-            self.failed = true;
-            self.cut += bytes.len() as u64;
-            return;
+        if let Some(writer) = &mut self.writer {
+            let _disk_full = writer.log(mark.as_deref().unwrap_or(text).as_bytes());
         }
-        self.written += bytes.len() as u64;
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::io::Read as _;
 
     use super::*;
 
-    #[derive(Clone, Default)]
-    struct Shared(Arc<Mutex<Vec<u8>>>);
-
-    impl Write for Shared {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().expect("test").extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-
     #[test]
     fn a_flooding_step_is_cut_and_others_are_not() {
-        let out = Shared::default();
-        let log = JobLog::new(Box::new(out.clone()));
+        let dir = tempfile::tempdir().expect("temp dir");
+        let home = Home::below(dir.path());
+        home.prepare().expect("home");
+        let id: kiln_core::JobId = "b1".parse().expect("name");
+        let new = NewRecord {
+            id: id.clone(),
+            tenant: kiln_core::TenantName::local(),
+            kind: "image-build".to_owned(),
+            title: "x".to_owned(),
+            started_unix_ms: 1,
+        };
+        let log = JobLog::begin(&home, new).expect("begin");
         let text = "x".repeat(1 << 20);
         for _ in 0..20 {
             log.event(&Event::Log { step: 1, stream: 1, text: text.clone() });
         }
         log.event(&Event::Log { step: 2, stream: 1, text: "after".to_owned() });
-        log.finish();
-        assert!(log.cut() > 3 << 20);
-        let kept = String::from_utf8(out.0.lock().expect("test").clone()).expect("text");
+        let outcome = Outcome { verdict: kiln_core::Verdict::Passed, phases_ms: Vec::new() };
+        log.finish(outcome, None, None, serde_json::Value::Null).expect("finish");
+        let mut kept = String::new();
+        let records = Records::open(&home.jobs()).expect("open");
+        records.open_log(&id).expect("log").read_to_string(&mut kept).expect("read");
         assert!(kept.len() < 18 << 20 && kept.contains("#2 after") && kept.contains("the rest is cut"));
-        assert!(kept.ends_with("bytes of output were cut]\n"));
     }
 }

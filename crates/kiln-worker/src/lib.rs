@@ -20,6 +20,7 @@ pub mod publish;
 pub mod registry;
 pub mod run;
 pub mod services;
+pub mod setup;
 pub mod solve;
 pub mod templates;
 pub mod unpack;

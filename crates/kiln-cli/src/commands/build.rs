@@ -1,0 +1,269 @@
+//! `kiln build`: words become a path-free request, the worker runs it, the result is shown and sent where it was asked for.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use kiln_core::job::{ImageBuild, TrustClass};
+use kiln_core::{Digest, ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, Receipt, TenantName, Verdict};
+use kiln_image::context::{self, Tree};
+use kiln_image::plan::{DockerfileChoice, Options, Plan};
+use kiln_network::registries::Runtime;
+use kiln_store::records::NewRecord;
+use kiln_worker::build::{BuildEnd, BuildInput, BuildReport};
+use kiln_worker::event::Events;
+use kiln_worker::host::{new_job_id, now_unix_ms};
+use kiln_worker::joblog::JobLog;
+use tokio_util::sync::CancellationToken;
+
+use super::operator::Operator;
+use super::source::{self, Source};
+use crate::args::BuildArgs;
+use crate::error::{CliError, OrInfrastructure as _, Result};
+use crate::show::Screen;
+
+pub(super) async fn run(args: BuildArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+    if args.platform != "linux/amd64" {
+        return Err(CliError::usage(format!("--platform {}: only linux/amd64 is built here", args.platform)));
+    }
+    let output = super::output::Output::parse(&args)?;
+    let operator = Operator::load()?;
+    let Source::Folder(dir) = source::parse(&args.source)? else {
+        return Err(CliError::usage("building from a git URL is not there yet").hint("clone it and give the folder"));
+    };
+    let limits = operator.config.limits(&args.limits, true, super::host_cpus())?;
+    let secrets = source::secrets(&args.secrets)?;
+    let (plan, tree) = planned(&args, &operator, &dir)?;
+    let prepared = Prepared::new(&args, &operator, &dir, plan, tree)?;
+    let (events, receiver) = Events::channel();
+    let follow = tokio::spawn(screen.follow(receiver));
+    let id = new_job_id('b').map_err(CliError::from_failure)?;
+    let title = format!("build {} -> {}", args.source, prepared.build.tags[0]);
+    let log = JobLog::begin(&operator.home, record(&id, "image-build", title)).map_err(CliError::from_failure)?;
+    let log = Arc::new(log);
+    let request = JobRequest {
+        id: id.clone(),
+        tenant: TenantName::local(),
+        kind: JobKind::ImageBuild(ImageBuild { secrets: secrets.iter().map(|(id, _)| id.clone()).collect(), ..prepared.build }),
+        network: prepared.network,
+        limits,
+        trust: TrustClass::Trusted,
+    };
+    let input = BuildInput {
+        request,
+        tree: Arc::new(prepared.tree),
+        secrets,
+        ca_bundle: operator.ca_bundle()?,
+        step_env: operator.step_env(&prepared.runtimes),
+        exceptions: operator.exceptions(),
+        proxy: operator.proxy()?,
+        log: Arc::clone(&log),
+    };
+    let end = work(&operator, input, limits.timeout_ms, &events, &cancel).await;
+    drop(events);
+    let _screen_ended = follow.await;
+    let result = finish(&log, end, screen)?;
+    output.deliver(&operator, &result, &args, screen).await?;
+    Ok(0)
+}
+
+async fn work(
+    operator: &Operator,
+    input: BuildInput,
+    timeout_ms: u64,
+    events: &Events,
+    cancel: &CancellationToken,
+) -> BuildEnd {
+    let failed = |failure: CliError| BuildEnd {
+        result: Err(failure.into_failure()),
+        phases_ms: Vec::new(),
+        egress: kiln_network::record::EgressSummary::default(),
+        observed: None,
+    };
+    let host = match operator.host().await {
+        Ok(host) => host,
+        Err(error) => return failed(error),
+    };
+    let registry = match operator.registry().await {
+        Ok(registry) => registry,
+        Err(error) => return failed(error),
+    };
+    let lease = host.lease(&input.request.id, &input.request.tenant, timeout_ms);
+    kiln_worker::build::run(&host, &registry, input, lease, events, cancel).await
+}
+
+/// Writes the record, shows the result.
+fn finish(log: &JobLog, end: BuildEnd, screen: Screen) -> Result<BuildReport> {
+    let BuildEnd { result, phases_ms, egress, observed } = end;
+    let verdict = match &result {
+        Ok(_) => Verdict::Passed,
+        Err(failure) => failure.verdict(),
+    };
+    let details = match &result {
+        Ok(report) => serde_json::to_value(report).unwrap_or_default(),
+        Err(_) => serde_json::json!({ "egress": egress }),
+    };
+    let receipt = result.as_ref().ok().zip(observed.as_ref()).map(|(report, observed)| receipt(report, observed));
+    let kept = log.finish(Outcome { verdict, phases_ms }, receipt, observed.as_ref(), details);
+    if let Err(failure) = kept {
+        screen.note(&format!("warning: the job's record could not be written: {failure}"));
+    }
+    let egress_line = egress.to_string();
+    match result {
+        Ok(report) => {
+            show(&report, &egress_line, screen);
+            Ok(report)
+        }
+        Err(failure) => {
+            if !egress_line.is_empty() {
+                screen.note(&egress_line);
+            }
+            Err(CliError::from_failure(failure))
+        }
+    }
+}
+
+fn receipt(report: &BuildReport, observed: &kiln_core::Observed) -> Receipt {
+    let stored = serde_json::to_vec(observed).unwrap_or_default();
+    Receipt {
+        tags: report.reference.parse().into_iter().collect(),
+        manifest: report.digest,
+        size: report.size,
+        observed: Digest::of(&stored),
+        head: report.head.1.clone(),
+    }
+}
+
+fn show(report: &BuildReport, egress: &str, screen: Screen) {
+    let value = serde_json::json!({ "event": "built", "build": report });
+    screen.data(&value, || {
+        let phases: Vec<String> = report.phases_ms.iter().map(|(name, ms)| format!("{name} {:.1}s", seconds(*ms))).collect();
+        let total: u64 = report.phases_ms.iter().map(|(_, ms)| ms).sum();
+        let layers: Vec<String> =
+            report.layers.iter().map(|(digest, size)| format!("  layer {} {:>9}", digest.short(12), size_text(*size))).collect();
+        format!(
+            "built {}\n  digest {}\n  size {} in {} layers\n{}\n  {} of {} steps from the cache; {:.1}s in all: {}\n  {egress}",
+            report.reference,
+            report.digest,
+            size_text(report.size),
+            report.layers.len(),
+            layers.join("\n"),
+            report.cached.0,
+            report.cached.1,
+            seconds(total),
+            phases.join(", "),
+        )
+    });
+}
+
+#[expect(clippy::cast_precision_loss, reason = "milliseconds of a job fit a double")]
+fn seconds(ms: u64) -> f64 {
+    ms as f64 / 1e3
+}
+
+fn size_text(bytes: u64) -> String {
+    kiln_core::ByteSize(bytes).to_string()
+}
+
+/// The record of a job that starts now.
+pub(super) fn record(id: &kiln_core::JobId, kind: &str, title: String) -> NewRecord {
+    NewRecord {
+        id: id.clone(),
+        tenant: TenantName::local(),
+        kind: kind.to_owned(),
+        title,
+        started_unix_ms: now_unix_ms(),
+    }
+}
+
+struct Prepared {
+    build: ImageBuild,
+    network: NetworkPolicy,
+    runtimes: Vec<Runtime>,
+    tree: Tree,
+}
+
+fn planned(args: &BuildArgs, operator: &Operator, dir: &Path) -> Result<(Plan, Tree)> {
+    let options = options(args, dir)?;
+    let bases = operator.bases()?;
+    let plan = kiln_image::plan::plan(dir, &options, &bases).map_err(super::plan::plan_error)?;
+    if let Some(base) = plan.unbaked().first() {
+        return Err(CliError::usage(format!("the base {} is not there yet", base.written)).hint("run `kiln setup` once"));
+    }
+    let root = dir.join(&plan.root);
+    let extra: Vec<&str> = plan.extra_ignores.iter().map(String::as_str).collect();
+    let tree = Tree::open(&root, plan.dockerfile_path.as_deref(), &extra, context::Limits::default())
+        .map_err(|error| CliError::usage(crate::error::chain(&error)))?;
+    Ok((plan, tree))
+}
+
+/// What the command line says besides the folder.
+fn options(args: &BuildArgs, dir: &Path) -> Result<Options> {
+    let dockerfile = match &args.file {
+        None => None,
+        Some(path) => Some(super::plan::dockerfile_choice(dir, path)?),
+    };
+    let build_args = source::pairs(&args.build_args, "--build-arg")?;
+    Ok(Options { dockerfile, target: args.target.clone(), build_args })
+}
+
+impl Prepared {
+    fn new(args: &BuildArgs, operator: &Operator, dir: &Path, plan: Plan, tree: Tree) -> Result<Self> {
+        let packed = context::digest(&tree).map_err(|error| CliError::usage(crate::error::chain(&error)))?;
+        let runtimes: Vec<Runtime> =
+            Runtime::ALL.into_iter().filter(|runtime| plan.registries.iter().any(|name| name == runtime.name())).collect();
+        if operator.registries.is_none() && !runtimes.is_empty() {
+            return Err(CliError::usage("which hosts builds may reach for packages is not known yet")
+                .hint("run `kiln setup` once, or `kiln registries discover`"));
+        }
+        let rules = operator.rules(&runtimes).into_iter().chain(args.allow.iter().cloned());
+        let network = NetworkPolicy::from_rules(rules);
+        check_lockfiles(&plan, &network)?;
+        let build = ImageBuild {
+            source: packed.digest,
+            dockerfile: plan.dockerfile.clone(),
+            target: args.target.clone(),
+            build_args: source::pairs(&args.build_args, "--build-arg")?,
+            secrets: Vec::new(),
+            bases: plan.bases.iter().map(|base| (base.written.clone(), base.reference.clone())).collect(),
+            tags: tags(args, dir)?,
+            no_cache: args.no_cache,
+        };
+        Ok(Self { build, network, runtimes, tree })
+    }
+}
+
+/// A lockfile that names hosts the build may not reach is an error that lists them, before anything starts.
+fn check_lockfiles(plan: &Plan, network: &NetworkPolicy) -> Result<()> {
+    let refused: Vec<_> = plan.hosts_named.iter().filter(|mention| !network.knows_host(&mention.host)).collect();
+    if refused.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> =
+        refused.iter().take(10).map(|mention| format!("  {}:{} names {}", mention.file, mention.line, mention.host)).collect();
+    let mut hosts: Vec<&str> = refused.iter().map(|mention| mention.host.as_str()).collect();
+    hosts.sort_unstable();
+    hosts.dedup();
+    let flags: Vec<String> = hosts.iter().map(|host| format!("--allow {host}")).collect();
+    Err(CliError::new(
+        kiln_core::FailureClass::Policy,
+        format!("lockfiles name hosts that this build may not reach:\n{}", lines.join("\n")),
+    )
+    .hint(format!("admit them with {}", flags.join(" "))))
+}
+
+/// `t/local/<name>:<tag>` for every --tag, else for the folder's name.
+fn tags(args: &BuildArgs, dir: &Path) -> Result<Vec<ImageRef>> {
+    if args.tags.is_empty() {
+        let canonical = dir.canonicalize().or_infrastructure()?;
+        let name = canonical.file_name().and_then(|name| name.to_str()).unwrap_or("app");
+        return Ok(vec![super::reference::of_folder(name)]);
+    }
+    args.tags.iter().map(super::reference::in_tenant).collect()
+}
+
+/// For `--file`: inside the folder by its name there, elsewhere as text.
+pub(super) fn in_folder(dir: &Path, path: &Path) -> Option<DockerfileChoice> {
+    let (dir, path) = (dir.canonicalize().ok()?, path.canonicalize().ok()?);
+    let inside = path.strip_prefix(&dir).ok()?.to_str()?;
+    Some(DockerfileChoice::InFolder(inside.to_owned()))
+}

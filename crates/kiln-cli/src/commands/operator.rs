@@ -1,0 +1,126 @@
+//! What the operator decided for this host: `kiln.toml`, `registries.toml`, bases, proxy, CA bundle; and the host opened with it.
+
+use std::collections::BTreeMap;
+
+use kiln_core::AllowRule;
+use kiln_core::network::RangeException;
+use kiln_image::bases::Bases;
+use kiln_network::gateway::proxy::ProxyConfig;
+use kiln_network::registries::{Registries, Runtime};
+use kiln_store::host::{HostConfig, HostRegistry};
+use kiln_worker::home::Home;
+use kiln_worker::host::Host;
+use kiln_worker::registry::RegistryAccess;
+use kiln_worker::setup;
+
+use crate::config::Config;
+use crate::environment;
+use crate::error::{CliError, OrInfrastructure as _, Result};
+
+/// Everything the operator's files say.
+#[derive(Debug)]
+pub struct Operator {
+    /// Directories.
+    pub home: Home,
+    /// `kiln.toml`.
+    pub config: Config,
+    /// `registries.toml`, if discovery has run.
+    pub registries: Option<Registries>,
+}
+
+/// Where `registries.toml` is.
+pub fn registries_path(home: &Home) -> std::path::PathBuf {
+    home.config.join("registries.toml")
+}
+
+impl Operator {
+    /// Reads the files; makes nothing.
+    ///
+    /// # Errors
+    /// When one is not legal; the message names the line.
+    pub fn load() -> Result<Self> {
+        let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
+        let config = Config::load(&home.config.join("kiln.toml"))?;
+        let registries = Registries::load(&registries_path(&home))
+            .map_err(|error| CliError::usage(crate::error::chain(&error)))?;
+        Ok(Self { home, config, registries })
+    }
+
+    /// Base images.
+    pub fn bases(&self) -> Result<Bases> {
+        setup::load_bases(&self.home).map_err(CliError::from_failure)
+    }
+
+    /// Rules for the named runtimes.
+    pub fn rules(&self, runtimes: &[Runtime]) -> Vec<AllowRule> {
+        let Some(registries) = &self.registries else { return Vec::new() };
+        runtimes.iter().flat_map(|runtime| registries.rules(*runtime).iter().cloned()).collect()
+    }
+
+    /// Exceptions for names in special ranges.
+    pub fn exceptions(&self) -> Vec<RangeException> {
+        self.registries.as_ref().map(Registries::exceptions).unwrap_or_default()
+    }
+
+    /// The host's HTTP proxy: the file's, else the environment's.
+    ///
+    /// # Errors
+    /// When it cannot be used as written.
+    pub fn proxy(&self) -> Result<ProxyConfig> {
+        if let Some(registries) = &self.registries
+            && let Some(proxy) =
+                registries.proxy_config().map_err(|error| CliError::usage(crate::error::chain(&error)))?
+        {
+            return Ok(proxy);
+        }
+        let env: BTreeMap<String, String> = environment::all().into_iter().collect();
+        ProxyConfig::from_env(&env).map_err(|error| CliError::usage(crate::error::chain(&error)))
+    }
+
+    /// The CA bundle builds get: the one the host's settings name, unless `network.ca_bundle = false`.
+    ///
+    /// # Errors
+    /// When a named file is missing or is not a bundle.
+    pub fn ca_bundle(&self) -> Result<Option<Vec<u8>>> {
+        if self.config.network.ca_bundle == Some(false) {
+            return Ok(None);
+        }
+        let Some(registries) = &self.registries else { return Ok(None) };
+        let bundle = registries.ca_bundle().map_err(|error| CliError::usage(crate::error::chain(&error)))?;
+        Ok(bundle.map(|bundle| bundle.pem))
+    }
+
+    /// Environment of RUN steps: where the tools of these runtimes find their packages.
+    pub fn step_env(&self, runtimes: &[Runtime]) -> Vec<(String, String)> {
+        let mut env = Vec::new();
+        let Some(registries) = &self.registries else { return env };
+        for runtime in runtimes {
+            let Some(index) = registries.index(*runtime) else { continue };
+            let names: &[&str] = match runtime {
+                Runtime::Node => &["NPM_CONFIG_REGISTRY", "YARN_REGISTRY", "YARN_NPM_REGISTRY_SERVER"],
+                Runtime::Python => &["PIP_INDEX_URL", "UV_DEFAULT_INDEX", "PIPENV_PYPI_MIRROR", "PDM_PYPI_URL"],
+                Runtime::Debian => &[],
+            };
+            env.extend(names.iter().map(|name| ((*name).to_owned(), index.to_owned())));
+        }
+        env
+    }
+
+    /// Opens the registry of this home: owned, or attached to the kiln process that owns it.
+    ///
+    /// # Errors
+    /// When neither works.
+    pub async fn registry(&self) -> Result<RegistryAccess> {
+        self.home.prepare().or_infrastructure()?;
+        let host = HostRegistry::open_or_attach(&self.home.registry(), HostConfig::default()).await.or_infrastructure()?;
+        Ok(RegistryAccess { host })
+    }
+
+    /// Opens what this host has ready.
+    ///
+    /// # Errors
+    /// When something is missing.
+    pub async fn host(&self) -> Result<Host> {
+        Host::open(&self.home).await.map_err(CliError::from_failure)
+    }
+}

@@ -1,0 +1,116 @@
+//! Where a built image goes besides kiln's own registry: an archive file, a local engine, another registry.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use kiln_core::ImageRef;
+use kiln_store::image::{ArchiveFormat, Verify, export, verify};
+use kiln_store::registry::RepoName;
+use kiln_worker::build::BuildReport;
+use tokio::io::AsyncWriteExt as _;
+
+use super::operator::Operator;
+use crate::args::BuildArgs;
+use crate::error::{CliError, OrInfrastructure as _, Result};
+use crate::show::Screen;
+
+/// What `--output` says.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Output {
+    oci: Option<PathBuf>,
+}
+
+impl Output {
+    /// Parses `registry` or `oci:FILE`.
+    ///
+    /// # Errors
+    /// For anything else.
+    pub fn parse(args: &BuildArgs) -> Result<Self> {
+        match args.output.split_once(':') {
+            None if args.output == "registry" => Ok(Self { oci: None }),
+            Some(("oci", file)) if !file.is_empty() => Ok(Self { oci: Some(PathBuf::from(file)) }),
+            _ => Err(CliError::usage(format!("--output {:?}: write registry or oci:FILE", args.output))),
+        }
+    }
+
+    /// Sends the image wherever the command line says.
+    ///
+    /// # Errors
+    /// When a destination fails; the image stays in kiln's registry.
+    pub async fn deliver(&self, operator: &Operator, report: &BuildReport, args: &BuildArgs, screen: Screen) -> Result<()> {
+        if let Some(file) = &args.result {
+            let text = serde_json::to_vec_pretty(report).or_infrastructure()?;
+            std::fs::write(file, text)
+                .map_err(|error| CliError::usage(format!("could not write {}: {error}", file.display())))?;
+        }
+        if self.oci.is_none() && !args.load && args.push.is_none() {
+            return Ok(());
+        }
+        let registry = operator.registry().await?;
+        let reference: ImageRef = report.reference.parse().or_infrastructure()?;
+        let repo: RepoName = reference.repository.parse().or_infrastructure()?;
+        let asked = Verify { rehash: false, ..Verify::image(repo.clone(), report.digest) };
+        let image = verify(&registry.host, &asked).await.or_infrastructure()?;
+        if let Some(path) = &self.oci {
+            let partial = path.with_extension(format!("partial-{}", std::process::id()));
+            let mut file = tokio::fs::File::create(&partial)
+                .await
+                .map_err(|error| CliError::usage(format!("could not write {}: {error}", partial.display())))?;
+            let written = export(&registry.host, &repo, &image, &[reference.clone()], ArchiveFormat::Oci, &mut file).await;
+            let written = match written {
+                Ok(()) => file.sync_all().await.or_infrastructure(),
+                Err(error) => Err(CliError::infrastructure(&error)),
+            };
+            if let Err(error) = written {
+                let _already_gone = tokio::fs::remove_file(&partial).await;
+                return Err(error);
+            }
+            tokio::fs::rename(&partial, path).await.or_infrastructure()?;
+            screen.note(&format!("wrote {}", path.display()));
+        }
+        if args.load {
+            load(&registry.host, &repo, &image, &reference, screen).await?;
+        }
+        if let Some(target) = &args.push {
+            super::push::push(operator, &registry.host, &repo, &image, target, screen).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Streams a docker-archive into `docker load` or `podman load`.
+async fn load(
+    registry: &kiln_store::HostRegistry,
+    repo: &RepoName,
+    image: &kiln_store::image::VerifiedImage,
+    reference: &ImageRef,
+    screen: Screen,
+) -> Result<()> {
+    let short = ImageRef {
+        repository: reference.repository.trim_start_matches("t/local/").to_owned(),
+        ..reference.clone()
+    };
+    for engine in ["docker", "podman"] {
+        let child = tokio::process::Command::new(engine)
+            .arg("load")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn();
+        let Ok(mut child) = child else { continue };
+        let mut stdin = child.stdin.take().ok_or_else(|| CliError::new(kiln_core::FailureClass::Infrastructure, "no pipe"))?;
+        let sent = export(registry, repo, image, &[short.clone()], ArchiveFormat::Docker, &mut stdin).await;
+        let _closed = stdin.shutdown().await;
+        drop(stdin);
+        let output = child.wait_with_output().await.or_infrastructure()?;
+        if output.status.success() && sent.is_ok() {
+            screen.note(&format!("loaded {short} into {engine}"));
+            return Ok(());
+        }
+        let words: String = String::from_utf8_lossy(&output.stderr).chars().take(500).collect();
+        return Err(CliError::new(kiln_core::FailureClass::Infrastructure, format!("{engine} load failed: {}", words.trim()))
+            .hint("is the engine running?"));
+    }
+    Err(CliError::usage("--load: neither docker nor podman is installed"))
+}
