@@ -184,7 +184,10 @@ impl Driver for QemuDriver {
         Capabilities {
             templates: true,
             hotplug_disk: true,
-            vmgenid: true,
+            vmgenid: self
+                .verdict
+                .get()
+                .is_some_and(|v| v.accelerator == Accelerator::Kvm),
             own_user: self.users.is_ok(),
             cgroup: self.cgroups.version().is_some(),
             machines_max: 0,

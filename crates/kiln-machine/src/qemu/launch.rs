@@ -373,14 +373,17 @@ async fn run(
     let (qmp, events) = Qmp::new(control);
     let qmp = Arc::new(qmp);
     let console = Ring::new(CONSOLE_BYTES_MAX);
-    tokio::spawn(console.clone().drain(console_stream));
+    let reader = tokio::spawn(console.clone().drain(console_stream));
     tokio::spawn(stderr.clone().drain(output));
     tokio::spawn(status::monitor(
         Arc::clone(&status),
         started.child,
         events,
         Arc::clone(&qmp),
-        console.clone(),
+        status::Console {
+            ring: console.clone(),
+            reader,
+        },
     ));
     let machine = QemuMachine {
         name: spec.name.clone(),

@@ -265,7 +265,11 @@ mod tests {
                 .expect("bounded")
                 .is_err()
         );
-        flood.await.unwrap();
+        drop(qmp);
+        tokio::time::timeout(SOON, flood)
+            .await
+            .expect("bounded")
+            .unwrap();
     }
 
     #[tokio::test]

@@ -111,19 +111,26 @@ impl Status {
     }
 }
 
+/// The console and the task that reads it, which ends with the VMM.
+#[derive(Debug)]
+pub(crate) struct Console {
+    pub(crate) ring: Ring,
+    pub(crate) reader: tokio::task::JoinHandle<()>,
+}
+
 /// Watches a VMM until its end. It is the only place where a machine's state becomes final.
 pub(crate) async fn monitor(
     status: Arc<Status>,
     mut child: Child,
     mut events: mpsc::Receiver<Event>,
     qmp: Arc<Qmp>,
-    console: Ring,
+    console: Console,
 ) {
     let ended = watch_end(&status);
     loop {
         tokio::select! {
             event = events.recv() => match event {
-                Some(event) => heed(&status, &event, &qmp, &console).await,
+                Some(event) => heed(&status, &event, &qmp).await,
                 None => break,
             },
             () = ended.wait() => break,
@@ -139,9 +146,12 @@ pub(crate) async fn monitor(
     let reaped = tokio::task::spawn_blocking(move || child.wait()).await;
     tracing::debug!(?reaped, "a VMM ended");
     while let Ok(Some(event)) = tokio::time::timeout(LAST_EVENTS, events.recv()).await {
-        heed(&status, &event, &qmp, &console).await;
+        heed(&status, &event, &qmp).await;
     }
+    // What the guest said last may still be on its way from the socket to the ring.
+    let _ = tokio::time::timeout(LAST_EVENTS, console.reader).await;
     let reason = status.reason().unwrap_or(StopReason::VmmDied);
+    let reason = refined(reason, &console.ring.text());
     status.advance(MachineState::Stopped(reason));
 }
 
@@ -175,12 +185,12 @@ impl Ended {
     }
 }
 
-async fn heed(status: &Status, event: &Event, qmp: &Qmp, console: &Ring) {
+async fn heed(status: &Status, event: &Event, qmp: &Qmp) {
     let text = |key: &str| event.data[key].as_str().unwrap_or_default();
     match event.name.as_str() {
         "SHUTDOWN" => {
             if event.data["guest"].as_bool() == Some(true) {
-                status.set_reason(shutdown_reason(text("reason"), console));
+                status.set_reason(shutdown_reason(text("reason")));
             }
             // Closes the disks in order.
             let _ = qmp.send("quit", Value::Null, None).await;
@@ -202,12 +212,19 @@ async fn heed(status: &Status, event: &Event, qmp: &Qmp, console: &Ring) {
     }
 }
 
-fn shutdown_reason(word: &str, console: &Ring) -> StopReason {
+fn shutdown_reason(word: &str) -> StopReason {
     match word {
         "guest-shutdown" => StopReason::PoweredOff,
         "guest-panic" => StopReason::GuestPanic,
-        "guest-reset" if console.text().contains(PANIC_WORDS) => StopReason::GuestPanic,
         _ => StopReason::Reset,
+    }
+}
+
+/// A reset after a panic is a panic. Asked only once the whole console was read.
+fn refined(reason: StopReason, console: &str) -> StopReason {
+    match reason {
+        StopReason::Reset if console.contains(PANIC_WORDS) => StopReason::GuestPanic,
+        other => other,
     }
 }
 
@@ -217,16 +234,11 @@ mod tests {
 
     #[test]
     fn a_reset_after_a_panic_is_a_panic() {
-        let console = Ring::new(1024);
-        assert_eq!(shutdown_reason("guest-reset", &console), StopReason::Reset);
-        assert_eq!(
-            shutdown_reason("guest-shutdown", &console),
-            StopReason::PoweredOff
-        );
-        console.push(b"[ 1.0] Kernel panic - not syncing: x\n");
-        assert_eq!(
-            shutdown_reason("guest-reset", &console),
-            StopReason::GuestPanic
-        );
+        let reset = shutdown_reason("guest-reset");
+        assert_eq!(refined(reset, "quiet"), StopReason::Reset);
+        let words = "[ 1.0] Kernel panic - not syncing: x\n";
+        assert_eq!(refined(reset, words), StopReason::GuestPanic);
+        let off = shutdown_reason("guest-shutdown");
+        assert_eq!(refined(off, words), StopReason::PoweredOff);
     }
 }

@@ -60,9 +60,10 @@ async fn a_failed_or_dropped_making_leaves_nothing_and_frees_the_turn() {
     let failed = store.get_or_make(&key("x"), &|_| {}, fail).await;
     assert!(matches!(failed, Err(MakeError::Make(_))));
     let hang = |_| std::future::pending::<io::Result<()>>();
+    let wanted = key("x");
     let dropped = tokio::time::timeout(
         Duration::from_millis(20),
-        store.get_or_make(&key("x"), &|_| {}, hang),
+        store.get_or_make(&wanted, &|_| {}, hang),
     );
     assert!(dropped.await.is_err());
     let names: Vec<_> = fs::read_dir(store.root())
@@ -140,7 +141,10 @@ async fn pruning_spares_what_is_used_and_takes_the_oldest_first() {
     };
     back(&used.template, 9);
     back(&old, 8);
-    let new = new.template;
+    let new = {
+        let Held { template, _lock } = new;
+        template
+    };
     back(&new, 1);
     let one = store.list().unwrap()[1].bytes;
     assert!(store.list().unwrap().iter().any(|listed| listed.in_use));
