@@ -8,7 +8,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::cgroup::{self, CgroupHost};
 use crate::driver::ReapReport;
@@ -17,6 +17,11 @@ use crate::record::{self, LOCK_FILE, MachineRecord, REAPING_PREFIX, RECORD_FILE,
 
 /// How long a killed VMM may take to end. The kernel frees its memory in this time: a large guest on a busy host is slow.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a child may take from fork to exec.
+const EXEC_DEADLINE: Duration = Duration::from_secs(2);
+/// How often its lock is tried meanwhile.
+const EXEC_POLL: Duration = Duration::from_millis(1);
 
 /// When to look through all processes of the host for the VMM.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,7 +61,25 @@ impl Claim {
 }
 
 /// Takes a machine directory whose owner is gone. `None`: it lives, or another reaper has it.
+///
+/// A child that its owner was starting when it was killed holds the lock until it executes the VMM, a moment later: then
+/// the recorded owner is dead and the lock is still taken. That moment is waited for.
 pub(crate) fn claim(home: &Path, dir: &Path) -> Option<Claim> {
+    let end = Instant::now() + EXEC_DEADLINE;
+    loop {
+        if let Some(claim) = try_claim(home, dir) {
+            return Some(claim);
+        }
+        let owner_lives = record::read_record(dir).is_none_or(|record| record.owner.is_alive());
+        if owner_lives || Instant::now() >= end {
+            return None;
+        }
+        // The lock of a child that is about to execute has no event: the state is looked at again.
+        std::thread::sleep(EXEC_POLL);
+    }
+}
+
+fn try_claim(home: &Path, dir: &Path) -> Option<Claim> {
     let _home_lock = record::lock_home(home).ok()?;
     let (lock, lock_token) = record::try_take_lock(dir)?;
     let record = record::read_record(dir);
@@ -321,6 +344,27 @@ mod tests {
             assert!(!child.wait().expect("wait").success());
         }
         assert!(is_empty(home.path()));
+    }
+
+    #[test]
+    fn the_lock_of_a_child_before_its_exec_is_waited_for() {
+        let home = tempfile::tempdir().expect("temp");
+        let dir = machine(home.path(), "m");
+        let child = fs::File::open(dir.path(LOCK_FILE)).expect("open");
+        // The owner is killed; the child it was starting has the lock for a moment longer.
+        let dead = ProcessIdentity {
+            start_ticks: 1,
+            ..ProcessIdentity::of_self()
+        };
+        dir.update(|record| record.owner = dead).expect("update");
+        dir.abandon();
+        child.try_lock().expect("as a child's");
+        let late = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(30));
+            drop(child);
+        });
+        assert_eq!(reap_home(home.path()).reaped, ["m"]);
+        late.join().expect("join");
     }
 
     #[test]

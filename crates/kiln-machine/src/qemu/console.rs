@@ -4,14 +4,12 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
-use tokio::sync::watch;
 
 /// A ring of bytes with one writer.
 #[derive(Clone, Debug)]
 pub(crate) struct Ring {
     bytes: Arc<Mutex<VecDeque<u8>>>,
     max: usize,
-    ended: Arc<watch::Sender<bool>>,
 }
 
 impl Ring {
@@ -20,7 +18,6 @@ impl Ring {
         Self {
             bytes: Arc::default(),
             max,
-            ended: Arc::new(watch::Sender::new(false)),
         }
     }
 
@@ -55,13 +52,6 @@ impl Ring {
             }
             self.push(&buffer[..count]);
         }
-        self.ended.send_replace(true);
-    }
-
-    /// Waits until the stream has been read to its end.
-    pub(crate) async fn ended(&self) {
-        // The sender lives as long as this ring.
-        let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
     }
 }
 

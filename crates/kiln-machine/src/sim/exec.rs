@@ -28,14 +28,13 @@ pub(super) async fn serve(guest: &Arc<Guest>, inbound: Inbound) {
     let (input, mut output) = tokio::io::split(inbound.stream);
     let request = serde_json::from_slice::<ExecRequest>(&inbound.payload)
         .map_err(|error| invalid(&error.to_string()));
-    let request = match met.and(request) {
+    let request = match met.and(guest.may_run()).and(request) {
         Ok(request) => request,
         Err(refusal) => {
             send_last(&mut output, chunk::FAILED, &refusal).await;
             return;
         }
     };
-    guest.thawed().await;
     guest.memory().job_ran |= !request.trusted;
     let (stdin, signals, _reader) = read_input(input);
     let mut call = ExecCall {

@@ -42,7 +42,6 @@ pub(super) struct Guest {
     faults: Vec<Fault>,
     memory: Mutex<Memory>,
     power: watch::Sender<Option<StopReason>>,
-    thawed: watch::Sender<bool>,
     session: Mutex<Option<Session>>,
     events: broadcast::Sender<GuestEvent>,
     console: Mutex<String>,
@@ -55,14 +54,12 @@ impl Guest {
             Fault::ChannelDiesAfter { bytes } => Some(*bytes),
             _ => None,
         });
-        let thawed = !memory.frozen;
         Self {
             port: Port::dying_after(cut),
             script,
             faults,
             memory: Mutex::new(memory),
             power: watch::Sender::new(None),
-            thawed: watch::Sender::new(thawed),
             session: Mutex::new(None),
             events: broadcast::Sender::new(EVENTS_KEPT),
             console: Mutex::new(String::new()),
@@ -243,22 +240,20 @@ impl Guest {
         self.power.subscribe()
     }
 
-    /// Freezes or thaws the workload.
-    pub(super) fn set_frozen(&self, frozen: bool) {
-        self.memory().frozen = frozen;
-        self.thawed.send_replace(!frozen);
-    }
-
-    /// Waits until the workload may run.
-    pub(super) async fn thawed(&self) {
-        if self.lies(Lie::FalselyFrozen) {
-            let mut memory = self.memory();
-            memory.workload_ran += u64::from(memory.frozen);
-            return;
+    /// Whether a command may run: not while the workload is frozen.
+    pub(super) fn may_run(&self) -> Result<(), GuestError> {
+        let mut memory = self.memory();
+        if !memory.frozen {
+            return Ok(());
         }
-        let mut thawed = self.thawed.subscribe();
-        // The sender lives as long as the guest.
-        let _ = thawed.wait_for(|thawed| *thawed).await;
+        if self.lies(Lie::FalselyFrozen) {
+            memory.workload_ran += 1;
+            return Ok(());
+        }
+        Err(GuestError {
+            code: GuestErrorCode::Invalid,
+            message: "the workload is frozen".to_owned(),
+        })
     }
 
     /// Streams open besides the one that asks.

@@ -53,7 +53,7 @@ fn answer(guest: &Guest, order: &Order) -> CallResult {
         Order::Quiesce => OrderReply::Quiesced(quiesce(guest)),
         Order::Reidentify(identity) => OrderReply::Reidentified(reidentify(guest, identity)?),
         Order::Thaw => {
-            guest.set_frozen(false);
+            guest.memory().frozen = false;
             OrderReply::Done
         }
         Order::Mount(wanted) => OrderReply::Mounted(mount(guest, wanted)?),
@@ -97,7 +97,7 @@ fn answer(guest: &Guest, order: &Order) -> CallResult {
 
 fn quiesce(guest: &Guest) -> Quiesced {
     let frozen = !guest.lies(Lie::NotFrozen);
-    guest.set_frozen(frozen);
+    guest.memory().frozen = frozen;
     let _ = flush_all(guest);
     let memory = guest.memory();
     Quiesced {

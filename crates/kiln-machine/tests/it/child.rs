@@ -16,7 +16,8 @@ pub(crate) struct Role {
 impl Role {
     /// Starts this binary in a role.
     pub(crate) fn start(words: &[&str]) -> Self {
-        let mut child = Command::new(std::env::current_exe().expect("own path"))
+        // Not by its path: it may have been built anew meanwhile.
+        let mut child = Command::new("/proc/self/exe")
             .args(["--exact", "child::plays_its_role", "--nocapture"])
             .env(ROLE, words.join("\n"))
             .stdin(Stdio::piped())
