@@ -337,7 +337,7 @@ async fn make_ready(
     identity::check(&fresh, &reply).map_err(BringUpError::False)?;
     timings.identity = began.elapsed();
     let began = Instant::now();
-    done(ordered(&session, "thaw", &Order::Thaw, order_deadline).await?)?;
+    done(&ordered(&session, "thaw", &Order::Thaw, order_deadline).await?)?;
     timings.thaw = began.elapsed();
     let machine = Arc::clone(machine);
     let identity = PublicIdentity::of(&fresh);
@@ -364,7 +364,7 @@ async fn ordered(
     })
 }
 
-fn done(reply: OrderReply) -> Result<(), BringUpError> {
+fn done(reply: &OrderReply) -> Result<(), BringUpError> {
     match reply {
         OrderReply::Done => Ok(()),
         _ => Err(BringUpError::False(FalseAnswer::WrongReply)),

@@ -227,7 +227,8 @@ mod tests {
         assert_ne!(given.seed, fresh(&name).unwrap().seed);
         let now = given.wall_unix_ns + 5_000_000;
         assert_eq!(compare(&given, &honest(&given), now), Ok(()));
-        let lies: [(&str, fn(&mut Reidentified)); 12] = [
+        type Lie = fn(&mut Reidentified);
+        let lies: [(&str, Lie); 12] = [
             ("entropy", |r| r.entropy_added = false),
             ("reseed", |r| r.reseeded = false),
             ("ran", |r| r.workload_ran = 1),
