@@ -64,10 +64,10 @@ fn plan_folder(
     options: &Options,
     bases: &Bases,
 ) -> Result<Plan, PlanError> {
-    if config.runtime.is_none() || options.dockerfile.is_some() {
-        if let Some(found) = custom::find(folder, options)? {
-            return custom::plan(found, options, config, bases);
-        }
+    if (config.runtime.is_none() || options.dockerfile.is_some())
+        && let Some(found) = custom::find(folder, options)?
+    {
+        return custom::plan(found, options, config, bases);
     }
     if let Some(target) = &options.target {
         return Err(PlanError::Unsupported {

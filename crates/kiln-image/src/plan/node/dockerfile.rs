@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::App;
-use super::manager::npm_cache;
+use super::manager::{TOOLS_PATH, npm_cache};
 use super::manifest::FILE;
 use super::site::{SERVER, SERVER_TEXT, SITE};
 use crate::bases::Base;
@@ -97,6 +97,7 @@ impl Writer<'_> {
         self.text.env(&environment);
         if let Some(setup) = &manager.setup {
             self.text.run(&[npm_cache()], setup);
+            self.text.line(format!("ENV PATH={TOOLS_PATH}:$PATH"));
         }
         system_packages::install(&mut self.text, &self.request.config.system_packages);
     }

@@ -253,6 +253,8 @@ impl Manager {
                 // Plain node_modules, so that the image needs no Yarn to start.
                 ("YARN_NODE_LINKER", "node-modules"),
             ],
+            // The version is the right one: it must not fetch another.
+            Kind::Pnpm => vec![("npm_config_manage_package_manager_versions", "false")],
             _ => Vec::new(),
         }
     }
@@ -476,22 +478,28 @@ fn yarn_path(request: &Request<'_>, settings: &str) -> Result<Option<String>, Pl
     Ok(None)
 }
 
+/// Where a package manager that the base lacks is put.
+const TOOLS: &str = "/opt/tools";
+/// Its programs.
+pub(super) const TOOLS_PATH: &str = "/opt/tools/node_modules/.bin";
+
 /// Installs a package manager of an exact version, checked against its hash where one is named.
 fn setup(kind: Kind, version: &str, hash: Option<&(String, String)>) -> String {
     let package = match kind {
         Kind::Berry => "@yarnpkg/cli-dist",
         kind => kind.name(),
     };
+    let install = format!("npm install --prefix={TOOLS} --no-audit --no-fund");
     match (kind, hash) {
-        (_, None) => format!("npm install --global {package}@{version}"),
+        (_, None) => format!("{install} {package}@{version}"),
         // Here the hash is that of the program itself.
         (Kind::Berry, Some((algorithm, hex))) => format!(
-            "npm install --global {package}@{version} && echo \"{hex}  $(npm root --global)/{package}/bin/yarn.js\" | {algorithm}sum --check --quiet"
+            "{install} {package}@{version} && echo \"{hex}  {TOOLS}/node_modules/{package}/bin/yarn.js\" | {algorithm}sum --check --quiet"
         ),
         (_, Some((algorithm, hex))) => {
             let file = format!("/tmp/{package}-{version}.tgz");
             format!(
-                "npm pack --silent --pack-destination=/tmp {package}@{version} && echo \"{hex}  {file}\" | {algorithm}sum --check --quiet && npm install --global {file}"
+                "npm pack --silent --pack-destination=/tmp {package}@{version} && echo \"{hex}  {file}\" | {algorithm}sum --check --quiet && {install} {file}"
             )
         }
     }
