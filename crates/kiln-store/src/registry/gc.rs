@@ -22,6 +22,13 @@ use super::store::Store;
 
 /// Shortest useful grace between the push of a blob and of the manifest that names it.
 pub const GRACE_DEFAULT: Duration = Duration::from_secs(3600);
+/// What a guest pushed and nobody published or removed is kept for at least this long after its last change:
+/// no attempt may run nearly so long.
+pub const QUARANTINE_KEEP: Duration = Duration::from_secs(24 * 3600);
+/// Content set aside as corrupt is kept for at least this long, for a person to look at.
+pub const CORRUPT_KEEP: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Tree of everything that guests push.
+const QUARANTINE: &str = "quarantine";
 /// Deepest nesting of repository directories: names have at most 255 bytes.
 const DEPTH_MAX: usize = 128;
 
@@ -34,6 +41,9 @@ pub struct Collected {
     pub contents: u64,
     /// Bytes of these contents.
     pub bytes: u64,
+    /// Repositories in quarantine removed: left by attempts that are long over.
+    #[serde(default)]
+    pub quarantined: u64,
 }
 
 /// What a scrub found.
@@ -142,8 +152,8 @@ impl Store {
         Ok(Some(named))
     }
 
-    /// Removes blob links that no manifest of their repository names, then content that no
-    /// repository links; both only when older than `grace`.
+    /// Removes what long-gone attempts left in quarantine, blob links that no manifest of their
+    /// repository names, then content that no repository links; all only when older than `grace`.
     ///
     /// # Errors
     /// [`StoreError::Collecting`] while another runs; file errors.
@@ -151,7 +161,11 @@ impl Store {
         let _running = self.begin_collection()?;
         let now = SystemTime::now();
         let old = |path: &Path| is_old(path, now, grace);
-        let mut collected = Collected::default();
+        let mut collected = Collected {
+            quarantined: self.drop_stale_quarantine(now, grace.max(QUARANTINE_KEEP))?,
+            ..Collected::default()
+        };
+        self.drop_old_corrupt(now, grace.max(CORRUPT_KEEP))?;
         let mut linked = HashSet::new();
         for repo in self.repositories(None)? {
             linked.extend(self.links(&repo, "_manifests")?);
@@ -186,6 +200,40 @@ impl Store {
             Ok(())
         })?;
         Ok(collected)
+    }
+
+    /// Removes what attempts that are long over left in quarantine.
+    fn drop_stale_quarantine(&self, now: SystemTime, keep: Duration) -> Result<u64, StoreError> {
+        let mut removed = 0;
+        let top = self.repos_dir();
+        let mut stale = Vec::new();
+        walk(&top, &top.join(QUARANTINE), 0, &mut stale)?;
+        for repo in stale {
+            let dir = self.repo_dir(&repo);
+            let _alone = self.removing();
+            // A directory's time is that of the last name added to it or removed.
+            let kinds = ["_blobs", "_manifests", "_tags", "_referrers"].map(|name| dir.join(name));
+            if !kinds.iter().all(|kind| is_old(kind, now, keep)) {
+                continue;
+            }
+            for kind in kinds.iter().rev() {
+                self.durable.remove_tree(kind)?;
+            }
+            self.prune_empty(&repo);
+            removed += 1;
+        }
+        Ok(removed)
+    }
+
+    fn drop_old_corrupt(&self, now: SystemTime, keep: Duration) -> Result<(), StoreError> {
+        let dir = self.corrupt_dir();
+        for name in names_in(&dir)? {
+            let path = dir.join(name);
+            if is_old(&path, now, keep) {
+                self.durable.remove(&path)?;
+            }
+        }
+        Ok(())
     }
 
     fn begin_collection(&self) -> Result<Collection<'_>, StoreError> {

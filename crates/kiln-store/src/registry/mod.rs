@@ -29,7 +29,7 @@ pub use authority::{
 };
 pub use durable::FaultHook;
 pub use error::{ErrorKind, StoreError};
-pub use gc::{Collected, GRACE_DEFAULT, Scrubbed, Stats};
+pub use gc::{CORRUPT_KEEP, Collected, GRACE_DEFAULT, QUARANTINE_KEEP, Scrubbed, Stats};
 pub use loopback::{BindError, LoopbackConfig};
 pub use name::{ParseReferenceError, ParseRepoError, Reference, RepoName};
 pub use repo::{PutManifest, StoredManifest};

@@ -181,6 +181,10 @@ impl Store {
         self.root.join("repos")
     }
 
+    pub(super) fn corrupt_dir(&self) -> PathBuf {
+        self.root.join("corrupt")
+    }
+
     pub(super) fn content_dir(&self) -> PathBuf {
         self.root.join("blobs").join("sha256")
     }
@@ -280,7 +284,7 @@ impl Store {
     fn set_aside(&self, digest: &Digest) -> Result<(), StoreError> {
         let path = self.content_path(digest);
         let name = format!("{}-{}", digest.hex(), super::durable::random_hex()?);
-        let aside = self.root.join("corrupt").join(name);
+        let aside = self.corrupt_dir().join(name);
         self.verified.forget(digest);
         match fs::rename(&path, &aside) {
             Ok(()) => {}
@@ -403,8 +407,11 @@ impl Store {
         }
         let top = self.repos_dir();
         let mut dir = dir.as_path();
-        while dir != top && fs::remove_dir(dir).is_ok() {
-            dir = super::durable::parent_of(dir);
+        while dir != top {
+            match fs::remove_dir(dir) {
+                Err(error) if !is_absent(&error) => return,
+                _ => dir = super::durable::parent_of(dir),
+            }
         }
     }
 }

@@ -17,6 +17,8 @@ use super::error::StoreError;
 
 /// Longest line read from the table, bytes.
 const LINE_BYTES_MAX: usize = 256;
+/// A longer table is begun anew, bytes: a quarter of a million contents.
+const TABLE_BYTES_MAX: u64 = 32 << 20;
 /// Locks under which files are hashed: as many hashes run at once at most, and none twice.
 const HASHING_MAX: usize = 16;
 
@@ -91,6 +93,10 @@ impl Verified {
             .mode(0o600)
             .open(&path)
             .map_err(StoreError::io("open", &path))?;
+        let length = file.metadata().map_err(StoreError::io("examine", &path))?;
+        if length.len() > TABLE_BYTES_MAX {
+            file.set_len(0).map_err(StoreError::io("cut", &path))?;
+        }
         let stamps = read_table(&file).map_err(StoreError::io("read", &path))?;
         let table = Mutex::new(Table { stamps, file });
         let hashing = std::array::from_fn(|_| Mutex::default());

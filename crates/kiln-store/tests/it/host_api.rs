@@ -13,7 +13,7 @@ use kiln_store::registry::{AttemptAuthority, Authority, ErrorKind, Reference, Re
 use tokio::io::AsyncReadExt;
 
 use crate::client::{Client, code, digest_of, header, manifest};
-use crate::room::{Room, lease};
+use crate::room::{Room, entries, lease};
 
 async fn open(dir: &Path) -> Result<HostRegistry> {
     Ok(HostRegistry::open_or_attach(dir, HostConfig::default()).await?)
@@ -123,6 +123,97 @@ async fn owner_and_attached_have_the_same_interface() -> Result<()> {
     whole_life(&owner, "one").await?;
     whole_life(&attached, "two").await?;
     assert_eq!(owner.stats().await?.contents, 0);
+    assert_eq!(entries(&path.join("repos")), 0, "no empty directories stay");
+    assert_eq!(entries(&path.join("tmp")), 0);
+    Ok(())
+}
+
+/// Not a test of its own: what a child process runs until it is killed.
+#[tokio::test]
+#[ignore = "run by `a_killed_owner_is_followed_by_an_attached_process` in a process of its own"]
+async fn owner_child() -> Result<()> {
+    if !Path::new("own-this").exists() {
+        return Ok(());
+    }
+    let host = open(Path::new("registry")).await?;
+    host.put_blob(&repo("t/local/app"), &b"kept"[..], None)
+        .await?;
+    std::future::pending::<()>().await;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_killed_owner_is_followed_by_an_attached_process() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    std::fs::write(dir.path().join("own-this"), "")?;
+    let mut child = tokio::process::Command::new(std::env::current_exe()?)
+        .args(["--exact", "host_api::owner_child", "--ignored"])
+        .current_dir(dir.path())
+        .stdout(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn()?;
+    let path = dir.path().join("registry");
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    while !path.join("host.sock").exists() {
+        anyhow::ensure!(
+            std::time::Instant::now() < deadline,
+            "the child owns nothing"
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let attached = open(&path).await?;
+    assert_eq!(Some(attached.about().await?.pid), child.id());
+    let name = repo("t/local/app");
+    let digest = Digest::of(b"kept");
+    while !attached.has_blob(&name, &digest).await? {
+        anyhow::ensure!(
+            std::time::Instant::now() < deadline,
+            "the child stores nothing"
+        );
+    }
+    let mut guest = connect(&attached, Authority::Operator).await?;
+    let begun = guest
+        .send(Method::POST, "/v2/a/blobs/uploads/", &[], b"")
+        .await?;
+    let session = header(&begun, "location")?.to_owned();
+    child.kill().await?;
+    assert_eq!(read(&attached, &name, &digest).await?, b"kept");
+    assert!(attached.is_owner().await);
+    let lost = guest.send(Method::PATCH, &session, &[], b"x").await?;
+    assert_eq!(
+        code(&lost),
+        "BLOB_UPLOAD_UNKNOWN",
+        "sessions die with their owner"
+    );
+    assert_eq!(
+        guest.push_blob("a", b"x").await?.status(),
+        StatusCode::CREATED
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn of_many_that_open_at_once_one_owns() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let openings: Vec<_> = (0..8)
+        .map(|_| {
+            let path = dir.path().join("registry");
+            tokio::spawn(
+                async move { HostRegistry::open_or_attach(&path, HostConfig::default()).await },
+            )
+        })
+        .collect();
+    let mut owners = 0;
+    let mut hosts = Vec::new();
+    for opening in openings {
+        let host = opening.await??;
+        owners += usize::from(host.is_owner().await);
+        hosts.push(host);
+    }
+    assert_eq!(owners, 1);
+    for host in &hosts {
+        host.put_blob(&repo("a"), &b"x"[..], None).await?;
+    }
     Ok(())
 }
 

@@ -155,6 +155,40 @@ async fn collection_keeps_what_is_named_and_young() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn quarantine_of_attempts_long_over_is_collected() -> Result<()> {
+    let room = Room::new()?;
+    let mut client = room.operator().await?;
+    for repo in [
+        "quarantine/b1/1",
+        "quarantine/b2/1",
+        "quarantine-not",
+        "t/local/app",
+    ] {
+        client.push_blob(repo, b"{}").await?;
+        client
+            .push_manifest(repo, "x", &manifest(b"{}", &[]))
+            .await?;
+    }
+    let long_ago = std::time::SystemTime::now() - Duration::from_secs(48 * 3600);
+    for repo in ["quarantine/b1/1", "quarantine-not", "t/local/app"] {
+        for kind in ["_blobs", "_manifests", "_tags"] {
+            let dir = room.path().join("repos").join(repo).join(kind);
+            std::fs::File::open(dir)?.set_modified(long_ago)?;
+        }
+    }
+    assert_eq!(room.store.gc(Duration::ZERO)?.quarantined, 1);
+    let left: Vec<String> = room
+        .store
+        .repositories(None)?
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(left, ["quarantine-not", "quarantine/b2/1", "t/local/app"]);
+    assert!(!room.path().join("repos/quarantine/b1").exists());
+    Ok(())
+}
+
 #[test]
 fn one_owner_at_a_time_and_stale_temporary_files_are_reaped() -> Result<()> {
     let room = Room::new()?;
