@@ -12,12 +12,35 @@ pub(super) const VENV: &str = "/opt/venv";
 /// Where the tools themselves live.
 const TOOLS: &str = "/opt/tools";
 
-/// Versions of tools that the base does not bring.
-const VERSIONS: [(&str, &str); 4] = [
-    ("uv", "0.13.8"),
-    ("poetry", "2.5.1"),
-    ("pdm", "2.29.3"),
-    ("pipenv", "2026.10.3"),
+/// A tool that the base does not bring: its version, and the packages that must stand beside it in these versions.
+struct Tool {
+    name: &'static str,
+    version: &'static str,
+    beside: &'static str,
+}
+
+const VERSIONS: [Tool; 4] = [
+    Tool {
+        name: "uv",
+        version: "0.13.8",
+        beside: "",
+    },
+    Tool {
+        name: "poetry",
+        version: "2.5.1",
+        beside: " poetry-plugin-export==1.10.1",
+    },
+    // Later ones of these two do not fit this version, which does not say so.
+    Tool {
+        name: "pdm",
+        version: "2.29.3",
+        beside: " hishel==1.4.0 unearth==0.18.3",
+    },
+    Tool {
+        name: "pipenv",
+        version: "2026.10.3",
+        beside: "",
+    },
 ];
 
 /// A package manager as this project uses it.
@@ -34,11 +57,12 @@ pub(super) struct Manager {
 impl Manager {
     pub(super) fn of(project: &Project, base: &Base) -> Self {
         let name = name(project.kind);
-        let baked = base.tools.get(name);
-        let pinned = VERSIONS.iter().find(|(tool, _)| *tool == name);
+        let pinned = VERSIONS.iter().find(|tool| tool.name == name);
+        // The others bring companions, so only uv may come with the base.
+        let baked = base.tools.get(name).filter(|_| project.kind == Kind::Uv);
         Self {
             kind: project.kind,
-            version: pinned.map(|(_, v)| baked.cloned().unwrap_or_else(|| (*v).to_owned())),
+            version: pinned.map(|tool| baked.cloned().unwrap_or_else(|| tool.version.to_owned())),
             in_base: baked.is_some(),
             files: project.requirement_files.clone(),
         }
@@ -62,8 +86,10 @@ impl Manager {
     pub(super) fn setup(&self) -> Option<String> {
         let version = self.version.as_ref().filter(|_| !self.in_base)?;
         let tool = name(self.kind);
+        let pinned = VERSIONS.iter().find(|one| one.name == tool)?;
+        let beside = pinned.beside;
         Some(format!(
-            "python3 -m venv {TOOLS} && {TOOLS}/bin/pip install --no-warn-script-location {tool}=={version} && ln -s {TOOLS}/bin/{tool} /usr/local/bin/{tool}"
+            "python3 -m venv {TOOLS} && {TOOLS}/bin/pip install --no-warn-script-location {tool}=={version}{beside} && ln -s {TOOLS}/bin/{tool} /usr/local/bin/{tool}"
         ))
     }
 
@@ -85,7 +111,6 @@ impl Manager {
             Kind::Poetry => &[
                 ("POETRY_NO_INTERACTION", "1"),
                 ("POETRY_VIRTUALENVS_CREATE", "false"),
-                ("VIRTUAL_ENV", VENV),
             ],
             Kind::Pdm => &[
                 ("PDM_CHECK_UPDATE", "false"),
@@ -118,9 +143,10 @@ impl Manager {
                 format!("python3 -m pip --python {VENV}/bin/python install --requirement {first}")
             }
             Kind::Uv => "uv sync --locked --no-dev --no-install-project".to_owned(),
-            Kind::Poetry => {
-                "poetry check --lock && poetry install --only main --no-root".to_owned()
-            }
+            // pip installs, because Poetry itself asks an index in a way that many mirrors do not answer.
+            Kind::Poetry => format!(
+                "poetry check --lock && poetry export --only main --output /tmp/requirements.txt && python3 -m pip --python {VENV}/bin/python install --no-deps --requirement /tmp/requirements.txt"
+            ),
             Kind::Pdm => format!("pdm use -f {VENV} && pdm install --check --prod --no-self"),
             Kind::Pipenv => {
                 format!("pipenv install --deploy && {VENV}/bin/python -m pip uninstall --yes pip")
