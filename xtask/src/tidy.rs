@@ -147,7 +147,13 @@ fn functions(lines: &[&str]) -> Vec<(usize, usize)> {
         }
         let indent = line.len() - trimmed.len();
         let close = format!("{}}}", " ".repeat(indent));
-        if let Some(length) = lines[start..].iter().position(|line| *line == close) {
+        // A declaration in a trait has no body: its signature ends with a semicolon at its own indentation.
+        let declared =
+            |line: &str| line.ends_with(';') && line.len() - line.trim_start().len() == indent;
+        let end = lines[start..]
+            .iter()
+            .position(|line| *line == close || declared(line));
+        if let Some(length) = end.filter(|length| lines[start + length] == close) {
             found.push((start + 1, length + 1));
         }
     }
@@ -210,6 +216,13 @@ fn registry_hosts() -> BTreeSet<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn declarations_in_a_trait_have_no_length() {
+        let text = "trait A {\n    fn a(\n        b: u8,\n    ) -> u8;\n\n    fn c() {\n        d();\n    }\n}\n";
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(functions(&lines), [(6, 3)]);
+    }
 
     #[test]
     fn functions_are_measured_and_tests_are_not() {
