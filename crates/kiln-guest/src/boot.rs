@@ -32,18 +32,11 @@ const PLAIN: MountFlags = MountFlags::NOSUID
     .union(MountFlags::NODEV)
     .union(MountFlags::NOEXEC);
 
-/// What booting found out.
-#[derive(Debug)]
-pub(crate) struct Booted {
-    /// The machine image's root disk is mounted.
-    pub(crate) has_root: bool,
-}
-
 /// Mounts, loads modules, and switches to the root disk if there is one.
 ///
 /// # Errors
 /// What stands in the way of a working machine.
-pub(crate) fn boot() -> Result<Booted, SysError> {
+pub(crate) fn boot() -> Result<(), SysError> {
     rustix::process::umask(rustix::fs::Mode::WGRP | rustix::fs::Mode::WOTH);
     mount_at(
         "devtmpfs",
@@ -59,9 +52,7 @@ pub(crate) fn boot() -> Result<Booted, SysError> {
     log::debug("early mounts done");
     modules::load_all(Path::new(modules::DIR));
     log::debug("modules loaded");
-    let root = find_root();
-    let has_root = root.is_some();
-    if let Some(disk) = root {
+    if let Some(disk) = find_root() {
         switch_root(&disk)?;
         log::debug("root switched");
     }
@@ -73,7 +64,7 @@ pub(crate) fn boot() -> Result<Booted, SysError> {
     reboot(RebootCommand::CadOff).context(|| "switch off ctrl-alt-del".to_owned())?;
     limits();
     settings();
-    Ok(Booted { has_root })
+    Ok(())
 }
 
 /// Says why on the console and powers off. Never returns: PID 1 may not end.

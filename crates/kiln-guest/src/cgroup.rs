@@ -231,19 +231,31 @@ pub(crate) fn keyed(text: &str, key: &str) -> Option<u64> {
     })
 }
 
-/// Tells when a file of a cgroup changes.
+/// Tells when a file or directory changes.
 #[derive(Debug)]
 pub(crate) struct Watch {
     notifications: AsyncFd<std::os::fd::OwnedFd>,
 }
 
 impl Watch {
-    /// Watches `path` from now on.
+    /// Watches a file from now on.
     pub(crate) fn new(path: &Path) -> Result<Self, SysError> {
+        Self::of(path, inotify::WatchFlags::MODIFY)
+    }
+
+    /// Watches what appears in a directory from now on.
+    pub(crate) fn directory(path: &Path) -> Result<Self, SysError> {
+        Self::of(
+            path,
+            inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO,
+        )
+    }
+
+    fn of(path: &Path, events: inotify::WatchFlags) -> Result<Self, SysError> {
         let what = || format!("watch {}", path.display());
         let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
         let fd = inotify::init(flags).context(what)?;
-        inotify::add_watch(&fd, path, inotify::WatchFlags::MODIFY).context(what)?;
+        inotify::add_watch(&fd, path, events).context(what)?;
         Ok(Self {
             notifications: crate::fd::watched(fd).context(what)?,
         })

@@ -1,12 +1,14 @@
 //! PID 1 of a machine: mounts, commands, trees, forwards, DNS and egress.
 //!
 //! One static binary with two names: as PID 1 it boots the machine and serves its channel for ever; called as
-//! `kiln-runc` it stands between BuildKit and runc. It decides nothing about policy: it asks the host.
+//! [`oci_wrapper::NAME`] it stands between BuildKit and runc. It decides nothing about policy: it asks the host.
 //! Read next: `boot` (power-on to channel), `serve` (sessions and streams), `orders` (what the host can ask).
 
 mod boot;
+mod buildkit;
 mod cgroup;
 mod channel;
+mod container;
 mod error;
 mod exec;
 mod fd;
@@ -16,6 +18,7 @@ mod modules;
 mod mounts;
 mod net;
 mod netlink;
+mod oci_wrapper;
 mod orders;
 mod reaper;
 mod serve;
@@ -24,6 +27,7 @@ mod tool;
 mod tree;
 mod uevent;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use rustix::process::Pid;
@@ -32,16 +36,20 @@ use rustix::process::Pid;
 const USAGE: u8 = 64;
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    if Path::new(&name)
+        .file_name()
+        .is_some_and(|name| name == oci_wrapper::NAME)
+    {
+        return oci_wrapper::main(&arguments.collect::<Vec<_>>());
+    }
     if rustix::process::getpid() != Pid::INIT {
         log::raw("kiln-guest: this program is PID 1 of a machine and does nothing elsewhere");
         return ExitCode::from(USAGE);
     }
     std::panic::set_hook(Box::new(|info| boot::die(&info.to_string())));
-    let booted = match boot::boot() {
-        Ok(booted) => booted,
-        Err(error) => boot::die(&error::chain(&error)),
-    };
-    match serve::run(booted) {
+    match boot::boot().and_then(|()| serve::run()) {
         Ok(never) => match never {},
         Err(error) => boot::die(&error::chain(&error)),
     }

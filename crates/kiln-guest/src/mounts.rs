@@ -155,6 +155,11 @@ pub(crate) async fn state_bytes_free(guest: &Guest) -> u64 {
     space(STATE).map_or(0, |space| space.bytes_free)
 }
 
+/// Bytes the filesystem at `path` has.
+pub(crate) fn bytes_total(path: &str) -> Result<u64, SysError> {
+    space(path).map(|space| space.bytes_total)
+}
+
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, SysError> + Send + 'static,
 ) -> Result<T, GuestError> {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use kiln_core::DiskRole;
 use kiln_proto::msg::{
     CallResult, GuestError, GuestEvent, MachineStats, Order, OrderReply, Quiesced,
 };
@@ -12,7 +13,7 @@ use rustix::system::{RebootCommand, reboot, sysinfo};
 use crate::cgroup::{Cgroup, Watch};
 use crate::error::{SysError, chain, invalid};
 use crate::state::Guest;
-use crate::{exec, identity, log, mounts, tree};
+use crate::{buildkit, container, exec, identity, log, mounts, oci_wrapper, tree};
 
 /// How long freezing and thawing may take.
 const FREEZE_WAIT: Duration = Duration::from_secs(10);
@@ -50,6 +51,9 @@ pub(crate) async fn carry_out(guest: Arc<Guest>, order: Order) -> CallResult {
             .await
             .map(OrderReply::Mounted),
         Order::Unmount { serial } => {
+            if serial == DiskRole::State.serial() && buildkit::is_running(&guest).await {
+                return Err(invalid("BuildKit runs on the state disk"));
+            }
             mounts::unmount_disk(&guest, &serial).await?;
             Ok(OrderReply::Done)
         }
@@ -59,7 +63,22 @@ pub(crate) async fn carry_out(guest: Arc<Guest>, order: Order) -> CallResult {
         }
         Order::Stats => Ok(OrderReply::Stats(stats(&guest).await)),
         Order::Shutdown => shut_down(&guest).await,
-        other => Err(invalid(format!("not known here: {other:?}"))),
+        Order::SetStepEnv { env } => {
+            oci_wrapper::Settings { env }.store()?;
+            Ok(OrderReply::Done)
+        }
+        Order::StartBuildkit(config) => {
+            buildkit::start(&guest, config).await?;
+            Ok(OrderReply::Done)
+        }
+        Order::StopBuildkit => {
+            buildkit::stop(&guest).await?;
+            Ok(OrderReply::Done)
+        }
+        Order::PrepareContainer(spec) => {
+            let argv = container::prepare(&guest, *spec).await?;
+            Ok(OrderReply::Prepared { argv })
+        }
     }
 }
 
@@ -147,6 +166,9 @@ pub(crate) async fn watch_memory(workload: Cgroup) {
 
 async fn shut_down(guest: &Arc<Guest>) -> CallResult {
     let _already = guest.workload.thaw(FREEZE_WAIT).await;
+    if let Err(error) = buildkit::stop(guest).await {
+        log::warn(&error.message);
+    }
     stop_all(guest).await;
     mounts::unmount_all(guest).await;
     rustix::fs::sync();

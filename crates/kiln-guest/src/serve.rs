@@ -18,7 +18,6 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::task::JoinSet;
 
-use crate::boot::Booted;
 use crate::cgroup;
 use crate::channel::{self, Port, PortIo};
 use crate::error::{Context, SysError, chain, invalid};
@@ -40,17 +39,17 @@ const RESET_INVALID: u16 = CODE_FIRST_FREE;
 ///
 /// # Errors
 /// What makes the machine useless.
-pub(crate) fn run(booted: Booted) -> Result<Infallible, SysError> {
+pub(crate) fn run() -> Result<Infallible, SysError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(BLOCKING_THREADS_MAX)
         .build()
         .context(|| "start the runtime".to_owned())?;
-    runtime.block_on(serve(booted))
+    runtime.block_on(serve())
 }
 
-async fn serve(booted: Booted) -> Result<Infallible, SysError> {
-    let guest = Arc::new(Guest::new(booted.has_root));
+async fn serve() -> Result<Infallible, SysError> {
+    let guest = Arc::new(Guest::new());
     cgroup::set_up(&guest.workload)?;
     orders::bound_workload(&guest, 0, 0)?;
     let reaping = Arc::clone(&guest);

@@ -1,5 +1,6 @@
 //! What all parts of the guest share.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -10,6 +11,7 @@ use crate::cgroup::Cgroup;
 use crate::mounts::Mounts;
 use crate::net::Net;
 use crate::reaper::Reaper;
+use crate::{buildkit, oci_wrapper};
 
 /// Name of the workload's cgroup.
 pub(crate) const WORKLOAD: &str = "workload";
@@ -21,8 +23,6 @@ pub(crate) struct Guest {
     pub(crate) reaper: Reaper,
     /// Everything that is not the guest itself.
     pub(crate) workload: Cgroup,
-    /// The root disk is mounted.
-    pub(crate) has_root: bool,
     /// A secret was given to this machine.
     pub(crate) secret_issued: AtomicBool,
     /// A job's command ran in this machine.
@@ -31,6 +31,8 @@ pub(crate) struct Guest {
     pub(crate) frozen_usage: AtomicU64,
     /// Disks that are mounted.
     pub(crate) mounts: tokio::sync::Mutex<Mounts>,
+    /// BuildKit, when it was started.
+    pub(crate) buildkit: tokio::sync::Mutex<Option<buildkit::Running>>,
     /// Names, addresses, and the way to the host.
     pub(crate) net: Net,
     streams: AtomicU32,
@@ -40,15 +42,15 @@ pub(crate) struct Guest {
 
 impl Guest {
     /// The state right after boot.
-    pub(crate) fn new(has_root: bool) -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             reaper: Reaper::default(),
             workload: Cgroup::at(WORKLOAD),
-            has_root,
             secret_issued: AtomicBool::new(false),
             job_ran: AtomicBool::new(false),
             frozen_usage: AtomicU64::new(0),
             mounts: tokio::sync::Mutex::default(),
+            buildkit: tokio::sync::Mutex::default(),
             net: Net::default(),
             streams: AtomicU32::new(0),
             execs: AtomicU64::new(0),
@@ -90,7 +92,7 @@ impl Guest {
 
     /// What this guest can do here.
     pub(crate) fn features(&self) -> Vec<&'static str> {
-        let features = vec![
+        let mut features = vec![
             feature::REIDENTIFY,
             feature::EXEC,
             feature::TTY,
@@ -98,6 +100,12 @@ impl Guest {
             feature::FORWARD,
             feature::EGRESS,
         ];
+        if Path::new(buildkit::DAEMON).exists() {
+            features.push(feature::BUILDKIT);
+        }
+        if oci_wrapper::runc().is_some() {
+            features.push(feature::CONTAINER);
+        }
         features
     }
 }

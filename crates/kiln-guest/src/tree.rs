@@ -31,6 +31,8 @@ use extract::{Content, Rules};
 pub(crate) const SECRETS: &str = "/run/kiln/secrets";
 /// Certificates for programs in the machine: those of the root disk and the operator's.
 pub(crate) const CA_BUNDLE: &str = "/run/kiln/ca/bundle.pem";
+/// The operator's certificates alone; there only when the operator gave some.
+pub(crate) const CA_OPERATOR: &str = "/run/kiln/ca/operator.pem";
 /// The root disk's own certificates.
 const SYSTEM_CA: &str = "/etc/ssl/certs/ca-certificates.crt";
 /// Where trees go when no disk is mounted.
@@ -252,10 +254,6 @@ async fn receive_file(
 
 fn ca_bundle(operator: &[u8]) -> Result<PathBuf, SysError> {
     let path = PathBuf::from(CA_BUNDLE);
-    if operator.is_empty() {
-        let _none_before = fs::remove_file(&path);
-        return Ok(path);
-    }
     // Programs take one bundle in place of the system's: it must hold both.
     let mut bundle = fs::read(SYSTEM_CA).unwrap_or_default();
     if !bundle.is_empty() && !bundle.ends_with(b"\n") {
@@ -263,7 +261,20 @@ fn ca_bundle(operator: &[u8]) -> Result<PathBuf, SysError> {
     }
     bundle.extend_from_slice(operator);
     write_file(&path, 0o755, 0o444, &bundle)?;
+    if operator.is_empty() {
+        let _none_before = fs::remove_file(CA_OPERATOR);
+    } else {
+        write_file(Path::new(CA_OPERATOR), 0o755, 0o444, operator)?;
+    }
     Ok(path)
+}
+
+/// Makes sure that there is a bundle for programs that are started before the operator's arrives.
+pub(crate) fn ensure_ca_bundle() -> Result<(), SysError> {
+    if !Path::new(CA_BUNDLE).exists() {
+        ca_bundle(&[])?;
+    }
+    Ok(())
 }
 
 /// Writes a file as a whole: it is there with its content and mode, or not at all.

@@ -1,0 +1,402 @@
+//! Running a container image: its root filesystem, its user, and what runc is told.
+//!
+//! The image's files are a tenant's: `/etc/passwd` and `/etc/group` are read without leaving the image, bounded, and
+//! believed only as far as they name numbers. Format: OCI runtime specification, `config.md` and `config-linux.md`.
+
+use std::fs;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use kiln_proto::msg::{ContainerSpec, GuestError, GuestErrorCode};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use serde_json::{Value, json};
+
+use crate::error::{Context, SysError, failure, invalid};
+use crate::state::Guest;
+use crate::{identity, mounts, net, oci_wrapper, tree};
+
+/// The image's files, read-only.
+const IMAGE_ROOT: &str = "/image/rootfs";
+/// Where the container is put together.
+const BUNDLE: &str = "/run/kiln/container";
+/// Where runc keeps its state.
+const RUNC_ROOT: &str = "/run/kiln/runc";
+/// Most bytes of passwd and group that are read.
+const DATABASE_MAX: u64 = 1024 * 1024;
+/// Most additional groups of one user.
+const GROUPS_MAX: usize = 64;
+/// Open files of the container.
+const OPEN_FILES_MAX: u64 = 1_048_576;
+/// Path of images that have none.
+const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Capabilities of a container's root, as container engines usually give them.
+const CAPABILITIES: [&str; 14] = [
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_MKNOD",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+
+/// A user as numbers.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct User {
+    uid: u32,
+    gid: u32,
+    groups: Vec<u32>,
+    home: String,
+}
+
+/// Fields of a line, when there are enough of them.
+fn fields<const N: usize>(line: &str) -> Option<[&str; N]> {
+    let mut parts = line.splitn(N, ':');
+    let mut fields = [""; N];
+    for field in &mut fields {
+        *field = parts.next()?;
+    }
+    Some(fields)
+}
+
+/// A line of passwd: name, uid, gid, home.
+fn passwd_line(line: &str) -> Option<(&str, u32, u32, &str)> {
+    let [name, _, uid, gid, _, home, _] = fields::<7>(line)?;
+    Some((name, uid.parse().ok()?, gid.parse().ok()?, home))
+}
+
+/// A line of group: name, gid, members.
+fn group_line(line: &str) -> Option<(&str, u32, &str)> {
+    let [name, _, gid, members] = fields::<4>(line)?;
+    Some((name, gid.parse().ok()?, members))
+}
+
+/// Finds the user an image asks for: `name`, `uid`, `name:group`, `uid:gid`, or nothing for root.
+fn resolve(wanted: &str, passwd: &str, group: &str) -> Result<User, String> {
+    let (who, with) = match wanted.split_once(':') {
+        Some((who, with)) => (who, Some(with)),
+        None => (wanted, None),
+    };
+    let who = if who.is_empty() { "0" } else { who };
+    let number: Option<u32> = who.parse().ok();
+    let matches = |line: &(&str, u32, u32, &str)| match number {
+        Some(uid) => line.1 == uid,
+        None => line.0 == who,
+    };
+    let entry = passwd.lines().filter_map(passwd_line).find(matches);
+    let uid = entry.map(|(_, uid, _, _)| uid).or(number);
+    let uid = uid.ok_or_else(|| format!("the image has no user {who:?}"))?;
+    let home = entry.map_or("/", |(_, _, _, home)| home);
+    let home = if home.starts_with('/') { home } else { "/" };
+    let user = User {
+        uid,
+        home: home.to_owned(),
+        ..User::default()
+    };
+    if let Some(with) = with.filter(|with| !with.is_empty()) {
+        let named = group
+            .lines()
+            .filter_map(group_line)
+            .find(|(name, _, _)| *name == with);
+        let gid = with.parse().ok().or(named.map(|(_, gid, _)| gid));
+        let gid = gid.ok_or_else(|| format!("the image has no group {with:?}"))?;
+        return Ok(User { gid, ..user });
+    }
+    let gid = entry.map_or(0, |(_, _, gid, _)| gid);
+    let member =
+        |members: &str| entry.is_some_and(|(name, ..)| members.split(',').any(|m| m == name));
+    let groups = group.lines().filter_map(group_line);
+    let groups = groups.filter(|(_, other, members)| *other != gid && member(members));
+    let groups = groups.map(|(_, gid, _)| gid).take(GROUPS_MAX).collect();
+    Ok(User {
+        gid,
+        groups,
+        ..user
+    })
+}
+
+/// A file of the image, resolved as inside it; empty when there is none.
+fn database(root: &OwnedFd, path: &str) -> Result<String, SysError> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let Ok(fd) = openat2(root, path, flags, Mode::empty(), resolve) else {
+        return Ok(String::new());
+    };
+    let file = fs::File::from(fd);
+    let what = || format!("read {path} of the image");
+    if !file.metadata().context(what)?.is_file() {
+        return Ok(String::new());
+    }
+    let mut bytes = Vec::new();
+    file.take(DATABASE_MAX)
+        .read_to_end(&mut bytes)
+        .context(what)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn bind(source: &str, destination: &str) -> Value {
+    json!({
+        "destination": destination, "type": "bind", "source": source,
+        "options": ["bind", "ro", "nosuid", "nodev", "noexec"],
+    })
+}
+
+fn file_systems() -> Value {
+    let on = |destination: &str, kind: &str, options: &[&str]| json!({ "destination": destination, "type": kind, "source": kind, "options": options });
+    json!([
+        on("/proc", "proc", &["nosuid", "noexec", "nodev"]),
+        on(
+            "/dev",
+            "tmpfs",
+            &["nosuid", "strictatime", "mode=755", "size=65536k"]
+        ),
+        on(
+            "/dev/pts",
+            "devpts",
+            &[
+                "nosuid",
+                "noexec",
+                "newinstance",
+                "ptmxmode=0666",
+                "mode=0620",
+                "gid=5"
+            ]
+        ),
+        on(
+            "/dev/shm",
+            "tmpfs",
+            &["nosuid", "noexec", "nodev", "mode=1777"]
+        ),
+        on("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+        on("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+        on(
+            "/sys/fs/cgroup",
+            "cgroup",
+            &["nosuid", "noexec", "nodev", "relatime", "ro"]
+        ),
+        bind("/etc/resolv.conf", "/etc/resolv.conf"),
+        bind(&format!("{BUNDLE}/hosts"), "/etc/hosts"),
+        bind(&format!("{BUNDLE}/hostname"), "/etc/hostname"),
+    ])
+}
+
+/// What runc is told. The machine's network is the container's: forwards and names work as they are.
+fn config(spec: &ContainerSpec, user: &User) -> Value {
+    let mut env: Vec<String> = spec.env.clone();
+    let has = |env: &[String], name: &str| env.iter().any(|item| item.starts_with(name));
+    if !has(&env, "PATH=") {
+        env.push(PATH.to_owned());
+    }
+    if !has(&env, "HOME=") {
+        env.push(format!("HOME={}", user.home));
+    }
+    if spec.tty && !has(&env, "TERM=") {
+        env.push("TERM=xterm".to_owned());
+    }
+    let held: &[&str] = if user.uid == 0 { &CAPABILITIES } else { &[] };
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "terminal": spec.tty,
+            "user": { "uid": user.uid, "gid": user.gid, "additionalGids": user.groups },
+            "args": spec.argv,
+            "env": env,
+            "cwd": if spec.cwd.is_empty() { "/" } else { &spec.cwd },
+            "capabilities": { "bounding": CAPABILITIES, "effective": held, "permitted": held },
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": OPEN_FILES_MAX, "soft": OPEN_FILES_MAX }],
+            "noNewPrivileges": true,
+        },
+        "root": { "path": format!("{BUNDLE}/rootfs"), "readonly": false },
+        "hostname": spec.hostname,
+        "mounts": file_systems(),
+        "linux": {
+            // Relative: beside the cgroup of the runc that starts it, so the command's bounds hold for it.
+            "cgroupsPath": "container",
+            "namespaces": [
+                { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "cgroup" },
+            ],
+            "resources": { "devices": [{ "allow": false, "access": "rwm" }] },
+            "maskedPaths": [
+                "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys",
+                "/proc/latency_stats", "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug",
+                "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
+            ],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+        },
+    })
+}
+
+/// Puts a container together. Gives the command that runs it.
+pub(crate) async fn prepare(
+    guest: &Arc<Guest>,
+    spec: ContainerSpec,
+) -> Result<Vec<String>, GuestError> {
+    if spec.argv.is_empty()
+        || spec
+            .argv
+            .iter()
+            .chain(&spec.env)
+            .any(|text| text.contains('\0'))
+    {
+        return Err(invalid("a container needs a command without zero bytes"));
+    }
+    if !spec.cwd.is_empty() && !spec.cwd.starts_with('/') {
+        return Err(invalid("the working directory of a container is absolute"));
+    }
+    let runc = oci_wrapper::runc();
+    let runc =
+        runc.ok_or_else(|| failure(GuestErrorCode::NotFound, "the root disk has no runc"))?;
+    let upper = {
+        let mounts = guest.mounts.lock().await;
+        if !mounts.is_mounted(mounts::IMAGE) {
+            return Err(invalid("the image disk is not mounted"));
+        }
+        if mounts.is_writable("/scratch") {
+            "/scratch/container"
+        } else {
+            "/run/kiln/container-layer"
+        }
+    };
+    let work = tokio::task::spawn_blocking(move || put_together(&spec, upper));
+    work.await.map_err(|error| invalid(error.to_string()))??;
+    let id = format!("container-{}", guest.next_exec());
+    let words = ["--root", RUNC_ROOT, "run", "--bundle", BUNDLE, &id];
+    let mut argv = vec![runc.display().to_string()];
+    argv.extend(words.map(str::to_owned));
+    Ok(argv)
+}
+
+fn put_together(spec: &ContainerSpec, upper: &str) -> Result<(), GuestError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(IMAGE_ROOT, flags, Mode::empty());
+    let root = root.context(|| format!("open {IMAGE_ROOT}"))?;
+    let (passwd, group) = (
+        database(&root, "etc/passwd")?,
+        database(&root, "etc/group")?,
+    );
+    let user = resolve(&spec.user, &passwd, &group)
+        .map_err(|why| failure(GuestErrorCode::NotFound, why))?;
+    drop(root);
+    let rootfs = format!("{BUNDLE}/rootfs");
+    let _none_before = unmount(&rootfs, UnmountFlags::DETACH);
+    let layer = Path::new(upper);
+    let make =
+        |path: &Path| fs::create_dir_all(path).context(|| format!("make {}", path.display()));
+    if layer.exists() {
+        fs::remove_dir_all(layer).context(|| format!("empty {upper}"))?;
+    }
+    for path in [&layer.join("data"), &layer.join("work"), Path::new(&rootfs)] {
+        make(path)?;
+    }
+    let options = format!("lowerdir={IMAGE_ROOT},upperdir={upper}/data,workdir={upper}/work");
+    let options = std::ffi::CString::new(options).unwrap_or_default();
+    mount(
+        "overlay",
+        &rootfs,
+        "overlay",
+        MountFlags::empty(),
+        options.as_c_str(),
+    )
+    .context(|| "mount the container's files".to_owned())?;
+    let hostname = if spec.hostname.is_empty() {
+        rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned()
+    } else {
+        spec.hostname.clone()
+    };
+    let write = |name: &str, text: &str| {
+        tree::write_file(&Path::new(BUNDLE).join(name), 0o755, 0o644, text.as_bytes())
+    };
+    write("hosts", &identity::hosts(&hostname))?;
+    write("hostname", &format!("{hostname}\n"))?;
+    if !Path::new("/etc/resolv.conf").exists() {
+        identity::replace("/etc/resolv.conf", net::RESOLV_CONF)?;
+    }
+    let spec = ContainerSpec {
+        hostname,
+        ..spec.clone()
+    };
+    let mut config = config(&spec, &user);
+    if Path::new(tree::CA_OPERATOR).exists() {
+        oci_wrapper::add_certificates(&mut config, tree::CA_BUNDLE);
+    }
+    write("config.json", &config.to_string())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nbroken\nnode:x:1000:1001:,,:/home/node:/bin/sh\n\
+        bad:x:-1:0::/:\nnohome:x:7:7:::\n";
+    const GROUP: &str =
+        "root:x:0:\nnode:x:1001:\naudio:x:29:node,other\nvideo:x:44:other,node\nbroken:x\n";
+
+    #[test]
+    fn users_are_found_by_name_and_number() {
+        let node = resolve("node", PASSWD, GROUP).unwrap();
+        assert_eq!(
+            (node.uid, node.gid, node.home.as_str()),
+            (1000, 1001, "/home/node")
+        );
+        assert_eq!(node.groups, [29, 44]);
+        assert_eq!(resolve("1000", PASSWD, GROUP).unwrap(), node);
+        let root = resolve("", PASSWD, GROUP).unwrap();
+        assert_eq!((root.uid, root.gid, root.home.as_str()), (0, 0, "/root"));
+        let with = resolve("node:audio", PASSWD, GROUP).unwrap();
+        assert_eq!((with.uid, with.gid, with.groups.len()), (1000, 29, 0));
+        let numbers = resolve("4242:4343", PASSWD, GROUP).unwrap();
+        assert_eq!(
+            (numbers.uid, numbers.gid, numbers.home.as_str()),
+            (4242, 4343, "/")
+        );
+        assert_eq!(resolve("4242", "", "").unwrap().gid, 0);
+        assert_eq!(resolve("nohome", PASSWD, GROUP).unwrap().home, "/");
+        for bad in ["nobody", "bad", "node:nogroup", "-1", "4294967296"] {
+            assert!(resolve(bad, PASSWD, GROUP).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_root_holds_capabilities() {
+        let spec = ContainerSpec {
+            argv: vec!["x".into()],
+            env: vec!["HOME=/h".into()],
+            ..ContainerSpec::default()
+        };
+        let user = resolve("node", PASSWD, GROUP).unwrap();
+        let config = config(&spec, &user);
+        assert_eq!(config["process"]["capabilities"]["effective"], json!([]));
+        assert_eq!(config["process"]["env"], json!(["HOME=/h", PATH]));
+        assert_eq!(config["process"]["noNewPrivileges"], true);
+        let root = super::config(&spec, &User::default());
+        assert_eq!(
+            root["process"]["capabilities"]["effective"]
+                .as_array()
+                .unwrap()
+                .len(),
+            14
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_databases_never_panic(user in ".{0,20}", passwd in ".{0,200}", group in ".{0,200}") {
+            let _either = resolve(&user, &passwd, &group);
+        }
+    }
+}
