@@ -170,18 +170,11 @@ impl Store {
         for repo in self.repositories(None)? {
             linked.extend(self.links(&repo, "_manifests")?);
             let blobs = self.links(&repo, "_blobs")?;
-            let Some(named) = self.named_by_manifests(&repo)? else {
-                linked.extend(blobs);
-                continue;
-            };
-            for digest in blobs {
-                let unnamed = !named.contains(&digest) && old(&self.blob_link(&repo, &digest));
-                if unnamed && self.drop_unnamed(&repo, &digest)? {
-                    collected.links += 1;
-                } else {
-                    linked.insert(digest);
-                }
-            }
+            let (young, aged): (Vec<_>, Vec<_>) = blobs
+                .into_iter()
+                .partition(|digest| !old(&self.blob_link(&repo, digest)));
+            linked.extend(young);
+            collected.links += self.drop_unnamed(&repo, aged, &mut linked)?;
         }
         self.each_content(|digest, path| {
             if linked.contains(&digest) || !old(path) {
@@ -246,16 +239,32 @@ impl Store {
         Ok(Collection(self))
     }
 
-    /// Drops one blob link unless a manifest pushed a moment ago names it.
-    fn drop_unnamed(&self, repo: &RepoName, digest: &Digest) -> Result<bool, StoreError> {
-        let _alone = self.removing();
-        let named = self.named_by_manifests(repo)?;
-        if named.is_none_or(|named| named.contains(digest)) {
-            return Ok(false);
+    /// Drops those of a repository's blob links that none of its manifests names; the others are
+    /// added to `linked`. Gives how many were dropped.
+    fn drop_unnamed(
+        &self,
+        repo: &RepoName,
+        blobs: Vec<Digest>,
+        linked: &mut HashSet<Digest>,
+    ) -> Result<u64, StoreError> {
+        if blobs.is_empty() {
+            return Ok(0);
         }
-        let removed = self.durable.remove(&self.blob_link(repo, digest))?;
+        let _alone = self.removing();
+        let Some(named) = self.named_by_manifests(repo)? else {
+            linked.extend(blobs);
+            return Ok(0);
+        };
+        let mut dropped = 0;
+        for digest in blobs {
+            if named.contains(&digest) {
+                linked.insert(digest);
+            } else if self.durable.remove(&self.blob_link(repo, &digest))? {
+                dropped += 1;
+            }
+        }
         self.prune_empty(repo);
-        Ok(removed)
+        Ok(dropped)
     }
 
     /// Reads everything again, sets bad content aside and reports what it breaks (`kiln doctor --scrub`).
