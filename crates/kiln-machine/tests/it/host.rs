@@ -97,6 +97,17 @@ impl Host {
         }
     }
 
+    /// A host of a session whose incoming streams somebody else takes.
+    pub(crate) fn borrowing(session: Session, hello: Hello, deadline: Duration) -> Self {
+        Self {
+            session,
+            hello,
+            events: Arc::default(),
+            deadline,
+            _incoming: tokio::task::JoinSet::new(),
+        }
+    }
+
     pub(crate) async fn within<T>(
         &self,
         work: impl Future<Output = Result<T, Failed>>,

@@ -5,3 +5,5 @@ mod conformance;
 mod faults;
 mod host;
 mod ledger;
+mod life;
+mod sim;
