@@ -6,6 +6,7 @@
 
 pub mod host;
 pub mod image;
+pub mod load;
 pub mod records;
 pub mod registry;
 
