@@ -22,6 +22,9 @@ const INODE_BYTES: u64 = 256;
 /// Identifier of every root filesystem we make.
 const UUID: &str = "6b696c6e-726f-4f74-8000-000000000001";
 
+/// Every feature by name, so that no default of the host's mke2fs.conf decides.
+const FEATURES: &str = "none,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,flex_bg,huge_file,large_file,sparse_super";
+
 /// Why the disk was not made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -72,12 +75,12 @@ pub fn make_disk(
                   tar --extract --file \"$2\" --directory \"$1\" --numeric-owner --same-owner --preserve-permissions; \
                   chmod 755 \"$1\"; \
                   mkfs.ext4 -q -F -d \"$1\" -L kiln-root -U \"$4\" -E hash_seed=\"$4\",nodiscard,root_owner=0:0 \
-                  -b 4096 -I 256 -N \"$5\" -m 0 -O ^has_journal,^metadata_csum,^resize_inode,^64bit \"$3\"";
+                  -b 4096 -I 256 -N \"$5\" -m 0 -O \"$6\" \"$3\"";
     let tree_path = work.join("tree");
     as_root("sh", DEADLINE)
         .args(["-c", script, "sh"])
         .args([tree_path.as_path(), tar, &image])
-        .args([UUID, &inodes.to_string()])
+        .args([UUID, &inodes.to_string(), FEATURES])
         .env("SOURCE_DATE_EPOCH", MTIME.to_string())
         .env("E2FSPROGS_FAKE_TIME", MTIME.to_string())
         .env(

@@ -6,9 +6,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
-
 
 use super::apt::{AptError, HostApt};
 use super::buildkit::{self, BuildkitError};
@@ -471,7 +471,7 @@ fn assemble(
         if fs::hard_link(&from, &to).is_err() {
             fs::copy(&from, &to).map_err(BakeError::io("copy", &from))?;
         }
-        let read_only = fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o444));
+        let read_only = fs::Permissions::from_mode(0o444);
         fs::set_permissions(&to, read_only).map_err(BakeError::io("chmod", &to))?;
     }
     write_json(&work.join(manifest::FILE), manifest)?;

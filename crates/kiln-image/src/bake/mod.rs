@@ -21,6 +21,7 @@ pub mod machine_image;
 pub mod manifest;
 pub mod npm;
 pub mod oci;
+mod orphan;
 pub mod process;
 pub mod progress;
 pub mod recipe;

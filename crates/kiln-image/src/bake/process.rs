@@ -13,6 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::orphan;
 use super::progress::{BakeEvent, BakeProgress, Cancel};
 
 /// How often a running program is checked for its end, its deadline and cancellation.
@@ -222,7 +223,10 @@ impl Program {
             Stdout::File(file) => Stdio::from(file),
         });
         let child = command.spawn().map_err(start_error)?;
-        Running::new(child, captures).wait(&self.name, self.deadline, context)
+        let group = child.id();
+        let running = Running::new(child, captures);
+        orphan::record(context.lock, Some(group)).map_err(start_error)?;
+        running.wait(&self.name, self.deadline, context)
     }
 }
 

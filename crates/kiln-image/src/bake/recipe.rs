@@ -137,6 +137,14 @@ impl RecipeFiles {
         Ok(key.digest())
     }
 
+    /// Digest over the file that decides what the runtime bases are.
+    ///
+    /// # Errors
+    /// When it is missing.
+    pub fn bases_digest(&self) -> Result<Digest, RecipeError> {
+        Ok(Digest::of(self.get(BASES_FILE)?))
+    }
+
     /// The recipe of the machine image.
     ///
     /// # Errors
@@ -505,7 +513,7 @@ mod tests {
             Err(RecipeError::Value { .. })
         ));
         assert!(matches!(
-            with("\"kiln\"", "\"../kiln\""),
+            with("\"work\"", "\"../work\""),
             Err(RecipeError::Value { .. })
         ));
         assert!(matches!(

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use kiln_core::digest::Hasher;
 use kiln_core::{ByteSize, Digest};
 
+use super::orphan;
 use super::process::{Program, RunContext, RunError};
 use super::progress::{BakeEvent, BakeProgress, Cancel};
 
@@ -134,6 +135,7 @@ impl<'a> StageCache<'a> {
                     return Err(StageError::Cancelled);
                 }
                 Err(TryLockError::WouldBlock) => {
+                    orphan::kill_left_over(&lock);
                     if !told {
                         progress.event(&BakeEvent::Waiting);
                         told = true;
@@ -142,6 +144,7 @@ impl<'a> StageCache<'a> {
                 }
             }
         }
+        orphan::record(&lock, None).map_err(StageError::io("write", &path))?;
         let directory = directory.to_owned();
         let cache = Self {
             directory,
