@@ -9,5 +9,6 @@ pub mod image;
 pub mod load;
 pub mod records;
 pub mod registry;
+pub mod remote;
 
 pub use host::HostRegistry;

@@ -15,5 +15,6 @@ mod integrity;
 mod loopback;
 mod push_pull;
 mod records;
+mod remote;
 mod room;
 mod skopeo;

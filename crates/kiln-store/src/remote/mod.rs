@@ -1,0 +1,22 @@
+//! Other registries, as this host's user pushes to them: OCI distribution-spec v1.1, with the credentials that
+//! docker and podman keep.
+//!
+//! A client only, and only for host code: no guest ever comes here. Requests block and run on a blocking thread;
+//! blobs stream from the store in constant memory. Credentials are never logged and never sent anywhere but to the
+//! registry they were kept for and to the token server it names.
+//! Read next: [`RemoteRegistry`] (the push), `credentials` (where a login is found), `challenge` (how a registry asks).
+
+mod challenge;
+mod client;
+mod credentials;
+mod error;
+mod helper;
+mod http;
+mod push;
+mod target;
+
+pub use credentials::{Credential, CredentialSources, CredentialsError};
+pub use error::RemoteError;
+pub use http::{ProxyServer, RemoteConfig};
+pub use push::{PushEvent, Pushed, RemoteRegistry};
+pub use target::Target;
