@@ -119,7 +119,7 @@ pub struct CgroupHost {
 }
 
 impl CgroupHost {
-    /// Looks at this host. Makes and removes an empty group to be sure.
+    /// Looks at this host. Makes nothing.
     #[must_use]
     pub fn detect() -> Self {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -501,7 +501,7 @@ fn usable_v2(dir: &Path) -> Result<Vec<Controller>, String> {
     if usable.is_empty() {
         return Err("controllers cannot be turned on for children".to_owned());
     }
-    try_child(dir).map_err(|error| error.to_string())?;
+    may_write(dir).map_err(|error| error.to_string())?;
     Ok(usable)
 }
 
@@ -518,7 +518,8 @@ fn v1_parent(mounts: &str, own: &str, controller: Controller) -> Option<PathBuf>
             .then_some(path)
     })?;
     let dir = below(&mount, &root, path)?;
-    try_child(&dir).ok()?;
+    // A group made to be sure would stay after a kill at the wrong moment: asking is enough.
+    may_write(&dir).ok()?;
     Some(dir)
 }
 
@@ -556,20 +557,6 @@ fn below(mount: &Path, root: &str, path: &str) -> Option<PathBuf> {
 
 fn may_write(path: &Path) -> io::Result<()> {
     rustix::fs::access(path, rustix::fs::Access::WRITE_OK).map_err(io::Error::from)
-}
-
-/// Makes an empty group and removes it.
-fn try_child(dir: &Path) -> io::Result<()> {
-    let own = ProcessIdentity::of_self();
-    let child = dir.join(format!("kiln-probe-{}-{}", own.pid, next_probe()));
-    fs::create_dir(&child)?;
-    fs::remove_dir(&child)
-}
-
-fn next_probe() -> u64 {
-    use std::sync::atomic::{AtomicU64, Ordering};
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 #[cfg(test)]
