@@ -74,3 +74,90 @@ fn examples() {
         assert!(found.hosts_named.is_empty(), "{:?}", found.hosts_named);
     }
 }
+
+#[test]
+fn node_fixtures() {
+    for name in [
+        "yarn1",
+        "berry",
+        "pnpm",
+        "pnpm-workspace",
+        "npm-workspaces",
+        "native",
+        "postinstall",
+        "vite",
+    ] {
+        let found = golden(name, &fixture(name));
+        assert!(
+            found.hosts_named.is_empty(),
+            "{name}: {:?}",
+            found.hosts_named
+        );
+        assert_eq!(found.lockfiles.len(), 1, "{name}");
+    }
+}
+
+#[test]
+fn python_fixtures() {
+    for name in [
+        "uv-fastapi",
+        "uv-package",
+        "poetry-flask",
+        "pdm-flask",
+        "pipenv-flask",
+        "django",
+        "script-packages",
+    ] {
+        let found = golden(name, &fixture(name));
+        let hosts: Vec<_> = found.hosts_named.iter().map(|m| m.host.as_str()).collect();
+        match name {
+            "uv-fastapi" | "uv-package" => assert_eq!(hosts, ["index.invalid"], "{name}"),
+            "pipenv-flask" => assert_eq!(hosts, ["index.invalid"; 2], "{name}"),
+            _ => assert!(hosts.is_empty(), "{name}: {hosts:?}"),
+        }
+    }
+}
+
+#[test]
+fn json_says_the_same() {
+    let found = plan(&example("python-flask"), &Options::default(), &baked()).expect("plans");
+    let json = serde_json::to_value(&found).expect("serialises");
+    assert_eq!(json["schema"], 1);
+    assert_eq!(json["runtime"], "python");
+    assert_eq!(json["version"]["version"], "3.13");
+    assert_eq!(json["start"]["line"], "gunicorn app:app");
+    assert_eq!(json["start"]["why"]["file"], "app.py");
+    assert_eq!(json["dockerfile"], found.dockerfile);
+    assert_eq!(json["lockfiles"][0]["path"], "requirements.txt");
+}
+
+#[test]
+fn a_plan_without_baked_bases_can_be_shown_but_says_so() {
+    let found = plan(
+        &example("node-express"),
+        &Options::default(),
+        &Bases::builtin(),
+    )
+    .expect("plans");
+    assert_eq!(found.unbaked().len(), 2);
+    assert!(render(&found).contains("not baked yet"));
+}
+
+/// What a source change may touch: the instructions in front of the first `COPY . .` must not name the source.
+#[test]
+fn dependencies_come_before_the_source() {
+    for name in ["yarn1", "pnpm", "native", "npm-workspaces", "vite", "berry"] {
+        let found = plan(&fixture(name), &Options::default(), &baked()).expect("plans");
+        let source = found
+            .dockerfile
+            .find(" . .\n")
+            .expect("the source is copied");
+        for command in &found.install {
+            let at = found
+                .dockerfile
+                .find(&command.line)
+                .expect("stands in the Dockerfile");
+            assert!(at < source, "{name}: {}", command.line);
+        }
+    }
+}

@@ -58,7 +58,7 @@ pub(super) fn write(
     } else if builds {
         writer.apart(installs);
     } else if installs {
-        writer.production();
+        writer.modules("production", true);
     }
     let packages = &request.config.system_packages;
     let (build, run) = (base.build.to_string(), base.run.to_string());
@@ -133,11 +133,11 @@ impl Writer<'_> {
         self.install.push(Command { line, why });
     }
 
-    /// A stage with production dependencies alone.
-    fn production(&mut self) {
-        self.text.stage("tools", Some("production"));
+    /// A stage with dependencies, with or without those for development.
+    fn modules(&mut self, stage: &str, production: bool) {
+        self.text.stage("tools", Some(stage));
         self.inputs();
-        let command = self.app.manager.install(true);
+        let command = self.app.manager.install(production);
         let with_folder = format!("{command} && mkdir -p node_modules");
         self.text.run(&[self.app.manager.cache()], &with_folder);
         self.installs(command);
@@ -146,15 +146,17 @@ impl Writer<'_> {
     fn apart(&mut self, installs: bool) {
         let manager = &self.app.manager;
         if installs {
-            if self.app.entry.site.is_none() {
-                self.production();
+            self.modules("modules", false);
+            if self.app.entry.site.is_none() && manager.prunes_well() {
+                // Not a second install: native modules would be compiled twice.
+                let prune = manager.prune();
+                self.text.stage("modules", Some("production"));
+                let with_folder = format!("{prune} && mkdir -p node_modules");
+                self.text.run(&[manager.cache()], &with_folder);
+                self.installs(prune);
+            } else if self.app.entry.site.is_none() {
+                self.modules("production", true);
             }
-            self.text.stage("tools", Some("modules"));
-            self.inputs();
-            let command = manager.install(false);
-            let with_folder = format!("{command} && mkdir -p node_modules");
-            self.text.run(&[manager.cache()], &with_folder);
-            self.installs(command);
         }
         self.text.stage("tools", Some("build"));
         self.text.line("COPY . .");
@@ -203,7 +205,7 @@ impl Writer<'_> {
         }
         self.build(&[]);
         if self.app.entry.site.is_none() {
-            let prune = manager.prune(!self.app.members.is_empty());
+            let prune = manager.prune();
             self.text.run(
                 &[manager.cache()],
                 &format!("{prune} && mkdir -p node_modules"),

@@ -212,15 +212,13 @@ impl Manager {
     }
 
     /// Takes development dependencies away again, without the network and without any script.
-    pub(super) fn prune(&self, workspaces: bool) -> String {
+    pub(super) fn prune(&self) -> String {
         match self.kind {
             Kind::Npm => "npm prune --omit=dev --ignore-scripts --no-audit --no-fund".to_owned(),
-            Kind::Pnpm if workspaces => format!(
-                "CI=true pnpm install --prod --frozen-lockfile --offline --ignore-scripts --store-dir={PNPM_STORE}"
+            // `pnpm prune` knows no workspaces; without an age of 0, what is left over stays for a week.
+            Kind::Pnpm => format!(
+                "CI=true npm_config_modules_cache_max_age=0 pnpm install --prod --frozen-lockfile --offline --ignore-scripts --store-dir={PNPM_STORE}"
             ),
-            Kind::Pnpm => {
-                format!("CI=true pnpm prune --prod --ignore-scripts --store-dir={PNPM_STORE}")
-            }
             Kind::Yarn1 => format!(
                 "yarn install --production=true --frozen-lockfile --offline --ignore-scripts --non-interactive --cache-folder={YARN1_CACHE}"
             ),
@@ -228,7 +226,12 @@ impl Manager {
         }
     }
 
-    /// Whether a second install, of production dependencies alone, is better than pruning.
+    /// Whether pruning leaves what native modules have compiled. Yarn 1 may not: it installs a second time.
+    pub(super) fn prunes_well(&self) -> bool {
+        self.kind != Kind::Yarn1
+    }
+
+    /// Whether production dependencies can be made in a stage that has no source.
     pub(super) fn installs_apart(&self) -> bool {
         self.kind != Kind::Berry
     }
