@@ -20,8 +20,8 @@ use crate::proc::ProcessIdentity;
 /// Period of the CPU quota, microseconds: the kernel's default.
 const CPU_PERIOD_US: u64 = 100_000;
 
-/// Memory of a VMM beyond its guest's: device buffers, translated code without KVM, page tables.
-/// Measured with QEMU without KVM: the translation buffer takes at most a quarter of this.
+/// Memory of a VMM beyond its guest's: device buffers, page tables, and without KVM the translated code, whose buffer the
+/// QEMU driver bounds well below this.
 pub const VMM_MEMORY_OVERHEAD: ByteSize = ByteSize::mib(512);
 
 /// Threads of a VMM: one per virtual CPU, one per iothread and worker. A VMM that needs more is broken or taken over.
@@ -265,6 +265,25 @@ impl CgroupHost {
             dirs: self.paths_of(name),
             version,
         };
+        match self.fill(&group, name, version, limits) {
+            Ok(()) => Ok(group),
+            Err(error) => {
+                // Nobody is in it yet.
+                for dir in &group.dirs {
+                    let _ = fs::remove_dir(dir);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(
+        &self,
+        group: &Cgroup,
+        name: &str,
+        version: Version,
+        limits: &Limits,
+    ) -> Result<(), CgroupError> {
         for dir in &group.dirs {
             match fs::create_dir(dir) {
                 Ok(()) => {}
@@ -283,7 +302,7 @@ impl CgroupHost {
                 write_file(&parent.join(name).join(file), &value)?;
             }
         }
-        Ok(group)
+        Ok(())
     }
 }
 

@@ -76,6 +76,7 @@ fn a_version_2_without_controllers_gives_way_to_version_1() {
             ..
         })
     ));
+    assert!(!at("memory/a").join(NAME).exists(), "nothing is left");
 }
 
 #[test]
