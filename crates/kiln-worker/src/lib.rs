@@ -4,6 +4,7 @@
 //! queues or fairness; it prints nothing. Read next: [`host`] (what a host has ready), [`attempt`] (one machine of
 //! one attempt), [`build`] and [`run`] (the two kinds of job).
 
+pub mod ask;
 pub mod attempt;
 pub mod build;
 pub mod buildkit;

@@ -5,11 +5,14 @@ use std::path::Path;
 
 use kiln_network::registries::file::{read_text, write_text};
 use kiln_network::registries::probe::HostProbe;
-use kiln_network::registries::{Discovery, MergeError, Registries, Runtime, discover, merge};
+use kiln_network::registries::{Discovery, MergeError, Registries, Runtime, ask_argv, discover, merge};
+use kiln_worker::ask::ask_base;
+use kiln_worker::event::Events;
 use kiln_worker::home::Home;
 use serde::Serialize;
 
 use super::operator::{Operator, registries_path};
+use super::setup;
 use super::table::{Table, left, wide};
 use crate::args::RegistriesCommand;
 use crate::environment;
@@ -20,13 +23,25 @@ pub(super) async fn run(verb: RegistriesCommand, screen: Screen) -> Result<u8> {
     let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
     match verb {
         RegistriesCommand::Discover { dry_run: true } => {
-            let (text, found) = discovered(&registries_path(&home)).await?;
+            let (text, found) = discovered(&registries_path(&home), Answers::new()).await?;
             let registries = Registries::parse(&text).or_infrastructure()?;
             tell(&found.notes, screen);
             screen.data(&registries, || text);
         }
         RegistriesCommand::Discover { dry_run: false } => {
-            let registries = discover_and_write(&home, screen).await?;
+            let mut registries = discover_and_write(&home, screen).await?;
+            if !registries.needing_base().is_empty() {
+                let (events, receiver) = Events::channel();
+                let follow = tokio::spawn(screen.follow(receiver));
+                let asked = ask_bases(&Operator::load()?, &events).await;
+                drop(events);
+                let _screen_ended = follow.await;
+                match asked {
+                    Ok(asked) => registries = asked,
+                    Err(error) => screen.note(&format!("base images cannot be asked: {}", error.message)),
+                }
+                tell_unknown(&registries, &registries_path(&home), screen);
+            }
             let path = registries_path(&home);
             let shown = Shown { path: &path, registries: &registries };
             screen.data(&shown, || format!("{}wrote {}; you may edit it", table(&registries), path.display()));
@@ -56,38 +71,80 @@ fn show(screen: Screen) -> Result<()> {
     Ok(())
 }
 
-/// Asks this host's package managers, joins the answer with what the operator has, writes `registries.toml`.
+/// What tools in base images answered, by runtime.
+type Answers = BTreeMap<Runtime, String>;
+
+/// Asks this host's package managers, joins the answer with what the operator has, writes `registries.toml`. Runtimes that
+/// nothing on this host knows stay open: see [`ask_bases`].
 ///
 /// # Errors
 /// When the present file is not legal or cannot be written; it is unchanged then.
 pub(super) async fn discover_and_write(home: &Home, screen: Screen) -> Result<Registries> {
-    let path = registries_path(home);
-    let (text, found) = discovered(&path).await?;
-    let registries = Registries::parse(&text).or_infrastructure()?;
-    let write = path.clone();
-    tokio::task::spawn_blocking(move || write_text(&write, &text)).await.or_infrastructure()?.or_infrastructure()?;
-    tell(&found.notes, screen);
+    let (registries, notes) = write_discovered(home, Answers::new()).await?;
+    tell(&notes, screen);
+    Ok(registries)
+}
+
+/// Asks the tools in the base images about runtimes that nothing on this host knows, and writes `registries.toml` again. Each
+/// question is a step in a machine that reaches nothing.
+///
+/// # Errors
+/// As [`discover_and_write`]; a base that cannot be asked is only told.
+pub(super) async fn ask_bases(operator: &Operator, events: &Events) -> Result<Registries> {
+    let Some(registries) = &operator.registries else {
+        return Err(CliError::usage("there is no registries.toml yet").hint("run `kiln registries discover`"));
+    };
+    let bases = operator.bases()?;
+    let (host, access) = (operator.host().await?, operator.registry().await?);
+    let (_, size) = setup::sizes(operator)?;
+    let mut answers = Answers::new();
     for runtime in registries.needing_base() {
-        screen.note(&format!(
-            "the {} registry is not known: neither settings nor tools of this host name one; write it into {}",
-            runtime.name(),
-            path.display()
-        ));
+        let of = bases.bases.iter().filter(|base| base.build.digest.is_some());
+        // Every build base has apt.
+        let mut of = of.filter(|base| runtime == Runtime::Debian || base.name == runtime.name());
+        let Some(base) = of.next() else { continue };
+        events.note(format!("asking the {} base which registry it uses", base.name)).await;
+        match ask_base(&host, &access, &base.build, ask_argv(runtime), size, events).await {
+            Ok(answer) => drop(answers.insert(runtime, answer)),
+            Err(failure) => events.warn(failure.to_string()).await,
+        }
+    }
+    let (registries, notes) = write_discovered(&operator.home, answers).await?;
+    for note in notes {
+        events.note(note).await;
     }
     Ok(registries)
 }
 
+async fn write_discovered(home: &Home, answers: Answers) -> Result<(Registries, Vec<String>)> {
+    let path = registries_path(home);
+    let (text, found) = discovered(&path, answers).await?;
+    let registries = Registries::parse(&text).or_infrastructure()?;
+    tokio::task::spawn_blocking(move || write_text(&path, &text)).await.or_infrastructure()?.or_infrastructure()?;
+    Ok((registries, found.notes))
+}
+
 /// The new text of the file, and what was found.
-async fn discovered(path: &Path) -> Result<(String, Discovery)> {
+async fn discovered(path: &Path, answers: Answers) -> Result<(String, Discovery)> {
     let env: BTreeMap<String, String> = environment::all().into_iter().collect();
     let path = path.to_owned();
     let work = move || -> Result<(String, Discovery)> {
         let existing = read_text(&path).map_err(|error| CliError::usage(chain(&error)))?;
-        let found = discover(&HostProbe::new(env), &|_, _| None);
+        let found = discover(&HostProbe::new(env), &|runtime, _| answers.get(&runtime).cloned());
         let text = merge(existing.as_deref(), &found.registries).map_err(|error| merge_error(&error, &path))?;
         Ok((text, found))
     };
     tokio::task::spawn_blocking(work).await.or_infrastructure()?
+}
+
+fn tell_unknown(registries: &Registries, path: &Path, screen: Screen) {
+    for runtime in registries.needing_base() {
+        screen.note(&format!(
+            "the {} registry is not known: neither this host nor a base image names one; write it into {}",
+            runtime.name(),
+            path.display()
+        ));
+    }
 }
 
 fn merge_error(error: &MergeError, path: &Path) -> CliError {
@@ -106,7 +163,10 @@ fn table(registries: &Registries) -> String {
         let Some(section) = registries.runtime.get(&runtime) else { continue };
         let hosts: Vec<String> = section.hosts.iter().map(ToString::to_string).collect();
         let hosts = if hosts.is_empty() { "not known".to_owned() } else { hosts.join(" ") };
-        let source: String = section.source.chars().take(28).collect();
+        let mut source: String = section.source.chars().take(28).collect();
+        if source.len() < section.source.len() {
+            source.push('…');
+        }
         table.row([runtime.name().to_owned(), hosts, source]);
     }
     let mut text = table.render();
