@@ -1,6 +1,8 @@
 //! What a machine without disks and one with its root disk must do.
 
-use kiln_proto::msg::{GuestErrorCode, Identity, Order, OrderReply, Signal, TtySize, chunk};
+use kiln_proto::msg::{
+    GuestErrorCode, GuestEvent, Identity, Order, OrderReply, Signal, TtySize, chunk,
+};
 
 use crate::host::{call, exec, request, sh, shell};
 use crate::vm::{Spec, Vm};
@@ -188,4 +190,131 @@ async fn a_frozen_machine_takes_a_new_identity() {
     let (session, hello, _incoming) = vm.session().await;
     assert_eq!(hello.boot_id, identity.boot_id);
     sh(&session, "true").await.ok();
+}
+
+#[tokio::test]
+async fn a_host_that_dies_takes_its_commands_with_it() {
+    let Some(vm) = Vm::start(&Spec {
+        root: true,
+        ..Spec::default()
+    }) else {
+        return;
+    };
+    let (session, _, incoming) = vm.session().await;
+    let events = tokio::spawn(oom_events(incoming));
+    let mut hungry = shell("x=$(head -c 200000000 /dev/zero | tr '\\0' x)");
+    hungry.memory_max = 30 << 20;
+    assert!(exec(&session, &hungry, &[]).await.exit.unwrap().oom);
+    let told = tokio::time::timeout(Duration::from_secs(10), events)
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(told.starts_with("exec-1"), "{told}");
+
+    let payload = serde_json::to_vec(&shell("echo up; sleep 1000")).unwrap();
+    let mut stream = session
+        .open(kiln_proto::msg::kind::EXEC, &payload)
+        .await
+        .unwrap();
+    let first = kiln_proto::codec::read_chunk(&mut stream)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(first.tag, chunk::STDOUT);
+    drop((session, stream));
+    let (session, _, _incoming) = vm.session().await;
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let left = sh(
+            &session,
+            "cat /proc/[0-9]*/comm | grep -c sleep; ls /sys/fs/cgroup/workload | grep -c exec",
+        )
+        .await;
+        if left.out == "0\n1\n" {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{left:?}");
+    }
+    // A stream that is dropped ends its command, the session goes on.
+    let mut stream = session
+        .open(kiln_proto::msg::kind::EXEC, &payload)
+        .await
+        .unwrap();
+    kiln_proto::codec::read_chunk(&mut stream)
+        .await
+        .unwrap()
+        .unwrap();
+    drop(stream);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while sh(&session, "cat /proc/[0-9]*/comm | grep -c sleep")
+        .await
+        .out
+        != "0\n"
+    {
+        assert!(Instant::now() < deadline);
+    }
+}
+
+async fn oom_events(mut incoming: kiln_proto::stream::Incoming) -> String {
+    let mut events = incoming.next().await.unwrap().stream;
+    loop {
+        let event: GuestEvent = kiln_proto::codec::read_msg(&mut events, 65536)
+            .await
+            .unwrap();
+        println!("{event:?}");
+        if let GuestEvent::OomKill { cgroup, .. } = event {
+            return cgroup;
+        }
+    }
+}
+
+#[tokio::test]
+async fn copies_of_a_machine_answer_and_differ() {
+    let spec = Spec {
+        root: true,
+        ..Spec::default()
+    };
+    let Some(vm) = Vm::start(&spec) else { return };
+    let (session, _, incoming) = vm.session().await;
+    call(&session, &Order::Quiesce).await;
+    drop((session, incoming));
+    let state = vm.dir.path().join("state");
+    vm.save(&state);
+    let mut samples = Vec::new();
+    for index in 0..2 {
+        let Some(copy) = Vm::restore(&spec, &state) else {
+            return;
+        };
+        let begun = Instant::now();
+        let (session, _, _incoming) = copy.session().await;
+        println!("copy {index}: session after {:?}", begun.elapsed());
+        let identity = Identity {
+            seed: format!("{index:064x}"),
+            wall_unix_ns: 2_000_000_000_000_000_000,
+            boot_id: format!("01234567-89ab-cdef-0123-456789abcde{index}"),
+            machine_id: format!("{index:032x}"),
+            hostname: format!("clone-{index}"),
+        };
+        let OrderReply::Reidentified(now) = call(&session, &Order::Reidentify(identity)).await
+        else {
+            panic!()
+        };
+        assert!(now.reseeded && now.workload_ran == 0, "{now:?}");
+        call(&session, &Order::Thaw).await;
+        println!("copy {index}: ready after {:?}", begun.elapsed());
+        // A proc of its own shows the kernel's boot id, not the file over it.
+        let script =
+            "unshare -pfm sh -c 'mount -t proc proc /proc; cat /proc/sys/kernel/random/boot_id'";
+        let kernel = sh(&session, script).await.ok().trim().to_owned();
+        let exec = Instant::now();
+        sh(&session, "true").await.ok();
+        println!(
+            "copy {index}: exec in {:?}; all after {:?}",
+            exec.elapsed(),
+            begun.elapsed()
+        );
+        samples.push((now.sample, kernel));
+    }
+    println!("{samples:?}");
+    assert!(samples[0].0 != samples[1].0 && samples[0].1 != samples[1].1);
 }

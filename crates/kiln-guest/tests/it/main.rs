@@ -3,6 +3,13 @@
 //! Needs `KILN_TEST_VM`: a directory with `kernel`, `modules/` and `root.img`; and `KILN_TEST_GUEST`: the static
 //! guest program. Without them every test here says so and passes, as there is nothing it could run in.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    reason = "tests say what they see, and a failed step ends them"
+)]
+
 mod buildkit;
 mod host;
 mod machine;

@@ -26,7 +26,7 @@ async fn serve(mut incoming: Incoming) {
                 }
                 kind::CONNECT => {
                     let asked: Connect = serde_json::from_slice(&inbound.payload).unwrap();
-                    if asked.port != 80 {
+                    if asked.port == 81 {
                         let reply = ConnectReply::Refused {
                             reason: "port".to_owned(),
                         };

@@ -1,7 +1,7 @@
 //! Starts a machine under QEMU and opens a session with its guest.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use kiln_proto::hello::Hello;
 use kiln_proto::session::{Session, SessionLimits};
 use kiln_proto::stream::Incoming;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Longest boot.
@@ -80,6 +81,30 @@ fn initrd(parts: &Path, guest: &Path) -> Vec<u8> {
 impl Vm {
     /// Starts it. The session is opened by [`Vm::session`].
     pub(crate) fn start(spec: &Spec) -> Option<Self> {
+        Self::launch(spec, false)
+    }
+
+    /// Starts a copy of a machine whose state was saved by [`Vm::save`].
+    pub(crate) fn restore(spec: &Spec, state: &Path) -> Option<Self> {
+        let vm = Self::launch(spec, true)?;
+        let uri = format!("file:{}", state.to_str().unwrap());
+        let mut qmp = Qmp::connect(&vm);
+        qmp.ask(&json!({ "execute": "migrate-incoming", "arguments": { "uri": uri } }));
+        qmp.wait_for("query-migrate", "completed");
+        qmp.ask(&json!({ "execute": "cont" }));
+        Some(vm)
+    }
+
+    /// Stops the machine for good and saves its memory and devices.
+    pub(crate) fn save(&self, state: &Path) {
+        let uri = format!("file:{}", state.to_str().unwrap());
+        let mut qmp = Qmp::connect(self);
+        qmp.ask(&json!({ "execute": "stop" }));
+        qmp.ask(&json!({ "execute": "migrate", "arguments": { "uri": uri } }));
+        qmp.wait_for("query-migrate", "completed");
+    }
+
+    fn launch(spec: &Spec, incoming: bool) -> Option<Self> {
         let (parts, guest) = parts()?;
         let dir = tempfile::Builder::new()
             .prefix("kiln-vm")
@@ -134,6 +159,9 @@ impl Vm {
         .args(["-device", "virtserialport,chardev=ch,name=kiln.channel"])
         .args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp"))])
         .args(["-device", "virtio-rng-pci"]);
+        if incoming {
+            qemu.args(["-incoming", "defer"]);
+        }
         if spec.root {
             let file = parts.join("root.img");
             disk(&mut qemu, "kiln-root", file.to_str().unwrap(), true);
@@ -220,5 +248,58 @@ impl Drop for Vm {
         }
         let _ended = self.qemu.kill();
         let _ended = self.qemu.wait();
+    }
+}
+
+/// QEMU's control socket.
+struct Qmp(BufReader<StdStream>);
+
+impl Qmp {
+    fn connect(vm: &Vm) -> Self {
+        let stream = loop {
+            match StdStream::connect(vm.dir.path().join("qmp")) {
+                Ok(stream) => break stream,
+                Err(_) if vm.started.elapsed() < BOOT => {
+                    std::thread::sleep(Duration::from_millis(5))
+                }
+                Err(error) => panic!("no control socket: {error}"),
+            }
+        };
+        let mut qmp = Self(BufReader::new(stream));
+        qmp.line();
+        qmp.ask(&json!({ "execute": "qmp_capabilities" }));
+        qmp
+    }
+
+    fn line(&mut self) -> Value {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn ask(&mut self, command: &Value) -> Value {
+        writeln!(self.0.get_mut(), "{command}").unwrap();
+        loop {
+            let answer = self.line();
+            assert!(answer.get("error").is_none(), "{command}: {answer}");
+            if let Some(result) = answer.get("return") {
+                return result.clone();
+            }
+        }
+    }
+
+    fn wait_for(&mut self, query: &str, status: &str) {
+        let deadline = Instant::now() + BOOT;
+        loop {
+            let answer = self.ask(&json!({ "execute": query }));
+            if answer["status"] == status {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline && answer["status"] != "failed",
+                "{answer}"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
