@@ -92,7 +92,8 @@ impl Guest {
     async fn serve(self: &Arc<Self>, session: Session, mut incoming: Incoming) {
         *self.lock_session() = Some(session.clone());
         let mut tasks = JoinSet::new();
-        tasks.spawn(Arc::clone(self).send_events(session.clone()));
+        // Subscribed before any order is served: no event is lost.
+        tasks.spawn(send_events(session.clone(), self.events.subscribe()));
         loop {
             tokio::select! {
                 next = incoming.next() => match next {
@@ -121,24 +122,6 @@ impl Guest {
             kind::PUT_FILE => tree::serve_file(&self, inbound).await,
             kind::FORWARD => exec::serve_forward(&self, inbound).await,
             _ => inbound.stream.reset(RESET_REFUSED, "no such kind"),
-        }
-    }
-
-    async fn send_events(self: Arc<Self>, session: Session) {
-        let mut events = self.events.subscribe();
-        let Ok(mut stream) = session.open(kind::EVENTS, b"").await else {
-            return;
-        };
-        loop {
-            match events.recv().await {
-                Ok(event) => {
-                    if write_msg(&mut stream, &event).await.is_err() {
-                        return;
-                    }
-                }
-                Err(broadcast::error::RecvError::Lagged(_)) => {}
-                Err(broadcast::error::RecvError::Closed) => return,
-            }
         }
     }
 
@@ -310,5 +293,23 @@ struct OpenStream(Arc<Guest>);
 impl Drop for OpenStream {
     fn drop(&mut self) {
         self.0.streams_open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Sends events on a stream of their own until the session ends.
+async fn send_events(session: Session, mut events: broadcast::Receiver<GuestEvent>) {
+    let Ok(mut stream) = session.open(kind::EVENTS, b"").await else {
+        return;
+    };
+    loop {
+        match events.recv().await {
+            Ok(event) => {
+                if write_msg(&mut stream, &event).await.is_err() {
+                    return;
+                }
+            }
+            Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Err(broadcast::error::RecvError::Closed) => return,
+        }
     }
 }
