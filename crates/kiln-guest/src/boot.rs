@@ -12,10 +12,10 @@ use std::time::Duration;
 use kiln_core::DiskRole;
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{chdir, chroot};
-use rustix::system::{RebootCommand, reboot, sethostname};
+use rustix::system::{RebootCommand, reboot};
 
 use crate::error::{Context, SysError};
-use crate::{log, modules, uevent};
+use crate::{identity, log, modules, uevent};
 
 /// How long the root disk may take to appear when any disk is attached.
 const ROOT_WAIT: Duration = Duration::from_secs(5);
@@ -60,7 +60,7 @@ pub(crate) fn boot() -> Result<(), SysError> {
     for directory in ["/work", "/scratch", "/source", "/image", "/var/tmp"] {
         directory_at(directory)?;
     }
-    sethostname(HOSTNAME.as_bytes()).context(|| "set the host name".to_owned())?;
+    identity::prepare(HOSTNAME)?;
     reboot(RebootCommand::CadOff).context(|| "switch off ctrl-alt-del".to_owned())?;
     limits();
     settings();

@@ -145,8 +145,8 @@ impl Cgroup {
         within: Duration,
     ) -> Result<(), SysError> {
         let path = self.path.join(file);
-        let mut watch = Watch::new(&path)?;
         let deadline = Instant::now() + within;
+        let mut watch = None;
         loop {
             let text = match fs::read_to_string(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound && wanted == 0 => {
@@ -164,8 +164,13 @@ impl Cgroup {
                     path.display()
                 )));
             }
-            let _looks_again =
-                tokio::time::timeout_at(deadline.min(now + LOOK_AGAIN), watch.changed()).await;
+            let Some(watch) = &mut watch else {
+                // Often the first look is enough; now the next one must not miss a change.
+                watch = Some(Watch::new(&path)?);
+                continue;
+            };
+            let look_again = deadline.min(now + LOOK_AGAIN);
+            let _looks_again = tokio::time::timeout_at(look_again, watch.changed()).await;
         }
     }
 

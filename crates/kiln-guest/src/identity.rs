@@ -1,7 +1,10 @@
 //! A clone's new identity: entropy, clock, boot id, machine-id, host name; everything is read back.
 //!
-//! The kernel's boot id is made when it is first read. Nothing here reads it before the machine has its own, so a
-//! clone's kernel never holds its template's: what containers see in their own `/proc` is fresh as well.
+//! The kernel's boot id is made when it is first read, and nothing here reads it: a clone's kernel never holds its
+//! template's, and what containers see in their own `/proc` is fresh as well. Over the machine's own one lies a file.
+//!
+//! A clone waits for this, on a processor that has not run any code yet. So [`prepare`] makes every file at boot, and
+//! [`take`] only writes into them.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -10,7 +13,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use kiln_proto::msg::{GuestError, Identity, Reidentified};
-use rustix::mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount};
+use rustix::mount::{MountFlags, mount_bind, mount_remount};
 use rustix::system::{sethostname, uname};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
@@ -33,10 +36,12 @@ const OWN_BOOT_ID: &str = "/run/kiln/boot_id";
 /// The machine-id of systemd and of D-Bus.
 const MACHINE_ID: &str = "/etc/machine-id";
 const DBUS_MACHINE_ID: &str = "/var/lib/dbus/machine-id";
+const HOSTS: &str = "/etc/hosts";
+const HOSTNAME: &str = "/etc/hostname";
 /// Longest host name.
 const HOSTNAME_MAX: usize = 63;
 
-/// The boot id this machine was given; empty before that.
+/// The boot id this machine was given, or made at boot.
 pub(crate) fn known_boot_id() -> String {
     fs::read_to_string(OWN_BOOT_ID)
         .unwrap_or_default()
@@ -85,8 +90,43 @@ fn is_hostname(text: &str) -> bool {
             .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
+/// Makes the files that hold the identity, with one that is good until the host gives another.
+///
+/// # Errors
+/// What keeps the machine without an identity.
+pub(crate) fn prepare(hostname: &str) -> Result<(), SysError> {
+    fs::create_dir_all("/etc").context(|| "make /etc".to_owned())?;
+    let [a, b, c, d, e, f, g, h, rest @ ..] = random()?;
+    let machine_id = hex(&random()?);
+    let boot_id = format!(
+        "{}-{}-{}-{}-{}",
+        hex(&[a, b, c, d]),
+        hex(&[e, f]),
+        hex(&[g & 0x0f | 0x40, h]),
+        hex(&[rest[0] & 0x3f | 0x80, rest[1]]),
+        hex(&rest[2..])
+    );
+    replace(MACHINE_ID, &format!("{machine_id}\n"))?;
+    if Path::new(DBUS_MACHINE_ID)
+        .parent()
+        .is_some_and(Path::is_dir)
+    {
+        let _none_before = fs::remove_file(DBUS_MACHINE_ID);
+        std::os::unix::fs::symlink(MACHINE_ID, DBUS_MACHINE_ID)
+            .context(|| format!("link {DBUS_MACHINE_ID}"))?;
+    }
+    sethostname(hostname.as_bytes()).context(|| "set the host name".to_owned())?;
+    replace(HOSTS, &hosts(hostname))?;
+    replace(HOSTNAME, &format!("{hostname}\n"))?;
+    write(OWN_BOOT_ID, &format!("{boot_id}\n"))?;
+    // The kernel has no way to change its own: cover it.
+    mount_bind(OWN_BOOT_ID, BOOT_ID).context(|| format!("cover {BOOT_ID}"))?;
+    let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID;
+    mount_remount(BOOT_ID, flags, "").context(|| format!("cover {BOOT_ID} read-only"))
+}
+
 /// Takes the identity. The workload is frozen.
-pub(crate) async fn take(guest: &Guest, identity: Identity) -> Result<Reidentified, GuestError> {
+pub(crate) fn take(guest: &Guest, identity: &Identity) -> Result<Reidentified, GuestError> {
     let ran = orders::usage(guest).saturating_sub(
         guest
             .frozen_usage
@@ -103,23 +143,18 @@ pub(crate) async fn take(guest: &Guest, identity: Identity) -> Result<Reidentifi
     if !is_hostname(&identity.hostname) {
         return Err(invalid("the host name is no label of DNS"));
     }
-    let work = move || apply(&identity, &seed, ran);
-    let taken = tokio::task::spawn_blocking(work).await;
-    taken
-        .map_err(|error| invalid(error.to_string()))?
-        .map_err(GuestError::from)
+    Ok(apply(identity, &seed, ran)?)
 }
 
 fn apply(identity: &Identity, seed: &[u8; SEED_LEN], ran: u64) -> Result<Reidentified, SysError> {
     let (entropy_added, reseeded) = reseed(seed)?;
     set_clock(identity.wall_unix_ns)?;
-    set_boot_id(&identity.boot_id)?;
-    set_machine_id(&identity.machine_id)?;
+    write(OWN_BOOT_ID, &format!("{}\n", identity.boot_id))?;
+    write(MACHINE_ID, &format!("{}\n", identity.machine_id))?;
     sethostname(identity.hostname.as_bytes()).context(|| "set the host name".to_owned())?;
-    write_hosts(&identity.hostname)?;
-    let mut sample = [0; SAMPLE_LEN];
-    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut sample));
-    read.context(|| "read random bytes".to_owned())?;
+    write(HOSTS, &hosts(&identity.hostname))?;
+    write(HOSTNAME, &format!("{}\n", identity.hostname))?;
+    let sample = random()?;
     let text = |path: &str| {
         fs::read_to_string(path)
             .map(|t| t.trim().to_owned())
@@ -135,6 +170,17 @@ fn apply(identity: &Identity, seed: &[u8; SEED_LEN], ran: u64) -> Result<Reident
         hostname: uname().nodename().to_string_lossy().into_owned(),
         workload_ran: ran,
     })
+}
+
+fn random() -> Result<[u8; SAMPLE_LEN], SysError> {
+    let mut bytes = [0; SAMPLE_LEN];
+    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    read.context(|| "read random bytes".to_owned())?;
+    Ok(bytes)
+}
+
+fn write(path: &str, text: &str) -> Result<(), SysError> {
+    fs::write(path, text).context(|| format!("write {path}"))
 }
 
 /// Mixes the seed in with credit, then makes the kernel's generator use it. Credit alone does not.
@@ -174,34 +220,6 @@ fn set_clock(unix_ns: u64) -> Result<(), SysError> {
         tv_nsec: i64::from(time.subsec_nanos()),
     };
     clock_settime(ClockId::Realtime, time).context(|| "set the clock".to_owned())
-}
-
-/// A file over the kernel's: the kernel has no way to change its own.
-fn set_boot_id(id: &str) -> Result<(), SysError> {
-    let _none_before = unmount(BOOT_ID, UnmountFlags::DETACH);
-    fs::write(OWN_BOOT_ID, format!("{id}\n")).context(|| format!("write {OWN_BOOT_ID}"))?;
-    mount_bind(OWN_BOOT_ID, BOOT_ID).context(|| format!("cover {BOOT_ID}"))?;
-    let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID;
-    mount_remount(BOOT_ID, flags, "").context(|| format!("cover {BOOT_ID} read-only"))
-}
-
-fn set_machine_id(id: &str) -> Result<(), SysError> {
-    fs::create_dir_all("/etc").context(|| "make /etc".to_owned())?;
-    replace(MACHINE_ID, &format!("{id}\n"))?;
-    if Path::new(DBUS_MACHINE_ID)
-        .parent()
-        .is_some_and(Path::is_dir)
-    {
-        replace(DBUS_MACHINE_ID, &format!("{id}\n"))?;
-    }
-    Ok(())
-}
-
-/// Who this machine is, in its own hosts file.
-pub(crate) fn write_hosts(hostname: &str) -> Result<(), SysError> {
-    fs::create_dir_all("/etc").context(|| "make /etc".to_owned())?;
-    replace("/etc/hosts", &hosts(hostname))?;
-    replace("/etc/hostname", &format!("{hostname}\n"))
 }
 
 /// The text of a hosts file.

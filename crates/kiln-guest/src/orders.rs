@@ -32,9 +32,7 @@ pub(crate) async fn carry_out(guest: Arc<Guest>, order: Order) -> CallResult {
         Order::Quiesce => quiesce(&guest).await.map(OrderReply::Quiesced),
         Order::Reidentify(identity) => {
             freeze(&guest).await?;
-            identity::take(&guest, identity)
-                .await
-                .map(OrderReply::Reidentified)
+            identity::take(&guest, &identity).map(OrderReply::Reidentified)
         }
         Order::Thaw => {
             guest.workload.thaw(FREEZE_WAIT).await?;
