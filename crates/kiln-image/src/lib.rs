@@ -5,5 +5,6 @@ pub mod bases;
 pub mod build_config;
 pub mod context;
 pub mod dockerfile;
+pub mod git_tree;
 pub mod heads;
 pub mod plan;
