@@ -1,4 +1,4 @@
-//! Starts machines by hand and prints what each step takes: `machine DIR HOME [cold|clones|many|fault] [COUNT]`.
+//! Starts machines by hand and prints what each step takes: `machine DIR HOME [cold|full|clones|many|fault] [COUNT] [QEMU]`.
 //!
 //! DIR holds `kernel`, `initrd` and `root.img`; HOME is a kiln home for the machines and templates of this run.
 
@@ -15,6 +15,7 @@ use kiln_machine::bring_up::{self, Deadlines, Ready};
 use kiln_machine::driver::{Driver, Start};
 use kiln_machine::qemu::{QemuConfig, QemuDriver};
 use kiln_machine::template::{Purpose, TemplateKey, TemplateStore};
+use kiln_proto::msg::{Mount, Order};
 
 fn spec(dir: &Path, name: &str) -> Result<MachineSpec> {
     let root = DiskSlot {
@@ -62,11 +63,34 @@ async fn end(ready: Ready) -> Result<()> {
     }
 }
 
+/// Formats a new disk on a home that lies on a small filesystem: the host's full disk must end the machine, with its reason.
+async fn fill(driver: &dyn Driver, mut spec: MachineSpec) -> Result<()> {
+    spec.disks.push(DiskSlot {
+        role: DiskRole::Scratch,
+        backing: None,
+        format: DiskFormat::Raw,
+        access: DiskAccess::New {
+            size: ByteSize::gib(8),
+        },
+    });
+    let ready = bring_up::start(driver, &spec, &Start::Cold, Deadlines::default()).await?;
+    say("cold", &ready);
+    let mount = Order::Mount(Mount {
+        serial: DiskRole::Scratch.serial().to_owned(),
+        read_only: false,
+        format_blank: true,
+        timeout_ms: 20_000,
+    });
+    let answer = bring_up::call(&ready.session, &mount, Duration::from_secs(60)).await;
+    println!("mount: {answer:?}, machine: {:?}", ready.machine.state());
+    end(ready).await
+}
+
 #[tokio::main]
 async fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().collect();
     let [_, dir, home, rest @ ..] = &args[..] else {
-        bail!("usage: machine DIR HOME [cold|clones|many|fault] [COUNT]");
+        bail!("usage: machine DIR HOME [cold|full|clones|many|fault] [COUNT] [QEMU]");
     };
     let dir = std::fs::canonicalize(dir)?;
     std::fs::create_dir_all(home)?;
@@ -74,6 +98,7 @@ async fn main() -> Result<()> {
     let mode = rest.first().map_or("clones", String::as_str);
     let count: usize = rest.get(1).map_or(Ok(10), |n| n.parse())?;
     let mut config = QemuConfig::new(&home);
+    config.program = rest.get(2).map(PathBuf::from);
     config.probe_boot = Some(spec(&dir, "probe")?.boot);
     let driver: Arc<dyn Driver> = Arc::new(QemuDriver::new(config)?);
     println!("{:#?}", driver.probe().await);
@@ -87,6 +112,9 @@ async fn main() -> Result<()> {
             end(ready).await?;
         }
         return Ok(());
+    }
+    if mode == "full" {
+        return fill(&*driver, spec(&dir, "full")?).await;
     }
     let store = TemplateStore::open(&home.join("templates"))?;
     let mould = spec(&dir, "mould")?;
@@ -113,13 +141,19 @@ async fn main() -> Result<()> {
     let start = Start::Template(held.template.clone());
     if mode == "clones" {
         let mut totals = Vec::new();
+        let mut cpu_ms = 0;
         for n in 0..count {
             let spec = spec(&dir, &format!("clone-{n}"))?;
             let ready = bring_up::start(&*driver, &spec, &start, Deadlines::default()).await?;
             say("clone", &ready);
             totals.push(ready.timings.total());
+            cpu_ms += ready.machine.stats().await?.cpu_ms;
             end(ready).await?;
         }
+        println!(
+            "CPU of the VMM up to ready, mean: {} ms",
+            cpu_ms / count as u64
+        );
         totals.sort();
         println!(
             "p50 {:?}, max {:?}",

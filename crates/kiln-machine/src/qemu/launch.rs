@@ -62,6 +62,9 @@ struct Prepared {
     incoming: Option<u32>,
 }
 
+/// Completes when the process has entered its groups.
+type Limited = tokio::sync::oneshot::Receiver<io::Result<()>>;
+
 /// This side's ends of the sockets.
 struct Near {
     control: StdUnixStream,
@@ -80,8 +83,9 @@ pub(crate) async fn launch(
     let incoming = prepared.incoming;
     let later = prepared.later.clone();
     let stderr = Ring::new(STDERR_BYTES_MAX);
-    let machine = Arc::new(run(host, spec, prepared, &stderr).await?);
-    match wake(&machine, incoming).await {
+    let (machine, limited) = run(host, spec, prepared, &stderr).await?;
+    let machine = Arc::new(machine);
+    match wake(&machine, incoming, limited).await {
         Ok(()) => {}
         Err(error) => return Err(explain(&machine, start, error, &stderr).await),
     }
@@ -334,7 +338,7 @@ async fn run(
     spec: &MachineSpec,
     prepared: Prepared,
     stderr: &Ring,
-) -> Result<QemuMachine, LaunchError> {
+) -> Result<(QemuMachine, Limited), LaunchError> {
     let Prepared {
         dir,
         dir_fd,
@@ -406,15 +410,21 @@ async fn run(
         next_set: AtomicU32::new(next_set),
     };
     machine.dir.set_running(pid).map_err(record_error)?;
-    Ok(machine)
+    Ok((machine, started.limited))
 }
 
 /// The first commands: all sent at once, answered in order.
-async fn wake(machine: &QemuMachine, incoming: Option<u32>) -> Result<(), QmpError> {
+async fn wake(
+    machine: &QemuMachine,
+    incoming: Option<u32>,
+    limited: Limited,
+) -> Result<(), QmpError> {
     let qmp = &machine.qmp;
     let hello = qmp.send("qmp_capabilities", Value::Null, None).await?;
     let Some(set) = incoming else {
-        return within(CONTROL_DEADLINE, hello).await;
+        within(CONTROL_DEADLINE, hello).await?;
+        wait_for_limits(machine, limited).await;
+        return Ok(());
     };
     let features = save::migration_features();
     let features = qmp.send("migrate-set-capabilities", features, None).await?;
@@ -433,9 +443,20 @@ async fn wake(machine: &QemuMachine, incoming: Option<u32>) -> Result<(), QmpErr
         }
         Err(_) => return Err(QmpError::Timeout(INCOMING_DEADLINE)),
     }
+    wait_for_limits(machine, limited).await;
     qmp.call("cont", Value::Null, CONTROL_DEADLINE)
         .await
         .map(drop)
+}
+
+/// No clone's guest runs a step outside its group; a cold guest has not left its firmware by then.
+async fn wait_for_limits(machine: &QemuMachine, limited: Limited) {
+    let result = limited
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()));
+    if let Err(error) = result {
+        tracing::warn!(machine = %machine.name, %error, "the machine runs without limits on the host");
+    }
 }
 
 async fn within(

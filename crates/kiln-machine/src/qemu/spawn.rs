@@ -13,8 +13,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{OnceLock, mpsc};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-
-use crate::cgroup;
+use tokio::sync::oneshot;
 
 /// A VMM to start.
 #[derive(Debug)]
@@ -27,7 +26,7 @@ pub(crate) struct Vmm {
     pub(crate) inherit: Vec<OwnedFd>,
     /// Where its standard output and error go.
     pub(crate) output: OwnedFd,
-    /// `cgroup.procs` files it enters.
+    /// `cgroup.procs` files it is put into, while it starts: the kernel may take 10 ms for the first.
     pub(crate) procs: Vec<OwnedFd>,
     /// User and group it becomes.
     pub(crate) user: Option<u32>,
@@ -40,19 +39,26 @@ pub(crate) struct Started {
     pub(crate) child: Child,
     /// Stays with this very process.
     pub(crate) pidfd: OwnedFd,
+    /// Completes when it is in its groups.
+    pub(crate) limited: oneshot::Receiver<io::Result<()>>,
 }
 
 type Job = Box<dyn FnOnce() + Send>;
 
 /// Starts it. The descriptors are closed here afterwards.
 pub(crate) async fn spawn(vmm: Vmm) -> io::Result<Started> {
-    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let (sender, receiver) = oneshot::channel();
     let job: Job = Box::new(move || {
-        let started = spawn_here(vmm);
+        let (entered, limited) = oneshot::channel();
+        let (vmm, procs) = vmm.without_procs();
+        let started = spawn_here(vmm, limited);
+        let pid = started.as_ref().ok().map(|started| started.child.id());
         // The caller may be gone: then nobody owns the process.
         if let Err(Ok(mut orphan)) = sender.send(started) {
             let _ = orphan.child.kill();
             let _ = orphan.child.wait();
+        } else if let Some(pid) = pid {
+            let _ = entered.send(put_into(&procs, pid));
         }
     });
     spawner()?.send(job).map_err(|_| gone())?;
@@ -80,14 +86,29 @@ fn spawner() -> io::Result<mpsc::Sender<Job>> {
     Ok(SPAWNER.get_or_init(|| sender).clone())
 }
 
-fn spawn_here(vmm: Vmm) -> io::Result<Started> {
+/// Puts a process into groups. Should it have ended and its number be another's: the groups die with their machine.
+fn put_into(procs: &[OwnedFd], pid: u32) -> io::Result<()> {
+    for file in procs {
+        rustix::io::write(file, pid.to_string().as_bytes())?;
+    }
+    Ok(())
+}
+
+impl Vmm {
+    fn without_procs(mut self) -> (Self, Vec<OwnedFd>) {
+        let procs = std::mem::take(&mut self.procs);
+        (self, procs)
+    }
+}
+
+fn spawn_here(vmm: Vmm, limited: oneshot::Receiver<io::Result<()>>) -> io::Result<Started> {
     let Vmm {
         program,
         args,
         inherit,
         output,
-        procs,
         user,
+        ..
     } = vmm;
     let mut command = Command::new(program);
     command
@@ -99,7 +120,6 @@ fn spawn_here(vmm: Vmm) -> io::Result<Started> {
     let fds: Vec<RawFd> = inherit.iter().map(OwnedFd::as_raw_fd).collect();
     let owner = std::process::id();
     let prepare = move || {
-        cgroup::enter(&procs)?;
         become_user(user)?;
         confine(owner)?;
         keep_only(&fds)
@@ -112,7 +132,11 @@ fn spawn_here(vmm: Vmm) -> io::Result<Started> {
     let mut child = command.spawn()?;
     let pid = Pid::from_child(&child);
     match pidfd_open(pid, PidfdFlags::empty()) {
-        Ok(pidfd) => Ok(Started { child, pidfd }),
+        Ok(pidfd) => Ok(Started {
+            child,
+            pidfd,
+            limited,
+        }),
         Err(error) => {
             let _ = child.kill();
             let _ = child.wait();
