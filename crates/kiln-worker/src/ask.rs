@@ -36,17 +36,42 @@ pub async fn ask_base(
     events: &Events,
 ) -> Result<String, Failure> {
     let infrastructure = |error: &dyn std::error::Error| Failure::infrastructure(error);
-    let head = host.heads.current(SHARED).map_err(|error| infrastructure(&error))?.ok_or_else(|| {
-        Failure::new(FailureClass::Usage, "there are no runtime bases yet").hint("run `kiln setup` once")
-    })?;
-    let pin = host.heads.pin(&head).map_err(|error| infrastructure(&error))?;
+    let head = host
+        .heads
+        .current(SHARED)
+        .map_err(|error| infrastructure(&error))?
+        .ok_or_else(|| {
+            Failure::new(FailureClass::Usage, "there are no runtime bases yet")
+                .hint("run `kiln setup` once")
+        })?;
+    let pin = host
+        .heads
+        .pin(&head)
+        .map_err(|error| infrastructure(&error))?;
     let job = new_job_id('q')?;
     let (cpus, memory) = size;
-    let ticket = host.admit(cpus, crate::templates::size_class(memory), job.as_str(), events).await?;
+    let ticket = host
+        .admit(
+            cpus,
+            crate::templates::size_class(memory),
+            job.as_str(),
+            events,
+        )
+        .await?;
     let mut config = GatewayConfig::new(NetworkPolicy::Isolated, Arc::new(EgressLog::new()) as _);
-    config.services = registry.services_as(Authority::Anonymous { pull: vec!["shared".to_owned()] });
-    let name = format!("{job}-1-ask").parse().map_err(|error| infrastructure(&error))?;
-    let wanted = Wanted { name, cpus, memory, purpose: Purpose::Build { head: &head }, make_template: true };
+    config.services = registry.services_as(Authority::Anonymous {
+        pull: vec!["shared".to_owned()],
+    });
+    let name = format!("{job}-1-ask")
+        .parse()
+        .map_err(|error| infrastructure(&error))?;
+    let wanted = Wanted {
+        name,
+        cpus,
+        memory,
+        purpose: Purpose::Build { head: &head },
+        make_template: true,
+    };
     let attempt = Attempt::start(host, wanted, ticket, Gateway::new(config), events).await?;
     let answer = match in_machine(&attempt, base, argv).await {
         Ok(answer) => Ok(answer),
@@ -68,13 +93,25 @@ async fn run_step(session: &Session, base: &ImageRef, argv: &[&str]) -> Result<S
     let path = buildkit::send_dockerfile(session, "ask", dockerfile(base, argv)?).await?;
     let mut answer = Answer::default();
     let take = async |event: Event| answer.take(event);
-    let (exit, solve) = buildkit::solve(session, buildkit::command(&path, &path), ANSWER_TIMEOUT_MS, take).await?;
+    let (exit, solve) = buildkit::solve(
+        session,
+        buildkit::command(&path, &path),
+        ANSWER_TIMEOUT_MS,
+        take,
+    )
+    .await?;
     if exit.code == Some(0) {
         return Ok(answer.text);
     }
-    let words = solve.failed().map_or_else(|| solve.other_lines.join("\n"), |(_, step)| step.error.clone());
+    let words = solve.failed().map_or_else(
+        || solve.other_lines.join("\n"),
+        |(_, step)| step.error.clone(),
+    );
     let words: String = words.chars().take(400).collect();
-    Err(Failure::new(FailureClass::Infrastructure, format!("{} in {base} failed: {words}", argv.join(" "))))
+    Err(Failure::new(
+        FailureClass::Infrastructure,
+        format!("{} in {base} failed: {words}", argv.join(" ")),
+    ))
 }
 
 /// The command in its exec form: no shell of the image has a say.
@@ -91,7 +128,9 @@ struct Answer {
 
 impl Answer {
     fn take(&mut self, event: Event) {
-        if let Event::Log { stream: 1, text, .. } = event
+        if let Event::Log {
+            stream: 1, text, ..
+        } = event
             && self.text.len() + text.len() < ANSWER_BYTES_MAX
         {
             self.text.push_str(&text);
@@ -106,11 +145,20 @@ mod tests {
 
     #[test]
     fn arguments_are_quoted_and_answers_bounded() {
-        let base = "registry.kiln.internal/shared/node:20-build".parse().expect("legal");
+        let base = "registry.kiln.internal/shared/node:20-build"
+            .parse()
+            .expect("legal");
         let text = dockerfile(&base, &["sh", "-c", "echo \"a\" 'b'"]).expect("text");
-        assert_eq!(text, format!("FROM {base}\nRUN [\"sh\",\"-c\",\"echo \\\"a\\\" 'b'\"]\n"));
+        assert_eq!(
+            text,
+            format!("FROM {base}\nRUN [\"sh\",\"-c\",\"echo \\\"a\\\" 'b'\"]\n")
+        );
         let mut answer = Answer::default();
-        let log = |stream, text: &str| Event::Log { step: 2, stream, text: text.to_owned() };
+        let log = |stream, text: &str| Event::Log {
+            step: 2,
+            stream,
+            text: text.to_owned(),
+        };
         answer.take(log(2, "npm warn"));
         answer.take(log(1, "https://npm.example.org/"));
         answer.take(log(1, &"x".repeat(ANSWER_BYTES_MAX)));

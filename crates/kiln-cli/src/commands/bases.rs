@@ -19,18 +19,28 @@ use crate::args::BasesCommand;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
 use crate::show::Screen;
 
-pub(super) async fn run(verb: BasesCommand, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+pub(super) async fn run(
+    verb: BasesCommand,
+    screen: Screen,
+    cancel: CancellationToken,
+) -> Result<u8> {
     let operator = Operator::load()?;
     match verb {
         BasesCommand::List => list(&operator, screen)?,
-        BasesCommand::Add { name, reference, run } => {
+        BasesCommand::Add {
+            name,
+            reference,
+            run,
+        } => {
             let addition = Addition::of(&name, reference.as_ref(), run.as_ref())?;
             let path = operator_bases(&operator.home);
             let existing = read(&path)?;
             let text = added(existing.as_deref(), &addition, &path)?;
             write(&path, &text)?;
             let value = json!({ "name": addition.name(), "path": path });
-            screen.data(&value, || format!("{} is in {}", addition.name(), path.display()));
+            screen.data(&value, || {
+                format!("{} is in {}", addition.name(), path.display())
+            });
             if addition.is_local() {
                 screen.note("`kiln bases bake` unpacks it, so that builds need not");
             }
@@ -48,7 +58,12 @@ pub(super) async fn run(verb: BasesCommand, screen: Screen, cancel: Cancellation
     Ok(0)
 }
 
-async fn bake(operator: &Operator, recipe: &Path, events: &Events, cancel: &CancellationToken) -> Result<()> {
+async fn bake(
+    operator: &Operator,
+    recipe: &Path,
+    events: &Events,
+    cancel: &CancellationToken,
+) -> Result<()> {
     setup::bases(operator, recipe, events, cancel).await?;
     setup::shared_head_and_templates(operator, events, cancel).await
 }
@@ -57,13 +72,22 @@ fn list(operator: &Operator, screen: Screen) -> Result<()> {
     let all = operator.bases()?;
     let path = operator_bases(&operator.home);
     let own = match read(&path)? {
-        Some(text) => Bases::parse_toml(&text, &path).map_err(|error| CliError::usage(chain(&error)))?,
+        Some(text) => {
+            Bases::parse_toml(&text, &path).map_err(|error| CliError::usage(chain(&error)))?
+        }
         None => Bases::default(),
     };
-    let written = |base: &Base| own.bases.iter().any(|one| one.name == base.name && one.version == base.version);
+    let written = |base: &Base| {
+        own.bases
+            .iter()
+            .any(|one| one.name == base.name && one.version == base.version)
+    };
     if screen.json() {
         for base in &all.bases {
-            screen.data(&json!({ "base": base, "ready": is_ready(base), "operator": written(base) }), String::new);
+            screen.data(
+                &json!({ "base": base, "ready": is_ready(base), "operator": written(base) }),
+                String::new,
+            );
         }
         for image in &all.images {
             screen.data(&json!({ "image": image, "operator": true }), String::new);
@@ -72,7 +96,10 @@ fn list(operator: &Operator, screen: Screen) -> Result<()> {
     }
     screen.text(&tables(&all, written));
     if !all.bases.iter().all(is_ready) {
-        screen.note(&format!("`kiln setup` makes those that are missing ({})", generated_bases(&operator.home).display()));
+        screen.note(&format!(
+            "`kiln setup` makes those that are missing ({})",
+            generated_bases(&operator.home).display()
+        ));
     }
     Ok(())
 }
@@ -82,7 +109,13 @@ fn is_ready(base: &Base) -> bool {
 }
 
 fn tables(all: &Bases, written: impl Fn(&Base) -> bool) -> String {
-    let mut table = Table::new(&[left("RUNTIME"), left("VERSION"), left("EXACT"), left("STATE"), wide("ALSO IN FROM AS")]);
+    let mut table = Table::new(&[
+        left("RUNTIME"),
+        left("VERSION"),
+        left("EXACT"),
+        left("STATE"),
+        wide("ALSO IN FROM AS"),
+    ]);
     for base in &all.bases {
         let state = match (written(base), is_ready(base)) {
             (true, _) => "bases.toml",
@@ -90,14 +123,27 @@ fn tables(all: &Bases, written: impl Fn(&Base) -> bool) -> String {
             (false, false) => "not baked",
         };
         let exact = base.exact_version().unwrap_or("-").to_owned();
-        table.row([base.name.clone(), base.version.clone(), exact, state.to_owned(), base.aliases.join(" ")]);
+        table.row([
+            base.name.clone(),
+            base.version.clone(),
+            exact,
+            state.to_owned(),
+            base.aliases.join(" "),
+        ]);
     }
     let mut text = table.render();
     if !all.images.is_empty() {
         let mut table = Table::new(&[left("FROM"), wide("MEANS"), left("DIGEST")]);
         for image in &all.images {
-            let digest = image.reference.digest.map(|digest| digest.short(12)).unwrap_or_default();
-            let named = ImageRef { digest: None, ..image.reference.clone() };
+            let digest = image
+                .reference
+                .digest
+                .map(|digest| digest.short(12))
+                .unwrap_or_default();
+            let named = ImageRef {
+                digest: None,
+                ..image.reference.clone()
+            };
             table.row([image.name.clone(), named.to_string(), digest]);
         }
         text.push('\n');
@@ -116,20 +162,32 @@ enum Addition {
 impl Addition {
     /// `NAME@DIGEST`, or `NAME REFERENCE`; with a run image, a version of a runtime that plans can choose.
     fn of(name: &str, reference: Option<&ImageRef>, run: Option<&ImageRef>) -> Result<Self> {
-        let parsed: ImageRef = name.parse().map_err(|error: kiln_core::image_ref::ParseRefError| CliError::usage(error.to_string()))?;
+        let parsed: ImageRef =
+            name.parse()
+                .map_err(|error: kiln_core::image_ref::ParseRefError| {
+                    CliError::usage(error.to_string())
+                })?;
         let reference = match reference {
             Some(reference) => reference.clone(),
             None => parsed.clone(),
         };
         pinned(&reference)?;
-        let name = ImageRef { digest: None, ..parsed };
+        let name = ImageRef {
+            digest: None,
+            ..parsed
+        };
         let Some(run) = run else {
-            return Ok(Self::Image(PinnedImage { name: name.to_string(), reference }));
+            return Ok(Self::Image(PinnedImage {
+                name: name.to_string(),
+                reference,
+            }));
         };
         pinned(run)?;
         let (None, Some(version)) = (&name.registry, &name.tag) else {
-            return Err(CliError::usage(format!("{name} is not a version of a runtime"))
-                .hint("with --run, write RUNTIME:VERSION, for example node:22"));
+            return Err(
+                CliError::usage(format!("{name} is not a version of a runtime"))
+                    .hint("with --run, write RUNTIME:VERSION, for example node:22"),
+            );
         };
         Ok(Self::Runtime(Base {
             name: name.repository.clone(),
@@ -159,10 +217,12 @@ impl Addition {
 
     fn put_into(&self, bases: &mut Bases) {
         match self {
-            Self::Image(image) => match bases.images.iter_mut().find(|old| old.name == image.name) {
-                Some(old) => *old = image.clone(),
-                None => bases.images.push(image.clone()),
-            },
+            Self::Image(image) => {
+                match bases.images.iter_mut().find(|old| old.name == image.name) {
+                    Some(old) => *old = image.clone(),
+                    None => bases.images.push(image.clone()),
+                }
+            }
             Self::Runtime(base) => {
                 let same = |old: &&mut Base| old.name == base.name && old.version == base.version;
                 match bases.bases.iter_mut().find(same) {
@@ -196,7 +256,10 @@ fn read(path: &Path) -> Result<Option<String>> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(CliError::usage(format!("could not read {}: {error}", path.display()))),
+        Err(error) => Err(CliError::usage(format!(
+            "could not read {}: {error}",
+            path.display()
+        ))),
     }
 }
 
@@ -209,7 +272,8 @@ fn write(path: &Path, text: &str) -> Result<()> {
 /// The file's text with the addition. What the operator wrote stays as it is, comments too; a name that is there already gets
 /// its new reference in place.
 fn added(existing: Option<&str>, addition: &Addition, path: &Path) -> Result<String> {
-    let parse = |text: &str| Bases::parse_toml(text, path).map_err(|error| CliError::usage(chain(&error)));
+    let parse =
+        |text: &str| Bases::parse_toml(text, path).map_err(|error| CliError::usage(chain(&error)));
     let text = existing.unwrap_or_default();
     let before = parse(text)?;
     let mut after = before.clone();
@@ -223,7 +287,13 @@ fn added(existing: Option<&str>, addition: &Addition, path: &Path) -> Result<Str
     {
         tries.push(text.replace(&old.reference.to_string(), &image.reference.to_string()));
     } else {
-        let gap = if text.is_empty() || text.ends_with("\n\n") { "" } else if text.ends_with('\n') { "\n" } else { "\n\n" };
+        let gap = if text.is_empty() || text.ends_with("\n\n") {
+            ""
+        } else if text.ends_with('\n') {
+            "\n"
+        } else {
+            "\n\n"
+        };
         tries.push(format!("{text}{gap}{}", addition.section()?));
     }
     for tried in tries {
@@ -231,8 +301,12 @@ fn added(existing: Option<&str>, addition: &Addition, path: &Path) -> Result<Str
             return Ok(tried);
         }
     }
-    Err(CliError::usage(format!("{} names {} in a way that cannot be changed automatically", path.display(), addition.name()))
-        .hint("change it with an editor"))
+    Err(CliError::usage(format!(
+        "{} names {} in a way that cannot be changed automatically",
+        path.display(),
+        addition.name()
+    ))
+    .hint("change it with an editor"))
 }
 
 #[cfg(test)]
@@ -256,29 +330,61 @@ mod tests {
     #[test]
     fn additions_keep_comments_and_replace_in_place() {
         let one = add(None, "golang:1.24", &pin("a")).expect("adds");
-        assert_eq!(one, format!("[[image]]\nname = \"golang:1.24\"\nref = \"{}\"\n", pin("a")));
+        assert_eq!(
+            one,
+            format!(
+                "[[image]]\nname = \"golang:1.24\"\nref = \"{}\"\n",
+                pin("a")
+            )
+        );
         let commented = format!("# ours\n{one}# end");
         let two = add(Some(&commented), "golang:1.25", &pin("b")).expect("adds");
-        assert!(two.starts_with(&commented) && two.contains("golang:1.25"), "{two}");
+        assert!(
+            two.starts_with(&commented) && two.contains("golang:1.25"),
+            "{two}"
+        );
         let changed = add(Some(&two), "golang:1.24", &pin("c")).expect("changes");
         assert_eq!(changed, two.replace(&pin("a"), &pin("c")));
-        assert_eq!(add(Some(&changed), "golang:1.24", &pin("c")).expect("same"), changed);
-        assert_eq!(add(Some("[[imag"), "a:1", &pin("c")).expect_err("broken").exit_code(), 2);
+        assert_eq!(
+            add(Some(&changed), "golang:1.24", &pin("c")).expect("same"),
+            changed
+        );
+        assert_eq!(
+            add(Some("[[imag"), "a:1", &pin("c"))
+                .expect_err("broken")
+                .exit_code(),
+            2
+        );
     }
 
     #[test]
     fn digests_are_needed_and_one_word_is_enough() {
-        assert_eq!(Addition::of("golang:1.24", None, None).expect_err("no digest").exit_code(), 2);
+        assert_eq!(
+            Addition::of("golang:1.24", None, None)
+                .expect_err("no digest")
+                .exit_code(),
+            2
+        );
         let word = format!("golang:1.24@{}", Digest::of(b"x"));
-        let Addition::Image(image) = Addition::of(&word, None, None).expect("legal") else { panic!("an image") };
-        assert_eq!((image.name.as_str(), image.reference.to_string()), ("golang:1.24", word.clone()));
+        let Addition::Image(image) = Addition::of(&word, None, None).expect("legal") else {
+            panic!("an image")
+        };
+        assert_eq!(
+            (image.name.as_str(), image.reference.to_string()),
+            ("golang:1.24", word.clone())
+        );
         let run = reference(&pin("run"));
-        let Addition::Runtime(base) = Addition::of("node:22", Some(&reference(&pin("b"))), Some(&run)).expect("legal") else {
+        let Addition::Runtime(base) =
+            Addition::of("node:22", Some(&reference(&pin("b"))), Some(&run)).expect("legal")
+        else {
             panic!("a runtime")
         };
         assert_eq!((base.name.as_str(), base.version.as_str()), ("node", "22"));
         let text = added(None, &Addition::Runtime(base), Path::new("bases.toml")).expect("adds");
-        assert!(text.starts_with("[[base]]\nname = \"node\"\nversion = \"22\"\n"), "{text}");
+        assert!(
+            text.starts_with("[[base]]\nname = \"node\"\nversion = \"22\"\n"),
+            "{text}"
+        );
         assert!(Addition::of("node", Some(&run), Some(&run)).is_err());
     }
 
@@ -287,13 +393,32 @@ mod tests {
         let mut all = Bases::builtin();
         all.bases[1].build.digest = Some(Digest::of(b"b"));
         all.bases[1].run.digest = Some(Digest::of(b"r"));
-        all.images.push(PinnedImage { name: "golang:1.24".to_owned(), reference: reference(&pin("a")) });
+        all.images.push(PinnedImage {
+            name: "golang:1.24".to_owned(),
+            reference: reference(&pin("a")),
+        });
         let text = tables(&all, |_| false);
         let lines: Vec<&str> = text.lines().collect();
-        assert!(lines[1].starts_with("node     20       -      not baked  node:20 node:20-slim"), "{text}");
-        assert!(lines[2].starts_with("python   3.13     -      baked "), "{text}");
+        assert!(
+            lines[1].starts_with("node     20       -      not baked  node:20 node:20-slim"),
+            "{text}"
+        );
+        assert!(
+            lines[2].starts_with("python   3.13     -      baked "),
+            "{text}"
+        );
         assert_eq!(lines[4], "FROM         MEANS                     DIGEST");
-        assert_eq!(lines[5], format!("golang:1.24  docker.io/library/golang  {}", Digest::of(b"a").short(12)));
-        assert!(lines.iter().all(|line| line.chars().count() <= super::super::table::WIDTH));
+        assert_eq!(
+            lines[5],
+            format!(
+                "golang:1.24  docker.io/library/golang  {}",
+                Digest::of(b"a").short(12)
+            )
+        );
+        assert!(
+            lines
+                .iter()
+                .all(|line| line.chars().count() <= super::super::table::WIDTH)
+        );
     }
 }

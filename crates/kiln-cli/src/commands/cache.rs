@@ -52,32 +52,74 @@ struct Part {
 /// What there is. Looks at files only, apart from the registry's own count.
 async fn survey(operator: &Operator) -> Result<Vec<Part>> {
     let home = &operator.home;
-    let images = MachineImages::new(home.images()).list().or_infrastructure()?.len();
-    let templates = template::open(home)?.map(|store| store.list()).transpose().or_infrastructure()?.unwrap_or_default();
+    let images = MachineImages::new(home.images())
+        .list()
+        .or_infrastructure()?
+        .len();
+    let templates = template::open(home)?
+        .map(|store| store.list())
+        .transpose()
+        .or_infrastructure()?
+        .unwrap_or_default();
     let heads = match home.heads().is_dir() {
-        true => HeadStore::open(&home.heads()).and_then(|store| store.list()).or_infrastructure()?.len(),
+        true => HeadStore::open(&home.heads())
+            .and_then(|store| store.list())
+            .or_infrastructure()?
+            .len(),
         false => 0,
     };
     let unpacked = unpacked::list(&home.unpacked()).or_infrastructure()?.len();
     let contents = match home.registry().is_dir() {
-        true => operator.registry().await?.host.stats().await.or_infrastructure()?.contents,
+        true => {
+            operator
+                .registry()
+                .await?
+                .host
+                .stats()
+                .await
+                .or_infrastructure()?
+                .contents
+        }
         false => 0,
     };
     let jobs = match home.jobs().is_dir() {
-        true => Records::open(&home.jobs()).and_then(|records| records.list(0, 0)).or_infrastructure().map(|_| names(&home.jobs()))?,
+        true => Records::open(&home.jobs())
+            .and_then(|records| records.list(0, 0))
+            .or_infrastructure()
+            .map(|_| names(&home.jobs()))?,
         false => 0,
     };
-    let part = |what, count: usize, path: &Path, budgeted| Part { what, count: count as u64, bytes: disk_use::of(path), budgeted };
+    let part = |what, count: usize, path: &Path, budgeted| Part {
+        what,
+        count: count as u64,
+        bytes: disk_use::of(path),
+        budgeted,
+    };
     let data = |name: &str| home.data.join(name);
     Ok(vec![
         part("templates", templates.len(), &data("templates"), true),
         part("cache heads", heads, &home.heads(), true),
         part("unpacked images", unpacked, &home.unpacked(), true),
-        part("registry blobs", usize::try_from(contents).unwrap_or(usize::MAX), &home.registry(), true),
+        part(
+            "registry blobs",
+            usize::try_from(contents).unwrap_or(usize::MAX),
+            &home.registry(),
+            true,
+        ),
         part("machine images", images, &home.images(), false),
-        part("bake stages", names(&home.cache.join("bake")), &home.cache.join("bake"), false),
+        part(
+            "bake stages",
+            names(&home.cache.join("bake")),
+            &home.cache.join("bake"),
+            false,
+        ),
         part("job records", jobs, &home.jobs(), false),
-        part("machines", names(&data("machines")), &data("machines"), false),
+        part(
+            "machines",
+            names(&data("machines")),
+            &data("machines"),
+            false,
+        ),
     ])
 }
 
@@ -85,11 +127,17 @@ async fn survey(operator: &Operator) -> Result<Vec<Part>> {
 fn names(dir: &Path) -> usize {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let visible = |entry: &fs::DirEntry| !entry.file_name().to_string_lossy().starts_with('.');
-    entries.filter(|entry| visible(entry) && entry.path().is_dir()).count()
+    entries
+        .filter(|entry| visible(entry) && entry.path().is_dir())
+        .count()
 }
 
 fn budgeted(parts: &[Part]) -> u64 {
-    parts.iter().filter(|part| part.budgeted).map(|part| part.bytes).sum()
+    parts
+        .iter()
+        .filter(|part| part.budgeted)
+        .map(|part| part.bytes)
+        .sum()
 }
 
 async fn show(operator: &Operator, screen: Screen) -> Result<()> {
@@ -99,7 +147,10 @@ async fn show(operator: &Operator, screen: Screen) -> Result<()> {
         for part in &parts {
             screen.data(part, String::new);
         }
-        screen.data(&json!({ "budget": budget, "budgeted_bytes": budgeted(&parts) }), String::new);
+        screen.data(
+            &json!({ "budget": budget, "budgeted_bytes": budgeted(&parts) }),
+            String::new,
+        );
     } else {
         screen.text(&table(&parts, budget));
     }
@@ -113,11 +164,19 @@ fn table(parts: &[Part], budget: ByteSize) -> String {
     let mut table = Table::new(&[left("WHAT"), right("COUNT"), right("DISK"), left("BUDGET")]);
     for part in parts {
         let counts = if part.budgeted { "counts" } else { "" };
-        table.row([part.what.to_owned(), part.count.to_string(), ByteSize(part.bytes).to_string(), counts.to_owned()]);
+        table.row([
+            part.what.to_owned(),
+            part.count.to_string(),
+            ByteSize(part.bytes).to_string(),
+            counts.to_owned(),
+        ]);
     }
     let used = ByteSize(budgeted(parts));
     let all = ByteSize(parts.iter().map(|part| part.bytes).sum());
-    format!("{}\n{all} in all; {used} of the budget of {budget} (cache.budget in kiln.toml)\n", table.render())
+    format!(
+        "{}\n{all} in all; {used} of the budget of {budget} (cache.budget in kiln.toml)\n",
+        table.render()
+    )
 }
 
 /// What one step of pruning removed.
@@ -131,7 +190,13 @@ struct Removed {
 async fn prune(operator: &Operator, forget_heads: bool, screen: Screen) -> Result<()> {
     let home = &operator.home;
     let mut removed = Vec::new();
-    let mut done = |what, count: usize, bytes: u64| removed.push(Removed { what, count: count as u64, bytes });
+    let mut done = |what, count: usize, bytes: u64| {
+        removed.push(Removed {
+            what,
+            count: count as u64,
+            bytes,
+        })
+    };
     if home.heads().is_dir() {
         let store = HeadStore::open(&home.heads()).or_infrastructure()?;
         let before = names_below(&home.heads());
@@ -139,7 +204,11 @@ async fn prune(operator: &Operator, forget_heads: bool, screen: Screen) -> Resul
             forget_all(&store)?;
         }
         let bytes = store.prune().or_infrastructure()?;
-        done("cache heads", before.saturating_sub(names_below(&home.heads())), bytes);
+        done(
+            "cache heads",
+            before.saturating_sub(names_below(&home.heads())),
+            bytes,
+        );
     }
     if let Some(store) = template::open(home)? {
         let report = template::prune(home, &store, false)?;
@@ -150,22 +219,38 @@ async fn prune(operator: &Operator, forget_heads: bool, screen: Screen) -> Resul
         let trees = orphans(home, &host).await?;
         done("quarantines", trees, 0);
         let collected = host.gc(GRACE_DEFAULT).await.or_infrastructure()?;
-        done("registry blobs", usize::try_from(collected.contents).unwrap_or(usize::MAX), collected.bytes);
-        let (count, bytes) = unpacked::prune_unreferenced(&home.unpacked(), &named_manifests(&host).await?).or_infrastructure()?;
+        done(
+            "registry blobs",
+            usize::try_from(collected.contents).unwrap_or(usize::MAX),
+            collected.bytes,
+        );
+        let (count, bytes) =
+            unpacked::prune_unreferenced(&home.unpacked(), &named_manifests(&host).await?)
+                .or_infrastructure()?;
         done("unpacked images", count, bytes);
     }
     let images = MachineImages::new(home.images());
     let before = disk_use::of(&home.images());
     let names = images.prune(KEEP, &[]).or_infrastructure()?;
-    done("machine images", names.len(), before.saturating_sub(disk_use::of(&home.images())));
+    done(
+        "machine images",
+        names.len(),
+        before.saturating_sub(disk_use::of(&home.images())),
+    );
     match prune_stages(&home.cache.join("bake"))? {
         Some(bytes) => done("bake stages", usize::from(bytes > 0), bytes),
         None => screen.note("a bake is running, so its stages are left alone"),
     }
     if home.jobs().is_dir() {
         let before = disk_use::of(&home.jobs());
-        let pruned = Records::open(&home.jobs()).and_then(|records| records.prune(KEEP_DEFAULT)).or_infrastructure()?;
-        done("job records", pruned.removed, before.saturating_sub(disk_use::of(&home.jobs())));
+        let pruned = Records::open(&home.jobs())
+            .and_then(|records| records.prune(KEEP_DEFAULT))
+            .or_infrastructure()?;
+        done(
+            "job records",
+            pruned.removed,
+            before.saturating_sub(disk_use::of(&home.jobs())),
+        );
     }
     sweep(home, screen);
     removed.extend(fit(operator, screen).await?);
@@ -174,7 +259,12 @@ async fn prune(operator: &Operator, forget_heads: bool, screen: Screen) -> Resul
 }
 
 fn forget_all(store: &HeadStore) -> Result<()> {
-    let mut scopes: Vec<String> = store.list().or_infrastructure()?.into_iter().map(|head| head.scope).collect();
+    let mut scopes: Vec<String> = store
+        .list()
+        .or_infrastructure()?
+        .into_iter()
+        .map(|head| head.scope)
+        .collect();
     scopes.sort();
     scopes.dedup();
     for scope in scopes.iter().filter(|scope| *scope != SHARED) {
@@ -191,7 +281,12 @@ fn names_below(heads: &Path) -> usize {
 
 /// Half-written files whose writer is gone.
 fn sweep(home: &Home, screen: Screen) {
-    let dirs = [home.data.clone(), home.data.join("templates"), home.unpacked(), home.images()];
+    let dirs = [
+        home.data.clone(),
+        home.data.join("templates"),
+        home.unpacked(),
+        home.images(),
+    ];
     for leak in sweep_partial(&dirs).leaks {
         screen.note(&format!("warning: could not remove {leak}"));
     }
@@ -215,12 +310,17 @@ async fn orphans(home: &Home, host: &HostRegistry) -> Result<usize> {
     jobs.sort();
     jobs.dedup();
     jobs.retain(|job| {
-        let state = records.as_ref().and_then(|records| records.show(job).ok()).map(|record| record.state);
+        let state = records
+            .as_ref()
+            .and_then(|records| records.show(job).ok())
+            .map(|record| record.state);
         state != Some(RecordState::Running)
     });
     for job in &jobs {
         match host.delete_tree(&RepoName::quarantine_of_job(job)).await {
-            Err(error) if !error.is_not_found() => return Err(crate::error::CliError::infrastructure(&error)),
+            Err(error) if !error.is_not_found() => {
+                return Err(crate::error::CliError::infrastructure(&error));
+            }
             _ => {}
         }
     }
@@ -233,11 +333,18 @@ async fn named_manifests(host: &HostRegistry) -> Result<HashSet<String>> {
     for repository in host.list_repositories(None).await.or_infrastructure()? {
         // What vanishes in between is not named any more.
         for tag in host.list_tags(&repository).await.unwrap_or_default() {
-            let Ok(stored) = host.get_manifest(&repository, &Reference::Tag(tag)).await else { continue };
+            let Ok(stored) = host.get_manifest(&repository, &Reference::Tag(tag)).await else {
+                continue;
+            };
             named.insert(stored.digest.hex());
             let index: Value = serde_json::from_slice(&stored.bytes).unwrap_or_default();
-            let children = index["manifests"].as_array().map(Vec::as_slice).unwrap_or_default();
-            let digests = children.iter().filter_map(|child| child["digest"].as_str()?.strip_prefix("sha256:"));
+            let children = index["manifests"]
+                .as_array()
+                .map(Vec::as_slice)
+                .unwrap_or_default();
+            let digests = children
+                .iter()
+                .filter_map(|child| child["digest"].as_str()?.strip_prefix("sha256:"));
             named.extend(digests.map(str::to_owned));
         }
     }
@@ -256,7 +363,10 @@ fn prune_stages(dir: &Path) -> Result<Option<u64>> {
         }
     };
     match StageCache::open(dir, &give_up, &cancel) {
-        Ok(stages) => stages.prune(STAGES_KEPT).map(|bytes| Some(bytes.0)).or_infrastructure(),
+        Ok(stages) => stages
+            .prune(STAGES_KEPT)
+            .map(|bytes| Some(bytes.0))
+            .or_infrastructure(),
         Err(StageError::Cancelled) => Ok(None),
         Err(error) => Err(error).or_infrastructure(),
     }
@@ -270,16 +380,32 @@ async fn fit(operator: &Operator, screen: Screen) -> Result<Vec<Removed>> {
     if over > 0
         && let Some(store) = template::open(home)?
     {
-        let taken: u64 = store.list().or_infrastructure()?.iter().map(|one| one.bytes).sum();
-        let policy = PrunePolicy { bytes_max: taken.saturating_sub(over), unused_max: template::UNUSED_MAX };
+        let taken: u64 = store
+            .list()
+            .or_infrastructure()?
+            .iter()
+            .map(|one| one.bytes)
+            .sum();
+        let policy = PrunePolicy {
+            bytes_max: taken.saturating_sub(over),
+            unused_max: template::UNUSED_MAX,
+        };
         let report = store.prune(policy).or_infrastructure()?;
         over = over.saturating_sub(report.bytes);
-        removed.push(Removed { what: "templates over budget", count: report.removed.len() as u64, bytes: report.bytes });
+        removed.push(Removed {
+            what: "templates over budget",
+            count: report.removed.len() as u64,
+            bytes: report.bytes,
+        });
     }
     if over > 0 {
         let (count, bytes) = unpacked::prune_oldest(&home.unpacked(), over).or_infrastructure()?;
         over = over.saturating_sub(bytes);
-        removed.push(Removed { what: "unpacked images over budget", count: count as u64, bytes });
+        removed.push(Removed {
+            what: "unpacked images over budget",
+            count: count as u64,
+            bytes,
+        });
     }
     if over > 0 {
         screen.note(&format!(
@@ -303,13 +429,20 @@ fn tell(removed: &[Removed], screen: Screen) {
 }
 
 fn summary(removed: &[Removed]) -> String {
-    let gone: Vec<&Removed> = removed.iter().filter(|one| one.count > 0 || one.bytes > 0).collect();
+    let gone: Vec<&Removed> = removed
+        .iter()
+        .filter(|one| one.count > 0 || one.bytes > 0)
+        .collect();
     if gone.is_empty() {
         return "nothing to remove".to_owned();
     }
     let mut table = Table::new(&[left("REMOVED"), right("COUNT"), right("FREED")]);
     for one in &gone {
-        table.row([one.what.to_owned(), one.count.to_string(), ByteSize(one.bytes).to_string()]);
+        table.row([
+            one.what.to_owned(),
+            one.count.to_string(),
+            ByteSize(one.bytes).to_string(),
+        ]);
     }
     let all = ByteSize(gone.iter().map(|one| one.bytes).sum());
     format!("{}\n{all} freed\n", table.render())
@@ -323,13 +456,25 @@ mod tests {
     fn operator(root: &Path) -> Operator {
         let home = Home::below(root);
         home.prepare().expect("home");
-        Operator { home, config: crate::config::Config::default(), registries: None }
+        Operator {
+            home,
+            config: crate::config::Config::default(),
+            registries: None,
+        }
     }
 
     #[test]
     fn the_budget_is_said() {
-        let part = |what, bytes, budgeted| Part { what, count: 2, bytes, budgeted };
-        let parts = [part("templates", 3 << 30, true), part("machine images", 1 << 30, false)];
+        let part = |what, bytes, budgeted| Part {
+            what,
+            count: 2,
+            bytes,
+            budgeted,
+        };
+        let parts = [
+            part("templates", 3 << 30, true),
+            part("machine images", 1 << 30, false),
+        ];
         let want = "\
 WHAT            COUNT     DISK  BUDGET
 templates           2  3.0 GiB  counts
@@ -344,10 +489,19 @@ machine images      2  1.0 GiB
     async fn a_home_without_anything_is_all_zero() {
         let dir = tempfile::tempdir().expect("temp dir");
         let home = Home::below(&dir.path().join("none"));
-        let operator = Operator { home, config: crate::config::Config::default(), registries: None };
+        let operator = Operator {
+            home,
+            config: crate::config::Config::default(),
+            registries: None,
+        };
         let parts = survey(&operator).await.expect("surveys");
-        assert!(parts.iter().all(|part| part.count == 0 && part.bytes == 0), "{parts:?}");
-        prune(&operator, true, Screen::new(true)).await.expect("prunes nothing");
+        assert!(
+            parts.iter().all(|part| part.count == 0 && part.bytes == 0),
+            "{parts:?}"
+        );
+        prune(&operator, true, Screen::new(true))
+            .await
+            .expect("prunes nothing");
         assert!(!operator.home.data.exists());
     }
 
@@ -367,16 +521,31 @@ machine images      2  1.0 GiB
         fs::write(&disk, "shared").expect("write");
         let shared = heads.seal_shared(&candidate(None)).expect("seal");
         fs::write(&disk, "own").expect("write");
-        heads.commit("local", Some(&shared), &candidate(Some(&shared))).expect("commit");
+        heads
+            .commit("local", Some(&shared), &candidate(Some(&shared)))
+            .expect("commit");
         let host = operator.registry().await.expect("registry").host;
         let media = "application/vnd.oci.image.index.v1+json";
-        let bytes = json!({"schemaVersion": 2, "mediaType": media, "manifests": []}).to_string().into_bytes();
+        let bytes = json!({"schemaVersion": 2, "mediaType": media, "manifests": []})
+            .to_string()
+            .into_bytes();
         let repo: RepoName = "quarantine/b00000000100000001/1".parse().expect("name");
-        host.put_manifest(&repo, &Reference::Tag("out".to_owned()), media, bytes).await.expect("put");
-        prune(&operator, false, Screen::new(true)).await.expect("prunes");
+        host.put_manifest(&repo, &Reference::Tag("out".to_owned()), media, bytes)
+            .await
+            .expect("put");
+        prune(&operator, false, Screen::new(true))
+            .await
+            .expect("prunes");
         assert!(heads.current("local").expect("reads").is_some());
-        assert!(host.list_repositories(None).await.expect("lists").is_empty());
-        prune(&operator, true, Screen::new(true)).await.expect("prunes");
+        assert!(
+            host.list_repositories(None)
+                .await
+                .expect("lists")
+                .is_empty()
+        );
+        prune(&operator, true, Screen::new(true))
+            .await
+            .expect("prunes");
         assert!(heads.current("local").expect("reads").is_none());
         assert_eq!(heads.list().expect("lists"), [shared]);
         assert_eq!(names_below(&operator.home.heads()), 1);

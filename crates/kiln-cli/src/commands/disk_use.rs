@@ -14,12 +14,20 @@ pub(crate) fn of(path: &Path) -> u64 {
     let mut seen = HashSet::new();
     let mut open = vec![path.to_owned()];
     while let Some(path) = open.pop() {
-        let Ok(meta) = fs::symlink_metadata(&path) else { continue };
+        let Ok(meta) = fs::symlink_metadata(&path) else {
+            continue;
+        };
         if seen.insert((meta.dev(), meta.ino())) {
             bytes += meta.blocks() * BLOCK;
         }
         if meta.is_dir() {
-            open.extend(fs::read_dir(&path).into_iter().flatten().flatten().map(|entry| entry.path()));
+            open.extend(
+                fs::read_dir(&path)
+                    .into_iter()
+                    .flatten()
+                    .flatten()
+                    .map(|entry| entry.path()),
+            );
         }
     }
     bytes
@@ -36,7 +44,9 @@ mod tests {
         sparse.set_len(1 << 30).expect("a hole");
         let data = dir.path().join("data");
         fs::write(&data, vec![1; 1 << 20]).expect("write");
-        fs::File::open(&data).and_then(|file| file.sync_all()).expect("flush");
+        fs::File::open(&data)
+            .and_then(|file| file.sync_all())
+            .expect("flush");
         let one = of(dir.path());
         assert!((1 << 20..4 << 20).contains(&one), "{one}");
         fs::hard_link(&data, dir.path().join("again")).expect("link");

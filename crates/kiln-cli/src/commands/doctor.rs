@@ -26,13 +26,21 @@ const FOUND_AT: usize = 24;
 
 pub(super) async fn run(args: &DoctorArgs, screen: Screen) -> Result<u8> {
     let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
-    let mut report = Report { screen, worst: CheckLevel::Pass, counts: [0; 3] };
+    let mut report = Report {
+        screen,
+        worst: CheckLevel::Pass,
+        counts: [0; 3],
+    };
     let (operator, check) = settings(&home);
     report.add(check);
     let prepared = home.prepare();
     report.add(match &prepared {
         Ok(()) => pass("home", home.data.display().to_string()),
-        Err(error) => fail("home", chain(error), "make the directory writable, or set KILN_HOME to another"),
+        Err(error) => fail(
+            "home",
+            chain(error),
+            "make the directory writable, or set KILN_HOME to another",
+        ),
     });
     if prepared.is_ok() {
         report.all(host::machines(&home).await);
@@ -45,8 +53,14 @@ pub(super) async fn run(args: &DoctorArgs, screen: Screen) -> Result<u8> {
         scrub::run(&operator, &mut report).await;
     }
     let [well, warnings, failures] = report.counts;
-    screen.note(&format!("{well} well, {warnings} could be better, {failures} must be mended"));
-    Ok(if report.worst == CheckLevel::Fail { NOT_WELL } else { 0 })
+    screen.note(&format!(
+        "{well} well, {warnings} could be better, {failures} must be mended"
+    ));
+    Ok(if report.worst == CheckLevel::Fail {
+        NOT_WELL
+    } else {
+        0
+    })
 }
 
 /// The operator's files; defaults where one is wrong, and the words for it.
@@ -57,8 +71,19 @@ fn settings(home: &Home) -> (Operator, Check) {
             (operator, pass("settings", found))
         }
         Err(error) => {
-            let operator = Operator { home: home.clone(), config: Config::default(), registries: None };
-            (operator, fail("settings", error.message, "correct the file; docs/reference names its keys"))
+            let operator = Operator {
+                home: home.clone(),
+                config: Config::default(),
+                registries: None,
+            };
+            (
+                operator,
+                fail(
+                    "settings",
+                    error.message,
+                    "correct the file; docs/reference names its keys",
+                ),
+            )
         }
     }
 }
@@ -85,15 +110,30 @@ impl Report {
 }
 
 fn pass(name: &str, found: impl Into<String>) -> Check {
-    Check { name: name.to_owned(), level: CheckLevel::Pass, found: found.into(), hint: None }
+    Check {
+        name: name.to_owned(),
+        level: CheckLevel::Pass,
+        found: found.into(),
+        hint: None,
+    }
 }
 
 fn warn(name: &str, found: impl Into<String>, hint: impl Into<String>) -> Check {
-    Check { name: name.to_owned(), level: CheckLevel::Warn, found: found.into(), hint: Some(hint.into()) }
+    Check {
+        name: name.to_owned(),
+        level: CheckLevel::Warn,
+        found: found.into(),
+        hint: Some(hint.into()),
+    }
 }
 
 fn fail(name: &str, found: impl Into<String>, hint: impl Into<String>) -> Check {
-    Check { name: name.to_owned(), level: CheckLevel::Fail, found: found.into(), hint: Some(hint.into()) }
+    Check {
+        name: name.to_owned(),
+        level: CheckLevel::Fail,
+        found: found.into(),
+        hint: Some(hint.into()),
+    }
 }
 
 /// One check as text: what was found, and below it what to do.
@@ -106,8 +146,14 @@ fn line(check: &Check) -> String {
     let mut start = format!("{word:<5} {:<17} ", printable(&check.name));
     let mut text = String::new();
     let width = WIDTH - FOUND_AT;
-    let hint = check.hint.iter().flat_map(|hint| wrap(&format!("-> {}", printable(hint)), width));
-    for part in wrap(&printable(&check.found), width).into_iter().chain(hint) {
+    let hint = check
+        .hint
+        .iter()
+        .flat_map(|hint| wrap(&format!("-> {}", printable(hint)), width));
+    for part in wrap(&printable(&check.found), width)
+        .into_iter()
+        .chain(hint)
+    {
         text.push_str(&format!("{start:<FOUND_AT$}{part}\n"));
         start.clear();
     }
@@ -120,19 +166,30 @@ mod tests {
 
     #[test]
     fn lines_wrap_and_hints_stand_below() {
-        let check = warn("accelerator", "KVM is there but does not boot guests, so emulation is used", "use another host");
+        let check = warn(
+            "accelerator",
+            "KVM is there but does not boot guests, so emulation is used",
+            "use another host",
+        );
         let want = "\
 warn  accelerator       KVM is there but does not boot guests, so emulation is
                         used
                         -> use another host
 ";
         assert_eq!(line(&check), want);
-        assert_eq!(line(&pass("qemu", "10.0.2")), "ok    qemu              10.0.2\n");
+        assert_eq!(
+            line(&pass("qemu", "10.0.2")),
+            "ok    qemu              10.0.2\n"
+        );
     }
 
     #[test]
     fn the_worst_check_decides() {
-        let mut report = Report { screen: Screen::new(true), worst: CheckLevel::Pass, counts: [0; 3] };
+        let mut report = Report {
+            screen: Screen::new(true),
+            worst: CheckLevel::Pass,
+            counts: [0; 3],
+        };
         report.all(vec![warn("a", "b", "c"), pass("d", "e")]);
         assert_eq!(report.worst, CheckLevel::Warn);
         report.add(fail("f", "g", "h"));

@@ -39,9 +39,13 @@ pub(super) async fn run(verb: JobCommand, screen: Screen, cancel: CancellationTo
             let (records, id) = find(records, id.as_deref())?;
             let record = records.show(&id).map_err(record_error)?;
             let observed = records.observed(&id).map_err(record_error)?;
-            screen.data(&Shown { record: &record, observed: observed.as_ref() }, || {
-                show(&record, observed.as_ref(), now_unix_ms())
-            });
+            screen.data(
+                &Shown {
+                    record: &record,
+                    observed: observed.as_ref(),
+                },
+                || show(&record, observed.as_ref(), now_unix_ms()),
+            );
         }
         JobCommand::Logs { id, follow } => {
             let (records, id) = find(records, id.as_deref())?;
@@ -53,7 +57,9 @@ pub(super) async fn run(verb: JobCommand, screen: Screen, cancel: CancellationTo
 
 fn record_error(error: RecordError) -> CliError {
     match error {
-        RecordError::Unknown { .. } => CliError::usage(chain(&error)).hint("`kiln job list` shows the jobs there are"),
+        RecordError::Unknown { .. } => {
+            CliError::usage(chain(&error)).hint("`kiln job list` shows the jobs there are")
+        }
         RecordError::Newer { .. } => CliError::usage(chain(&error)),
         _ => CliError::infrastructure(&error),
     }
@@ -65,7 +71,12 @@ fn find(records: Option<Records>, start: Option<&str>) -> Result<(Records, JobId
     let records = records.ok_or_else(none)?;
     let Some(start) = start else {
         let newest = records.list(0, 1).or_infrastructure()?;
-        let id = newest.records.into_iter().next().map(|record| record.id).ok_or_else(none)?;
+        let id = newest
+            .records
+            .into_iter()
+            .next()
+            .map(|record| record.id)
+            .ok_or_else(none)?;
         return Ok((records, id));
     };
     if let Ok(id) = start.parse::<JobId>()
@@ -78,17 +89,30 @@ fn find(records: Option<Records>, start: Option<&str>) -> Result<(Records, JobId
     let ids = readable.chain(all.unreadable.into_iter().map(|one| one.id));
     let mut fitting: Vec<JobId> = ids.filter(|id| id.as_str().starts_with(start)).collect();
     match fitting.len() {
-        0 => Err(CliError::usage(format!("there is no job {start:?}")).hint("`kiln job list` shows the jobs there are")),
+        0 => Err(CliError::usage(format!("there is no job {start:?}"))
+            .hint("`kiln job list` shows the jobs there are")),
         1 => Ok((records, fitting.remove(0))),
         count => {
-            let shown: Vec<&str> = fitting.iter().take(IDS_SHOWN_MAX).map(JobId::as_str).collect();
-            Err(CliError::usage(format!("{count} jobs begin with {start:?}: {}", shown.join(", "))).hint("write more of the id"))
+            let shown: Vec<&str> = fitting
+                .iter()
+                .take(IDS_SHOWN_MAX)
+                .map(JobId::as_str)
+                .collect();
+            Err(CliError::usage(format!(
+                "{count} jobs begin with {start:?}: {}",
+                shown.join(", ")
+            ))
+            .hint("write more of the id"))
         }
     }
 }
 
 fn list(records: Option<&Records>, limit: usize, screen: Screen) -> Result<()> {
-    let listing = records.map(|records| records.list(0, limit)).transpose().or_infrastructure()?.unwrap_or_default();
+    let listing = records
+        .map(|records| records.list(0, limit))
+        .transpose()
+        .or_infrastructure()?
+        .unwrap_or_default();
     for bad in &listing.unreadable {
         screen.note(&format!("warning: {}: {}", bad.id, chain(&bad.error)));
     }
@@ -104,15 +128,26 @@ fn list(records: Option<&Records>, limit: usize, screen: Screen) -> Result<()> {
     }
     screen.text(&table(&listing.records, now_unix_ms()));
     if listing.more {
-        screen.note(&format!("older ones are not shown; --limit {} shows more", limit.saturating_mul(5)));
+        screen.note(&format!(
+            "older ones are not shown; --limit {} shows more",
+            limit.saturating_mul(5)
+        ));
     }
     Ok(())
 }
 
 fn table(records: &[JobRecord], now_unix_ms: u64) -> String {
-    let mut table = Table::new(&[left("ID"), left("STATE"), left("STARTED"), right("TOOK"), wide("WHAT")]);
+    let mut table = Table::new(&[
+        left("ID"),
+        left("STATE"),
+        left("STARTED"),
+        right("TOOK"),
+        wide("WHAT"),
+    ]);
     for record in records {
-        let took = took_ms(record, now_unix_ms).map(when::span).unwrap_or_default();
+        let took = took_ms(record, now_unix_ms)
+            .map(when::span)
+            .unwrap_or_default();
         table.row([
             record.id.to_string(),
             record.state.name().to_owned(),
@@ -147,24 +182,54 @@ fn show(record: &JobRecord, observed: Option<&Observed>, now_unix_ms: u64) -> St
     facts.add("kind", &record.kind);
     facts.add("what", wrap(&record.title, VALUE_WIDTH).join("\n"));
     facts.add("state", record.state.name());
-    facts.add("started", format!("{} ({})", when::stamp(record.started_unix_ms), when::ago(record.started_unix_ms, now_unix_ms)));
+    facts.add(
+        "started",
+        format!(
+            "{} ({})",
+            when::stamp(record.started_unix_ms),
+            when::ago(record.started_unix_ms, now_unix_ms)
+        ),
+    );
     if let Some(ms) = took_ms(record, now_unix_ms) {
         facts.add("took", when::span(ms));
     }
     if record.state == RecordState::Lost {
-        facts.add("reason", "the kiln process that ran it is gone and did not say how it ended");
+        facts.add(
+            "reason",
+            "the kiln process that ran it is gone and did not say how it ended",
+        );
     }
     if let RecordState::Finished { outcome, .. } = &record.state {
-        if let Verdict::Failed { class, message, hint, command_code } = &outcome.verdict {
-            facts.add("fault", serde_json::to_value(class).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default());
+        if let Verdict::Failed {
+            class,
+            message,
+            hint,
+            command_code,
+        } = &outcome.verdict
+        {
+            facts.add(
+                "fault",
+                serde_json::to_value(class)
+                    .ok()
+                    .and_then(|v| v.as_str().map(str::to_owned))
+                    .unwrap_or_default(),
+            );
             facts.add("reason", wrap(message, VALUE_WIDTH).join("\n"));
-            facts.add("hint", hint.as_deref().map(|hint| wrap(hint, VALUE_WIDTH).join("\n")).unwrap_or_default());
+            facts.add(
+                "hint",
+                hint.as_deref()
+                    .map(|hint| wrap(hint, VALUE_WIDTH).join("\n"))
+                    .unwrap_or_default(),
+            );
             if let Some(code) = command_code {
                 facts.add("exit code", code.to_string());
             }
         }
-        let phases: Vec<String> =
-            outcome.phases_ms.iter().map(|(name, ms)| format!("{name:<8} {}", when::span(*ms))).collect();
+        let phases: Vec<String> = outcome
+            .phases_ms
+            .iter()
+            .map(|(name, ms)| format!("{name:<8} {}", when::span(*ms)))
+            .collect();
         facts.add("phases", phases.join("\n"));
     }
     if let Some(receipt) = &record.receipt {
@@ -185,7 +250,14 @@ fn show(record: &JobRecord, observed: Option<&Observed>, now_unix_ms: u64) -> St
         0 => String::new(),
         bytes => format!(", {} were cut", ByteSize(bytes)),
     };
-    facts.add("log", format!("{}{cut}; kiln job logs {}", ByteSize(record.log_bytes), record.id));
+    facts.add(
+        "log",
+        format!(
+            "{}{cut}; kiln job logs {}",
+            ByteSize(record.log_bytes),
+            record.id
+        ),
+    );
     facts.render()
 }
 
@@ -195,7 +267,10 @@ fn details(facts: &mut Facts, details: &Value) {
         facts.add("steps", format!("{cached} of {all} from the cache"));
     }
     for (name, key) in [("reached", "reached"), ("refused", "refused")] {
-        let hosts = details["egress"][key].as_array().map(Vec::as_slice).unwrap_or_default();
+        let hosts = details["egress"][key]
+            .as_array()
+            .map(Vec::as_slice)
+            .unwrap_or_default();
         let lines: Vec<String> = hosts.iter().map(host_line).collect();
         facts.add(name, lines.join("\n"));
     }
@@ -203,7 +278,11 @@ fn details(facts: &mut Facts, details: &Value) {
 
 /// One host of an egress summary: its name, or whatever stands there.
 fn host_line(value: &Value) -> String {
-    match (value.as_str(), value["host"].as_str(), value["port"].as_u64()) {
+    match (
+        value.as_str(),
+        value["host"].as_str(),
+        value["port"].as_u64(),
+    ) {
         (Some(text), ..) => text.to_owned(),
         (None, Some(host), Some(port)) if port != 0 => format!("{host}:{port}"),
         (None, Some(host), _) => host.to_owned(),
@@ -212,15 +291,32 @@ fn host_line(value: &Value) -> String {
 }
 
 /// Prints a job's log, or with `--json` its events; with `follow` until the job ends.
-async fn logs(records: &Records, id: &JobId, follow: bool, screen: Screen, cancel: &CancellationToken) -> Result<()> {
-    let opened = if screen.json() { records.open_events(id) } else { records.open_log(id) };
-    let mut tail = Tail { file: BufReader::new(opened.map_err(record_error)?), rest: Vec::new() };
+async fn logs(
+    records: &Records,
+    id: &JobId,
+    follow: bool,
+    screen: Screen,
+    cancel: &CancellationToken,
+) -> Result<()> {
+    let opened = if screen.json() {
+        records.open_events(id)
+    } else {
+        records.open_log(id)
+    };
+    let mut tail = Tail {
+        file: BufReader::new(opened.map_err(record_error)?),
+        rest: Vec::new(),
+    };
     // On a terminal a tenant's bytes must not drive it; a pipe gets them as they are.
     let plain = !std::io::stdout().is_terminal();
     let print = |line: String| screen.text(&if plain { line } else { printable(&line) });
     loop {
         // Looked at before reading: what is written before the end is read after it.
-        let running = follow && matches!(records.show(id).map_err(record_error)?.state, RecordState::Running);
+        let running = follow
+            && matches!(
+                records.show(id).map_err(record_error)?.state,
+                RecordState::Running
+            );
         while let Some(line) = tail.line(!running).or_infrastructure()? {
             print(line);
         }
@@ -245,7 +341,10 @@ impl Tail {
     fn line(&mut self, last: bool) -> std::io::Result<Option<String>> {
         use std::io::Read as _;
         let room = LINE_BYTES_MAX.saturating_sub(self.rest.len() as u64);
-        self.file.by_ref().take(room).read_until(b'\n', &mut self.rest)?;
+        self.file
+            .by_ref()
+            .take(room)
+            .read_until(b'\n', &mut self.rest)?;
         let whole = self.rest.last() == Some(&b'\n') || self.rest.len() as u64 >= LINE_BYTES_MAX;
         if !whole && (!last || self.rest.is_empty()) {
             return Ok(None);
@@ -287,8 +386,14 @@ mod tests {
             hint: Some("try --memory 4G".to_owned()),
             command_code: Some(137),
         };
-        let outcome = Outcome { verdict, phases_ms: vec![("machine".to_owned(), 120), ("build".to_owned(), 61_000)] };
-        RecordState::Finished { outcome, ended_unix_ms: 1_062_000 }
+        let outcome = Outcome {
+            verdict,
+            phases_ms: vec![("machine".to_owned(), 120), ("build".to_owned(), 61_000)],
+        };
+        RecordState::Finished {
+            outcome,
+            ended_unix_ms: 1_062_000,
+        }
     }
 
     #[test]
@@ -300,7 +405,12 @@ b0123456789abcdefg  failed  5 min ago  1 min 02 s  build examples/node-express â
 ";
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[1], want.lines().nth(1).expect("row"), "{text}");
-        assert!(lines[2].contains("lost") && lines.iter().all(|line| line.chars().count() <= super::super::table::WIDTH));
+        assert!(
+            lines[2].contains("lost")
+                && lines
+                    .iter()
+                    .all(|line| line.chars().count() <= super::super::table::WIDTH)
+        );
     }
 
     #[test]
@@ -325,7 +435,12 @@ b0123456789abcdefg  failed  5 min ago  1 min 02 s  build examples/node-express â
     fn ids_may_be_shortened_while_they_are_clear() {
         let dir = tempfile::tempdir().expect("temp dir");
         let records = Records::open(dir.path()).expect("open");
-        assert_eq!(find(Some(records.clone()), None).expect_err("none yet").exit_code(), 2);
+        assert_eq!(
+            find(Some(records.clone()), None)
+                .expect_err("none yet")
+                .exit_code(),
+            2
+        );
         for id in ["b00000000100000001", "b00000000200000002"] {
             let new = NewRecord {
                 id: id.parse().expect("id"),
@@ -336,17 +451,26 @@ b0123456789abcdefg  failed  5 min ago  1 min 02 s  build examples/node-express â
             };
             drop(records.begin(new).expect("begin"));
         }
-        let of = |start: Option<&str>| find(Some(records.clone()), start).map(|(_, id)| id.to_string());
+        let of =
+            |start: Option<&str>| find(Some(records.clone()), start).map(|(_, id)| id.to_string());
         assert_eq!(of(None).expect("newest"), "b00000000200000002");
         assert_eq!(of(Some("b000000001")).expect("one"), "b00000000100000001");
-        assert!(of(Some("b0")).expect_err("two").message.starts_with("2 jobs begin with"));
+        assert!(
+            of(Some("b0"))
+                .expect_err("two")
+                .message
+                .starts_with("2 jobs begin with")
+        );
         assert!(of(Some("../x")).is_err() && of(Some("r")).is_err());
     }
 
     #[test]
     fn a_growing_file_gives_whole_lines() {
         let mut file = tempfile::NamedTempFile::new().expect("temp file");
-        let mut tail = Tail { file: BufReader::new(file.reopen().expect("open")), rest: Vec::new() };
+        let mut tail = Tail {
+            file: BufReader::new(file.reopen().expect("open")),
+            rest: Vec::new(),
+        };
         file.write_all(b"one\ntw").expect("write");
         assert_eq!(tail.line(false).expect("read").as_deref(), Some("one"));
         assert_eq!(tail.line(false).expect("read"), None);

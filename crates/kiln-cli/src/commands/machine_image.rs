@@ -15,19 +15,26 @@ use crate::args::ImageCommand;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
 use crate::show::Screen;
 
-pub(super) async fn run(verb: ImageCommand, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+pub(super) async fn run(
+    verb: ImageCommand,
+    screen: Screen,
+    cancel: CancellationToken,
+) -> Result<u8> {
     let operator = Operator::load()?;
     let images = MachineImages::new(operator.home.images());
     match verb {
         ImageCommand::Bake { recipe, guest } => {
             let (events, receiver) = Events::channel();
             let follow = tokio::spawn(screen.follow(receiver));
-            let done = setup::machine_image(&operator, &recipe, guest.as_deref(), &events, &cancel).await;
+            let done =
+                setup::machine_image(&operator, &recipe, guest.as_deref(), &events, &cancel).await;
             drop(events);
             let _screen_ended = follow.await;
             done?;
             let image = images.current().map_err(|error| images_error(&error))?;
-            screen.data(&image, || format!("{} is the current machine image", image.name));
+            screen.data(&image, || {
+                format!("{} is the current machine image", image.name)
+            });
         }
         ImageCommand::List => list(&images, screen)?,
         ImageCommand::Show { name, packages } => {
@@ -36,7 +43,9 @@ pub(super) async fn run(verb: ImageCommand, screen: Screen, cancel: Cancellation
         }
         ImageCommand::Verify { name } => verify(images, name.as_deref(), screen).await?,
         ImageCommand::Prune => {
-            let removed = images.prune(KEEP, &[]).map_err(|error| images_error(&error))?;
+            let removed = images
+                .prune(KEEP, &[])
+                .map_err(|error| images_error(&error))?;
             let text = match removed.as_slice() {
                 [] => format!("nothing to remove: the newest {KEEP} are kept"),
                 names => format!("removed {}", names.join(" ")),
@@ -85,7 +94,11 @@ fn list(images: &MachineImages, screen: Screen) -> Result<()> {
     }
     if screen.json() {
         for image in &all {
-            let line = Line { current: image.current, bytes: image.bytes.0, manifest: &image.manifest };
+            let line = Line {
+                current: image.current,
+                bytes: image.bytes.0,
+                manifest: &image.manifest,
+            };
             screen.data(&line, String::new);
         }
     } else {
@@ -95,7 +108,14 @@ fn list(images: &MachineImages, screen: Screen) -> Result<()> {
 }
 
 fn table(all: &[ImageSummary], now_unix_ms: u64) -> String {
-    let mut table = Table::new(&[left("NAME"), left("BAKED"), right("SIZE"), left("KERNEL"), left("BUILDKIT"), left("")]);
+    let mut table = Table::new(&[
+        left("NAME"),
+        left("BAKED"),
+        right("SIZE"),
+        left("KERNEL"),
+        left("BUILDKIT"),
+        left(""),
+    ]);
     for image in all {
         let manifest = &image.manifest;
         table.row([
@@ -113,10 +133,16 @@ fn table(all: &[ImageSummary], now_unix_ms: u64) -> String {
 fn show(image: &MachineImageManifest, packages: bool) -> String {
     let mut facts = Facts::default();
     facts.add("name", &image.name);
-    facts.add("baked", when::stamp(image.baked_unix_s.saturating_mul(1000)));
+    facts.add(
+        "baked",
+        when::stamp(image.baked_unix_s.saturating_mul(1000)),
+    );
     facts.add("debian", &image.debian);
     facts.add("kernel", &image.kernel_release);
-    facts.add("modules", super::table::wrap(&image.modules.join(" "), 68).join("\n"));
+    facts.add(
+        "modules",
+        super::table::wrap(&image.modules.join(" "), 68).join("\n"),
+    );
     facts.add("buildkit", &image.buildkit_version);
     facts.add("content", image.content.to_string());
     facts.add("recipe", image.recipe.to_string());
@@ -128,7 +154,10 @@ fn show(image: &MachineImageManifest, packages: bool) -> String {
     let mut text = facts.render();
     if packages {
         for package in &image.packages {
-            text.push_str(&format!("  {} {} {}\n", package.name, package.version, package.architecture));
+            text.push_str(&format!(
+                "  {} {} {}\n",
+                package.name, package.version, package.architecture
+            ));
         }
     }
     text
@@ -137,10 +166,19 @@ fn show(image: &MachineImageManifest, packages: bool) -> String {
 async fn verify(images: MachineImages, name: Option<&str>, screen: Screen) -> Result<()> {
     let name = find(&images, name)?.name;
     screen.note(&format!("reading {name} again ..."));
-    let verified = tokio::task::spawn_blocking(move || images.verify(&name, VerifyDepth::Full)).await.or_infrastructure()?;
+    let verified = tokio::task::spawn_blocking(move || images.verify(&name, VerifyDepth::Full))
+        .await
+        .or_infrastructure()?;
     let image = verified.map_err(|error| images_error(&error))?;
-    let value = serde_json::json!({ "name": image.name, "files": image.files.len(), "sound": true });
-    screen.data(&value, || format!("{}: all {} files are what the manifest says", image.name, image.files.len()));
+    let value =
+        serde_json::json!({ "name": image.name, "files": image.files.len(), "sound": true });
+    screen.data(&value, || {
+        format!(
+            "{}: all {} files are what the manifest says",
+            image.name,
+            image.files.len()
+        )
+    });
     Ok(())
 }
 
@@ -178,16 +216,27 @@ mod tests {
         };
         let text = table(&[image], 4_600_000);
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines[1], "ci-0123456789abcdef  1 h ago  412.0 MiB  6.12.43+deb13-clou  v0.33.1   current");
-        assert!(lines.iter().all(|line| line.chars().count() <= super::super::table::WIDTH), "{text}");
+        assert_eq!(
+            lines[1],
+            "ci-0123456789abcdef  1 h ago  412.0 MiB  6.12.43+deb13-clou  v0.33.1   current"
+        );
+        assert!(
+            lines
+                .iter()
+                .all(|line| line.chars().count() <= super::super::table::WIDTH),
+            "{text}"
+        );
         assert!(show(&manifest(), false).contains("baked     1970-01-01 00:16:40 UTC\n"));
     }
 
     #[test]
     fn who_is_to_blame() {
         assert_eq!(images_error(&ImagesError::NoCurrent).exit_code(), 2);
-        let damaged =
-            ImagesError::Damaged { path: "/x".into(), expected: Digest::of(b"a"), found: Digest::of(b"b") };
+        let damaged = ImagesError::Damaged {
+            path: "/x".into(),
+            expected: Digest::of(b"a"),
+            found: Digest::of(b"b"),
+        };
         assert_eq!(images_error(&damaged).exit_code(), 3);
     }
 }

@@ -15,9 +15,17 @@ use crate::show::{Screen, printable};
 
 pub(super) fn run(args: &PlanArgs, screen: Screen) -> Result<u8> {
     check_folder(&args.dir)?;
-    let dockerfile = args.file.as_deref().map(|file| dockerfile_choice(&args.dir, file)).transpose()?;
+    let dockerfile = args
+        .file
+        .as_deref()
+        .map(|file| dockerfile_choice(&args.dir, file))
+        .transpose()?;
     let build_args = source::pairs(&args.build_args, "--build-arg")?;
-    let options = Options { dockerfile, target: args.target.clone(), build_args };
+    let options = Options {
+        dockerfile,
+        target: args.target.clone(),
+        build_args,
+    };
     let bases = Operator::load()?.bases()?;
     let plan = plan(&args.dir, &options, &bases).map_err(plan_error)?;
     screen.data(&plan, || match args.dockerfile {
@@ -33,10 +41,14 @@ pub(super) fn run(args: &PlanArgs, screen: Screen) -> Result<u8> {
 fn check_folder(dir: &Path) -> Result<()> {
     match std::fs::metadata(dir) {
         Ok(meta) if meta.is_dir() => Ok(()),
-        Ok(_) => Err(CliError::usage(format!("{} is not a folder", dir.display())).hint("give the folder with your app")),
-        Err(error) => {
-            Err(CliError::usage(format!("could not read {}: {error}", dir.display())).hint("give the folder with your app"))
-        }
+        Ok(_) => Err(
+            CliError::usage(format!("{} is not a folder", dir.display()))
+                .hint("give the folder with your app"),
+        ),
+        Err(error) => Err(
+            CliError::usage(format!("could not read {}: {error}", dir.display()))
+                .hint("give the folder with your app"),
+        ),
     }
 }
 
@@ -54,7 +66,8 @@ pub(super) fn plan_error(error: PlanError) -> CliError {
 /// When there is no such file, or it cannot be a Dockerfile.
 pub(super) fn dockerfile_choice(dir: &Path, file: &Path) -> Result<DockerfileChoice> {
     let usage = |why: String| {
-        CliError::usage(format!("--file {}: {why}", file.display())).hint("name the Dockerfile to build with")
+        CliError::usage(format!("--file {}: {why}", file.display()))
+            .hint("name the Dockerfile to build with")
     };
     let in_dir = dir.join(file);
     let path = if file.is_file() { file } else { &in_dir };
@@ -71,11 +84,17 @@ pub(super) fn dockerfile_choice(dir: &Path, file: &Path) -> Result<DockerfileCho
     let mut text = String::new();
     let max = DOCKERFILE_BYTES_MAX as u64;
     let opened = File::open(path).map_err(|error| usage(error.to_string()))?;
-    opened.take(max + 1).read_to_string(&mut text).map_err(|error| usage(error.to_string()))?;
+    opened
+        .take(max + 1)
+        .read_to_string(&mut text)
+        .map_err(|error| usage(error.to_string()))?;
     if text.len() as u64 > max {
         return Err(usage(format!("it has more than {max} bytes")));
     }
-    Ok(DockerfileChoice::Text { name: file.display().to_string(), text })
+    Ok(DockerfileChoice::Text {
+        name: file.display().to_string(),
+        text,
+    })
 }
 
 #[cfg(test)]
@@ -95,28 +114,52 @@ mod tests {
         let near = error_of(dir.path());
         assert_eq!((near.class, near.exit_code()), (FailureClass::Usage, 2));
         assert!(near.hints[0].contains("requirements.txt"), "{near:?}");
-        std::fs::write(dir.path().join("Dockerfile"), "FROM example.org/unknown:1\n").expect("write");
+        std::fs::write(
+            dir.path().join("Dockerfile"),
+            "FROM example.org/unknown:1\n",
+        )
+        .expect("write");
         let unknown = error_of(dir.path());
-        assert_eq!((unknown.class, unknown.exit_code()), (FailureClass::Policy, 4));
+        assert_eq!(
+            (unknown.class, unknown.exit_code()),
+            (FailureClass::Policy, 4)
+        );
         let said = format!("{} {:?}", unknown.message, unknown.hints);
-        assert!(said.contains("kiln bases add example.org/unknown:1"), "{said}");
+        assert!(
+            said.contains("kiln bases add example.org/unknown:1"),
+            "{said}"
+        );
     }
 
     #[test]
     fn files_inside_and_outside_the_folder() {
-        let (dir, other) = (tempfile::tempdir().expect("temp dir"), tempfile::tempdir().expect("temp dir"));
+        let (dir, other) = (
+            tempfile::tempdir().expect("temp dir"),
+            tempfile::tempdir().expect("temp dir"),
+        );
         std::fs::create_dir(dir.path().join("deploy")).expect("make");
         std::fs::write(dir.path().join("deploy/Dockerfile"), "FROM a\n").expect("write");
         let inside = DockerfileChoice::InFolder("deploy/Dockerfile".to_owned());
-        for named in [dir.path().join("deploy/Dockerfile"), "deploy/Dockerfile".into()] {
-            assert_eq!(dockerfile_choice(dir.path(), &named).expect("there"), inside);
+        for named in [
+            dir.path().join("deploy/Dockerfile"),
+            "deploy/Dockerfile".into(),
+        ] {
+            assert_eq!(
+                dockerfile_choice(dir.path(), &named).expect("there"),
+                inside
+            );
         }
         let outside = other.path().join("D");
         std::fs::write(&outside, "FROM b\n").expect("write");
         let choice = dockerfile_choice(dir.path(), &outside).expect("there");
         assert!(matches!(choice, DockerfileChoice::Text { text, .. } if text == "FROM b\n"));
         for bad in [dir.path().join("none"), dir.path().join("deploy")] {
-            assert_eq!(dockerfile_choice(dir.path(), &bad).expect_err("no file").exit_code(), 2);
+            assert_eq!(
+                dockerfile_choice(dir.path(), &bad)
+                    .expect_err("no file")
+                    .exit_code(),
+                2
+            );
         }
     }
 }

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use kiln_network::registries::file::{read_text, write_text};
 use kiln_network::registries::probe::HostProbe;
-use kiln_network::registries::{Discovery, MergeError, Registries, Runtime, ask_argv, discover, merge};
+use kiln_network::registries::{
+    Discovery, MergeError, Registries, Runtime, ask_argv, discover, merge,
+};
 use kiln_worker::ask::ask_base;
 use kiln_worker::event::Events;
 use kiln_worker::home::Home;
@@ -38,13 +40,24 @@ pub(super) async fn run(verb: RegistriesCommand, screen: Screen) -> Result<u8> {
                 let _screen_ended = follow.await;
                 match asked {
                     Ok(asked) => registries = asked,
-                    Err(error) => screen.note(&format!("base images cannot be asked: {}", error.message)),
+                    Err(error) => {
+                        screen.note(&format!("base images cannot be asked: {}", error.message))
+                    }
                 }
                 tell_unknown(&registries, &registries_path(&home), screen);
             }
             let path = registries_path(&home);
-            let shown = Shown { path: &path, registries: &registries };
-            screen.data(&shown, || format!("{}wrote {}; you may edit it", table(&registries), path.display()));
+            let shown = Shown {
+                path: &path,
+                registries: &registries,
+            };
+            screen.data(&shown, || {
+                format!(
+                    "{}wrote {}; you may edit it",
+                    table(&registries),
+                    path.display()
+                )
+            });
         }
         RegistriesCommand::Show => show(screen)?,
     }
@@ -67,7 +80,13 @@ fn show(screen: Screen) -> Result<()> {
     };
     // Its own text, so that the operator sees the comments too.
     let text = read_text(&path).or_infrastructure()?.unwrap_or_default();
-    screen.data(&Shown { path: &path, registries }, || format!("# {}\n{text}", path.display()));
+    screen.data(
+        &Shown {
+            path: &path,
+            registries,
+        },
+        || format!("# {}\n{text}", path.display()),
+    );
     Ok(())
 }
 
@@ -92,18 +111,27 @@ pub(super) async fn discover_and_write(home: &Home, screen: Screen) -> Result<Re
 /// As [`discover_and_write`]; a base that cannot be asked is only told.
 pub(super) async fn ask_bases(operator: &Operator, events: &Events) -> Result<Registries> {
     let Some(registries) = &operator.registries else {
-        return Err(CliError::usage("there is no registries.toml yet").hint("run `kiln registries discover`"));
+        return Err(CliError::usage("there is no registries.toml yet")
+            .hint("run `kiln registries discover`"));
     };
     let bases = operator.bases()?;
     let (host, access) = (operator.host().await?, operator.registry().await?);
     let (_, size) = setup::sizes(operator)?;
     let mut answers = Answers::new();
     for runtime in registries.needing_base() {
-        let of = bases.bases.iter().filter(|base| base.build.digest.is_some());
+        let of = bases
+            .bases
+            .iter()
+            .filter(|base| base.build.digest.is_some());
         // Every build base has apt.
         let mut of = of.filter(|base| runtime == Runtime::Debian || base.name == runtime.name());
         let Some(base) = of.next() else { continue };
-        events.note(format!("asking the {} base which registry it uses", base.name)).await;
+        events
+            .note(format!(
+                "asking the {} base which registry it uses",
+                base.name
+            ))
+            .await;
         match ask_base(&host, &access, &base.build, ask_argv(runtime), size, events).await {
             Ok(answer) => drop(answers.insert(runtime, answer)),
             Err(failure) => events.warn(failure.to_string()).await,
@@ -120,7 +148,10 @@ async fn write_discovered(home: &Home, answers: Answers) -> Result<(Registries, 
     let path = registries_path(home);
     let (text, found) = discovered(&path, answers).await?;
     let registries = Registries::parse(&text).or_infrastructure()?;
-    tokio::task::spawn_blocking(move || write_text(&path, &text)).await.or_infrastructure()?.or_infrastructure()?;
+    tokio::task::spawn_blocking(move || write_text(&path, &text))
+        .await
+        .or_infrastructure()?
+        .or_infrastructure()?;
     Ok((registries, found.notes))
 }
 
@@ -130,11 +161,16 @@ async fn discovered(path: &Path, answers: Answers) -> Result<(String, Discovery)
     let path = path.to_owned();
     let work = move || -> Result<(String, Discovery)> {
         let existing = read_text(&path).map_err(|error| CliError::usage(chain(&error)))?;
-        let found = discover(&HostProbe::new(env), &|runtime, _| answers.get(&runtime).cloned());
-        let text = merge(existing.as_deref(), &found.registries).map_err(|error| merge_error(&error, &path))?;
+        let found = discover(&HostProbe::new(env), &|runtime, _| {
+            answers.get(&runtime).cloned()
+        });
+        let text = merge(existing.as_deref(), &found.registries)
+            .map_err(|error| merge_error(&error, &path))?;
         Ok((text, found))
     };
-    tokio::task::spawn_blocking(work).await.or_infrastructure()?
+    tokio::task::spawn_blocking(work)
+        .await
+        .or_infrastructure()?
 }
 
 fn tell_unknown(registries: &Registries, path: &Path, screen: Screen) {
@@ -160,9 +196,15 @@ fn tell(notes: &[String], screen: Screen) {
 fn table(registries: &Registries) -> String {
     let mut table = Table::new(&[left("RUNTIME"), wide("HOSTS"), left("ASKED OF")]);
     for runtime in Runtime::ALL {
-        let Some(section) = registries.runtime.get(&runtime) else { continue };
+        let Some(section) = registries.runtime.get(&runtime) else {
+            continue;
+        };
         let hosts: Vec<String> = section.hosts.iter().map(ToString::to_string).collect();
-        let hosts = if hosts.is_empty() { "not known".to_owned() } else { hosts.join(" ") };
+        let hosts = if hosts.is_empty() {
+            "not known".to_owned()
+        } else {
+            hosts.join(" ")
+        };
         let mut source: String = section.source.chars().take(28).collect();
         if source.len() < section.source.len() {
             source.push('…');
@@ -170,8 +212,15 @@ fn table(registries: &Registries) -> String {
         table.row([runtime.name().to_owned(), hosts, source]);
     }
     let mut text = table.render();
-    for exception in registries.exception.iter().filter(|exception| exception.allow) {
-        text.push_str(&format!("exception: {} may resolve into {}\n", exception.host, exception.range));
+    for exception in registries
+        .exception
+        .iter()
+        .filter(|exception| exception.allow)
+    {
+        text.push_str(&format!(
+            "exception: {} may resolve into {}\n",
+            exception.host, exception.range
+        ));
     }
     text
 }
@@ -187,7 +236,14 @@ mod tests {
         let shown = table(&Registries::parse(text).expect("legal"));
         let lines: Vec<&str> = shown.lines().collect();
         assert_eq!(lines[0], "RUNTIME  HOSTS                   ASKED OF");
-        assert!(lines[1].starts_with("node     npm.example.org:80,443") && lines[1].ends_with("npm config"), "{shown}");
-        assert_eq!(lines[2], "exception: npm.example.org may resolve into 10.0.0.0/8");
+        assert!(
+            lines[1].starts_with("node     npm.example.org:80,443")
+                && lines[1].ends_with("npm config"),
+            "{shown}"
+        );
+        assert_eq!(
+            lines[2],
+            "exception: npm.example.org may resolve into 10.0.0.0/8"
+        );
     }
 }

@@ -27,10 +27,17 @@ pub(super) use port::holder as port_holder;
 /// How often a process that waits for the registry's owner to end looks again.
 const TAKE_OVER_POLL: Duration = Duration::from_millis(500);
 
-pub(super) async fn run(verb: RegistryCommand, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+pub(super) async fn run(
+    verb: RegistryCommand,
+    screen: Screen,
+    cancel: CancellationToken,
+) -> Result<u8> {
     let operator = Operator::load()?;
     match verb {
-        RegistryCommand::Serve { listen, anonymous_pull } => {
+        RegistryCommand::Serve {
+            listen,
+            anonymous_pull,
+        } => {
             let anonymous = anonymous_pull || operator.config.registry.anonymous_pull;
             serve(&operator, listen, anonymous, screen, &cancel).await?;
         }
@@ -44,7 +51,13 @@ pub(super) async fn run(verb: RegistryCommand, screen: Screen, cancel: Cancellat
             }
         }
         RegistryCommand::Gc { grace } => {
-            let collected = operator.registry().await?.host.gc(grace).await.or_infrastructure()?;
+            let collected = operator
+                .registry()
+                .await?
+                .host
+                .gc(grace)
+                .await
+                .or_infrastructure()?;
             screen.data(&collected, || match collected.contents + collected.links {
                 0 => "nothing to remove".to_owned(),
                 _ => format!(
@@ -78,12 +91,19 @@ async fn serve(
     cancel: &CancellationToken,
 ) -> Result<()> {
     if !listen.ip().is_loopback() {
-        return Err(CliError::usage(format!("--listen {listen}: only loopback addresses, because the registry speaks plain HTTP"))
-            .hint("127.0.0.1:5080 is the default"));
+        return Err(CliError::usage(format!(
+            "--listen {listen}: only loopback addresses, because the registry speaks plain HTTP"
+        ))
+        .hint("127.0.0.1:5080 is the default"));
     }
     operator.home.prepare().or_infrastructure()?;
-    let config = HostConfig { loopback: Some(door(listen, anonymous)), ..HostConfig::default() };
-    let registry = HostRegistry::open_or_attach(&operator.home.registry(), config).await.or_infrastructure()?;
+    let config = HostConfig {
+        loopback: Some(door(listen, anonymous)),
+        ..HostConfig::default()
+    };
+    let registry = HostRegistry::open_or_attach(&operator.home.registry(), config)
+        .await
+        .or_infrastructure()?;
     let mut told = None;
     loop {
         let about = registry.about().await.or_infrastructure()?;
@@ -93,11 +113,19 @@ async fn serve(
                 break;
             }
             (true, LoopbackState::Failed(why)) => return Err(not_opened(listen, &why)),
-            (true, LoopbackState::Off) => return Err(not_opened(listen, "the door was not asked for")),
-            (false, LoopbackState::Open(address)) => {
-                format!("kiln process {} serves the registry at {address} already; this one takes over when it ends", about.pid)
+            (true, LoopbackState::Off) => {
+                return Err(not_opened(listen, "the door was not asked for"));
             }
-            (false, _) => format!("kiln process {} uses the registry; it is served when that one ends", about.pid),
+            (false, LoopbackState::Open(address)) => {
+                format!(
+                    "kiln process {} serves the registry at {address} already; this one takes over when it ends",
+                    about.pid
+                )
+            }
+            (false, _) => format!(
+                "kiln process {} uses the registry; it is served when that one ends",
+                about.pid
+            ),
         };
         if told.as_ref() != Some(&waits) {
             screen.note(&waits);
@@ -113,11 +141,16 @@ async fn serve(
 }
 
 fn not_opened(listen: SocketAddr, why: &str) -> CliError {
-    let error = CliError::new(FailureClass::Infrastructure, match port_holder(listen) {
-        Some(holder) => format!("port {} is taken by {holder}", listen.port()),
-        None => why.to_owned(),
-    });
-    error.hint("choose another with --listen 127.0.0.1:PORT, and log in again with the same --address")
+    let error = CliError::new(
+        FailureClass::Infrastructure,
+        match port_holder(listen) {
+            Some(holder) => format!("port {} is taken by {holder}", listen.port()),
+            None => why.to_owned(),
+        },
+    );
+    error.hint(
+        "choose another with --listen 127.0.0.1:PORT, and log in again with the same --address",
+    )
 }
 
 fn tell_served(address: SocketAddr, anonymous: bool, screen: Screen) {
@@ -135,7 +168,8 @@ fn tell_served(address: SocketAddr, anonymous: bool, screen: Screen) {
 }
 
 fn auth_files() -> Result<AuthFiles> {
-    AuthFiles::find(&environment::var).ok_or_else(|| CliError::usage("HOME is not set, so there is no place for credentials"))
+    AuthFiles::find(&environment::var)
+        .ok_or_else(|| CliError::usage("HOME is not set, so there is no place for credentials"))
 }
 
 async fn login(operator: &Operator, address: SocketAddr, screen: Screen) -> Result<()> {
@@ -144,7 +178,11 @@ async fn login(operator: &Operator, address: SocketAddr, screen: Screen) -> Resu
     let written = auth_files()?.login(address, user, secret.reveal())?;
     let value = json!({ "address": address, "user": user, "files": written.files });
     screen.data(&value, || {
-        let files: Vec<String> = written.files.iter().map(|path| format!("  {}\n", path.display())).collect();
+        let files: Vec<String> = written
+            .files
+            .iter()
+            .map(|path| format!("  {}\n", path.display()))
+            .collect();
         format!("wrote the token for {address} into\n{}", files.concat())
     });
     for warning in written.warnings {
@@ -156,12 +194,20 @@ async fn login(operator: &Operator, address: SocketAddr, screen: Screen) -> Resu
 async fn logout(operator: &Operator, screen: Screen) -> Result<()> {
     let mut files = Vec::new();
     if operator.home.registry().is_dir() {
-        let (user, secret) = operator.registry().await?.host.credentials().or_infrastructure()?;
+        let (user, secret) = operator
+            .registry()
+            .await?
+            .host
+            .credentials()
+            .or_infrastructure()?;
         files = auth_files()?.logout(user, secret.reveal())?;
     }
     screen.data(&json!({ "files": files }), || match files.as_slice() {
         [] => "no token of this registry was found".to_owned(),
-        files => files.iter().map(|path| format!("removed the token from {}\n", path.display())).collect(),
+        files => files
+            .iter()
+            .map(|path| format!("removed the token from {}\n", path.display()))
+            .collect(),
     });
     Ok(())
 }
@@ -205,10 +251,18 @@ async fn images_of(host: &HostRegistry, repository: RepoName) -> Result<Vec<Imag
         Err(error) => return Err(CliError::infrastructure(&error)),
     };
     for tag in tags {
-        match host.get_manifest(&repository, &Reference::Tag(tag.clone())).await {
+        match host
+            .get_manifest(&repository, &Reference::Tag(tag.clone()))
+            .await
+        {
             Ok(stored) => {
                 let (digest, bytes) = (stored.digest, bytes_of(&stored.bytes));
-                images.push(Image { repository: repository.clone(), tag, digest, bytes });
+                images.push(Image {
+                    repository: repository.clone(),
+                    tag,
+                    digest,
+                    bytes,
+                });
             }
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(CliError::infrastructure(&error)),
@@ -220,16 +274,32 @@ async fn images_of(host: &HostRegistry, repository: RepoName) -> Result<Vec<Imag
 /// Compressed bytes an image manifest names: config and layers.
 fn bytes_of(manifest: &[u8]) -> u64 {
     let manifest: Value = serde_json::from_slice(manifest).unwrap_or_default();
-    let layers = manifest["layers"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let sizes = layers.iter().chain([&manifest["config"]]).filter_map(|part| part["size"].as_u64());
+    let layers = manifest["layers"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    let sizes = layers
+        .iter()
+        .chain([&manifest["config"]])
+        .filter_map(|part| part["size"].as_u64());
     sizes.fold(0, u64::saturating_add)
 }
 
 fn table(images: &[Image]) -> String {
-    let mut table = Table::new(&[wide("REPOSITORY"), left("TAG"), left("DIGEST"), right("SIZE")]);
+    let mut table = Table::new(&[
+        wide("REPOSITORY"),
+        left("TAG"),
+        left("DIGEST"),
+        right("SIZE"),
+    ]);
     for image in images {
         let tag = image.tag.chars().take(24).collect();
-        table.row([image.repository.to_string(), tag, image.digest.short(12), ByteSize(image.bytes).to_string()]);
+        table.row([
+            image.repository.to_string(),
+            tag,
+            image.digest.short(12),
+            ByteSize(image.bytes).to_string(),
+        ]);
     }
     table.render()
 }
@@ -238,27 +308,43 @@ fn table(images: &[Image]) -> String {
 async fn remove(host: &HostRegistry, wanted: &ImageRef, screen: Screen) -> Result<()> {
     let full = reference::existing(wanted)?;
     if full.repository.starts_with("shared/") {
-        return Err(CliError::new(FailureClass::Policy, format!("{full} is one of kiln's bases"))
-            .hint("`kiln bases bake` replaces them; `kiln uninstall` removes everything"));
+        return Err(CliError::new(
+            FailureClass::Policy,
+            format!("{full} is one of kiln's bases"),
+        )
+        .hint("`kiln bases bake` replaces them; `kiln uninstall` removes everything"));
     }
     let repo: RepoName = full.repository.parse().or_infrastructure()?;
     let missing = |error: kiln_store::host::HostError| match error.is_not_found() {
-        true => CliError::usage(format!("there is no image {full} here")).hint("`kiln registry list` shows what there is"),
+        true => CliError::usage(format!("there is no image {full} here"))
+            .hint("`kiln registry list` shows what there is"),
         false => CliError::infrastructure(&error),
     };
     let named = match (&full.digest, &full.tag) {
         (Some(digest), _) => Reference::Digest(*digest),
-        (None, tag) => tag.as_deref().unwrap_or("latest").parse().or_infrastructure()?,
+        (None, tag) => tag
+            .as_deref()
+            .unwrap_or("latest")
+            .parse()
+            .or_infrastructure()?,
     };
     let digest = host.resolve(&repo, &named).await.map_err(missing)?;
     let mut others = 0;
     for tag in host.list_tags(&repo).await.map_err(missing)? {
         let tag = Reference::Tag(tag);
-        let same = tag != named && host.resolve(&repo, &tag).await.is_ok_and(|other| other == digest);
+        let same = tag != named
+            && host
+                .resolve(&repo, &tag)
+                .await
+                .is_ok_and(|other| other == digest);
         others += usize::from(same);
     }
     let whole = others == 0 || matches!(named, Reference::Digest(_));
-    let gone = if whole { Reference::Digest(digest) } else { named };
+    let gone = if whole {
+        Reference::Digest(digest)
+    } else {
+        named
+    };
     host.delete(&repo, &gone).await.map_err(missing)?;
     let value = json!({ "removed": full, "digest": digest, "image": whole });
     screen.data(&value, || match whole {
@@ -283,12 +369,16 @@ mod tests {
         };
         let text = table(&[image]);
         let digest = Digest::of(b"m").short(12);
-        assert_eq!(text.lines().nth(1), Some(format!("t/local/node-express  latest  {digest}  61.0 MiB").as_str()));
+        assert_eq!(
+            text.lines().nth(1),
+            Some(format!("t/local/node-express  latest  {digest}  61.0 MiB").as_str())
+        );
     }
 
     #[test]
     fn sizes_come_from_the_manifest() {
-        let manifest = json!({"config": {"size": 10}, "layers": [{"size": 5}, {"size": 7}, {}]}).to_string();
+        let manifest =
+            json!({"config": {"size": 10}, "layers": [{"size": 5}, {"size": 7}, {}]}).to_string();
         assert_eq!(bytes_of(manifest.as_bytes()), 22);
         assert_eq!(bytes_of(b"junk"), 0);
     }
@@ -304,19 +394,34 @@ mod tests {
             registries: None,
         };
         let cancel = CancellationToken::new();
-        let error = serve(&operator, address, false, Screen::new(true), &cancel).await.expect_err("taken");
+        let error = serve(&operator, address, false, Screen::new(true), &cancel)
+            .await
+            .expect_err("taken");
         let own = format!("port {} is taken by", address.port());
         assert!(error.message.starts_with(&own), "{error:?}");
-        assert!(error.message.contains(&format!("process {}", std::process::id())), "{error:?}");
+        assert!(
+            error
+                .message
+                .contains(&format!("process {}", std::process::id())),
+            "{error:?}"
+        );
         assert_eq!(error.exit_code(), 3);
         let outside = "192.0.2.1:5080".parse().expect("address");
-        assert_eq!(serve(&operator, outside, false, Screen::new(true), &cancel).await.expect_err("public").exit_code(), 2);
+        assert_eq!(
+            serve(&operator, outside, false, Screen::new(true), &cancel)
+                .await
+                .expect_err("public")
+                .exit_code(),
+            2
+        );
     }
 
     #[tokio::test]
     async fn the_last_tag_takes_the_image_with_it() {
         let dir = tempfile::tempdir().expect("temp dir");
-        let host = HostRegistry::open_or_attach(dir.path(), HostConfig::default()).await.expect("open");
+        let host = HostRegistry::open_or_attach(dir.path(), HostConfig::default())
+            .await
+            .expect("open");
         let repo: RepoName = "t/local/app".parse().expect("name");
         let manifest = json!({
             "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [],
@@ -324,15 +429,35 @@ mod tests {
         let bytes = manifest.to_string().into_bytes();
         let tag = |tag: &str| Reference::Tag(tag.to_owned());
         let media = "application/vnd.oci.image.index.v1+json";
-        host.put_manifest(&repo, &tag("latest"), media, bytes.clone()).await.expect("put");
-        host.tag(&repo, "v1", &Digest::of(&bytes)).await.expect("tag");
+        host.put_manifest(&repo, &tag("latest"), media, bytes.clone())
+            .await
+            .expect("put");
+        host.tag(&repo, "v1", &Digest::of(&bytes))
+            .await
+            .expect("tag");
         let reference = |text: &str| text.parse::<ImageRef>().expect("legal");
-        remove(&host, &reference("app"), Screen::new(true)).await.expect("removes");
+        remove(&host, &reference("app"), Screen::new(true))
+            .await
+            .expect("removes");
         assert!(host.resolve(&repo, &tag("v1")).await.is_ok());
-        let again = remove(&host, &reference("app"), Screen::new(true)).await.expect_err("gone");
+        let again = remove(&host, &reference("app"), Screen::new(true))
+            .await
+            .expect_err("gone");
         assert_eq!(again.exit_code(), 2);
-        remove(&host, &reference("app:v1"), Screen::new(true)).await.expect("removes");
-        assert!(host.resolve(&repo, &Reference::Digest(Digest::of(&bytes))).await.is_err());
-        assert_eq!(remove(&host, &reference("shared/node"), Screen::new(true)).await.expect_err("base").exit_code(), 4);
+        remove(&host, &reference("app:v1"), Screen::new(true))
+            .await
+            .expect("removes");
+        assert!(
+            host.resolve(&repo, &Reference::Digest(Digest::of(&bytes)))
+                .await
+                .is_err()
+        );
+        assert_eq!(
+            remove(&host, &reference("shared/node"), Screen::new(true))
+                .await
+                .expect_err("base")
+                .exit_code(),
+            4
+        );
     }
 }

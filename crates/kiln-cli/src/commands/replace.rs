@@ -18,7 +18,11 @@ pub(crate) fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> 
     // A left-over of a killed process with the same number may have another mode.
     let _absent = fs::remove_file(&beside);
     let write = || -> io::Result<()> {
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .open(&beside)?;
         file.write_all(content)?;
         file.sync_all()?;
         fs::rename(&beside, &path)?;
@@ -45,7 +49,10 @@ mod tests {
         replace(&link, b"new", 0o600).expect("replaces");
         assert_eq!(fs::read(&real).expect("read"), b"new");
         assert!(fs::symlink_metadata(&link).expect("there").is_symlink());
-        assert_eq!(fs::metadata(&real).expect("there").permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(&real).expect("there").permissions().mode() & 0o777,
+            0o600
+        );
         assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 2);
         assert!(replace(&dir.path().join("no/such"), b"", 0o600).is_err());
     }

@@ -48,7 +48,10 @@ pub(crate) struct Table {
 impl Table {
     /// No rows yet.
     pub(crate) fn new(columns: &[Column]) -> Self {
-        Self { columns: columns.to_vec(), rows: Vec::new() }
+        Self {
+            columns: columns.to_vec(),
+            rows: Vec::new(),
+        }
     }
 
     /// Adds a row: one cell per column. Cells are untrusted text.
@@ -61,7 +64,11 @@ impl Table {
     pub(crate) fn render(&self) -> String {
         let widths = self.widths();
         let mut out = String::new();
-        let headings: Vec<String> = self.columns.iter().map(|column| column.0.to_owned()).collect();
+        let headings: Vec<String> = self
+            .columns
+            .iter()
+            .map(|column| column.0.to_owned())
+            .collect();
         for row in std::iter::once(&headings).chain(&self.rows) {
             let cells = self.columns.iter().zip(&widths).zip(row);
             let line: Vec<String> = cells
@@ -84,7 +91,10 @@ impl Table {
         };
         let mut widths: Vec<usize> = (0..self.columns.len()).map(width_of).collect();
         let total = widths.iter().sum::<usize>() + GAP.len() * widths.len().saturating_sub(1);
-        let flexible = self.columns.iter().position(|column| column.1 == Kind::Wide);
+        let flexible = self
+            .columns
+            .iter()
+            .position(|column| column.1 == Kind::Wide);
         if let Some(index) = flexible
             && total > WIDTH
         {
@@ -115,7 +125,12 @@ impl Facts {
 
     /// As text, with a line end.
     pub(crate) fn render(&self) -> String {
-        let width = self.0.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+        let width = self
+            .0
+            .iter()
+            .map(|(name, _)| name.chars().count())
+            .max()
+            .unwrap_or(0);
         let mut out = String::new();
         for (name, value) in &self.0 {
             for (index, line) in value.lines().enumerate() {

@@ -6,7 +6,9 @@ use std::time::Duration;
 use kiln_core::{ByteSize, Digest, TenantName};
 use kiln_image::bake::MachineImages;
 use kiln_image::heads::{Head, HeadStore, SHARED};
-use kiln_machine::template::{Listed, PrunePolicy, PruneReport, Purpose, TEMPLATE_FORMAT, TemplateStore};
+use kiln_machine::template::{
+    Listed, PrunePolicy, PruneReport, Purpose, TEMPLATE_FORMAT, TemplateStore,
+};
 use kiln_worker::event::Events;
 use kiln_worker::home::Home;
 use kiln_worker::host::now_unix_ms;
@@ -23,7 +25,11 @@ use crate::show::Screen;
 /// A template that nobody used for this long goes.
 pub(super) const UNUSED_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
-pub(super) async fn run(verb: TemplateCommand, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+pub(super) async fn run(
+    verb: TemplateCommand,
+    screen: Screen,
+    cancel: CancellationToken,
+) -> Result<u8> {
     let operator = Operator::load()?;
     match verb {
         TemplateCommand::Prepare => {
@@ -44,10 +50,13 @@ pub(super) async fn run(verb: TemplateCommand, screen: Screen, cancel: Cancellat
                 Some(store) => prune(&operator.home, &store, all)?,
                 None => PruneReport::default(),
             };
-            screen.data(&json!({ "removed": report.removed, "bytes": report.bytes }), || match report.removed.len() {
-                0 => "nothing to remove".to_owned(),
-                count => format!("removed {count}, {} freed", ByteSize(report.bytes)),
-            });
+            screen.data(
+                &json!({ "removed": report.removed, "bytes": report.bytes }),
+                || match report.removed.len() {
+                    0 => "nothing to remove".to_owned(),
+                    count => format!("removed {count}, {} freed", ByteSize(report.bytes)),
+                },
+            );
         }
     }
     Ok(0)
@@ -57,13 +66,25 @@ pub(super) async fn run(verb: TemplateCommand, screen: Screen, cancel: Cancellat
 async fn prepare(operator: &Operator, events: &Events) -> Result<()> {
     let host = operator.host().await?;
     let (run, build) = setup::sizes(operator)?;
-    let mut heads: Vec<Head> = host.heads.current(SHARED).or_infrastructure()?.into_iter().collect();
-    let forked = host.heads.to_fork(TenantName::local().as_str(), &host.image.buildkit).or_infrastructure()?;
+    let mut heads: Vec<Head> = host
+        .heads
+        .current(SHARED)
+        .or_infrastructure()?
+        .into_iter()
+        .collect();
+    let forked = host
+        .heads
+        .to_fork(TenantName::local().as_str(), &host.image.buildkit)
+        .or_infrastructure()?;
     heads.extend(forked.filter(|head| head.scope != SHARED));
     if heads.is_empty() {
-        events.warn("there is no cache head yet, so builds start slowly; `kiln setup` makes one").await;
+        events
+            .warn("there is no cache head yet, so builds start slowly; `kiln setup` makes one")
+            .await;
     }
-    kiln_worker::setup::templates(&host, run, build, &heads, events).await.map_err(CliError::from_failure)
+    kiln_worker::setup::templates(&host, run, build, &heads, events)
+        .await
+        .map_err(CliError::from_failure)
 }
 
 /// The store, when there is one: looking makes nothing.
@@ -83,16 +104,29 @@ struct Now {
 
 impl Now {
     fn of(home: &Home) -> Result<Self> {
-        let image = MachineImages::new(home.images()).current().ok().map(|manifest| manifest.content);
+        let image = MachineImages::new(home.images())
+            .current()
+            .ok()
+            .map(|manifest| manifest.content);
         let heads = match home.heads().is_dir() {
-            true => HeadStore::open(&home.heads()).and_then(|store| store.list()).or_infrastructure()?,
+            true => HeadStore::open(&home.heads())
+                .and_then(|store| store.list())
+                .or_infrastructure()?,
             false => Vec::new(),
         };
         // Only the top of each chain is forked.
-        let below: HashSet<String> = heads.iter().filter_map(|head| head.parent.clone()).collect();
+        let below: HashSet<String> = heads
+            .iter()
+            .filter_map(|head| head.parent.clone())
+            .collect();
         let shared = |head: &Head| head.scope == SHARED;
-        let tops = heads.into_iter().filter(|head| shared(head) || !below.contains(&head.id));
-        Ok(Self { image, heads: tops.map(|head| head.id).collect() })
+        let tops = heads
+            .into_iter()
+            .filter(|head| shared(head) || !below.contains(&head.id));
+        Ok(Self {
+            image,
+            heads: tops.map(|head| head.id).collect(),
+        })
     }
 
     fn needs(&self, template: &Listed) -> bool {
@@ -111,11 +145,19 @@ pub(super) fn prune(home: &Home, store: &TemplateStore, all: bool) -> Result<Pru
     if !all {
         let now = Now::of(home)?;
         let listed = store.list().or_infrastructure()?;
-        let stale: Vec<String> =
-            listed.into_iter().filter(|template| !now.needs(template)).map(|template| template.id).collect();
+        let stale: Vec<String> = listed
+            .into_iter()
+            .filter(|template| !now.needs(template))
+            .map(|template| template.id)
+            .collect();
         report = store.remove_unused(&stale).or_infrastructure()?;
     }
-    let rest = store.prune(PrunePolicy { bytes_max, unused_max: UNUSED_MAX }).or_infrastructure()?;
+    let rest = store
+        .prune(PrunePolicy {
+            bytes_max,
+            unused_max: UNUSED_MAX,
+        })
+        .or_infrastructure()?;
     report.bytes += rest.bytes;
     report.removed.extend(rest.removed);
     Ok(report)
@@ -127,7 +169,9 @@ fn list(home: &Home, screen: Screen) -> Result<()> {
         None => Vec::new(),
     };
     if all.is_empty() {
-        screen.note("no templates yet; `kiln template prepare` makes them, and so does the first job");
+        screen.note(
+            "no templates yet; `kiln template prepare` makes them, and so does the first job",
+        );
         return Ok(());
     }
     let now = Now::of(home)?;
@@ -146,7 +190,15 @@ fn list(home: &Home, screen: Screen) -> Result<()> {
 }
 
 fn table(all: &[Listed], current: impl Fn(&Listed) -> bool, now_unix_ms: u64) -> String {
-    let columns = [left("ID"), left("FOR"), right("CPUS"), right("MEMORY"), right("DISK"), left("USED"), left("STATE")];
+    let columns = [
+        left("ID"),
+        left("FOR"),
+        right("CPUS"),
+        right("MEMORY"),
+        right("DISK"),
+        left("USED"),
+        left("STATE"),
+    ];
     let mut table = Table::new(&columns);
     for one in all {
         let (purpose, cpus, memory) = match &one.key {
@@ -155,7 +207,9 @@ fn table(all: &[Listed], current: impl Fn(&Listed) -> bool, now_unix_ms: u64) ->
                 let purpose = match (key.purpose, key.heads.first()) {
                     (Purpose::Run, _) => "run".to_owned(),
                     (Purpose::Build, None) => "build".to_owned(),
-                    (Purpose::Build, Some((_, head))) => format!("build on {}", head.get(..8).unwrap_or(head)),
+                    (Purpose::Build, Some((_, head))) => {
+                        format!("build on {}", head.get(..8).unwrap_or(head))
+                    }
                 };
                 (purpose, key.cpus.to_string(), key.memory.to_string())
             }
@@ -167,7 +221,15 @@ fn table(all: &[Listed], current: impl Fn(&Listed) -> bool, now_unix_ms: u64) ->
         };
         let used = when::ago(when::unix_ms(one.used), now_unix_ms);
         let id = one.id.get(..12).unwrap_or(&one.id).to_owned();
-        table.row([id, purpose, cpus, memory, ByteSize(one.bytes).to_string(), used, state.to_owned()]);
+        table.row([
+            id,
+            purpose,
+            cpus,
+            memory,
+            ByteSize(one.bytes).to_string(),
+            used,
+            state.to_owned(),
+        ]);
     }
     table.render()
 }
@@ -190,7 +252,10 @@ mod tests {
             cpus: 2,
             memory: ByteSize::gib(2),
             disks: Vec::new(),
-            heads: heads.iter().map(|head| (DiskRole::State, (*head).to_owned())).collect(),
+            heads: heads
+                .iter()
+                .map(|head| (DiskRole::State, (*head).to_owned()))
+                .collect(),
         };
         Listed {
             id: key.id(),
@@ -204,12 +269,18 @@ mod tests {
     #[test]
     fn templates_of_other_images_and_heads_are_stale() {
         let head = "a".repeat(32);
-        let now = Now { image: Some(Digest::of(b"now")), heads: [head.clone()].into() };
+        let now = Now {
+            image: Some(Digest::of(b"now")),
+            heads: [head.clone()].into(),
+        };
         assert!(now.needs(&listed(b"now", &[&head])));
         assert!(now.needs(&listed(b"now", &[])));
         assert!(!now.needs(&listed(b"old", &[])));
         assert!(!now.needs(&listed(b"now", &["gone"])));
-        assert!(!now.needs(&Listed { key: None, ..listed(b"now", &[]) }));
+        assert!(!now.needs(&Listed {
+            key: None,
+            ..listed(b"now", &[])
+        }));
     }
 
     #[test]
@@ -220,7 +291,10 @@ mod tests {
         let line = text.lines().nth(1).expect("a row");
         let rest = "build on aaaaaaaa     2  2.0 GiB  300.0 MiB  1 min ago  ready";
         assert_eq!(line, format!("{}  {rest}", &id[..12]));
-        assert!(text.lines().all(|line| line.chars().count() <= super::super::table::WIDTH));
+        assert!(
+            text.lines()
+                .all(|line| line.chars().count() <= super::super::table::WIDTH)
+        );
     }
 
     #[test]

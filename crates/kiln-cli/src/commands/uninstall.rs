@@ -21,8 +21,20 @@ use crate::show::Screen;
 
 /// What kiln writes into its data directory. A `KILN_HOME` may be a directory that holds other things too.
 const DATA: [&str; 14] = [
-    "images", "heads", "templates", "machines", "ledger", "registry", "jobs", "unpacked", "bake", "bench", "probe.json",
-    "bases.json", "version.json", "guest",
+    "images",
+    "heads",
+    "templates",
+    "machines",
+    "ledger",
+    "registry",
+    "jobs",
+    "unpacked",
+    "bake",
+    "bench",
+    "probe.json",
+    "bases.json",
+    "version.json",
+    "guest",
 ];
 /// What kiln writes into its cache directory.
 const CACHE: [&str; 2] = ["bake", "downloads"];
@@ -50,15 +62,23 @@ pub(super) async fn run(args: &UninstallArgs, screen: Screen) -> Result<u8> {
     // Taken now and held to the end, so that no other kiln process begins to use what goes.
     let _store = own_registry(&home)?;
     forget_tokens(&home, screen);
-    let work = { let home = home.clone(); move || remove(&home, &doomed) };
-    let removed = tokio::task::spawn_blocking(work).await.or_infrastructure()??;
+    let work = {
+        let home = home.clone();
+        move || remove(&home, &doomed)
+    };
+    let removed = tokio::task::spawn_blocking(work)
+        .await
+        .or_infrastructure()??;
     let bytes: u64 = removed.iter().map(|one| one.bytes).sum();
     let left = leftovers(&home);
     screen.data(&json!({ "removed": removed, "left": left }), || {
         format!("removed {} ({} freed)", listed(&removed), ByteSize(bytes))
     });
     for path in left {
-        screen.note(&format!("{} is not empty: what is left there is not kiln's", path.display()));
+        screen.note(&format!(
+            "{} is not empty: what is left there is not kiln's",
+            path.display()
+        ));
     }
     Ok(0)
 }
@@ -70,7 +90,11 @@ fn is_whole(dir: &Path, home: &Home) -> bool {
 
 fn doomed(home: &Home) -> Vec<Doomed> {
     let mut paths = Vec::new();
-    let dirs: [(&PathBuf, &[&str]); 3] = [(&home.cache, &CACHE), (&home.config, &CONFIG), (&home.data, &DATA)];
+    let dirs: [(&PathBuf, &[&str]); 3] = [
+        (&home.cache, &CACHE),
+        (&home.config, &CONFIG),
+        (&home.data, &DATA),
+    ];
     for (dir, names) in dirs {
         if is_whole(dir, home) {
             paths.push(dir.clone());
@@ -78,12 +102,22 @@ fn doomed(home: &Home) -> Vec<Doomed> {
             paths.extend(names.iter().map(|name| dir.join(name)));
         }
     }
-    let there = paths.into_iter().filter(|path| fs::symlink_metadata(path).is_ok());
-    there.map(|path| Doomed { bytes: disk_use::of(&path), path }).collect()
+    let there = paths
+        .into_iter()
+        .filter(|path| fs::symlink_metadata(path).is_ok());
+    there
+        .map(|path| Doomed {
+            bytes: disk_use::of(&path),
+            path,
+        })
+        .collect()
 }
 
 fn listed(doomed: &[Doomed]) -> String {
-    let paths: Vec<String> = doomed.iter().map(|one| one.path.display().to_string()).collect();
+    let paths: Vec<String> = doomed
+        .iter()
+        .map(|one| one.path.display().to_string())
+        .collect();
     paths.join(", ")
 }
 
@@ -92,20 +126,30 @@ fn refuse_while_used(home: &Home) -> Result<()> {
     if home.data.join("machines").is_dir() {
         let report = reap_home(&home.data);
         if let Some(leak) = report.leaks.first() {
-            return Err(CliError::new(FailureClass::Infrastructure, format!("a dead machine could not be removed: {leak}")));
+            return Err(CliError::new(
+                FailureClass::Infrastructure,
+                format!("a dead machine could not be removed: {leak}"),
+            ));
         }
     }
     let machines = live_machines(home);
     if !machines.is_empty() {
-        return Err(CliError::usage(format!("{} machines are running: {}", machines.len(), machines.join(", ")))
-            .hint("end the kiln commands that use them, then try again"));
+        return Err(CliError::usage(format!(
+            "{} machines are running: {}",
+            machines.len(),
+            machines.join(", ")
+        ))
+        .hint("end the kiln commands that use them, then try again"));
     }
     Ok(())
 }
 
 /// Directories of machines that the reaper left: their owners live.
 fn live_machines(home: &Home) -> Vec<String> {
-    let entries = fs::read_dir(home.data.join("machines")).into_iter().flatten().flatten();
+    let entries = fs::read_dir(home.data.join("machines"))
+        .into_iter()
+        .flatten()
+        .flatten();
     let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
     let names = dirs.map(|entry| entry.file_name().to_string_lossy().into_owned());
     names.filter(|name| !name.starts_with('.')).collect()
@@ -117,8 +161,10 @@ fn own_registry(home: &Home) -> Result<Option<Store>> {
     }
     match Store::open(&home.registry(), StoreConfig::default()) {
         Ok(store) => Ok(Some(store)),
-        Err(OpenError::Owned { .. }) => Err(CliError::usage("another kiln process uses the registry")
-            .hint("end it (`kiln registry serve`, `kiln build` or `kiln run`), then try again")),
+        Err(OpenError::Owned { .. }) => {
+            Err(CliError::usage("another kiln process uses the registry")
+                .hint("end it (`kiln registry serve`, `kiln build` or `kiln run`), then try again"))
+        }
         // Damaged or of a newer kiln: nobody uses it, and it may go.
         Err(_) => Ok(None),
     }
@@ -126,8 +172,12 @@ fn own_registry(home: &Home) -> Result<Option<Store>> {
 
 /// The registry's token is worth nothing once the registry is gone; it should not stay in the user's files.
 fn forget_tokens(home: &Home, screen: Screen) {
-    let Ok(secret) = Secret::load(&home.registry().join("token")) else { return };
-    let Some(files) = AuthFiles::find(&environment::var) else { return };
+    let Ok(secret) = Secret::load(&home.registry().join("token")) else {
+        return;
+    };
+    let Some(files) = AuthFiles::find(&environment::var) else {
+        return;
+    };
     match files.logout(kiln_store::registry::loopback::USER, secret.reveal()) {
         Ok(changed) => {
             for path in changed {
@@ -139,9 +189,16 @@ fn forget_tokens(home: &Home, screen: Screen) {
 }
 
 async fn confirm(doomed: &[Doomed], screen: Screen) -> Result<()> {
-    let not_yes = || CliError::usage("nothing was removed").hint("say `kiln uninstall --yes` to remove it without asking");
+    let not_yes = || {
+        CliError::usage("nothing was removed")
+            .hint("say `kiln uninstall --yes` to remove it without asking")
+    };
     for one in doomed {
-        screen.note(&format!("  {}  {}", one.path.display(), ByteSize(one.bytes)));
+        screen.note(&format!(
+            "  {}  {}",
+            one.path.display(),
+            ByteSize(one.bytes)
+        ));
     }
     if screen.json() || !io::stdin().is_terminal() {
         return Err(not_yes());
@@ -152,17 +209,27 @@ async fn confirm(doomed: &[Doomed], screen: Screen) -> Result<()> {
         io::stdin().read_line(&mut line).map(|_| line)
     });
     let answer = answer.await.or_infrastructure()?.or_infrastructure()?;
-    if answer.trim().eq_ignore_ascii_case("yes") { Ok(()) } else { Err(not_yes()) }
+    if answer.trim().eq_ignore_ascii_case("yes") {
+        Ok(())
+    } else {
+        Err(not_yes())
+    }
 }
 
 fn remove(home: &Home, doomed: &[Doomed]) -> Result<Vec<Doomed>> {
     let mut removed = Vec::new();
     for one in doomed {
         remove_path(&one.path).map_err(|why| {
-            CliError::new(FailureClass::Infrastructure, format!("could not remove {}: {why}", one.path.display()))
-                .hint("what was not removed is still listed by `kiln uninstall`")
+            CliError::new(
+                FailureClass::Infrastructure,
+                format!("could not remove {}: {why}", one.path.display()),
+            )
+            .hint("what was not removed is still listed by `kiln uninstall`")
         })?;
-        removed.push(Doomed { path: one.path.clone(), bytes: one.bytes });
+        removed.push(Doomed {
+            path: one.path.clone(),
+            bytes: one.bytes,
+        });
     }
     for dir in [&home.cache, &home.config, &home.data] {
         // Fails when something that is not ours is in it, and that is right.
@@ -183,7 +250,9 @@ fn remove_path(path: &Path) -> std::result::Result<(), String> {
 
 /// Directories of kiln that still hold something.
 fn leftovers(home: &Home) -> Vec<PathBuf> {
-    let dirs = [&home.data, &home.cache, &home.config].into_iter().filter(|dir| dir.is_dir());
+    let dirs = [&home.data, &home.cache, &home.config]
+        .into_iter()
+        .filter(|dir| dir.is_dir());
     dirs.cloned().collect()
 }
 
@@ -208,7 +277,11 @@ mod tests {
         remove(&home, &doomed(&home)).expect("removes");
         let left: Vec<PathBuf> = leftovers(&home);
         assert_eq!(left, [home.data.clone(), home.config.clone()]);
-        let mut names: Vec<_> = fs::read_dir(dir.path()).expect("list").flatten().map(|e| e.file_name()).collect();
+        let mut names: Vec<_> = fs::read_dir(dir.path())
+            .expect("list")
+            .flatten()
+            .map(|e| e.file_name())
+            .collect();
         names.sort();
         assert_eq!(names, ["config", "thesis.tex"]);
         assert!(doomed(&home).is_empty());
@@ -218,7 +291,11 @@ mod tests {
     fn the_xdg_directories_go_whole_and_their_parents_stay() {
         let dir = tempfile::tempdir().expect("temp dir");
         let below = |name: &str| dir.path().join(name).join("kiln");
-        let home = Home { data: below("share"), cache: below("cache"), config: below("config") };
+        let home = Home {
+            data: below("share"),
+            cache: below("cache"),
+            config: below("config"),
+        };
         fill(&home);
         fs::write(home.data.join("anything"), "").expect("write");
         assert_eq!(doomed(&home).len(), 3);
@@ -229,7 +306,10 @@ mod tests {
 
     #[test]
     fn a_link_goes_and_what_it_points_at_stays() {
-        let (dir, other) = (tempfile::tempdir().expect("temp dir"), tempfile::tempdir().expect("temp dir"));
+        let (dir, other) = (
+            tempfile::tempdir().expect("temp dir"),
+            tempfile::tempdir().expect("temp dir"),
+        );
         let home = Home::below(dir.path());
         fill(&home);
         fs::write(other.path().join("keep"), "").expect("write");
@@ -244,7 +324,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("temp dir");
         let home = Home::below(dir.path());
         fill(&home);
-        let machine = MachineDir::create(&home.data, &"b1-1-build".parse().expect("name"), "sim").expect("machine");
+        let machine = MachineDir::create(&home.data, &"b1-1-build".parse().expect("name"), "sim")
+            .expect("machine");
         let error = refuse_while_used(&home).expect_err("a live machine");
         assert!(error.message.contains("b1-1-build"), "{error:?}");
         assert_eq!(error.exit_code(), 2);

@@ -28,16 +28,23 @@ pub(crate) fn span(ms: u64) -> String {
 
 /// `2031-05-04 13:02:11`, in UTC.
 pub(crate) fn stamp(unix_ms: u64) -> String {
-    let time = i64::try_from(unix_ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
+    let time = i64::try_from(unix_ms)
+        .ok()
+        .and_then(|ms| Timestamp::from_millisecond(ms).ok());
     match time {
-        Some(time) => time.to_zoned(TimeZone::UTC).strftime("%Y-%m-%d %H:%M:%S UTC").to_string(),
+        Some(time) => time
+            .to_zoned(TimeZone::UTC)
+            .strftime("%Y-%m-%d %H:%M:%S UTC")
+            .to_string(),
         None => "unknown".to_owned(),
     }
 }
 
 /// Milliseconds since the Unix epoch of a file's time.
 pub(crate) fn unix_ms(time: std::time::SystemTime) -> u64 {
-    let since = time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let since = time
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -48,13 +55,22 @@ mod tests {
     #[test]
     fn words_for_times() {
         let now = 1_000_000_000;
-        for (age_s, words) in
-            [(0, "just now"), (59, "59 s ago"), (60, "1 min ago"), (7300, "2 h ago"), (260_000, "3 d ago")]
-        {
+        for (age_s, words) in [
+            (0, "just now"),
+            (59, "59 s ago"),
+            (60, "1 min ago"),
+            (7300, "2 h ago"),
+            (260_000, "3 d ago"),
+        ] {
             assert_eq!(ago(now - age_s * 1000, now), words);
         }
         assert_eq!(ago(now + 5000, now), "just now");
-        for (ms, words) in [(85, "85 ms"), (4_250, "4.2 s"), (185_000, "3 min 05 s"), (7_800_000, "2 h 10 min")] {
+        for (ms, words) in [
+            (85, "85 ms"),
+            (4_250, "4.2 s"),
+            (185_000, "3 min 05 s"),
+            (7_800_000, "2 h 10 min"),
+        ] {
             assert_eq!(span(ms), words);
         }
         assert_eq!(stamp(1_700_000_000_000), "2023-11-14 22:13:20 UTC");

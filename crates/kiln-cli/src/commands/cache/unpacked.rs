@@ -53,7 +53,12 @@ pub(in crate::commands) fn list(root: &Path) -> io::Result<Vec<Unpacked>> {
         let is_digest = name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit());
         if is_digest && entry.path().is_dir() {
             let dir = entry.path();
-            all.push(Unpacked { manifest: name, bytes: disk_use::of(&dir), used: used(&dir), dir });
+            all.push(Unpacked {
+                manifest: name,
+                bytes: disk_use::of(&dir),
+                used: used(&dir),
+                dir,
+            });
         }
     }
     all.sort_by_key(|one| one.used);
@@ -94,13 +99,18 @@ impl Unpacked {
 
     /// Reads the disk again; the reason when it is not what its record says.
     pub(in crate::commands) fn verify(&self) -> Result<(), String> {
-        let text = fs::read(self.dir.join("meta.json")).map_err(|error| format!("meta.json: {error}"))?;
-        let meta: Meta = serde_json::from_slice(&text).map_err(|error| format!("meta.json: {error}"))?;
+        let text =
+            fs::read(self.dir.join("meta.json")).map_err(|error| format!("meta.json: {error}"))?;
+        let meta: Meta =
+            serde_json::from_slice(&text).map_err(|error| format!("meta.json: {error}"))?;
         let disk = File::open(self.dir.join("disk")).map_err(|error| format!("disk: {error}"))?;
         let (digest, bytes) = Digest::of_reader(disk).map_err(|error| format!("disk: {error}"))?;
         match (digest, bytes) == (meta.disk, meta.bytes) {
             true => Ok(()),
-            false => Err(format!("its disk is {digest}, the record says {}", meta.disk)),
+            false => Err(format!(
+                "its disk is {digest}, the record says {}",
+                meta.disk
+            )),
         }
     }
 }
@@ -118,13 +128,18 @@ fn remove_unfinished(root: &Path, digits: &str) -> io::Result<()> {
 
 /// Removes those whose manifest nobody names; gives how many, and their bytes.
 pub(super) fn prune_unreferenced(root: &Path, named: &HashSet<String>) -> io::Result<(usize, u64)> {
-    let idle = list(root)?.into_iter().filter(|one| !named.contains(&one.manifest) && !one.is_recent());
+    let idle = list(root)?
+        .into_iter()
+        .filter(|one| !named.contains(&one.manifest) && !one.is_recent());
     remove_all(idle, u64::MAX)
 }
 
 /// Removes the least recently used until this many bytes are free; gives how many, and their bytes.
 pub(super) fn prune_oldest(root: &Path, wanted: u64) -> io::Result<(usize, u64)> {
-    remove_all(list(root)?.into_iter().filter(|one| !one.is_recent()), wanted)
+    remove_all(
+        list(root)?.into_iter().filter(|one| !one.is_recent()),
+        wanted,
+    )
 }
 
 fn remove_all(all: impl Iterator<Item = Unpacked>, wanted: u64) -> io::Result<(usize, u64)> {
@@ -156,9 +171,14 @@ mod tests {
         fs::write(dir.join("meta.json"), meta.to_string()).expect("write");
         let then = SystemTime::now() - age;
         for name in ["disk", "meta.json"] {
-            let file = File::options().write(true).open(dir.join(name)).expect("open");
+            let file = File::options()
+                .write(true)
+                .open(dir.join(name))
+                .expect("open");
             let times = fs::FileTimes::new().set_accessed(then).set_modified(then);
-            file.sync_all().and_then(|()| file.set_times(times)).expect("set");
+            file.sync_all()
+                .and_then(|()| file.set_times(times))
+                .expect("set");
         }
         hex
     }
@@ -168,9 +188,17 @@ mod tests {
         let dir = tempfile::tempdir().expect("temp dir");
         let root = dir.path();
         let hour = Duration::from_secs(3600);
-        let (old, older, orphan, fresh) =
-            (unpack(root, "a", hour), unpack(root, "b", 2 * hour), unpack(root, "c", hour), unpack(root, "d", Duration::ZERO));
-        let order: Vec<String> = list(root).expect("lists").into_iter().map(|one| one.manifest).collect();
+        let (old, older, orphan, fresh) = (
+            unpack(root, "a", hour),
+            unpack(root, "b", 2 * hour),
+            unpack(root, "c", hour),
+            unpack(root, "d", Duration::ZERO),
+        );
+        let order: Vec<String> = list(root)
+            .expect("lists")
+            .into_iter()
+            .map(|one| one.manifest)
+            .collect();
         assert_eq!((order.first(), order.last()), (Some(&older), Some(&fresh)));
         let named: HashSet<String> = [old.clone(), older.clone()].into();
         assert_eq!(prune_unreferenced(root, &named).expect("prunes").0, 1);
@@ -190,7 +218,11 @@ mod tests {
         assert_eq!(prune_oldest(dir.path(), 1).expect("nothing").0, 0);
         drop(lock);
         assert_eq!(prune_oldest(dir.path(), 1).expect("removes").0, 1);
-        assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 1, "the lock file alone");
+        assert_eq!(
+            fs::read_dir(dir.path()).expect("list").count(),
+            1,
+            "the lock file alone"
+        );
     }
 
     #[test]
@@ -202,6 +234,10 @@ mod tests {
         let mut bytes = fs::read(dir.path().join(&hex).join("disk")).expect("read");
         bytes[1000] ^= 1;
         fs::write(dir.path().join(&hex).join("disk"), bytes).expect("write");
-        assert!(one.verify().expect_err("damaged").contains("the record says"));
+        assert!(
+            one.verify()
+                .expect_err("damaged")
+                .contains("the record says")
+        );
     }
 }

@@ -36,17 +36,24 @@ pub(super) async fn machines(home: &Home) -> Vec<Check> {
         // Verified first: a damaged kernel must not decide about KVM.
         Ok(_) => {
             let home = home.clone();
-            let opened = tokio::task::spawn_blocking(move || CurrentImage::open(&home).ok().map(|image| image.boot));
+            let opened = tokio::task::spawn_blocking(move || {
+                CurrentImage::open(&home).ok().map(|image| image.boot)
+            });
             opened.await.ok().flatten()
         }
         Err(_) => None,
     };
-    let config = QemuConfig { probe_boot: boot, ..QemuConfig::new(&home.data) };
+    let config = QemuConfig {
+        probe_boot: boot,
+        ..QemuConfig::new(&home.data)
+    };
     match QemuDriver::new(config) {
         Ok(driver) => driver.probe().await.checks,
         Err(error) => {
             let hint = match &error {
-                LaunchError::Vmm { .. } => "install QEMU 8.2 or newer: apt-get install qemu-system-x86 qemu-utils",
+                LaunchError::Vmm { .. } => {
+                    "install QEMU 8.2 or newer: apt-get install qemu-system-x86 qemu-utils"
+                }
                 _ => "see above",
             };
             let mut checks = vec![fail("qemu", chain(&error), hint)];
@@ -71,8 +78,15 @@ pub(super) async fn computer(home: &Home) -> Vec<Check> {
 fn memory(home: &Home) -> Check {
     let cpus = super::super::host_cpus();
     let total = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| ByteSize(kib << 10))
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:"))?;
+        line.trim()
+            .strip_suffix("kB")?
+            .trim()
+            .parse::<u64>()
+            .ok()
+            .map(|kib| ByteSize(kib << 10))
     });
     let Some(total) = total else {
         return fail("memory", "/proc/meminfo cannot be read", "mount /proc");
@@ -82,26 +96,37 @@ fn memory(home: &Home) -> Check {
     match (Host::open_ledger(home), room >= MEMORY_LOW) {
         (Err(error), _) => fail("memory", error.to_string(), "mount /proc"),
         (Ok(_), true) => pass("memory", found),
-        (Ok(_), false) => warn("memory", found, "builds ask for 2 GiB by default: set limits.build_memory in kiln.toml lower"),
+        (Ok(_), false) => warn(
+            "memory",
+            found,
+            "builds ask for 2 GiB by default: set limits.build_memory in kiln.toml lower",
+        ),
     }
 }
 
 /// The nearest directory that exists: the home itself may not be made yet.
 fn existing(path: &Path) -> &Path {
-    path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
+    path.ancestors()
+        .find(|path| path.exists())
+        .unwrap_or(Path::new("/"))
 }
 
 fn disk(data: &Path) -> Check {
     let at = existing(data);
     match rustix::fs::statvfs(at) {
         Ok(stat) => disk_verdict(ByteSize(stat.f_bavail.saturating_mul(stat.f_frsize)), at),
-        Err(error) => fail("disk", format!("{}: {error}", at.display()), "set KILN_HOME to a directory on a disk"),
+        Err(error) => fail(
+            "disk",
+            format!("{}: {error}", at.display()),
+            "set KILN_HOME to a directory on a disk",
+        ),
     }
 }
 
 fn disk_verdict(free: ByteSize, at: &Path) -> Check {
     let found = format!("{free} free at {}", at.display());
-    let hint = "free some space (`kiln cache prune`), or set KILN_HOME to a directory on a larger disk";
+    let hint =
+        "free some space (`kiln cache prune`), or set KILN_HOME to a directory on a larger disk";
     if free < DISK_MIN {
         fail("disk", found, hint)
     } else if free < DISK_LOW {
@@ -115,20 +140,46 @@ fn disk_verdict(free: ByteSize, at: &Path) -> Check {
 async fn user_namespaces() -> Check {
     let name = "user-namespaces";
     if let Err(why) = sub_ids() {
-        return warn(name, why, "only bakes need it: have root add your name to /etc/subuid and /etc/subgid (usermod --add-subuids)");
+        return warn(
+            name,
+            why,
+            "only bakes need it: have root add your name to /etc/subuid and /etc/subgid (usermod --add-subuids)",
+        );
     }
     let mut command = tokio::process::Command::new("unshare");
     command.args(["--map-auto", "--map-root-user", "--", "true"]);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
     match tokio::time::timeout(TRY_TIMEOUT, command.output()).await {
         Ok(Ok(output)) if output.status.success() => pass(name, "work, with subordinate ids"),
         Ok(Ok(output)) => {
             let said = String::from_utf8_lossy(&output.stderr);
-            let said: String = said.lines().next().unwrap_or("unshare failed").chars().take(200).collect();
-            warn(name, format!("this host does not let users make them: {said}"), "only bakes need it: run `kiln setup` as root, or allow it (sysctl kernel.unprivileged_userns_clone=1; package uidmap)")
+            let said: String = said
+                .lines()
+                .next()
+                .unwrap_or("unshare failed")
+                .chars()
+                .take(200)
+                .collect();
+            warn(
+                name,
+                format!("this host does not let users make them: {said}"),
+                "only bakes need it: run `kiln setup` as root, or allow it (sysctl kernel.unprivileged_userns_clone=1; package uidmap)",
+            )
         }
-        Ok(Err(error)) => warn(name, format!("unshare: {error}"), "only bakes need it: install util-linux and uidmap"),
-        Err(_elapsed) => warn(name, format!("unshare did not end within {TRY_TIMEOUT:?}"), "only bakes need it: run `kiln setup` as root"),
+        Ok(Err(error)) => warn(
+            name,
+            format!("unshare: {error}"),
+            "only bakes need it: install util-linux and uidmap",
+        ),
+        Err(_elapsed) => warn(
+            name,
+            format!("unshare did not end within {TRY_TIMEOUT:?}"),
+            "only bakes need it: run `kiln setup` as root",
+        ),
     }
 }
 
@@ -146,7 +197,9 @@ fn sub_ids() -> Result<(), String> {
 
 fn user_name(uid: &str) -> Option<String> {
     let text = fs::read_to_string("/etc/passwd").ok()?;
-    let line = text.lines().find(|line| line.split(':').nth(2) == Some(uid))?;
+    let line = text
+        .lines()
+        .find(|line| line.split(':').nth(2) == Some(uid))?;
     line.split(':').next().map(str::to_owned)
 }
 
@@ -154,8 +207,11 @@ fn user_name(uid: &str) -> Option<String> {
 fn has_range(text: &str, user: &str, uid: &str) -> bool {
     text.lines().any(|line| {
         let parts: Vec<&str> = line.trim().split(':').collect();
-        let [owner, _, count] = parts[..] else { return false };
-        (owner == user || owner == uid) && count.parse::<u64>().is_ok_and(|count| count >= SUB_IDS_MIN)
+        let [owner, _, count] = parts[..] else {
+            return false;
+        };
+        (owner == user || owner == uid)
+            && count.parse::<u64>().is_ok_and(|count| count >= SUB_IDS_MIN)
     })
 }
 
@@ -164,10 +220,17 @@ async fn running(home: &Home) -> Option<Check> {
     let ledger = Host::open_ledger(home).ok()?;
     let holders = ledger.list().await.ok()?;
     let (hold, wait): (Vec<_>, Vec<_>) = holders.into_iter().partition(|holder| holder.holds);
-    let who: Vec<&str> = hold.iter().take(6).map(|holder| holder.who.as_str()).collect();
+    let who: Vec<&str> = hold
+        .iter()
+        .take(6)
+        .map(|holder| holder.who.as_str())
+        .collect();
     Some(match (hold.len(), wait.len()) {
         (0, 0) => pass("machines", "none running"),
-        (held, waiting) => pass("machines", format!("{held} running ({}), {waiting} waiting", who.join(", "))),
+        (held, waiting) => pass(
+            "machines",
+            format!("{held} running ({}), {waiting} waiting", who.join(", ")),
+        ),
     })
 }
 
@@ -187,30 +250,58 @@ const TOOLS: [(&str, &str, bool); 8] = [
 pub(super) fn tools() -> Vec<Check> {
     let path = environment::var("PATH").unwrap_or_default();
     let missing = |needed: bool| -> Vec<(&str, &str)> {
-        let tools = TOOLS.iter().filter(|tool| tool.2 == needed && find(&path, tool.0).is_none());
+        let tools = TOOLS
+            .iter()
+            .filter(|tool| tool.2 == needed && find(&path, tool.0).is_none());
         tools.map(|tool| (tool.0, tool.1)).collect()
     };
     let (always, bake) = (missing(true), missing(false));
-    let words = |tools: &[(&str, &str)]| tools.iter().map(|tool| tool.0).collect::<Vec<_>>().join(", ");
+    let words = |tools: &[(&str, &str)]| {
+        tools
+            .iter()
+            .map(|tool| tool.0)
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
     let install = |tools: &[(&str, &str)]| {
-        format!("apt-get install {}", tools.iter().map(|tool| tool.1).collect::<Vec<_>>().join(" "))
+        format!(
+            "apt-get install {}",
+            tools
+                .iter()
+                .map(|tool| tool.1)
+                .collect::<Vec<_>>()
+                .join(" ")
+        )
     };
     vec![
         match always.is_empty() {
             true => pass("programs", "all that builds and runs need"),
-            false => fail("programs", format!("missing: {}", words(&always)), install(&always)),
+            false => fail(
+                "programs",
+                format!("missing: {}", words(&always)),
+                install(&always),
+            ),
         },
         match bake.is_empty() {
             true => pass("bake-programs", "all that bakes need"),
-            false => warn("bake-programs", format!("missing: {}", words(&bake)), format!("only bakes need them: {}", install(&bake))),
+            false => warn(
+                "bake-programs",
+                format!("missing: {}", words(&bake)),
+                format!("only bakes need them: {}", install(&bake)),
+            ),
         },
     ]
 }
 
 /// In `PATH`, and where administrators' programs are, which ordinary users often lack in theirs.
 fn find(path: &str, program: &str) -> Option<PathBuf> {
-    let dirs = path.split(':').filter(|dir| !dir.is_empty()).chain(["/usr/sbin", "/sbin", "/usr/local/go/bin"]);
-    dirs.map(|dir| Path::new(dir).join(program)).find(|file| is_program(file).unwrap_or(false))
+    let dirs = path.split(':').filter(|dir| !dir.is_empty()).chain([
+        "/usr/sbin",
+        "/sbin",
+        "/usr/local/go/bin",
+    ]);
+    dirs.map(|dir| Path::new(dir).join(program))
+        .find(|file| is_program(file).unwrap_or(false))
 }
 
 fn is_program(file: &Path) -> io::Result<bool> {
@@ -227,8 +318,14 @@ mod tests {
     #[test]
     fn little_disk_warns_and_less_fails() {
         let level = |gib| disk_verdict(ByteSize::gib(gib), Path::new("/")).level;
-        assert_eq!((level(1), level(5), level(50)), (CheckLevel::Fail, CheckLevel::Warn, CheckLevel::Pass));
-        assert_eq!(existing(Path::new("/proc/no/such/place")), Path::new("/proc"));
+        assert_eq!(
+            (level(1), level(5), level(50)),
+            (CheckLevel::Fail, CheckLevel::Warn, CheckLevel::Pass)
+        );
+        assert_eq!(
+            existing(Path::new("/proc/no/such/place")),
+            Path::new("/proc")
+        );
     }
 
     #[test]

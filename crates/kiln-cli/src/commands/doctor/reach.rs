@@ -39,7 +39,11 @@ pub(super) async fn checks(operator: &Operator) -> Vec<Check> {
             });
             checks.push(names(registries, &proxy).await);
         }
-        Err(error) => checks.push(fail("proxy", error.message, "correct [proxy] in registries.toml, or HTTPS_PROXY")),
+        Err(error) => checks.push(fail(
+            "proxy",
+            error.message,
+            "correct [proxy] in registries.toml, or HTTPS_PROXY",
+        )),
     }
     checks.push(ca_bundle(operator));
     checks
@@ -47,9 +51,18 @@ pub(super) async fn checks(operator: &Operator) -> Vec<Check> {
 
 fn known(registries: &Registries) -> Check {
     let unknown = registries.needing_base();
-    let words = |runtimes: Vec<&Runtime>| runtimes.iter().map(|runtime| runtime.name()).collect::<Vec<_>>().join(", ");
+    let words = |runtimes: Vec<&Runtime>| {
+        runtimes
+            .iter()
+            .map(|runtime| runtime.name())
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
     match unknown.is_empty() {
-        true => pass("registries", format!("known for {}", words(registries.runtime.keys().collect()))),
+        true => pass(
+            "registries",
+            format!("known for {}", words(registries.runtime.keys().collect())),
+        ),
         false => warn(
             "registries",
             format!("not known for {}", words(unknown.iter().collect())),
@@ -66,7 +79,9 @@ enum Trouble {
 }
 
 async fn names(registries: &Registries, proxy: &ProxyConfig) -> Check {
-    let rules = Runtime::ALL.iter().flat_map(|runtime| registries.rules(*runtime));
+    let rules = Runtime::ALL
+        .iter()
+        .flat_map(|runtime| registries.rules(*runtime));
     let mut hosts: Vec<String> = rules.map(|rule| rule.host().to_owned()).collect();
     hosts.sort();
     hosts.dedup();
@@ -101,26 +116,36 @@ fn trouble(host: String, addrs: &[IpAddr], exceptions: &[RangeException]) -> Opt
         return Some(Trouble::Unresolved(host));
     }
     // The gateway dials the first address that is fine, so one is enough.
-    let refused: Vec<_> = addrs.iter().map(|addr| (*addr, check_address(&host, *addr, exceptions))).collect();
+    let refused: Vec<_> = addrs
+        .iter()
+        .map(|addr| (*addr, check_address(&host, *addr, exceptions)))
+        .collect();
     if refused.iter().any(|(_, checked)| checked.is_ok()) {
         return None;
     }
-    refused.into_iter().find_map(|(addr, checked)| Some(Trouble::Special(host.clone(), addr, checked.err()?)))
+    refused
+        .into_iter()
+        .find_map(|(addr, checked)| Some(Trouble::Special(host.clone(), addr, checked.err()?)))
 }
 
 fn verdict(count: usize, troubles: &[Trouble]) -> Check {
     let name = "registry-names";
     let Some(first) = troubles.first() else {
-        return pass(name, format!("all {count} resolve into ranges that builds may reach"));
+        return pass(
+            name,
+            format!("all {count} resolve into ranges that builds may reach"),
+        );
     };
     let more = match troubles.len() - 1 {
         0 => String::new(),
         more => format!(" (and {more} more like it)"),
     };
     match first {
-        Trouble::Unresolved(host) => {
-            warn(name, format!("{host} does not resolve{more}"), "builds that need it will fail: check the host's DNS")
-        }
+        Trouble::Unresolved(host) => warn(
+            name,
+            format!("{host} does not resolve{more}"),
+            "builds that need it will fail: check the host's DNS",
+        ),
         Trouble::Special(host, addr, range) if range.may_be_excepted() => warn(
             name,
             format!("{host} resolves to {addr}, in a special-purpose range{more}"),
@@ -151,18 +176,35 @@ fn ca_bundle(operator: &Operator) -> Check {
         }
     };
     match bundle {
-        Ok(None) => pass(name, "none named: builds trust what their base images trust"),
+        Ok(None) => pass(
+            name,
+            "none named: builds trust what their base images trust",
+        ),
         Ok(Some(bundle)) => {
-            let sources: Vec<&str> = bundle.sources.iter().map(|source| source.setting.as_str()).collect();
-            let found = format!("{} certificates, named by {}", bundle.certificates, sources.join(", "));
+            let sources: Vec<&str> = bundle
+                .sources
+                .iter()
+                .map(|source| source.setting.as_str())
+                .collect();
+            let found = format!(
+                "{} certificates, named by {}",
+                bundle.certificates,
+                sources.join(", ")
+            );
             match &operator.registries {
-                Some(registries) if registries.ca.is_none() => {
-                    warn(name, found, "builds do not get it yet: run `kiln registries discover`")
-                }
+                Some(registries) if registries.ca.is_none() => warn(
+                    name,
+                    found,
+                    "builds do not get it yet: run `kiln registries discover`",
+                ),
                 _ => pass(name, found),
             }
         }
-        Err(error) => fail(name, chain(&error), "correct the setting, or set network.ca_bundle = false in kiln.toml"),
+        Err(error) => fail(
+            name,
+            chain(&error),
+            "correct the setting, or set network.ca_bundle = false in kiln.toml",
+        ),
     }
 }
 
@@ -179,8 +221,14 @@ mod tests {
         let found = trouble(host(), &[private], &[]).expect("trouble");
         let check = verdict(3, &[found]);
         let hint = check.hint.expect("a hint");
-        assert!(hint.contains("[[exception]] host = \"mirror.example.org\" range = \"10.1.2.3/32\""), "{hint}");
-        let exception = RangeException { host: host(), range: "10.0.0.0/8".parse().expect("range") };
+        assert!(
+            hint.contains("[[exception]] host = \"mirror.example.org\" range = \"10.1.2.3/32\""),
+            "{hint}"
+        );
+        let exception = RangeException {
+            host: host(),
+            range: "10.0.0.0/8".parse().expect("range"),
+        };
         assert_eq!(trouble(host(), &[private], &[exception]), None);
         assert_eq!(trouble(host(), &[private, public], &[]), None);
         assert_eq!(trouble(host(), &[], &[]), Some(Trouble::Unresolved(host())));

@@ -17,7 +17,8 @@ const REGISTRY_DEFAULT: &str = "127.0.0.1:5080";
 pub(super) async fn checks(operator: &Operator) -> Vec<Check> {
     let home = operator.home.clone();
     let image = tokio::task::spawn_blocking(move || machine_image(&home)).await;
-    let mut checks = vec![image.unwrap_or_else(|error| fail("machine-image", error.to_string(), "try again"))];
+    let mut checks =
+        vec![image.unwrap_or_else(|error| fail("machine-image", error.to_string(), "try again"))];
     checks.push(bases(operator));
     checks.push(shared_head(&operator.home));
     checks.push(templates(&operator.home));
@@ -33,24 +34,49 @@ fn machine_image(home: &Home) -> Check {
         Err(error) => return fail(name, chain(&error), "run `kiln setup` once"),
     };
     match images.verify(&current.name, VerifyDepth::OncePerBoot) {
-        Ok(image) => pass(name, format!("{} (kernel {}, BuildKit {})", image.name, image.kernel_release, image.buildkit_version)),
-        Err(error) => fail(name, chain(&error), "`kiln machine-image bake` makes it again"),
+        Ok(image) => pass(
+            name,
+            format!(
+                "{} (kernel {}, BuildKit {})",
+                image.name, image.kernel_release, image.buildkit_version
+            ),
+        ),
+        Err(error) => fail(
+            name,
+            chain(&error),
+            "`kiln machine-image bake` makes it again",
+        ),
     }
 }
 
 fn bases(operator: &Operator) -> Check {
     let all = match operator.bases() {
         Ok(all) => all,
-        Err(error) => return fail("bases", error.message, "correct bases.toml, or run `kiln bases bake`"),
+        Err(error) => {
+            return fail(
+                "bases",
+                error.message,
+                "correct bases.toml, or run `kiln bases bake`",
+            );
+        }
     };
-    let ready = |base: &&kiln_image::bases::Base| base.build.digest.is_some() && base.run.digest.is_some();
+    let ready =
+        |base: &&kiln_image::bases::Base| base.build.digest.is_some() && base.run.digest.is_some();
     let (there, missing): (Vec<_>, Vec<_>) = all.bases.iter().partition(ready);
     let words = |bases: &[&kiln_image::bases::Base]| {
-        bases.iter().map(|base| format!("{} {}", base.name, base.version)).collect::<Vec<_>>().join(", ")
+        bases
+            .iter()
+            .map(|base| format!("{} {}", base.name, base.version))
+            .collect::<Vec<_>>()
+            .join(", ")
     };
     match missing.is_empty() {
         true => pass("bases", words(&there)),
-        false => fail("bases", format!("not made yet: {}", words(&missing)), "run `kiln setup` once; builds need them"),
+        false => fail(
+            "bases",
+            format!("not made yet: {}", words(&missing)),
+            "run `kiln setup` once; builds need them",
+        ),
     }
 }
 
@@ -61,7 +87,10 @@ fn shared_head(home: &Home) -> Check {
         return fail(name, "there is none", hint);
     }
     match HeadStore::open(&home.heads()).and_then(|store| store.current(SHARED)) {
-        Ok(Some(head)) => pass(name, format!("{} ({})", &head.id, kiln_core::ByteSize(head.bytes))),
+        Ok(Some(head)) => pass(
+            name,
+            format!("{} ({})", &head.id, kiln_core::ByteSize(head.bytes)),
+        ),
         Ok(None) => fail(name, "there is none", hint),
         Err(error) => fail(name, chain(&error), "`kiln bases bake` makes it again"),
     }
@@ -80,10 +109,17 @@ fn templates(home: &Home) -> Check {
 
 fn registry_port() -> Check {
     let name = "registry-port";
-    let Ok(address) = REGISTRY_DEFAULT.parse() else { return pass(name, "not checked") };
+    let Ok(address) = REGISTRY_DEFAULT.parse() else {
+        return pass(name, "not checked");
+    };
     match port_holder(address) {
-        None => pass(name, format!("{REGISTRY_DEFAULT} is free for `kiln registry serve`")),
-        Some(holder) if holder.starts_with("kiln ") => pass(name, format!("{REGISTRY_DEFAULT} is served by {holder}")),
+        None => pass(
+            name,
+            format!("{REGISTRY_DEFAULT} is free for `kiln registry serve`"),
+        ),
+        Some(holder) if holder.starts_with("kiln ") => {
+            pass(name, format!("{REGISTRY_DEFAULT} is served by {holder}"))
+        }
         Some(holder) => warn(
             name,
             format!("{REGISTRY_DEFAULT} is taken by {holder}"),
@@ -106,10 +142,18 @@ mod tests {
             registries: None,
         };
         let checks = checks(&operator).await;
-        let failing: Vec<_> = checks.iter().filter(|check| check.level == CheckLevel::Fail).collect();
+        let failing: Vec<_> = checks
+            .iter()
+            .filter(|check| check.level == CheckLevel::Fail)
+            .collect();
         let names: Vec<&str> = failing.iter().map(|check| check.name.as_str()).collect();
         assert_eq!(names, ["machine-image", "bases", "shared-head"]);
-        assert!(failing.iter().all(|check| check.hint.as_deref().is_some_and(|hint| hint.contains("kiln setup"))));
+        assert!(failing.iter().all(|check| {
+            check
+                .hint
+                .as_deref()
+                .is_some_and(|hint| hint.contains("kiln setup"))
+        }));
         assert!(!operator.home.data.exists());
     }
 }

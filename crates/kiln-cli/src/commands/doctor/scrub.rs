@@ -40,7 +40,13 @@ fn images(home: &Home) -> Vec<Check> {
     let images = MachineImages::new(home.images());
     let all = match images.list() {
         Ok(all) => all,
-        Err(error) => return vec![fail(name, chain(&error), "look at the directory's permissions")],
+        Err(error) => {
+            return vec![fail(
+                name,
+                chain(&error),
+                "look at the directory's permissions",
+            )];
+        }
     };
     let mut checks = Vec::new();
     let bytes: u64 = all.iter().map(|image| image.bytes.0).sum();
@@ -48,7 +54,11 @@ fn images(home: &Home) -> Vec<Check> {
         if let Err(error) = images.verify(&image.manifest.name, VerifyDepth::Full) {
             touch(&image.directory);
             let found = format!("{}: {}", image.manifest.name, chain(&error));
-            checks.push(fail(name, found, "it is refused from now on; `kiln machine-image bake` makes it again"));
+            checks.push(fail(
+                name,
+                found,
+                "it is refused from now on; `kiln machine-image bake` makes it again",
+            ));
         }
     }
     sound(checks, name, all.len(), "machine images", bytes)
@@ -71,7 +81,13 @@ fn heads(home: &Home) -> Vec<Check> {
     }
     let store = match HeadStore::open(&home.heads()) {
         Ok(store) => store,
-        Err(error) => return vec![fail(name, chain(&error), "look at the directory's permissions")],
+        Err(error) => {
+            return vec![fail(
+                name,
+                chain(&error),
+                "look at the directory's permissions",
+            )];
+        }
     };
     let scopes: Vec<String> = fs::read_dir(home.heads())
         .into_iter()
@@ -90,12 +106,17 @@ fn heads(home: &Home) -> Vec<Check> {
             Err(error) => {
                 let hint = match store.forget(&scope) {
                     Ok(()) if scope == kiln_image::heads::SHARED => {
-                        "set aside: `kiln bases bake` makes the shared head again, builds need it".to_owned()
+                        "set aside: `kiln bases bake` makes the shared head again, builds need it"
+                            .to_owned()
                     }
                     Ok(()) => "set aside: the next build starts from the shared head".to_owned(),
                     Err(error) => format!("it could not be set aside: {}", chain(&error)),
                 };
-                checks.push(fail(name, format!("cache head of {scope}: {}", chain(&error)), hint));
+                checks.push(fail(
+                    name,
+                    format!("cache head of {scope}: {}", chain(&error)),
+                    hint,
+                ));
             }
         }
     }
@@ -104,7 +125,9 @@ fn heads(home: &Home) -> Vec<Check> {
 
 /// Heads of a scope and their bytes, all of them read.
 fn scrub_scope(store: &HeadStore, scope: &str) -> Result<(usize, u64), HeadError> {
-    let Some(head) = store.current(scope)? else { return Ok((0, 0)) };
+    let Some(head) = store.current(scope)? else {
+        return Ok((0, 0));
+    };
     let (mut count, mut bytes) = (0, 0);
     for member in store.chain(&head)? {
         store.verify(&member)?;
@@ -119,17 +142,31 @@ fn templates(home: &Home) -> Vec<Check> {
     let store = match template::open(home) {
         Ok(Some(store)) => store,
         Ok(None) => return vec![pass(name, "no templates")],
-        Err(error) => return vec![fail(name, error.message, "look at the directory's permissions")],
+        Err(error) => {
+            return vec![fail(
+                name,
+                error.message,
+                "look at the directory's permissions",
+            )];
+        }
     };
     let scrubbed = store.list().and_then(|all| Ok((all, store.scrub()?)));
     let (all, damaged) = match scrubbed {
         Ok(found) => found,
-        Err(error) => return vec![fail(name, chain(&error), "look at the directory's permissions")],
+        Err(error) => {
+            return vec![fail(
+                name,
+                chain(&error),
+                "look at the directory's permissions",
+            )];
+        }
     };
     let mut checks = Vec::new();
     for (id, why) in damaged {
         let hint = match store.remove_unused(std::slice::from_ref(&id)) {
-            Ok(report) if report.removed.is_empty() => "a machine uses it now: run this again later",
+            Ok(report) if report.removed.is_empty() => {
+                "a machine uses it now: run this again later"
+            }
             Ok(_) => "removed; it is made again when it is needed",
             Err(_) => "it could not be removed: `kiln template prune --all`",
         };
@@ -143,7 +180,13 @@ fn unpacked_images(home: &Home) -> Vec<Check> {
     let name = "scrub-unpacked";
     let all = match unpacked::list(&home.unpacked()) {
         Ok(all) => all,
-        Err(error) => return vec![fail(name, error.to_string(), "look at the directory's permissions")],
+        Err(error) => {
+            return vec![fail(
+                name,
+                error.to_string(),
+                "look at the directory's permissions",
+            )];
+        }
     };
     let mut checks = Vec::new();
     for one in &all {
@@ -152,7 +195,11 @@ fn unpacked_images(home: &Home) -> Vec<Check> {
                 Ok(true) => "removed; it is unpacked again when it is needed",
                 _ => "it could not be removed: another kiln process uses it",
             };
-            checks.push(fail(name, format!("unpacked image {}: {why}", &one.manifest[..12]), hint));
+            checks.push(fail(
+                name,
+                format!("unpacked image {}: {why}", &one.manifest[..12]),
+                hint,
+            ));
         }
     }
     let bytes = all.iter().map(|one| one.bytes).sum();
@@ -164,13 +211,26 @@ fn jobs(home: &Home) -> Vec<Check> {
     if !home.jobs().is_dir() {
         return vec![pass(name, "no job records")];
     }
-    let listing = match Records::open(&home.jobs()).and_then(|records| records.list(0, usize::MAX)) {
+    let listing = match Records::open(&home.jobs()).and_then(|records| records.list(0, usize::MAX))
+    {
         Ok(listing) => listing,
-        Err(error) => return vec![fail(name, chain(&error), "look at the directory's permissions")],
+        Err(error) => {
+            return vec![fail(
+                name,
+                chain(&error),
+                "look at the directory's permissions",
+            )];
+        }
     };
     let broken = listing.unreadable.iter();
     let checks = broken
-        .map(|one| fail(name, format!("{}: {}", one.id, chain(&one.error)), format!("remove {}", home.jobs().join(one.id.as_str()).display())))
+        .map(|one| {
+            fail(
+                name,
+                format!("{}: {}", one.id, chain(&one.error)),
+                format!("remove {}", home.jobs().join(one.id.as_str()).display()),
+            )
+        })
         .collect();
     sound(checks, name, listing.records.len(), "job records", 0)
 }
@@ -190,7 +250,11 @@ async fn registry(operator: &Operator) -> Vec<Check> {
     };
     let mut checks = Vec::new();
     for digest in &report.corrupt {
-        checks.push(fail(name, format!("{digest} is corrupt"), "set aside in the registry's corrupt/; build or push the image again"));
+        checks.push(fail(
+            name,
+            format!("{digest} is corrupt"),
+            "set aside in the registry's corrupt/; build or push the image again",
+        ));
     }
     for (repository, manifest) in &report.broken {
         checks.push(fail(
@@ -199,7 +263,13 @@ async fn registry(operator: &Operator) -> Vec<Check> {
             "build or push it again, or remove it (`kiln registry rm`); for a base, `kiln bases bake`",
         ));
     }
-    sound(checks, name, usize::try_from(report.contents).unwrap_or(usize::MAX), "registry blobs", report.bytes)
+    sound(
+        checks,
+        name,
+        usize::try_from(report.contents).unwrap_or(usize::MAX),
+        "registry blobs",
+        report.bytes,
+    )
 }
 
 /// The troubles, or one line that all is well.
@@ -207,7 +277,11 @@ fn sound(troubles: Vec<Check>, name: &str, count: usize, what: &str, bytes: u64)
     if !troubles.is_empty() {
         return troubles;
     }
-    let size = if bytes > 0 { format!(" ({})", ByteSize(bytes)) } else { String::new() };
+    let size = if bytes > 0 {
+        format!(" ({})", ByteSize(bytes))
+    } else {
+        String::new()
+    };
     vec![pass(name, format!("{count} {what}{size} are sound"))]
 }
 
@@ -226,18 +300,36 @@ mod tests {
         let store = HeadStore::open(&home.heads()).expect("open");
         let disk = dir.path().join("disk");
         fs::write(&disk, "shared").expect("write");
-        let candidate =
-            Candidate { file: &disk, stands_on: None, written_by: "t".to_owned(), buildkit: "v".to_owned(), now_unix_ms: 1 };
+        let candidate = Candidate {
+            file: &disk,
+            stands_on: None,
+            written_by: "t".to_owned(),
+            buildkit: "v".to_owned(),
+            now_unix_ms: 1,
+        };
         let head = store.seal_shared(&candidate).expect("seal");
         let checks = heads(&home);
-        assert_eq!((checks.len(), checks[0].level), (1, CheckLevel::Pass), "{checks:?}");
+        assert_eq!(
+            (checks.len(), checks[0].level),
+            (1, CheckLevel::Pass),
+            "{checks:?}"
+        );
         let file = store.disk(&head);
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).expect("chmod");
         fs::write(&file, "sHared").expect("write");
         let checks = heads(&home);
         assert_eq!(checks[0].level, CheckLevel::Fail);
-        assert!(checks[0].hint.as_deref().is_some_and(|hint| hint.contains("kiln bases bake")), "{checks:?}");
-        assert!(store.current("shared").expect("reads").is_none(), "never used again");
+        assert!(
+            checks[0]
+                .hint
+                .as_deref()
+                .is_some_and(|hint| hint.contains("kiln bases bake")),
+            "{checks:?}"
+        );
+        assert!(
+            store.current("shared").expect("reads").is_none(),
+            "never used again"
+        );
     }
 
     #[test]
@@ -260,9 +352,14 @@ mod tests {
         all.verify(&name, VerifyDepth::OncePerBoot).expect("sound");
         assert_eq!(images(&home)[0].level, CheckLevel::Pass);
         // As a failing disk does it: other bytes, and no time that tells.
-        let before = fs::metadata(image.join("kernel")).and_then(|meta| meta.modified()).expect("time");
+        let before = fs::metadata(image.join("kernel"))
+            .and_then(|meta| meta.modified())
+            .expect("time");
         fs::write(image.join("kernel"), "kErnel").expect("write");
-        let file = fs::File::options().write(true).open(image.join("kernel")).expect("open");
+        let file = fs::File::options()
+            .write(true)
+            .open(image.join("kernel"))
+            .expect("open");
         file.set_modified(before).expect("set");
         assert_eq!(images(&home)[0].level, CheckLevel::Fail);
         assert!(all.verify(&name, VerifyDepth::OncePerBoot).is_err());
@@ -274,7 +371,11 @@ mod tests {
         let home = Home::below(dir.path());
         home.prepare().expect("home");
         for scrub in [images, heads, templates, unpacked_images, jobs] {
-            assert!(scrub(&home).iter().all(|check| check.level == CheckLevel::Pass));
+            assert!(
+                scrub(&home)
+                    .iter()
+                    .all(|check| check.level == CheckLevel::Pass)
+            );
         }
     }
 }

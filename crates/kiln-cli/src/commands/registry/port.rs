@@ -15,12 +15,27 @@ pub(crate) fn holder(address: SocketAddr) -> Option<String> {
         .filter_map(|file| fs::read_to_string(file).ok())
         .flat_map(|text| listening(&text, address.port()))
         .collect();
-    let links: Vec<String> = inodes.iter().map(|inode| format!("socket:[{inode}]")).collect();
+    let links: Vec<String> = inodes
+        .iter()
+        .map(|inode| format!("socket:[{inode}]"))
+        .collect();
     let processes = fs::read_dir("/proc").ok()?.flatten().take(PROCESSES_MAX);
     for process in processes {
-        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let fds = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
-        let holds = |fd: fs::DirEntry| fs::read_link(fd.path()).is_ok_and(|to| links.iter().any(|link| to.as_os_str() == link.as_str()));
+        let Some(pid) = process
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<u32>().ok())
+        else {
+            continue;
+        };
+        let fds = fs::read_dir(process.path().join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let holds = |fd: fs::DirEntry| {
+            fs::read_link(fd.path())
+                .is_ok_and(|to| links.iter().any(|link| to.as_os_str() == link.as_str()))
+        };
         if fds.into_iter().any(holds) {
             let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             let name: String = name.trim().chars().take(32).collect();
@@ -62,7 +77,10 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
         let address = listener.local_addr().expect("address");
         let found = holder(address).expect("we listen");
-        assert!(found.ends_with(&format!("(process {})", std::process::id())), "{found}");
+        assert!(
+            found.ends_with(&format!("(process {})", std::process::id())),
+            "{found}"
+        );
         drop(listener);
         assert_eq!(holder(address), None);
     }
