@@ -24,6 +24,8 @@ struct App {
     folder: &'static str,
     /// File with the line that changes, the text in it, and its replacement.
     change: (&'static str, &'static str, &'static str),
+    /// What the page says before and after.
+    says: (&'static str, &'static str),
     guest_port: u16,
     host_port: u16,
 }
@@ -32,14 +34,16 @@ const APPS: [App; 2] = [
     App {
         name: "node-express",
         folder: "examples/node-express",
-        change: ("server.js", "Hello from kiln", "Hello again from kiln"),
+        change: ("server.js", "version = \"1\"", "version = \"2\""),
+        says: ("version 1", "version 2"),
         guest_port: 3000,
         host_port: 18080,
     },
     App {
         name: "python-flask",
         folder: "examples/python-flask",
-        change: ("app.py", "Hello from kiln", "Hello again from kiln"),
+        change: ("app.py", "VERSION = \"1\"", "VERSION = \"2\""),
+        says: ("version 1", "version 2"),
         guest_port: 8000,
         host_port: 18081,
     },

@@ -4,6 +4,7 @@
 //! the device no more: then everything is on the disk and the next mount replays no journal.
 
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
@@ -65,7 +66,8 @@ fn content(start: &[u8]) -> Content {
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Entry {
     path: &'static str,
-    node: PathBuf,
+    /// The disk; `None` for memory.
+    node: Option<PathBuf>,
     read_only: bool,
 }
 
@@ -109,6 +111,17 @@ pub(crate) async fn mount_disk(guest: &Guest, order: Mount) -> Result<Mounted, G
     if mounts.is_mounted(path) {
         return Err(invalid(format!("{path} is mounted already")));
     }
+    if order.memory_bytes > 0 {
+        let bytes = order.memory_bytes;
+        blocking(move || mount_memory(path, bytes)).await?;
+        let entry = Entry {
+            path,
+            node: None,
+            read_only: false,
+        };
+        mounts.0.insert(order.serial, entry);
+        return Ok(space(path)?);
+    }
     let within = Duration::from_millis(order.timeout_ms).min(APPEAR_MAX);
     let serial = order.serial.clone();
     let disk = blocking(move || uevent::wait_for(&serial, within)).await?;
@@ -120,7 +133,7 @@ pub(crate) async fn mount_disk(guest: &Guest, order: Mount) -> Result<Mounted, G
     blocking(move || mount_at(&node, path, read_only)).await?;
     let entry = Entry {
         path,
-        node: disk.node,
+        node: Some(disk.node),
         read_only,
     };
     mounts.0.insert(order.serial, entry);
@@ -276,7 +289,24 @@ fn let_go(entry: &Entry) -> Result<(), SysError> {
     for point in mounted_below(&mountinfo, path) {
         unmount(&point, UnmountFlags::empty()).context(|| format!("unmount {point}"))?;
     }
-    released(&entry.node, entry.read_only)
+    match &entry.node {
+        Some(node) => released(node, entry.read_only),
+        None => Ok(()),
+    }
+}
+
+/// Memory in place of a disk: for programs that shall have run before their disk is known.
+fn mount_memory(path: &str, bytes: u64) -> Result<(), SysError> {
+    fs::create_dir_all(path).context(|| format!("make {path}"))?;
+    let options = CString::new(format!("size={bytes},mode=0711")).unwrap_or_default();
+    mount(
+        "tmpfs",
+        path,
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::NODEV,
+        Some(options.as_c_str()),
+    )
+    .context(|| format!("mount memory at {path}"))
 }
 
 /// Waits until nothing holds the device: mounts in namespaces that just died are undone a little later.

@@ -240,6 +240,10 @@ pub struct Mount {
     pub format_blank: bool,
     /// How long to wait for the disk, in milliseconds.
     pub timeout_ms: u64,
+    /// Instead of a disk: memory of this many bytes at the place of the disk's role, gone when it is unmounted.
+    /// 0 means the disk.
+    #[serde(default)]
+    pub memory_bytes: u64,
 }
 
 /// Where a disk was mounted.

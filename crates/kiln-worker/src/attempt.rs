@@ -163,6 +163,7 @@ impl Attempt {
             read_only,
             format_blank,
             timeout_ms: u64::try_from(MOUNT_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
+            memory_bytes: 0,
         };
         orders::call(&self.session, "mount a disk", &Order::Mount(mount), MOUNT_TIMEOUT * 2).await?;
         Ok(())

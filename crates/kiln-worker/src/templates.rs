@@ -205,21 +205,29 @@ async fn make_one(host: &Host, variant: Variant<'_>, spec: &MachineSpec, target:
 
 /// BuildKit runs once on memory and stops: its pages are in the template's memory, nothing else of it stays.
 async fn run_buildkit_once(session: &Session) -> Result<(), Failure> {
+    let serial = DiskRole::State.serial().to_owned();
+    let memory = Mount { memory_bytes: 256 << 20, ..mount_state() };
+    orders::call(session, "mount memory", &Order::Mount(memory), MOUNT_TIMEOUT).await?;
     buildkit::start(session).await?;
     tiny_build(session).await?;
     buildkit::stop(session).await?;
+    orders::call_done(session, "unmount memory", &Order::Unmount { serial }, MOUNT_TIMEOUT).await?;
     Ok(())
 }
 
-/// The head is mounted and BuildKit runs on it, its client warm.
-async fn start_on_head(session: &Session) -> Result<(), Failure> {
-    let mount = Mount {
+fn mount_state() -> Mount {
+    Mount {
         serial: DiskRole::State.serial().to_owned(),
         read_only: false,
         format_blank: false,
         timeout_ms: u64::try_from(MOUNT_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
-    };
-    orders::call(session, "mount the cache", &Order::Mount(mount), MOUNT_TIMEOUT * 2).await?;
+        memory_bytes: 0,
+    }
+}
+
+/// The head is mounted and BuildKit runs on it, its client warm.
+async fn start_on_head(session: &Session) -> Result<(), Failure> {
+    orders::call(session, "mount the cache", &Order::Mount(mount_state()), MOUNT_TIMEOUT * 2).await?;
     buildkit::start(session).await?;
     tiny_build(session).await
 }

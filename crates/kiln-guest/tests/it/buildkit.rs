@@ -193,6 +193,7 @@ async fn a_container_runs_as_its_image_says() {
         serial: "kiln-image".to_owned(),
         read_only: true,
         format_blank: false,
+        memory_bytes: 0,
         timeout_ms: 1000,
     };
     call(&session, &Order::Mount(order)).await;

@@ -31,6 +31,7 @@ pub(crate) async fn mount(session: &Session, serial: &str) -> Mounted {
         serial: serial.to_owned(),
         read_only: false,
         format_blank: true,
+        memory_bytes: 0,
         timeout_ms: 5000,
     };
     match call(session, &Order::Mount(order)).await {
@@ -171,6 +172,7 @@ async fn trees_and_disks() {
         serial: "kiln-scratch".to_owned(),
         read_only: false,
         format_blank: true,
+        memory_bytes: 0,
         timeout_ms: 50,
     };
     assert_eq!(
@@ -184,6 +186,7 @@ async fn trees_and_disks() {
         serial: "kiln-image".to_owned(),
         read_only: true,
         format_blank: false,
+        memory_bytes: 0,
         timeout_ms: 50,
     };
     assert_eq!(

@@ -160,6 +160,7 @@ impl Host {
             serial: serial.to_owned(),
             read_only,
             format_blank: !read_only,
+            memory_bytes: 0,
             timeout_ms: 20_000,
         });
         match self.call(&order).await? {

@@ -1,0 +1,190 @@
+//! Runs `kiln` and makes apps.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Longest wait for a state a test waits for.
+pub(crate) const WAIT: Duration = Duration::from_secs(120);
+/// Pause between two looks at a state that cannot be waited for.
+const POLL: Duration = Duration::from_millis(50);
+
+/// What a kiln command said.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+impl Said {
+    /// Fails the test unless the exit code is this one.
+    #[track_caller]
+    pub(crate) fn exits(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "exit code\n--- stdout\n{}\n--- stderr\n{}", self.out, self.err);
+        self
+    }
+
+    /// Fails the test unless standard error contains this.
+    #[track_caller]
+    pub(crate) fn says(self, text: &str) -> Self {
+        assert!(self.err.contains(text), "stderr lacks {text:?}\n--- stdout\n{}\n--- stderr\n{}", self.out, self.err);
+        self
+    }
+}
+
+/// The program and home to test, or `None` when this run has none.
+pub(crate) fn kiln() -> Option<Kiln> {
+    match (std::env::var_os("KILN_TEST_BIN"), std::env::var_os("KILN_TEST_HOME")) {
+        (Some(program), Some(home)) => Some(Kiln { program: program.into(), home: home.into() }),
+        _ => {
+            assert!(
+                std::env::var_os("KILN_TEST_REQUIRE_TOOLS").is_none(),
+                "KILN_TEST_BIN and KILN_TEST_HOME are not set"
+            );
+            eprintln!("skipped: KILN_TEST_BIN and KILN_TEST_HOME are not set (use make test)");
+            None
+        }
+    }
+}
+
+/// A kiln program with a home.
+#[derive(Clone, Debug)]
+pub(crate) struct Kiln {
+    pub(crate) program: PathBuf,
+    pub(crate) home: PathBuf,
+}
+
+impl Kiln {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(args).env("KILN_HOME", &self.home).env("NO_COLOR", "1").stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command to its end.
+    pub(crate) fn run(&self, args: &[&str]) -> Said {
+        said(self.command(args))
+    }
+
+    /// Starts a command that goes on.
+    pub(crate) fn start(&self, args: &[&str]) -> Started {
+        let child = self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("kiln starts");
+        Started { child }
+    }
+
+    /// Builds a folder under a name; gives the JSON result.
+    pub(crate) fn build(&self, dir: &Path, tag: &str, more: &[&str]) -> serde_json::Value {
+        let result = tempfile::NamedTempFile::new().expect("temp file");
+        let mut args = vec!["build", path(dir), "--tag", tag, "--result", path(result.path())];
+        args.extend(more);
+        self.run(&args).exits(0);
+        let text = std::fs::read(result.path()).expect("result");
+        serde_json::from_slice(&text).expect("JSON")
+    }
+
+    /// No VMM of this home runs, and no machine directory is left.
+    #[track_caller]
+    pub(crate) fn leaves_no_machine(&self, job_prefix: &str) {
+        let machines = self.home.join("machines");
+        let left: Vec<String> = std::fs::read_dir(&machines)
+            .map(|entries| entries.flatten().filter_map(|e| e.file_name().into_string().ok()).collect())
+            .unwrap_or_default();
+        let ours: Vec<_> = left.iter().filter(|name| name.starts_with(job_prefix)).collect();
+        assert!(ours.is_empty(), "left behind: {ours:?}");
+    }
+}
+
+/// A running kiln command.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) child: Child,
+}
+
+impl Started {
+    pub(crate) fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status();
+        assert!(status.expect("kill runs").success());
+    }
+
+    pub(crate) fn end(mut self) -> Said {
+        let (mut out, mut err) = (String::new(), String::new());
+        let mut stderr = self.child.stderr.take().expect("piped");
+        let reader = std::thread::spawn(move || {
+            let _read = stderr.read_to_string(&mut err);
+            err
+        });
+        let _read = self.child.stdout.take().expect("piped").read_to_string(&mut out);
+        let status = self.child.wait().expect("wait");
+        let err = reader.join().expect("reader");
+        Said { code: status.code().unwrap_or(-1), out, err }
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ended = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+pub(crate) fn said(mut command: Command) -> Said {
+    let output = command.output().expect("kiln starts");
+    Said {
+        code: output.status.code().unwrap_or(-1),
+        out: String::from_utf8_lossy(&output.stdout).into_owned(),
+        err: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// A folder with these files.
+pub(crate) fn app(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("temp dir");
+    for (name, text) in files {
+        let file = dir.path().join(name);
+        std::fs::create_dir_all(file.parent().expect("parent")).expect("folder");
+        std::fs::write(file, text).expect("file");
+    }
+    dir
+}
+
+pub(crate) fn path(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+/// The repository's root.
+pub(crate) fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("root").to_owned()
+}
+
+/// A port that is free now.
+pub(crate) fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+    listener.local_addr().expect("address").port()
+}
+
+/// Waits until something holds.
+#[track_caller]
+pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + WAIT;
+    loop {
+        if let Some(value) = look() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited too long for {what}");
+        std::thread::sleep(POLL);
+    }
+}
+
+/// One GET; `None` while nothing answers.
+pub(crate) fn get(port: u16, target: &str) -> Option<(u16, String)> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    stream.set_read_timeout(Some(WAIT)).ok()?;
+    write!(stream, "GET {target} HTTP/1.0\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n").ok()?;
+    let mut page = String::new();
+    stream.take(1 << 20).read_to_string(&mut page).ok()?;
+    let code = page.split(' ').nth(1)?.parse().ok()?;
+    Some((code, page))
+}
