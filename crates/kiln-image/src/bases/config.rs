@@ -203,18 +203,21 @@ impl Bases {
     }
 }
 
-/// Whether a text names this image: by digest when it has one, else by tag.
+/// Whether a text names this image: by digest alone when it has one, because a digest is the content; else by place
+/// and tag.
 fn means(reference: &ImageRef, wanted: &str) -> bool {
     let Ok(wanted) = wanted.parse::<ImageRef>() else {
         return false;
     };
-    let same_place =
-        wanted.registry == reference.registry && wanted.repository == reference.repository;
-    same_place
-        && match (&wanted.digest, &wanted.tag) {
-            (Some(digest), _) => reference.digest.as_ref() == Some(digest),
-            (None, tag) => tag.is_some() && *tag == reference.tag,
+    match (&wanted.digest, &wanted.tag) {
+        (Some(digest), _) => reference.digest.as_ref() == Some(digest),
+        (None, tag) => {
+            wanted.registry == reference.registry
+                && wanted.repository == reference.repository
+                && tag.is_some()
+                && *tag == reference.tag
         }
+    }
 }
 
 /// The short form of a name, so that `docker.io/library/node:20`, `library/node:20` and `node:20` are one.

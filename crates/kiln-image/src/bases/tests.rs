@@ -58,6 +58,10 @@ fn the_operator_wins_over_the_bake_and_the_bake_over_the_builtin() {
         Some(one("go"))
     );
     assert_eq!(named(&one("go")), Some(one("go")));
+    let digest = Digest::of(b"go");
+    assert_eq!(named(&format!("golang:1.24@{digest}")), Some(one("go")));
+    let other = Digest::of(b"other");
+    assert_eq!(named(&format!("golang:1.24@{other}")), None);
     assert_eq!(named("golang"), None);
     assert_eq!(named("ghcr.example/library/node:20"), None);
 }

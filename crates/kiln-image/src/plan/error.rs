@@ -152,7 +152,7 @@ impl PlanError {
             | Self::NoStart { hint }
             | Self::NoServer { hint, .. } => Some(hint.clone()),
             Self::Version { runtime, .. } => Some(format!(
-                "ask for a version that is there, or add one: kiln bases add {runtime} VERSION"
+                "ask for a version that is there, or add one: kiln bases add {runtime}:VERSION BUILD@sha256:DIGEST --run RUN@sha256:DIGEST"
             )),
             Self::Empty(_) => Some(
                 "a Node app has a package.json, a Python app a requirements.txt or pyproject.toml; anything else needs a Dockerfile"
