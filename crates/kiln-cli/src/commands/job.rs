@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufRead as _, BufReader, IsTerminal as _};
 use std::time::Duration;
 
-use kiln_core::{ByteSize, JobId, Observed, Verdict};
+use kiln_core::{ByteSize, JobId, Observed, Outcome, Verdict};
 use kiln_store::records::{JobRecord, RecordError, RecordState, Records};
 use kiln_worker::home::Home;
 use kiln_worker::host::now_unix_ms;
@@ -24,6 +24,8 @@ const FOLLOW_POLL: Duration = Duration::from_millis(150);
 const IDS_SHOWN_MAX: usize = 8;
 /// Longest line of a log that is shown as one line, bytes.
 const LINE_BYTES_MAX: u64 = 1 << 20;
+/// What is said of a job whose process is gone.
+const LOST: &str = "the kiln process that ran it is gone and did not say how it ended";
 /// Columns left for values beside their names.
 const VALUE_WIDTH: usize = 66;
 
@@ -194,43 +196,10 @@ fn show(record: &JobRecord, observed: Option<&Observed>, now_unix_ms: u64) -> St
         facts.add("took", when::span(ms));
     }
     if record.state == RecordState::Lost {
-        facts.add(
-            "reason",
-            "the kiln process that ran it is gone and did not say how it ended",
-        );
+        facts.add("reason", LOST);
     }
     if let RecordState::Finished { outcome, .. } = &record.state {
-        if let Verdict::Failed {
-            class,
-            message,
-            hint,
-            command_code,
-        } = &outcome.verdict
-        {
-            facts.add(
-                "fault",
-                serde_json::to_value(class)
-                    .ok()
-                    .and_then(|v| v.as_str().map(str::to_owned))
-                    .unwrap_or_default(),
-            );
-            facts.add("reason", wrap(message, VALUE_WIDTH).join("\n"));
-            facts.add(
-                "hint",
-                hint.as_deref()
-                    .map(|hint| wrap(hint, VALUE_WIDTH).join("\n"))
-                    .unwrap_or_default(),
-            );
-            if let Some(code) = command_code {
-                facts.add("exit code", code.to_string());
-            }
-        }
-        let phases: Vec<String> = outcome
-            .phases_ms
-            .iter()
-            .map(|(name, ms)| format!("{name:<8} {}", when::span(*ms)))
-            .collect();
-        facts.add("phases", phases.join("\n"));
+        ending(&mut facts, outcome);
     }
     if let Some(receipt) = &record.receipt {
         let tags: Vec<String> = receipt.tags.iter().map(ToString::to_string).collect();
@@ -259,6 +228,33 @@ fn show(record: &JobRecord, observed: Option<&Observed>, now_unix_ms: u64) -> St
         ),
     );
     facts.render()
+}
+
+/// How it ended, and where its time went.
+fn ending(facts: &mut Facts, outcome: &Outcome) {
+    if let Verdict::Failed {
+        class,
+        message,
+        hint,
+        command_code,
+    } = &outcome.verdict
+    {
+        let fault = serde_json::to_value(class).ok();
+        let fault = fault.as_ref().and_then(Value::as_str).unwrap_or_default();
+        facts.add("fault", fault);
+        facts.add("reason", wrap(message, VALUE_WIDTH).join("\n"));
+        if let Some(hint) = hint {
+            facts.add("hint", wrap(hint, VALUE_WIDTH).join("\n"));
+        }
+        if let Some(code) = command_code {
+            facts.add("exit code", code.to_string());
+        }
+    }
+    let phases = outcome.phases_ms.iter();
+    let phases: Vec<String> = phases
+        .map(|(name, ms)| format!("{name:<8} {}", when::span(*ms)))
+        .collect();
+    facts.add("phases", phases.join("\n"));
 }
 
 /// What a kind of job keeps besides, as far as it is not shown by another line.
@@ -360,7 +356,7 @@ impl Tail {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kiln_core::{FailureClass, Outcome, TenantName};
+    use kiln_core::{FailureClass, TenantName};
     use kiln_store::records::NewRecord;
     use std::io::Write as _;
 
