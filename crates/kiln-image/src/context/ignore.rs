@@ -66,7 +66,11 @@ impl Ignores {
                     source,
                 })?;
         }
-        let own = dockerfile.map(|path| format!("{path}.dockerignore"));
+        // A Dockerfile from elsewhere counts as one, and has no ignore file in the folder.
+        let inside = dockerfile.filter(|path| {
+            !path.starts_with('/') && !path.split('/').any(|name| matches!(name, ".." | "" | "-"))
+        });
+        let own = inside.map(|path| format!("{path}.dockerignore"));
         for file in own.into_iter().chain([".dockerignore".to_owned()]) {
             let Some(text) = ignore_file(root, &file)? else {
                 continue;

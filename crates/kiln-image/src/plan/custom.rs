@@ -10,10 +10,8 @@ use crate::dockerfile::{DOCKERFILE_BYTES_MAX, DockerfileError, PinOptions, pin, 
 /// Names that are looked for, in this order.
 const NAMES: [&str; 3] = ["Dockerfile", "dockerfile", "Containerfile"];
 
-/// The Dockerfile that is used, if one is: its path inside the folder (`None` when it comes from elsewhere), its
-/// name for messages, its bytes.
+/// The Dockerfile that is used: its path inside the folder or its name when it comes from elsewhere, and its bytes.
 pub(super) struct Found {
-    path: Option<String>,
     name: String,
     bytes: Vec<u8>,
 }
@@ -22,14 +20,12 @@ pub(super) fn find(folder: &Folder, options: &Options) -> Result<Option<Found>, 
     let max = DOCKERFILE_BYTES_MAX as u64;
     let read = |path: &str| -> Result<Option<Found>, PlanError> {
         Ok(folder.bytes(path, max)?.map(|bytes| Found {
-            path: Some(path.to_owned()),
             name: path.to_owned(),
             bytes,
         }))
     };
     match &options.dockerfile {
         Some(DockerfileChoice::Text { name, text }) => Ok(Some(Found {
-            path: None,
             name: name.clone(),
             bytes: text.clone().into_bytes(),
         })),
@@ -116,7 +112,7 @@ pub(super) fn plan(
         static_site: None,
         evidence,
         notes: Vec::new(),
-        dockerfile_path: found.path,
+        dockerfile_path: Some(found.name),
         dockerfile: pinned.text,
         bases: uses.collect(),
         lockfiles: Vec::new(),

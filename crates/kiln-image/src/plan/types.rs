@@ -173,7 +173,7 @@ pub struct Plan {
     pub evidence: Vec<Evidence>,
     /// What the owner should know; nothing that stops the build.
     pub notes: Vec<Evidence>,
-    /// The user's Dockerfile inside the source root, when it is that file that is built.
+    /// The user's own Dockerfile: its path inside the source root, or the name the caller gave it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dockerfile_path: Option<String>,
     /// The exact Dockerfile.

@@ -388,6 +388,12 @@ fn the_users_dockerfile_is_used_and_pinned() {
     assert!(plan_with(&dir, &options).is_ok());
     options.target = Some("two".to_owned());
     assert!(plan_with(&dir, &options).is_err());
+    options.dockerfile = Some(DockerfileChoice::Text {
+        name: "-".to_owned(),
+        text: "FROM scratch AS two\n".to_owned(),
+    });
+    let found = plan_with(&dir, &options).expect("plans");
+    assert_eq!(found.dockerfile_path.as_deref(), Some("-"));
     options.dockerfile = Some(DockerfileChoice::InFolder("gone".to_owned()));
     assert!(matches!(
         plan_with(&dir, &options),

@@ -129,6 +129,8 @@ fn ignore_files_in_their_order() {
     let (_, names) = packed(&tree(dir.path(), Some("Dockerfile")));
     assert!(names.contains(&"a.log".to_owned()));
     assert!(!names.iter().any(|name| name.contains(".git/")));
+    let (_, same) = packed(&tree(dir.path(), Some("/elsewhere/Dockerfile")));
+    assert_eq!(same, names);
     // .dockerignore wins, and a taken-back entry brings its folders with it.
     write(dir.path(), ".dockerignore", "*\n!x/y/keep\n");
     let (_, names_) = packed(&tree(dir.path(), None));
