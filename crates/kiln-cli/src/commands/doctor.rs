@@ -32,9 +32,9 @@ pub(super) async fn run(args: &DoctorArgs, screen: Screen) -> Result<u8> {
         counts: [0; 3],
     };
     let (operator, check) = settings(&home);
-    report.add(check);
+    report.add(&check);
     let prepared = home.prepare();
-    report.add(match &prepared {
+    report.add(&match &prepared {
         Ok(()) => pass("home", home.data.display().to_string()),
         Err(error) => fail(
             "home",
@@ -96,15 +96,15 @@ struct Report {
 }
 
 impl Report {
-    fn add(&mut self, check: Check) {
-        self.screen.data(&check, || line(&check));
+    fn add(&mut self, check: &Check) {
+        self.screen.data(check, || line(check));
         self.worst = self.worst.max(check.level);
         self.counts[check.level as usize] += 1;
     }
 
     fn all(&mut self, checks: Vec<Check>) {
         for check in checks {
-            self.add(check);
+            self.add(&check);
         }
     }
 }
@@ -192,8 +192,8 @@ warn  accelerator       KVM is there but does not boot guests, so emulation is
         };
         report.all(vec![warn("a", "b", "c"), pass("d", "e")]);
         assert_eq!(report.worst, CheckLevel::Warn);
-        report.add(fail("f", "g", "h"));
-        report.add(pass("i", "j"));
+        report.add(&fail("f", "g", "h"));
+        report.add(&pass("i", "j"));
         assert_eq!((report.worst, report.counts), (CheckLevel::Fail, [2, 1, 1]));
     }
 }

@@ -57,6 +57,7 @@ pub(super) async fn run(verb: JobCommand, screen: Screen, cancel: CancellationTo
     Ok(0)
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "fits map_err")]
 fn record_error(error: RecordError) -> CliError {
     match error {
         RecordError::Unknown { .. } => {

@@ -53,6 +53,7 @@ fn check_folder(dir: &Path) -> Result<()> {
 }
 
 /// Why a folder has no plan, for a person.
+#[expect(clippy::needless_pass_by_value, reason = "fits map_err")]
 pub(super) fn plan_error(error: PlanError) -> CliError {
     let mut shown = CliError::new(error.class(), chain(&error));
     shown.hints.extend(error.hint());

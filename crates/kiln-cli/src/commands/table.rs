@@ -56,8 +56,8 @@ impl Table {
 
     /// Adds a row: one cell per column. Cells are untrusted text.
     pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
-        let line = |cell: &String| printable(&cell.replace(['\n', '\t'], " "));
-        self.rows.push(cells.iter().map(line).collect());
+        let line = |cell: String| printable(&cell.replace(['\n', '\t'], " "));
+        self.rows.push(cells.into_iter().map(line).collect());
     }
 
     /// As text, one line per row, with a line end.

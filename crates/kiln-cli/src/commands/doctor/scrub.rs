@@ -17,8 +17,11 @@ use super::super::template;
 use super::{Report, fail, pass};
 use crate::error::chain;
 
+/// Reads one kind of thing again.
+type Scrub = fn(&Home) -> Vec<Check>;
+
 pub(super) async fn run(operator: &Operator, report: &mut Report) {
-    let parts: [(&str, fn(&Home) -> Vec<Check>); 5] = [
+    let parts: [(&str, Scrub); 5] = [
         ("scrub-images", images),
         ("scrub-heads", heads),
         ("scrub-templates", templates),
