@@ -66,13 +66,7 @@ pub(crate) fn run(binaries: &Binaries) -> Result<()> {
     let mut rows = Vec::new();
     for app in &APPS {
         let folder = copy(app)?;
-        rows.push(build_and_ask(
-            binaries,
-            app,
-            &folder,
-            "first",
-            app.change.1,
-        )?);
+        rows.push(build_and_ask(binaries, app, &folder, "first", app.says.0)?);
         let file = folder.join(app.change.0);
         let text = fs::read_to_string(&file)?;
         if !text.contains(app.change.1) {
@@ -84,7 +78,7 @@ pub(crate) fn run(binaries: &Binaries) -> Result<()> {
             app,
             &folder,
             "one line changed",
-            app.change.2,
+            app.says.1,
         )?);
     }
     table(&rows);

@@ -1,7 +1,6 @@
 //! Dependency arrows: which room may know which. ARCHITECTURE.md draws the same picture.
 
 use std::collections::BTreeMap;
-use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
@@ -54,8 +53,7 @@ const MUST_NOT_LINK: &[(&str, &[&str])] = &[
 
 /// Fails when an arrow points where none may.
 pub(crate) fn check() -> Result<()> {
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let text = run::output(Command::new(cargo).args([
+    let text = run::output(run::cargo().args([
         "metadata",
         "--format-version",
         "1",

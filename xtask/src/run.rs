@@ -9,6 +9,16 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+/// The cargo that runs this, so that a toolchain override holds.
+pub(crate) fn cargo() -> Command {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "cargo tells its own path this way"
+    )]
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    Command::new(cargo)
+}
+
 /// Prints a line.
 pub(crate) fn say(text: &str) {
     println!("{text}");

@@ -15,8 +15,8 @@ fn test_home() -> PathBuf {
 /// Every check and test.
 pub(crate) fn all(binaries: &Binaries) -> Result<()> {
     run::heading("formatting, lints, arrows, budgets");
-    run::must(cargo().args(["fmt", "--all", "--check"]))?;
-    run::must(cargo().args([
+    run::must(run::cargo().args(["fmt", "--all", "--check"]))?;
+    run::must(run::cargo().args([
         "clippy",
         "--workspace",
         "--all-targets",
@@ -52,12 +52,8 @@ fn prepare(binaries: &Binaries) -> Result<()> {
     )
 }
 
-fn cargo() -> Command {
-    Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()))
-}
-
 fn tests(binaries: &Binaries) -> Command {
-    let mut command = cargo();
+    let mut command = run::cargo();
     command
         .args(["test", "--locked"])
         .env("KILN_TEST_REQUIRE_TOOLS", "1")

@@ -8,10 +8,17 @@ use kiln_core::{AllowRule, ByteSize, ImageRef};
 
 /// Builds container images and runs untrusted commands, each in a fresh microVM on this machine.
 #[derive(Parser, Debug)]
-#[command(name = "kiln", version, propagate_version = true, disable_help_subcommand = true)]
-#[command(after_help = "Exit codes: 0 success, 1 your build or command failed, 2 usage or configuration, 3 infrastructure,\n\
-4 refused by policy, 5 guest fault, 124 timeout, 130 cancelled. `kiln run` passes on the command's own code.")]
-pub struct Cli {
+#[command(
+    name = "kiln",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = true
+)]
+#[command(
+    after_help = "Exit codes: 0 success, 1 your build or command failed, 2 usage or configuration, 3 infrastructure,\n\
+4 refused by policy, 5 guest fault, 124 timeout, 130 cancelled. `kiln run` passes on the command's own code."
+)]
+pub(crate) struct Cli {
     /// Print data as JSON, one object a line
     #[arg(long, global = true)]
     pub json: bool,
@@ -25,7 +32,7 @@ pub struct Cli {
 
 /// The verbs.
 #[derive(Subcommand, Debug)]
-pub enum Command {
+pub(crate) enum Command {
     /// Build a container image from a folder or git URL
     Build(Box<BuildArgs>),
     /// Run a command, or a container image, in a fresh machine
@@ -75,10 +82,12 @@ pub enum Command {
 
 /// Options of `kiln build`.
 #[derive(Args, Debug)]
-#[command(after_help = "Examples:\n  kiln build .\n  kiln build --tag shop:1.4 examples/node-express\n  \
+#[command(
+    after_help = "Examples:\n  kiln build .\n  kiln build --tag shop:1.4 examples/node-express\n  \
 kiln build https://git.example.org/team/app.git#v2 --push registry.example.org/app:v2\n  \
-kiln build . --secret id=token,env=TOKEN --allow api.example.org:443")]
-pub struct BuildArgs {
+kiln build . --secret id=token,env=TOKEN --allow api.example.org:443"
+)]
+pub(crate) struct BuildArgs {
     /// Folder, or git URL with an optional #ref
     #[arg(default_value = ".")]
     pub source: String,
@@ -125,9 +134,11 @@ pub struct BuildArgs {
 
 /// Options of `kiln run`.
 #[derive(Args, Debug)]
-#[command(after_help = "Examples:\n  kiln run -- uname -a\n  kiln run --image shop:1.4 -p 8080:3000\n  \
-kiln run --image shop:1.4 -e LOG=debug -- node --version\n\nWithout --allow the machine reaches nothing.")]
-pub struct RunArgs {
+#[command(
+    after_help = "Examples:\n  kiln run -- uname -a\n  kiln run --image shop:1.4 -p 8080:3000\n  \
+kiln run --image shop:1.4 -e LOG=debug -- node --version\n\nWithout --allow the machine reaches nothing."
+)]
+pub(crate) struct RunArgs {
     /// Container image to run; without it the command runs in the machine image itself
     #[arg(long, value_name = "REF")]
     pub image: Option<ImageRef>,
@@ -156,7 +167,7 @@ pub struct RunArgs {
 
 /// Limits of one machine.
 #[derive(Args, Debug, Clone)]
-pub struct LimitArgs {
+pub(crate) struct LimitArgs {
     /// Virtual CPUs
     #[arg(long, value_name = "COUNT")]
     pub cpus: Option<u32>,
@@ -170,18 +181,27 @@ pub struct LimitArgs {
 
 /// Options of `kiln plan`.
 #[derive(Args, Debug)]
-pub struct PlanArgs {
+pub(crate) struct PlanArgs {
     /// The folder
     #[arg(default_value = ".")]
     pub dir: PathBuf,
     /// Dockerfile to use instead of a detected plan
     #[arg(short, long, value_name = "PATH")]
     pub file: Option<PathBuf>,
+    /// Build only up to this stage
+    #[arg(long)]
+    pub target: Option<String>,
+    /// Build argument; KEY alone takes the value from the environment
+    #[arg(long = "build-arg", value_name = "KEY[=VALUE]")]
+    pub build_args: Vec<String>,
+    /// Print the Dockerfile alone
+    #[arg(long)]
+    pub dockerfile: bool,
 }
 
 /// Options of `kiln doctor`.
 #[derive(Args, Debug)]
-pub struct DoctorArgs {
+pub(crate) struct DoctorArgs {
     /// Read every stored byte again and compare digests
     #[arg(long)]
     pub scrub: bool,
@@ -189,7 +209,7 @@ pub struct DoctorArgs {
 
 /// Verbs of `kiln job`.
 #[derive(Subcommand, Debug)]
-pub enum JobCommand {
+pub(crate) enum JobCommand {
     /// List jobs, newest first
     List {
         /// How many
@@ -198,26 +218,29 @@ pub enum JobCommand {
     },
     /// Show one job
     Show {
-        /// Its id, or the beginning of it
-        id: String,
+        /// Its id, or the beginning of it; the newest job without
+        id: Option<String>,
     },
-    /// Print a job's log
+    /// Print a job's log; with --json its events
     Logs {
-        /// Its id, or the beginning of it
-        id: String,
+        /// Its id, or the beginning of it; the newest job without
+        id: Option<String>,
+        /// Go on until the job ends
+        #[arg(short, long)]
+        follow: bool,
     },
 }
 
 /// Verbs of `kiln template`.
 #[derive(Subcommand, Debug)]
-pub enum TemplateCommand {
+pub(crate) enum TemplateCommand {
     /// Make the templates that builds and runs start from, also for your current cache head
     Prepare,
     /// List templates
     List,
-    /// Remove templates
+    /// Remove templates that no job would use again
     Prune {
-        /// Also those that are still current
+        /// Also those that are still current (not those in use)
         #[arg(long)]
         all: bool,
     },
@@ -225,7 +248,7 @@ pub enum TemplateCommand {
 
 /// Verbs of `kiln machine-image`.
 #[derive(Subcommand, Debug)]
-pub enum ImageCommand {
+pub(crate) enum ImageCommand {
     /// Make the machine image
     Bake {
         /// The recipe's folder
@@ -241,6 +264,9 @@ pub enum ImageCommand {
     Show {
         /// Its name; the current one without
         name: Option<String>,
+        /// Also list its packages
+        #[arg(long)]
+        packages: bool,
     },
     /// Read all files of a machine image again
     Verify {
@@ -253,32 +279,50 @@ pub enum ImageCommand {
 
 /// Verbs of `kiln bases`.
 #[derive(Subcommand, Debug)]
-pub enum BasesCommand {
+#[expect(clippy::large_enum_variant, reason = "made once, read once")]
+pub(crate) enum BasesCommand {
     /// List base images and where they come from
     List,
-    /// Let Dockerfiles use a public image, pinned by digest
+    /// Let Dockerfiles use an image, pinned by digest
+    #[command(
+        after_help = "Examples:\n  kiln bases add golang:1.24@sha256:0123...\n  \
+kiln bases add golang:1.24 docker.io/library/golang@sha256:0123...\n  \
+kiln bases add node:22 example.org/node-build@sha256:0123... --run example.org/node-run@sha256:4567..."
+    )]
     Add {
-        /// The name Dockerfiles use, for example node:20-slim
+        /// The name Dockerfiles use, for example golang:1.24; with its digest it also is what it stands for
+        #[arg(value_name = "NAME[@DIGEST]")]
         name: String,
         /// What it stands for: a reference with a digest
-        reference: ImageRef,
+        reference: Option<ImageRef>,
+        /// Slim image to run on: NAME (RUNTIME:VERSION) becomes a version that plans can choose
+        #[arg(long, value_name = "REFERENCE")]
+        run: Option<ImageRef>,
     },
-    /// Make the bases and the shared cache head
-    Bake,
+    /// Make the bases, the shared cache head and its templates
+    Bake {
+        /// The recipe's folder
+        #[arg(long, default_value = "machine-image")]
+        recipe: PathBuf,
+    },
 }
 
 /// Verbs of `kiln registries`.
 #[derive(Subcommand, Debug)]
-pub enum RegistriesCommand {
-    /// Ask this host's package managers and write registries.toml
-    Discover,
+pub(crate) enum RegistriesCommand {
+    /// Ask this host's package managers and write registries.toml; what you edited stays
+    Discover {
+        /// Print the file instead of writing it
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Print registries.toml
     Show,
 }
 
 /// Verbs of `kiln registry`.
 #[derive(Subcommand, Debug)]
-pub enum RegistryCommand {
+pub(crate) enum RegistryCommand {
     /// Serve the registry on loopback until interrupted
     Serve {
         /// Address to listen on
@@ -294,12 +338,19 @@ pub enum RegistryCommand {
         #[arg(long, default_value = "127.0.0.1:5080")]
         address: std::net::SocketAddr,
     },
-    /// List repositories and tags
-    List,
-    /// Remove an image
+    /// Remove kiln's tokens from where login wrote them
+    Logout,
+    /// List images
+    List {
+        /// Also what unfinished jobs pushed
+        #[arg(long)]
+        all: bool,
+    },
+    /// Remove images
     Rm {
-        /// Which
-        reference: ImageRef,
+        /// Which: NAME:TAG, or NAME@DIGEST for the image with all its tags
+        #[arg(required = true, value_name = "NAME[:TAG]")]
+        references: Vec<ImageRef>,
     },
     /// Remove blobs that no image needs
     Gc {
@@ -311,12 +362,12 @@ pub enum RegistryCommand {
 
 /// Verbs of `kiln cache`.
 #[derive(Subcommand, Debug)]
-pub enum CacheCommand {
+pub(crate) enum CacheCommand {
     /// Show what is kept and how much it takes
     Show,
-    /// Remove what is not needed
+    /// Remove what nothing needs, then the least recently used until the rest fits the budget
     Prune {
-        /// Also your build cache
+        /// Also forget your build cache (the shared one stays)
         #[arg(long)]
         heads: bool,
     },
@@ -324,7 +375,7 @@ pub enum CacheCommand {
 
 /// Options of `kiln bench`.
 #[derive(Args, Debug)]
-pub struct BenchArgs {
+pub(crate) struct BenchArgs {
     /// Which benchmarks; all without
     pub names: Vec<String>,
     /// Samples of each
@@ -334,7 +385,7 @@ pub struct BenchArgs {
 
 /// Options of `kiln setup`.
 #[derive(Args, Debug)]
-pub struct SetupArgs {
+pub(crate) struct SetupArgs {
     /// The recipe's folder
     #[arg(long, default_value = "machine-image")]
     pub recipe: PathBuf,
@@ -345,7 +396,7 @@ pub struct SetupArgs {
 
 /// Options of `kiln uninstall`.
 #[derive(Args, Debug)]
-pub struct UninstallArgs {
+pub(crate) struct UninstallArgs {
     /// Do not ask
     #[arg(long)]
     pub yes: bool,
@@ -353,7 +404,7 @@ pub struct UninstallArgs {
 
 /// When colour is used.
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Color {
+pub(crate) enum Color {
     /// On a terminal without `NO_COLOR`.
     Auto,
     /// Never.
@@ -363,7 +414,9 @@ pub enum Color {
 /// `90`, `90s`, `10m`, `2h`.
 fn parse_duration(text: &str) -> Result<Duration, String> {
     let error = || format!("{text:?} is not a time: write for example 90s, 10m or 1h");
-    let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let at = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
     let seconds = match unit {
         "" | "s" => 1,
@@ -372,7 +425,11 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         _ => return Err(error()),
     };
     let count: u64 = number.parse().map_err(|_| error())?;
-    count.checked_mul(seconds).filter(|s| *s > 0).map(Duration::from_secs).ok_or_else(error)
+    count
+        .checked_mul(seconds)
+        .filter(|s| *s > 0)
+        .map(Duration::from_secs)
+        .ok_or_else(error)
 }
 
 #[cfg(test)]

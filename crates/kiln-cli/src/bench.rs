@@ -10,7 +10,11 @@ use crate::show::Screen;
 ///
 /// # Errors
 /// When one cannot be set up.
-pub async fn run(_args: &BenchArgs, screen: Screen, _cancel: &CancellationToken) -> Result<u8> {
+pub(crate) async fn run(
+    _args: &BenchArgs,
+    screen: Screen,
+    _cancel: &CancellationToken,
+) -> Result<u8> {
     screen.note("no benchmarks yet");
     Ok(0)
 }

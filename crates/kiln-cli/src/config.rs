@@ -16,14 +16,14 @@ use crate::error::{CliError, Result};
 /// Largest configuration file, bytes.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// Time a build may take when nobody says otherwise.
-pub const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
+pub(crate) const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
 /// Time that stands for "no limit": thirty days.
-pub const NO_TIMEOUT: Duration = Duration::from_secs(30 * 24 * 3600);
+pub(crate) const NO_TIMEOUT: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// The file.
 #[derive(Deserialize, Debug, Default)]
 #[serde(default, deny_unknown_fields)]
-pub struct Config {
+pub(crate) struct Config {
     /// Defaults and maxima of machines.
     pub limits: LimitConfig,
     /// The registry's door on loopback.
@@ -37,7 +37,7 @@ pub struct Config {
 /// `[limits]`
 #[derive(Deserialize, Debug)]
 #[serde(default, deny_unknown_fields)]
-pub struct LimitConfig {
+pub(crate) struct LimitConfig {
     /// Most virtual CPUs of one machine.
     pub cpus_max: u32,
     /// Most memory of one machine.
@@ -53,7 +53,7 @@ pub struct LimitConfig {
 /// `[registry]`
 #[derive(Deserialize, Debug, Default)]
 #[serde(default, deny_unknown_fields)]
-pub struct RegistryConfig {
+pub(crate) struct RegistryConfig {
     /// Anybody on this host may pull.
     pub anonymous_pull: bool,
 }
@@ -61,7 +61,7 @@ pub struct RegistryConfig {
 /// `[cache]`
 #[derive(Deserialize, Debug)]
 #[serde(default, deny_unknown_fields)]
-pub struct CacheConfig {
+pub(crate) struct CacheConfig {
     /// Most bytes of templates, heads, unpacked images and registry together.
     pub budget: ByteText,
 }
@@ -69,7 +69,7 @@ pub struct CacheConfig {
 /// `[network]`
 #[derive(Deserialize, Debug, Default)]
 #[serde(default, deny_unknown_fields)]
-pub struct NetworkConfig {
+pub(crate) struct NetworkConfig {
     /// Pass the host's CA bundle into builds: yes when the host's settings name one, unless set here.
     pub ca_bundle: Option<bool>,
 }
@@ -77,7 +77,7 @@ pub struct NetworkConfig {
 /// A size written as text (`2G`).
 #[derive(Deserialize, Debug, Clone, Copy)]
 #[serde(try_from = "String")]
-pub struct ByteText(pub ByteSize);
+pub(crate) struct ByteText(pub ByteSize);
 
 impl TryFrom<String> for ByteText {
     type Error = kiln_core::size::ParseSizeError;
@@ -101,7 +101,9 @@ impl Default for LimitConfig {
 
 impl Default for CacheConfig {
     fn default() -> Self {
-        Self { budget: ByteText(ByteSize::gib(60)) }
+        Self {
+            budget: ByteText(ByteSize::gib(60)),
+        }
     }
 }
 
@@ -110,17 +112,27 @@ impl Config {
     ///
     /// # Errors
     /// When it cannot be read or has unknown keys or values; the message names the line.
-    pub fn load(path: &Path) -> Result<Self> {
+    pub(crate) fn load(path: &Path) -> Result<Self> {
         let text = match std::fs::metadata(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
-            Ok(meta) if meta.len() > CONFIG_BYTES_MAX => {
-                return Err(CliError::usage(format!("{} is larger than 1 MiB", path.display())));
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(Self::default());
             }
-            _ => std::fs::read_to_string(path)
-                .map_err(|error| CliError::usage(format!("could not read {}: {error}", path.display())))?,
+            Ok(meta) if meta.len() > CONFIG_BYTES_MAX => {
+                return Err(CliError::usage(format!(
+                    "{} is larger than 1 MiB",
+                    path.display()
+                )));
+            }
+            _ => std::fs::read_to_string(path).map_err(|error| {
+                CliError::usage(format!("could not read {}: {error}", path.display()))
+            })?,
         };
         toml::from_str(&text).map_err(|error| {
-            CliError::usage(format!("{} is not valid: {}", path.display(), error.to_string().trim()))
+            CliError::usage(format!(
+                "{} is not valid: {}",
+                path.display(),
+                error.to_string().trim()
+            ))
         })
     }
 
@@ -128,14 +140,26 @@ impl Config {
     ///
     /// # Errors
     /// When more is asked than the operator allows.
-    pub fn limits(&self, asked: &LimitArgs, build: bool, host_cpus: u32) -> Result<Limits> {
+    pub(crate) fn limits(&self, asked: &LimitArgs, build: bool, host_cpus: u32) -> Result<Limits> {
         let cpus_max = self.limits.cpus_max.max(1);
-        let cpus = asked.cpus.unwrap_or_else(|| if build { host_cpus.clamp(1, cpus_max.min(2)) } else { 1 });
+        let cpus = asked.cpus.unwrap_or_else(|| {
+            if build {
+                host_cpus.clamp(1, cpus_max.min(2))
+            } else {
+                1
+            }
+        });
         if cpus == 0 || cpus > cpus_max {
-            return Err(CliError::usage(format!("--cpus {cpus}: at least 1 and at most {cpus_max}"))
-                .hint("the operator's maximum is limits.cpus_max in kiln.toml"));
+            return Err(CliError::usage(format!(
+                "--cpus {cpus}: at least 1 and at most {cpus_max}"
+            ))
+            .hint("the operator's maximum is limits.cpus_max in kiln.toml"));
         }
-        let default = if build { self.limits.build_memory.0 } else { self.limits.run_memory.0 };
+        let default = if build {
+            self.limits.build_memory.0
+        } else {
+            self.limits.run_memory.0
+        };
         let memory = asked.memory.unwrap_or(default);
         let least = ByteSize::mib(128);
         if memory < least || memory > self.limits.memory_max.0 {
@@ -145,9 +169,16 @@ impl Config {
             ))
             .hint("the operator's maximum is limits.memory_max in kiln.toml"));
         }
-        let timeout = asked.timeout.unwrap_or(if build { BUILD_TIMEOUT } else { NO_TIMEOUT });
+        let timeout = asked
+            .timeout
+            .unwrap_or(if build { BUILD_TIMEOUT } else { NO_TIMEOUT });
         let timeout_ms = u64::try_from(timeout.min(NO_TIMEOUT).as_millis()).unwrap_or(u64::MAX);
-        Ok(Limits { cpus, memory, disk: self.limits.disk_max.0, timeout_ms })
+        Ok(Limits {
+            cpus,
+            memory,
+            disk: self.limits.disk_max.0,
+            timeout_ms,
+        })
     }
 }
 
@@ -157,17 +188,33 @@ mod tests {
 
     #[test]
     fn unknown_keys_are_refused_with_their_line() {
-        let error = toml::from_str::<Config>("[limits]\ncpus = 3\n").expect_err("unknown key").to_string();
-        assert!(error.contains("line 2") && error.contains("cpus"), "{error}");
+        let error = toml::from_str::<Config>("[limits]\ncpus = 3\n")
+            .expect_err("unknown key")
+            .to_string();
+        assert!(
+            error.contains("line 2") && error.contains("cpus"),
+            "{error}"
+        );
         let config: Config = toml::from_str("[limits]\nmemory_max = \"1G\"\n").expect("valid");
-        let asked = LimitArgs { cpus: None, memory: Some(ByteSize::gib(2)), timeout: None };
+        let asked = LimitArgs {
+            cpus: None,
+            memory: Some(ByteSize::gib(2)),
+            timeout: None,
+        };
         assert!(config.limits(&asked, true, 2).is_err());
     }
 
     #[test]
     fn defaults_fit_their_own_maxima() {
-        let none = LimitArgs { cpus: None, memory: None, timeout: None };
+        let none = LimitArgs {
+            cpus: None,
+            memory: None,
+            timeout: None,
+        };
         let limits = Config::default().limits(&none, true, 64).expect("defaults");
-        assert_eq!((limits.cpus, limits.memory, limits.timeout_ms), (2, ByteSize::gib(2), 600_000));
+        assert_eq!(
+            (limits.cpus, limits.memory, limits.timeout_ms),
+            (2, ByteSize::gib(2), 600_000)
+        );
     }
 }

@@ -2,11 +2,11 @@
 
 use std::fmt;
 
-use kiln_core::{FailureClass, Verdict};
+use kiln_core::FailureClass;
 
 /// An error at the edge.
 #[derive(Debug)]
-pub struct CliError {
+pub(crate) struct CliError {
     /// Decides the exit code.
     pub class: FailureClass,
     /// One sentence.
@@ -18,40 +18,55 @@ pub struct CliError {
 }
 
 /// Result of a verb.
-pub type Result<T, E = CliError> = std::result::Result<T, E>;
+pub(crate) type Result<T, E = CliError> = std::result::Result<T, E>;
 
 impl CliError {
     /// An error of this class.
-    pub fn new(class: FailureClass, message: impl Into<String>) -> Self {
-        Self { class, message: message.into(), hints: Vec::new(), command_code: None }
+    pub(crate) fn new(class: FailureClass, message: impl Into<String>) -> Self {
+        Self {
+            class,
+            message: message.into(),
+            hints: Vec::new(),
+            command_code: None,
+        }
     }
 
     /// Wrong usage or configuration.
-    pub fn usage(message: impl Into<String>) -> Self {
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
         Self::new(FailureClass::Usage, message)
     }
 
     /// kiln's own or the host's failure, with its causes.
-    pub fn infrastructure(error: &dyn std::error::Error) -> Self {
+    pub(crate) fn infrastructure(error: &dyn std::error::Error) -> Self {
         Self::new(FailureClass::Infrastructure, chain(error))
     }
 
     /// Adds a hint.
     #[must_use]
-    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hints.push(hint.into());
         self
     }
 
     /// From a job's failure.
-    pub fn from_failure(failure: kiln_worker::failure::Failure) -> Self {
-        let kiln_worker::failure::Failure { class, message, hint, command_code } = failure;
+    pub(crate) fn from_failure(failure: kiln_worker::failure::Failure) -> Self {
+        let kiln_worker::failure::Failure {
+            class,
+            message,
+            hint,
+            command_code,
+        } = failure;
         let command_code = command_code.and_then(|code| u8::try_from(code).ok());
-        Self { class, message, hints: hint.into_iter().collect(), command_code }
+        Self {
+            class,
+            message,
+            hints: hint.into_iter().collect(),
+            command_code,
+        }
     }
 
     /// As a job's failure.
-    pub fn into_failure(self) -> kiln_worker::failure::Failure {
+    pub(crate) fn into_failure(self) -> kiln_worker::failure::Failure {
         let hint = (!self.hints.is_empty()).then(|| self.hints.join("; "));
         kiln_worker::failure::Failure {
             class: self.class,
@@ -61,23 +76,14 @@ impl CliError {
         }
     }
 
-    /// From a failed verdict.
-    pub fn from_verdict(verdict: &Verdict) -> Option<Self> {
-        let Verdict::Failed { class, message, hint, command_code } = verdict else { return None };
-        let mut error = Self::new(*class, message.clone());
-        error.hints.extend(hint.clone());
-        error.command_code = command_code.and_then(|code| u8::try_from(code).ok());
-        Some(error)
-    }
-
     /// The exit code of the process.
-    pub fn exit_code(&self) -> u8 {
+    pub(crate) fn exit_code(&self) -> u8 {
         self.command_code.unwrap_or_else(|| self.class.exit_code())
     }
 }
 
 /// An error and its causes in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
@@ -97,7 +103,7 @@ impl fmt::Display for CliError {
 impl std::error::Error for CliError {}
 
 /// Turns any error with causes into an infrastructure error.
-pub trait OrInfrastructure<T> {
+pub(crate) trait OrInfrastructure<T> {
     /// See the trait.
     fn or_infrastructure(self) -> Result<T>;
 }

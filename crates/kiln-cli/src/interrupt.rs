@@ -8,10 +8,10 @@ use tokio_util::sync::CancellationToken;
 use crate::show::Screen;
 
 /// A clean cancel that takes longer than this is given up.
-pub const CANCEL_DEADLINE: Duration = Duration::from_secs(3);
+pub(crate) const CANCEL_DEADLINE: Duration = Duration::from_secs(3);
 
 /// Starts watching for SIGINT, SIGTERM and SIGHUP; the token is cancelled by the first of them.
-pub fn watch(screen: Screen) -> CancellationToken {
+pub(crate) fn watch(screen: Screen) -> CancellationToken {
     let token = CancellationToken::new();
     let cancelled = token.clone();
     tokio::spawn(async move {

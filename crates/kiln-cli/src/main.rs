@@ -18,9 +18,16 @@ use kiln_telemetry::LogFormat;
 fn main() -> ExitCode {
     let cli = args::Cli::parse();
     let screen = show::Screen::new(cli.json);
-    let format = if cli.json { LogFormat::Json } else { LogFormat::Text };
+    let format = if cli.json {
+        LogFormat::Json
+    } else {
+        LogFormat::Text
+    };
     kiln_telemetry::init_logs(format, cli.verbose);
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             screen.error(&error::CliError::infrastructure(&error));

@@ -3,7 +3,7 @@
 //! On a terminal the last line shows what runs now; elsewhere every event is one plain line. With `--json` every event
 //! is one JSON object a line on standard output. Colour never carries meaning and obeys `NO_COLOR`.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this module is the screen")]
+#![expect(clippy::print_stderr, reason = "this module is the screen")]
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
@@ -22,7 +22,7 @@ const WIDTH_DEFAULT: usize = 100;
 
 /// How this process talks.
 #[derive(Clone, Copy, Debug)]
-pub struct Screen {
+pub(crate) struct Screen {
     json: bool,
     live: bool,
     color: bool,
@@ -30,22 +30,27 @@ pub struct Screen {
 
 impl Screen {
     /// From the command line and what standard error is.
-    pub fn new(json: bool) -> Self {
+    pub(crate) fn new(json: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();
         let no_color = crate::environment::is_set("NO_COLOR");
         let dumb = crate::environment::var("TERM").is_some_and(|term| term == "dumb");
-        Self { json, live: terminal && !json && !dumb, color: terminal && !no_color && !dumb }
+        Self {
+            json,
+            live: terminal && !json && !dumb,
+            color: terminal && !no_color && !dumb,
+        }
     }
 
     /// Whether `--json` was given.
-    pub fn json(self) -> bool {
+    pub(crate) fn json(self) -> bool {
         self.json
     }
 
     /// Prints one object: a JSON line with `--json`, else what `text` gives.
-    pub fn data(self, value: &impl Serialize, text: impl FnOnce() -> String) {
+    pub(crate) fn data(self, value: &impl Serialize, text: impl FnOnce() -> String) {
         let line = if self.json {
-            serde_json::to_string(value).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
+            serde_json::to_string(value)
+                .unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
         } else {
             text()
         };
@@ -53,19 +58,19 @@ impl Screen {
     }
 
     /// Prints text as it is on standard output.
-    pub fn text(self, text: &str) {
+    pub(crate) fn text(self, text: &str) {
         out(text);
     }
 
     /// A remark on standard error.
-    pub fn note(self, text: &str) {
+    pub(crate) fn note(self, text: &str) {
         if !self.json {
             eprintln!("{}", printable(text));
         }
     }
 
     /// Shows an error with its hints.
-    pub fn error(self, error: &CliError) {
+    pub(crate) fn error(self, error: &CliError) {
         if self.json {
             let value = serde_json::json!({
                 "event": "error", "class": error.class, "message": error.message, "hints": error.hints,
@@ -82,7 +87,11 @@ impl Screen {
 
     fn paint(self, first: &str, second: &str) -> (String, String, &'static str) {
         if self.color {
-            (format!("\x1b[{first}m"), format!("\x1b[{second}m"), "\x1b[0m")
+            (
+                format!("\x1b[{first}m"),
+                format!("\x1b[{second}m"),
+                "\x1b[0m",
+            )
         } else {
             (String::new(), String::new(), "")
         }
@@ -90,7 +99,7 @@ impl Screen {
 
     /// Draws events until their sender is gone. `passthrough` sends command output (step 0) to this process's own
     /// standard output and error, byte for byte as text.
-    pub async fn follow(self, mut events: mpsc::Receiver<Event>) {
+    pub(crate) async fn follow(self, mut events: mpsc::Receiver<Event>) {
         let mut running = Running::default();
         let mut redraw = tokio::time::interval(REDRAW);
         loop {
@@ -107,7 +116,7 @@ impl Screen {
 
     /// As [`Screen::follow`], but phases and notes are shown only where they explain a wait: a command's own output
     /// is what its user wants to see.
-    pub async fn follow_quietly(self, mut events: mpsc::Receiver<Event>) {
+    pub(crate) async fn follow_quietly(self, mut events: mpsc::Receiver<Event>) {
         let mut running = Running::default();
         let mut redraw = tokio::time::interval(REDRAW);
         loop {
@@ -144,7 +153,11 @@ impl Screen {
                 }
             }
             Event::Progress { what, detail } => {
-                let line = if detail.is_empty() { what.clone() } else { format!("{what}: {detail}") };
+                let line = if detail.is_empty() {
+                    what.clone()
+                } else {
+                    format!("{what}: {detail}")
+                };
                 if self.live {
                     if running.what != line {
                         running.since.get_or_insert_with(Instant::now);
@@ -157,7 +170,12 @@ impl Screen {
             }
             Event::Note { text } => eprintln!("   {}", printable(text)),
             Event::Warning { text } => eprintln!("{bold}warning:{off} {}", printable(text)),
-            Event::Step { number, name, state, seconds } => {
+            Event::Step {
+                number,
+                name,
+                state,
+                seconds,
+            } => {
                 self.step(*number, name, *state, *seconds, running);
             }
             Event::Log { step: 0, text, .. } => eprintln!("{}", printable(text)),
@@ -165,7 +183,14 @@ impl Screen {
         }
     }
 
-    fn step(self, number: usize, name: &str, state: StepState, seconds: Option<f64>, running: &mut Running) {
+    fn step(
+        self,
+        number: usize,
+        name: &str,
+        state: StepState,
+        seconds: Option<f64>,
+        running: &mut Running,
+    ) {
         if name.starts_with("[internal]") {
             return;
         }
@@ -178,7 +203,9 @@ impl Screen {
         };
         let (paint, _, off) = self.paint(color, "1");
         if state == StepState::Running {
-            running.steps.insert(number, (one_line(name), Instant::now()));
+            running
+                .steps
+                .insert(number, (one_line(name), Instant::now()));
             if !self.live {
                 eprintln!("#{number} {}", one_line(name));
             }
@@ -186,8 +213,15 @@ impl Screen {
         }
         running.steps.remove(&number);
         let time = seconds.map(|s| format!(" {s:.1}s")).unwrap_or_default();
-        let label = if self.live || state == StepState::Cached { one_line(name) } else { String::new() };
-        eprintln!("#{number} {label}{}{paint}{word}{time}{off}", if label.is_empty() { "" } else { " " });
+        let label = if self.live || state == StepState::Cached {
+            one_line(name)
+        } else {
+            String::new()
+        };
+        eprintln!(
+            "#{number} {label}{}{paint}{word}{time}{off}",
+            if label.is_empty() { "" } else { " " }
+        );
     }
 
     fn draw(self, running: &mut Running) {
@@ -195,16 +229,27 @@ impl Screen {
         let line = match running.steps.iter().next() {
             Some((number, (name, since))) => {
                 let more = running.steps.len() - 1;
-                let more = if more > 0 { format!(" (+{more})") } else { String::new() };
-                format!("#{number} {name} {:.0}s{more}", since.elapsed().as_secs_f64())
+                let more = if more > 0 {
+                    format!(" (+{more})")
+                } else {
+                    String::new()
+                };
+                format!(
+                    "#{number} {name} {:.0}s{more}",
+                    since.elapsed().as_secs_f64()
+                )
             }
             None if !running.what.is_empty() => {
-                let seconds = running.since.map_or(0.0, |since| since.elapsed().as_secs_f64());
+                let seconds = running
+                    .since
+                    .map_or(0.0, |since| since.elapsed().as_secs_f64());
                 format!("{} {seconds:.0}s", running.what)
             }
             None => return,
         };
-        let width = crate::environment::terminal_width().unwrap_or(WIDTH_DEFAULT).saturating_sub(1);
+        let width = crate::environment::terminal_width()
+            .unwrap_or(WIDTH_DEFAULT)
+            .saturating_sub(1);
         let line: String = printable(&line).chars().take(width).collect();
         eprint!("{line}");
         let _flushed = std::io::stderr().flush();
@@ -238,16 +283,26 @@ fn out(text: &str) {
 }
 
 /// Text of a guest or tenant without control characters that would drive the terminal.
-pub fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     text.chars()
-        .map(|c| if c.is_control() && c != '\t' && c != '\n' { '\u{fffd}' } else { c })
+        .map(|c| {
+            if c.is_control() && c != '\t' && c != '\n' {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
         .collect()
 }
 
 fn one_line(text: &str) -> String {
     let line = text.lines().next().unwrap_or_default();
     let short: String = line.chars().take(120).collect();
-    printable(&if short.len() < text.len() { format!("{short} ...") } else { short })
+    printable(&if short.len() < text.len() {
+        format!("{short} ...")
+    } else {
+        short
+    })
 }
 
 #[cfg(test)]

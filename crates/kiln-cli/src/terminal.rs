@@ -10,30 +10,38 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 /// Whether both ends are a terminal.
-pub fn is_interactive() -> bool {
+pub(crate) fn is_interactive() -> bool {
     io::stdin().is_terminal() && io::stdout().is_terminal()
 }
 
 /// Whether standard input comes from a file or pipe that somebody connected on purpose.
-pub fn stdin_is_piped() -> bool {
+pub(crate) fn stdin_is_piped() -> bool {
     use rustix::fs::{FileType, fstat};
-    let Ok(stat) = fstat(io::stdin()) else { return false };
-    matches!(FileType::from_raw_mode(stat.st_mode), FileType::Fifo | FileType::RegularFile)
+    let Ok(stat) = fstat(io::stdin()) else {
+        return false;
+    };
+    matches!(
+        FileType::from_raw_mode(stat.st_mode),
+        FileType::Fifo | FileType::RegularFile
+    )
 }
 
 /// Size of the terminal.
-pub fn size() -> Option<TtySize> {
+pub(crate) fn size() -> Option<TtySize> {
     let size = tcgetwinsize(io::stdout()).ok()?;
-    Some(TtySize { rows: size.ws_row.max(1), cols: size.ws_col.max(1) })
+    Some(TtySize {
+        rows: size.ws_row.max(1),
+        cols: size.ws_col.max(1),
+    })
 }
 
 /// Standard input of this process.
-pub fn stdin() -> Box<dyn AsyncRead + Send + Unpin> {
+pub(crate) fn stdin() -> Box<dyn AsyncRead + Send + Unpin> {
     Box::new(tokio::io::stdin())
 }
 
 /// Writes the command's output to this process's own streams until the command ends.
-pub async fn print(mut chunks: mpsc::Receiver<(u8, Vec<u8>)>) {
+pub(crate) async fn print(mut chunks: mpsc::Receiver<(u8, Vec<u8>)>) {
     while let Some((stream, bytes)) = chunks.recv().await {
         // A reader that went away ends nothing: the command goes on.
         let _reader_gone = if stream == 1 {
@@ -47,8 +55,10 @@ pub async fn print(mut chunks: mpsc::Receiver<(u8, Vec<u8>)>) {
 }
 
 /// Tells the command when the window changes.
-pub async fn watch_size(control: mpsc::Sender<Control>) {
-    let Ok(mut changed) = signal(SignalKind::window_change()) else { return };
+pub(crate) async fn watch_size(control: mpsc::Sender<Control>) {
+    let Ok(mut changed) = signal(SignalKind::window_change()) else {
+        return;
+    };
     while changed.recv().await.is_some() {
         let Some(size) = size() else { continue };
         if control.send(Control::Resize(size)).await.is_err() {
@@ -59,7 +69,7 @@ pub async fn watch_size(control: mpsc::Sender<Control>) {
 
 /// The terminal in raw mode, until this is dropped.
 #[derive(Debug)]
-pub struct RawMode {
+pub(crate) struct RawMode {
     before: Termios,
 }
 
@@ -68,7 +78,7 @@ impl RawMode {
     ///
     /// # Errors
     /// When it is no terminal.
-    pub fn enter() -> io::Result<Self> {
+    pub(crate) fn enter() -> io::Result<Self> {
         let before = tcgetattr(io::stdin())?;
         let mut raw = before.clone();
         raw.make_raw();

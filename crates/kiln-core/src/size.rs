@@ -65,7 +65,7 @@ impl fmt::Display for ByteSize {
         let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
         for (shift, unit) in units {
             if self.0 >= 1 << shift {
-                let tenths = u128::from(self.0) * 10 >> shift;
+                let tenths = (u128::from(self.0) * 10) >> shift;
                 return write!(f, "{}.{} {unit}", tenths / 10, tenths % 10);
             }
         }

@@ -89,7 +89,13 @@ pub fn state_disk(host: &Host, head: &Head) -> DiskSlot {
 
 /// The specification of a machine on the current machine image.
 #[must_use]
-pub fn spec(host: &Host, name: MachineName, cpus: u32, memory: ByteSize, disks: Vec<DiskSlot>) -> MachineSpec {
+pub fn spec(
+    host: &Host,
+    name: MachineName,
+    cpus: u32,
+    memory: ByteSize,
+    disks: Vec<DiskSlot>,
+) -> MachineSpec {
     MachineSpec {
         name,
         cpus,
@@ -123,20 +129,36 @@ impl Attempt {
         let memory = templates::size_class(wanted.memory);
         let chosen = templates::choose(host, &wanted, memory, events).await?;
         let mut disks = vec![root_disk(host)];
-        if let (Purpose::Build { head }, true) = (&wanted.purpose, chosen.holds_head || chosen.template.is_none()) {
+        if let (Purpose::Build { head }, true) = (
+            &wanted.purpose,
+            chosen.holds_head || chosen.template.is_none(),
+        ) {
             disks.push(state_disk(host, head));
         }
         let spec = spec(host, wanted.name.clone(), wanted.cpus, memory, disks);
-        let start = chosen.template.as_ref().map_or(Start::Cold, |held| Start::Template(held.template.clone()));
-        let ready = bring_up::start(&*host.driver, &spec, &start, Deadlines::default()).await.map_err(templates::bring_up_failure)?;
-        let Ready { machine, session, incoming, .. } = ready;
+        let start = chosen
+            .template
+            .as_ref()
+            .map_or(Start::Cold, |held| Start::Template(held.template.clone()));
+        let ready = bring_up::start(&*host.driver, &spec, &start, Deadlines::default())
+            .await
+            .map_err(templates::bring_up_failure)?;
+        let Ready {
+            machine,
+            session,
+            incoming,
+            ..
+        } = ready;
         let services = Services::new(gateway, events.clone());
         let serving = services.serve(incoming);
         let attempt = Self {
             machine,
             session,
             services,
-            template: chosen.template.as_ref().map(|held| held.template.key.clone()),
+            template: chosen
+                .template
+                .as_ref()
+                .map(|held| held.template.key.clone()),
             build_ready: chosen.holds_head,
             serving,
             _ticket: ticket,
@@ -157,7 +179,12 @@ impl Attempt {
     ///
     /// # Errors
     /// When the guest cannot.
-    pub async fn mount(&self, role: DiskRole, read_only: bool, format_blank: bool) -> Result<(), Failure> {
+    pub async fn mount(
+        &self,
+        role: DiskRole,
+        read_only: bool,
+        format_blank: bool,
+    ) -> Result<(), Failure> {
         let mount = Mount {
             serial: role.serial().to_owned(),
             read_only,
@@ -165,7 +192,13 @@ impl Attempt {
             timeout_ms: u64::try_from(MOUNT_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
             memory_bytes: 0,
         };
-        orders::call(&self.session, "mount a disk", &Order::Mount(mount), MOUNT_TIMEOUT * 2).await?;
+        orders::call(
+            &self.session,
+            "mount a disk",
+            &Order::Mount(mount),
+            MOUNT_TIMEOUT * 2,
+        )
+        .await?;
         Ok(())
     }
 
@@ -175,7 +208,8 @@ impl Attempt {
     /// When it did not power off by itself: its disks are then not clean.
     pub async fn power_off(&self) -> Result<(), Failure> {
         // The answer may never arrive: the machine's end is what counts.
-        let _answer = orders::call(&self.session, "power off", &Order::Shutdown, STOP_TIMEOUT).await;
+        let _answer =
+            orders::call(&self.session, "power off", &Order::Shutdown, STOP_TIMEOUT).await;
         match self.machine.stop(STOP_TIMEOUT).await {
             MachineState::Stopped(kiln_machine::driver::StopReason::PoweredOff) => Ok(()),
             other => Err(Failure::new(
@@ -187,7 +221,10 @@ impl Attempt {
 
     /// What the end of machine or session explains about a failure seen first.
     pub async fn explain(&self, failure: Failure) -> Failure {
-        if matches!(failure.class, FailureClass::User | FailureClass::Timeout | FailureClass::Cancelled) {
+        if matches!(
+            failure.class,
+            FailureClass::User | FailureClass::Timeout | FailureClass::Cancelled
+        ) {
             return failure;
         }
         if let Some(fault) = self.services.fault() {
@@ -203,7 +240,10 @@ impl Attempt {
                 return explained;
             }
             let tail: Vec<&str> = last.into_iter().rev().collect();
-            return Failure { message: format!("{}\nconsole:\n{}", explained.message, tail.join("\n")), ..explained };
+            return Failure {
+                message: format!("{}\nconsole:\n{}", explained.message, tail.join("\n")),
+                ..explained
+            };
         }
         match self.session.close_reason() {
             Some(reason) => Failure::from_close(&reason),

@@ -12,16 +12,17 @@ use kiln_core::network::RangeException;
 use kiln_core::{Digest, FailureClass, ImageRef, JobRequest, Lease, NetworkPolicy, Observed};
 use kiln_image::context::Tree;
 use kiln_image::heads::Head;
-use kiln_network::gateway::{Gateway, GatewayConfig};
 use kiln_network::gateway::proxy::ProxyConfig;
+use kiln_network::gateway::{Gateway, GatewayConfig};
 use kiln_network::record::{EgressLog, EgressSummary};
-use kiln_proto::msg::{Exit, Order, Place, PutTree};
 use kiln_proto::Session;
+use kiln_proto::msg::{Exit, Order, Place, PutTree};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use crate::attempt::{Attempt, Wanted};
 use crate::buildkit;
+use crate::commit;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
 use crate::host::{Host, now_unix_ms};
@@ -32,7 +33,6 @@ use crate::publish::{self, Published};
 use crate::registry::RegistryAccess;
 use crate::solve::Solve;
 use crate::templates::Purpose;
-use crate::commit;
 
 /// Longest time to send the source.
 pub const SOURCE_TIMEOUT: Duration = Duration::from_secs(600);
@@ -67,7 +67,9 @@ pub struct BuildInput {
 
 impl std::fmt::Debug for BuildInput {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("BuildInput").field("request", &self.request).finish_non_exhaustive()
+        f.debug_struct("BuildInput")
+            .field("request", &self.request)
+            .finish_non_exhaustive()
     }
 }
 
@@ -137,7 +139,12 @@ pub async fn run(
     let egress = Arc::new(EgressLog::new());
     let kiln_core::JobKind::ImageBuild(build) = input.request.kind.clone() else {
         let failure = Failure::new(FailureClass::Usage, "this job is not an image build");
-        return BuildEnd { result: Err(failure), phases_ms: Vec::new(), egress: EgressSummary::default(), observed: None };
+        return BuildEnd {
+            result: Err(failure),
+            phases_ms: Vec::new(),
+            egress: EgressSummary::default(),
+            observed: None,
+        };
     };
     let job = Job {
         host,
@@ -173,7 +180,12 @@ pub async fn run(
         }
         Err(failure) => (Err(failure), None),
     };
-    BuildEnd { result, phases_ms, egress: summary, observed }
+    BuildEnd {
+        result,
+        phases_ms,
+        egress: summary,
+        observed,
+    }
 }
 
 impl Job<'_> {
@@ -186,11 +198,27 @@ impl Job<'_> {
         phases.begin("queue").await;
         let limits = self.input.request.limits;
         let memory = crate::templates::size_class(limits.memory);
-        let ticket = self.host.admit(limits.cpus, memory, self.lease.attempt.job.as_str(), &self.events).await?;
+        let ticket = self
+            .host
+            .admit(
+                limits.cpus,
+                memory,
+                self.lease.attempt.job.as_str(),
+                &self.events,
+            )
+            .await?;
         phases.begin("machine").await;
         let head = self.fork()?;
-        let pin = self.host.heads.pin(&head).map_err(|error| Failure::infrastructure(&error))?;
-        let name = self.lease.attempt.machine_name("build").map_err(|error| Failure::infrastructure(&error))?;
+        let pin = self
+            .host
+            .heads
+            .pin(&head)
+            .map_err(|error| Failure::infrastructure(&error))?;
+        let name = self
+            .lease
+            .attempt
+            .machine_name("build")
+            .map_err(|error| Failure::infrastructure(&error))?;
         let wanted = Wanted {
             name,
             cpus: limits.cpus,
@@ -198,8 +226,14 @@ impl Job<'_> {
             purpose: Purpose::Build { head: &head },
             make_template: true,
         };
-        let attempt =
-            Attempt::start(self.host, wanted, ticket, self.gateway(registry), &self.events).await?;
+        let attempt = Attempt::start(
+            self.host,
+            wanted,
+            ticket,
+            self.gateway(registry),
+            &self.events,
+        )
+        .await?;
         let done = self.in_machine(&attempt, &head, registry, phases).await;
         let done = match done {
             Ok(done) => {
@@ -220,11 +254,20 @@ impl Job<'_> {
     /// The head to fork; `--no-cache` starts from the shared one, which holds only bases.
     fn fork(&self) -> Result<Head, Failure> {
         let tenant = self.lease.tenant.as_str();
-        let scope = if self.build.no_cache { kiln_image::heads::SHARED } else { tenant };
+        let scope = if self.build.no_cache {
+            kiln_image::heads::SHARED
+        } else {
+            tenant
+        };
         let head = self.host.heads.to_fork(scope, &self.host.image.buildkit);
-        head.map_err(|error| Failure::infrastructure(&error))?.ok_or_else(|| {
-            Failure::new(FailureClass::Infrastructure, "there are no runtime bases yet").hint("run `kiln setup` once")
-        })
+        head.map_err(|error| Failure::infrastructure(&error))?
+            .ok_or_else(|| {
+                Failure::new(
+                    FailureClass::Infrastructure,
+                    "there are no runtime bases yet",
+                )
+                .hint("run `kiln setup` once")
+            })
     }
 
     fn gateway(&self, registry: &RegistryAccess) -> Gateway {
@@ -257,7 +300,14 @@ impl Job<'_> {
         phases.split("push", pushed);
         solve.submitted_ms = u64::try_from(submitted_ms.as_millis()).unwrap_or(u64::MAX);
         phases.begin("verify").await;
-        let published = publish::verify_and_tag(registry, &self.host.leases, &self.lease, &self.build, solve.claimed_manifest.as_deref()).await?;
+        let published = publish::verify_and_tag(
+            registry,
+            &self.host.leases,
+            &self.lease,
+            &self.build,
+            solve.claimed_manifest.as_deref(),
+        )
+        .await?;
         let _head = head;
         Ok((published, solve))
     }
@@ -267,9 +317,21 @@ impl Job<'_> {
         let bundle = self.input.ca_bundle.as_deref().unwrap_or_default();
         orders::put_file(session, "take the CA bundle", Place::CaBundle, bundle).await?;
         let env = self.input.step_env.clone();
-        orders::call_done(session, "take settings", &Order::SetStepEnv { env }, orders::ORDER_TIMEOUT).await?;
+        orders::call_done(
+            session,
+            "take settings",
+            &Order::SetStepEnv { env },
+            orders::ORDER_TIMEOUT,
+        )
+        .await?;
         for (id, value) in &self.input.secrets {
-            orders::put_file(session, "take a secret", Place::Secret { id: id.clone() }, value).await?;
+            orders::put_file(
+                session,
+                "take a secret",
+                Place::Secret { id: id.clone() },
+                value,
+            )
+            .await?;
         }
         Ok(())
     }
@@ -277,26 +339,40 @@ impl Job<'_> {
     async fn send_source(&self, session: &Session) -> Result<TreePaths, Failure> {
         let tree = Arc::clone(&self.input.tree);
         let expected = self.build.source;
-        let order = |place| PutTree { place, bytes_max: CONTEXT_BYTES_MAX, entries_max: CONTEXT_ENTRIES_MAX };
+        let order = |place| PutTree {
+            place,
+            bytes_max: CONTEXT_BYTES_MAX,
+            entries_max: CONTEXT_ENTRIES_MAX,
+        };
         let (sender, digest) = tokio::sync::oneshot::channel();
         let sent = orders::put_tree(
             session,
             "take the source",
-            &order(Place::Context { name: TREE_NAME.to_owned() }),
+            &order(Place::Context {
+                name: TREE_NAME.to_owned(),
+            }),
             SOURCE_TIMEOUT,
             move |out| {
-                let packed = kiln_image::context::pack(&tree, out).map_err(std::io::Error::other)?;
+                let packed =
+                    kiln_image::context::pack(&tree, out).map_err(std::io::Error::other)?;
                 let _receiver_gone = sender.send(packed.digest);
                 Ok(())
             },
         )
         .await?;
         if digest.await.ok() != Some(expected) {
-            return Err(Failure::new(FailureClass::User, "the source changed while it was being sent")
-                .hint("build again when nothing writes to the folder"));
+            return Err(Failure::new(
+                FailureClass::User,
+                "the source changed while it was being sent",
+            )
+            .hint("build again when nothing writes to the folder"));
         }
-        let dockerfile = buildkit::send_dockerfile(session, TREE_NAME, self.build.dockerfile.clone()).await?;
-        Ok(TreePaths { context: sent.path, dockerfile })
+        let dockerfile =
+            buildkit::send_dockerfile(session, TREE_NAME, self.build.dockerfile.clone()).await?;
+        Ok(TreePaths {
+            context: sent.path,
+            dockerfile,
+        })
     }
 
     async fn solve(&self, attempt: &Attempt, paths: &TreePaths) -> Result<Solve, Failure> {
@@ -304,7 +380,8 @@ impl Job<'_> {
             self.input.log.event(&event);
             self.events.tell(event).await;
         };
-        let (exit, solve) = buildkit::solve(&attempt.session, self.buildctl(paths), 0, tell).await?;
+        let (exit, solve) =
+            buildkit::solve(&attempt.session, self.buildctl(paths), 0, tell).await?;
         if exit.code == Some(0) {
             return Ok(solve);
         }
@@ -313,11 +390,20 @@ impl Job<'_> {
 
     fn build_failure(&self, attempt: &Attempt, solve: &Solve, exit: &Exit) -> Failure {
         let words = solve.other_lines.join("\n");
-        let all = format!("{words}\n{}", solve.failed().map(|(_, step)| step.error.clone()).unwrap_or_default());
+        let all = format!(
+            "{words}\n{}",
+            solve
+                .failed()
+                .map(|(_, step)| step.error.clone())
+                .unwrap_or_default()
+        );
         let killed = all.contains("exit code: 137") || all.contains("signal: killed");
         if attempt.services.oom_kills() > 0 && (killed || exit.oom) {
-            return Failure::new(FailureClass::OutOfMemory, step_message(solve, "ran out of memory"))
-                .hint("give the build more with --memory");
+            return Failure::new(
+                FailureClass::OutOfMemory,
+                step_message(solve, "ran out of memory"),
+            )
+            .hint("give the build more with --memory");
         }
         if all.contains("no space left on device") {
             return Failure::new(FailureClass::User, step_message(solve, "filled the machine's disk"))
@@ -327,8 +413,16 @@ impl Job<'_> {
             let why = step.error.lines().next().unwrap_or("it failed").to_owned();
             return Failure::new(FailureClass::User, step_message(solve, &why));
         }
-        let last = solve.other_lines.iter().rev().find(|line| line.contains("error")).cloned();
-        Failure::new(FailureClass::User, last.unwrap_or_else(|| format!("BuildKit ended with {:?}", exit.code)))
+        let last = solve
+            .other_lines
+            .iter()
+            .rev()
+            .find(|line| line.contains("error"))
+            .cloned();
+        Failure::new(
+            FailureClass::User,
+            last.unwrap_or_else(|| format!("BuildKit ended with {:?}", exit.code)),
+        )
     }
 
     fn buildctl(&self, paths: &TreePaths) -> Vec<String> {
@@ -347,8 +441,13 @@ impl Job<'_> {
             add("--no-cache".to_owned());
         }
         let repository = publish::quarantine(&self.lease.attempt);
-        let name = format!("{}/{repository}:{QUARANTINE_TAG}", kiln_core::network::REGISTRY_HOST);
-        add(format!("--output=type=image,name={name},push=true,oci-mediatypes=true,compression=gzip"));
+        let name = format!(
+            "{}/{repository}:{QUARANTINE_TAG}",
+            kiln_core::network::REGISTRY_HOST
+        );
+        add(format!(
+            "--output=type=image,name={name},push=true,oci-mediatypes=true,compression=gzip"
+        ));
         argv
     }
 
@@ -362,7 +461,9 @@ impl Job<'_> {
         match commit::commit(self.host, attempt, &self.lease, parent).await {
             Ok(head) => head,
             Err(failure) => {
-                self.events.warn(format!("the build cache was not kept: {failure}")).await;
+                self.events
+                    .warn(format!("the build cache was not kept: {failure}"))
+                    .await;
                 None
             }
         }
@@ -395,11 +496,17 @@ impl Job<'_> {
             ended_unix_ms: now_unix_ms(),
         };
         let first_run_ms = solve.first_run.map(|seconds| {
-            solve.submitted_ms.saturating_add(Duration::from_secs_f64(seconds.clamp(0.0, 1e6)).as_millis() as u64)
+            solve
+                .submitted_ms
+                .saturating_add(Duration::from_secs_f64(seconds.clamp(0.0, 1e6)).as_millis() as u64)
         });
         let report = BuildReport {
             job: self.lease.attempt.job.to_string(),
-            reference: published.tags.first().map(ImageRef::to_string).unwrap_or_default(),
+            reference: published
+                .tags
+                .first()
+                .map(ImageRef::to_string)
+                .unwrap_or_default(),
             digest: published.manifest,
             size: published.size,
             layers: published.layers,
@@ -422,7 +529,10 @@ struct TreePaths {
 
 fn step_message(solve: &Solve, what: &str) -> String {
     match solve.failed() {
-        Some((number, step)) => format!("step #{number} {} {what}", step.name.lines().next().unwrap_or_default()),
+        Some((number, step)) => format!(
+            "step #{number} {} {what}",
+            step.name.lines().next().unwrap_or_default()
+        ),
         None => format!("the build {what}"),
     }
 }
@@ -430,5 +540,8 @@ fn step_message(solve: &Solve, what: &str) -> String {
 /// Build arguments that BuildKit treats as its own and that must not be set by a request.
 #[must_use]
 pub fn refused_build_args(args: &BTreeMap<String, String>) -> Vec<String> {
-    args.keys().filter(|key| *key == "BUILDKIT_SYNTAX").cloned().collect()
+    args.keys()
+        .filter(|key| *key == "BUILDKIT_SYNTAX")
+        .cloned()
+        .collect()
 }

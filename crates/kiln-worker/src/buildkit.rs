@@ -22,8 +22,17 @@ const ADDRESS: &str = "--addr=unix:///run/buildkit/buildkitd.sock";
 /// # Errors
 /// See [`CallError`].
 pub async fn start(session: &Session) -> Result<(), CallError> {
-    let config = BuildkitConfig { step_pids_max: STEP_PIDS_MAX, ..BuildkitConfig::default() };
-    orders::call_done(session, "start BuildKit", &Order::StartBuildkit(config), BUILDKIT_TIMEOUT).await
+    let config = BuildkitConfig {
+        step_pids_max: STEP_PIDS_MAX,
+        ..BuildkitConfig::default()
+    };
+    orders::call_done(
+        session,
+        "start BuildKit",
+        &Order::StartBuildkit(config),
+        BUILDKIT_TIMEOUT,
+    )
+    .await
 }
 
 /// Stops it and waits until it has gone.
@@ -31,24 +40,46 @@ pub async fn start(session: &Session) -> Result<(), CallError> {
 /// # Errors
 /// See [`CallError`].
 pub async fn stop(session: &Session) -> Result<(), CallError> {
-    orders::call_done(session, "stop BuildKit", &Order::StopBuildkit, BUILDKIT_TIMEOUT).await
+    orders::call_done(
+        session,
+        "stop BuildKit",
+        &Order::StopBuildkit,
+        BUILDKIT_TIMEOUT,
+    )
+    .await
 }
 
 /// Puts a Dockerfile into a folder of its own; gives the folder's path in the guest.
 ///
 /// # Errors
 /// See [`CallError`].
-pub async fn send_dockerfile(session: &Session, name: &str, text: String) -> Result<String, CallError> {
-    let place = Place::Dockerfile { name: name.to_owned() };
-    let order = PutTree { place, bytes_max: text.len() as u64, entries_max: 4 };
-    let sent = orders::put_tree(session, "take the Dockerfile", &order, orders::ORDER_TIMEOUT, move |out| {
-        let mut tar = tar::Builder::new(out);
-        let mut header = tar::Header::new_gnu();
-        header.set_size(text.len() as u64);
-        header.set_mode(0o644);
-        tar.append_data(&mut header, "Dockerfile", text.as_bytes())?;
-        tar.finish()
-    })
+pub async fn send_dockerfile(
+    session: &Session,
+    name: &str,
+    text: String,
+) -> Result<String, CallError> {
+    let place = Place::Dockerfile {
+        name: name.to_owned(),
+    };
+    let order = PutTree {
+        place,
+        bytes_max: text.len() as u64,
+        entries_max: 4,
+    };
+    let sent = orders::put_tree(
+        session,
+        "take the Dockerfile",
+        &order,
+        orders::ORDER_TIMEOUT,
+        move |out| {
+            let mut tar = tar::Builder::new(out);
+            let mut header = tar::Header::new_gnu();
+            header.set_size(text.len() as u64);
+            header.set_mode(0o644);
+            tar.append_data(&mut header, "Dockerfile", text.as_bytes())?;
+            tar.finish()
+        },
+    )
     .await?;
     Ok(sent.path)
 }
@@ -84,10 +115,19 @@ pub async fn solve(
     mut each: impl AsyncFnMut(Event),
 ) -> Result<(Exit, Solve), CallError> {
     let env = vec![
-        ("PATH".to_owned(), "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
+        (
+            "PATH".to_owned(),
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
+        ),
         ("HOME".to_owned(), "/root".to_owned()),
     ];
-    let request = ExecRequest { argv, env, trusted: true, timeout_ms, ..ExecRequest::default() };
+    let request = ExecRequest {
+        argv,
+        env,
+        trusted: true,
+        timeout_ms,
+        ..ExecRequest::default()
+    };
     let (output, mut chunks) = mpsc::channel::<(u8, Vec<u8>)>(64);
     // Nobody signals the client: a cancelled build is the machine's end.
     let (_control, control) = mpsc::channel(1);
@@ -102,7 +142,11 @@ pub async fn solve(
             }
         }
     };
-    let io = ExecIo { stdin: None, output, control };
+    let io = ExecIo {
+        stdin: None,
+        output,
+        control,
+    };
     let (exit, ()) = tokio::join!(orders::exec(session, "build", &request, io), read);
     Ok((exit?, solve))
 }
@@ -128,7 +172,11 @@ impl Lines {
             }
             if ended {
                 if !self.skipping {
-                    lines.push(String::from_utf8_lossy(&self.partial).trim_end_matches('\n').to_owned());
+                    lines.push(
+                        String::from_utf8_lossy(&self.partial)
+                            .trim_end_matches('\n')
+                            .to_owned(),
+                    );
                 }
                 self.partial.clear();
                 self.skipping = false;
@@ -147,7 +195,11 @@ mod tests {
         let mut lines = Lines::default();
         assert_eq!(lines.push(b"a\nb"), ["a"]);
         assert_eq!(lines.push(b"c\n"), ["bc"]);
-        assert!(lines.push(&vec![b'x'; solve::LINE_BYTES_MAX + 1]).is_empty());
+        assert!(
+            lines
+                .push(&vec![b'x'; solve::LINE_BYTES_MAX + 1])
+                .is_empty()
+        );
         assert_eq!(lines.push(b"tail\nnext\n"), ["next"]);
     }
 }

@@ -26,7 +26,11 @@ pub async fn commit(
 ) -> Result<Option<String>, Failure> {
     seal(attempt).await?;
     let overlay = attempt.machine.take_disk(DiskRole::State)?;
-    let below = if parent.depth >= OVERLAYS_MAX { root_of(host, parent)? } else { parent.clone() };
+    let below = if parent.depth >= OVERLAYS_MAX {
+        root_of(host, parent)?
+    } else {
+        parent.clone()
+    };
     disk::rebase(&overlay, &host.heads.disk(&below), DiskFormat::Qcow2)
         .await
         .map_err(|error| Failure::infrastructure(&error))?;
@@ -35,8 +39,13 @@ pub async fn commit(
     let written_by = lease.attempt.to_string();
     let buildkit = host.image.buildkit.clone();
     let done = tokio::task::spawn_blocking(move || {
-        let candidate =
-            Candidate { file: &overlay, stands_on: Some(&below), written_by, buildkit, now_unix_ms: now_unix_ms() };
+        let candidate = Candidate {
+            file: &overlay,
+            stands_on: Some(&below),
+            written_by,
+            buildkit,
+            now_unix_ms: now_unix_ms(),
+        };
         heads.commit(&scope, Some(&parent), &candidate)
     })
     .await
@@ -54,14 +63,25 @@ pub async fn commit(
 /// When any of it did not end cleanly.
 pub async fn seal(attempt: &Attempt) -> Result<(), Failure> {
     crate::buildkit::stop(&attempt.session).await?;
-    let unmount = Order::Unmount { serial: DiskRole::State.serial().to_owned() };
+    let unmount = Order::Unmount {
+        serial: DiskRole::State.serial().to_owned(),
+    };
     orders::call_done(&attempt.session, "unmount its disk", &unmount, STOP_TIMEOUT).await?;
     attempt.power_off().await
 }
 
 fn root_of(host: &Host, head: &Head) -> Result<Head, Failure> {
-    let chain = host.heads.chain(head).map_err(|error| Failure::infrastructure(&error))?;
-    chain.into_iter().find(|member| member.scope == SHARED).ok_or_else(|| {
-        Failure::new(kiln_core::FailureClass::Infrastructure, format!("head {} has no shared root", head.id))
-    })
+    let chain = host
+        .heads
+        .chain(head)
+        .map_err(|error| Failure::infrastructure(&error))?;
+    chain
+        .into_iter()
+        .find(|member| member.scope == SHARED)
+        .ok_or_else(|| {
+            Failure::new(
+                kiln_core::FailureClass::Infrastructure,
+                format!("head {} has no shared root", head.id),
+            )
+        })
 }

@@ -84,7 +84,13 @@ impl Events {
     #[must_use]
     pub fn channel() -> (Self, mpsc::Receiver<Event>) {
         let (sender, receiver) = mpsc::channel(EVENT_QUEUE_MAX);
-        (Self { sender, dropped: std::sync::Arc::default() }, receiver)
+        (
+            Self {
+                sender,
+                dropped: std::sync::Arc::default(),
+            },
+            receiver,
+        )
     }
 
     /// Tells an event. Waits for a slow reader unless it is a log line.
@@ -107,7 +113,9 @@ impl Events {
             Ok(()) => {
                 let dropped = self.dropped.swap(0, Relaxed);
                 if dropped > 0 {
-                    let text = format!("{dropped} lines of output are not shown here; the job's log has them");
+                    let text = format!(
+                        "{dropped} lines of output are not shown here; the job's log has them"
+                    );
                     if self.sender.try_send(Event::Note { text }).is_err() {
                         self.dropped.fetch_add(dropped, Relaxed);
                     }

@@ -24,7 +24,12 @@ impl Failure {
     /// A failure of this class.
     #[must_use]
     pub fn new(class: FailureClass, message: impl Into<String>) -> Self {
-        Self { class, message: message.into(), hint: None, command_code: None }
+        Self {
+            class,
+            message: message.into(),
+            hint: None,
+            command_code: None,
+        }
     }
 
     /// kiln's or the host's failure, with its causes.
@@ -60,7 +65,9 @@ impl Failure {
     /// What a stopped machine means for its job, when the machine's end explains more than the error that was seen first.
     #[must_use]
     pub fn explained_by(self, state: MachineState) -> Self {
-        let MachineState::Stopped(reason) = state else { return self };
+        let MachineState::Stopped(reason) = state else {
+            return self;
+        };
         let (class, message, hint) = match reason {
             StopReason::GuestPanic => (
                 FailureClass::GuestFault,
@@ -72,25 +79,38 @@ impl Failure {
                 "the host's disk failed or is full".to_owned(),
                 Some("free some space (`kiln cache prune`) and try again".to_owned()),
             ),
-            StopReason::VmmDied => {
-                (FailureClass::Infrastructure, format!("QEMU ended unexpectedly ({self})"), None)
-            }
-            StopReason::PoweredOff | StopReason::Reset => {
-                (FailureClass::GuestFault, "the machine powered itself off during the job".to_owned(), None)
-            }
+            StopReason::VmmDied => (
+                FailureClass::Infrastructure,
+                format!("QEMU ended unexpectedly ({self})"),
+                None,
+            ),
+            StopReason::PoweredOff | StopReason::Reset => (
+                FailureClass::GuestFault,
+                "the machine powered itself off during the job".to_owned(),
+                None,
+            ),
             StopReason::Killed | StopReason::Saved => return self,
         };
-        Self { class, message, hint, command_code: None }
+        Self {
+            class,
+            message,
+            hint,
+            command_code: None,
+        }
     }
 
     /// What the end of the channel means.
     #[must_use]
     pub fn from_close(reason: &CloseReason) -> Self {
         match reason {
-            CloseReason::Protocol(error) => {
-                Self::new(FailureClass::GuestFault, format!("the guest broke the protocol: {}", chain(error)))
-            }
-            other => Self::new(FailureClass::Lost, format!("the channel to the machine ended: {other:?}")),
+            CloseReason::Protocol(error) => Self::new(
+                FailureClass::GuestFault,
+                format!("the guest broke the protocol: {}", chain(error)),
+            ),
+            other => Self::new(
+                FailureClass::Lost,
+                format!("the channel to the machine ended: {other:?}"),
+            ),
         }
     }
 }
@@ -123,9 +143,15 @@ impl From<LaunchError> for Failure {
     fn from(error: LaunchError) -> Self {
         let failure = Self::infrastructure(&error);
         match error {
-            LaunchError::DiskFull(_) => failure.hint("free some space (`kiln cache prune`) and try again"),
-            LaunchError::Vmm { .. } => failure.hint("`kiln doctor` says how to install what is missing"),
-            LaunchError::Template { .. } => failure.hint("`kiln template prune --all` removes templates; they are made again"),
+            LaunchError::DiskFull(_) => {
+                failure.hint("free some space (`kiln cache prune`) and try again")
+            }
+            LaunchError::Vmm { .. } => {
+                failure.hint("`kiln doctor` says how to install what is missing")
+            }
+            LaunchError::Template { .. } => {
+                failure.hint("`kiln template prune --all` removes templates; they are made again")
+            }
             _ => failure,
         }
     }

@@ -69,7 +69,10 @@ impl Home {
     /// When none of them is an absolute path.
     pub fn from_env() -> Result<Self, HomeError> {
         let absolute = |name: &str| -> Option<PathBuf> {
-            #[expect(clippy::disallowed_methods, reason = "the one place that reads these variables")]
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "the one place that reads these variables"
+            )]
             let value = std::env::var_os(name)?;
             Some(PathBuf::from(value)).filter(|path| path.is_absolute())
         };
@@ -78,14 +81,20 @@ impl Home {
         }
         let user = absolute("HOME");
         let dir = |name: &str, fallback: &str| {
-            absolute(name).or_else(|| user.as_ref().map(|home| home.join(fallback))).map(|d| d.join("kiln"))
+            absolute(name)
+                .or_else(|| user.as_ref().map(|home| home.join(fallback)))
+                .map(|d| d.join("kiln"))
         };
         match (
             dir("XDG_DATA_HOME", ".local/share"),
             dir("XDG_CACHE_HOME", ".cache"),
             dir("XDG_CONFIG_HOME", ".config"),
         ) {
-            (Some(data), Some(cache), Some(config)) => Ok(Self { data, cache, config }),
+            (Some(data), Some(cache), Some(config)) => Ok(Self {
+                data,
+                cache,
+                config,
+            }),
             _ => Err(HomeError::NoHome),
         }
     }
@@ -93,7 +102,11 @@ impl Home {
     /// Everything below one directory.
     #[must_use]
     pub fn below(root: &Path) -> Self {
-        Self { data: root.to_owned(), cache: root.join("cache"), config: root.join("config") }
+        Self {
+            data: root.to_owned(),
+            cache: root.join("cache"),
+            config: root.join("config"),
+        }
     }
 
     /// Makes the directories (private to the user) and checks the layout's version.
@@ -118,10 +131,16 @@ impl Home {
         let path = self.data.join("version.json");
         match fs::read(&path) {
             Ok(bytes) => {
-                let version: Version = serde_json::from_slice(&bytes)
-                    .map_err(|error| HomeError::Damaged { path: path.clone(), why: error.to_string() })?;
+                let version: Version =
+                    serde_json::from_slice(&bytes).map_err(|error| HomeError::Damaged {
+                        path: path.clone(),
+                        why: error.to_string(),
+                    })?;
                 if version.layout > LAYOUT {
-                    return Err(HomeError::Newer { path, found: version.layout });
+                    return Err(HomeError::Newer {
+                        path,
+                        found: version.layout,
+                    });
                 }
                 Ok(())
             }
@@ -130,9 +149,17 @@ impl Home {
                 let temp = path.with_extension(format!("tmp-{}", std::process::id()));
                 fs::write(&temp, text)
                     .and_then(|()| fs::rename(&temp, &path))
-                    .map_err(|source| HomeError::Io { action: "write", path, source })
+                    .map_err(|source| HomeError::Io {
+                        action: "write",
+                        path,
+                        source,
+                    })
             }
-            Err(source) => Err(HomeError::Io { action: "read", path, source }),
+            Err(source) => Err(HomeError::Io {
+                action: "read",
+                path,
+                source,
+            }),
         }
     }
 
@@ -179,7 +206,10 @@ mod tests {
         home.prepare().expect("again");
         let version = dir.path().join("version.json");
         fs::write(&version, "{\"layout\":99}").expect("write");
-        assert!(matches!(home.prepare(), Err(HomeError::Newer { found: 99, .. })));
+        assert!(matches!(
+            home.prepare(),
+            Err(HomeError::Newer { found: 99, .. })
+        ));
         fs::write(&version, "x").expect("write");
         assert!(matches!(home.prepare(), Err(HomeError::Damaged { .. })));
     }

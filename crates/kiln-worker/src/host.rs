@@ -48,7 +48,9 @@ pub struct Host {
 /// Milliseconds since the Unix epoch.
 #[must_use]
 pub fn now_unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -58,8 +60,12 @@ pub fn now_unix_ms() -> u64 {
 /// When the kernel gives no random bytes.
 pub fn new_job_id(prefix: char) -> Result<JobId, Failure> {
     let mut random = [0; 5];
-    getrandom::fill(&mut random)
-        .map_err(|error| Failure::new(kiln_core::FailureClass::Infrastructure, format!("no random bytes: {error}")))?;
+    getrandom::fill(&mut random).map_err(|error| {
+        Failure::new(
+            kiln_core::FailureClass::Infrastructure,
+            format!("no random bytes: {error}"),
+        )
+    })?;
     Ok(JobId::new(prefix, now_unix_ms(), random))
 }
 
@@ -69,15 +75,20 @@ impl Host {
     /// # Errors
     /// When QEMU or the machine image is missing, or the home cannot be used.
     pub async fn open(home: &Home) -> Result<Self, Failure> {
-        home.prepare().map_err(|error| Failure::infrastructure(&error))?;
+        home.prepare()
+            .map_err(|error| Failure::infrastructure(&error))?;
         let image = CurrentImage::open(home)?;
-        let config = QemuConfig { probe_boot: Some(image.boot.clone()), ..QemuConfig::new(&home.data) };
+        let config = QemuConfig {
+            probe_boot: Some(image.boot.clone()),
+            ..QemuConfig::new(&home.data)
+        };
         let driver = QemuDriver::new(config)?;
         let infrastructure = |error: &dyn std::error::Error| Failure::infrastructure(error);
         let host = Self {
             driver: Arc::new(driver),
             image,
-            templates: TemplateStore::open(&home.data.join("templates")).map_err(|e| infrastructure(&e))?,
+            templates: TemplateStore::open(&home.data.join("templates"))
+                .map_err(|e| infrastructure(&e))?,
             heads: HeadStore::open(&home.heads()).map_err(|e| infrastructure(&e))?,
             ledger: Self::open_ledger(home).map_err(|e| infrastructure(&e))?,
             leases: Arc::new(LeaseTable::new(now_unix_ms)),
@@ -96,18 +107,29 @@ impl Host {
     /// # Errors
     /// When the host's memory cannot be read.
     pub fn open_ledger(home: &Home) -> std::io::Result<Ledger> {
-        Ok(Ledger::new(&home.data, Capacity::of_host(CPU_OVERCOMMIT_PERCENT, MEMORY_RESERVE)?))
+        Ok(Ledger::new(
+            &home.data,
+            Capacity::of_host(CPU_OVERCOMMIT_PERCENT, MEMORY_RESERVE)?,
+        ))
     }
 
     /// Stages 2-4 of one job in process: its first attempt is leased to this worker until `timeout_ms` from now and a margin.
     #[must_use]
     pub fn lease(&self, job: &JobId, tenant: &TenantName, timeout_ms: u64) -> Lease {
         let lease = Lease {
-            attempt: AttemptId { job: job.clone(), number: 1 },
+            attempt: AttemptId {
+                job: job.clone(),
+                number: 1,
+            },
             tenant: tenant.clone(),
             worker: self.worker.clone(),
-            epoch: Epoch { incarnation: 1, count: 1 },
-            deadline_unix_ms: now_unix_ms().saturating_add(timeout_ms).saturating_add(3_600_000),
+            epoch: Epoch {
+                incarnation: 1,
+                count: 1,
+            },
+            deadline_unix_ms: now_unix_ms()
+                .saturating_add(timeout_ms)
+                .saturating_add(3_600_000),
         };
         self.leases.grant(lease.clone());
         lease
@@ -117,11 +139,20 @@ impl Host {
     ///
     /// # Errors
     /// When it can never fit, or the wait is too long.
-    pub async fn admit(&self, cpus: u32, memory: ByteSize, who: &str, events: &Events) -> Result<Ticket, Failure> {
+    pub async fn admit(
+        &self,
+        cpus: u32,
+        memory: ByteSize,
+        who: &str,
+        events: &Events,
+    ) -> Result<Ticket, Failure> {
         let told = events.clone();
         self.ledger
             .acquire(Need::of(cpus, memory), who, QUEUE_TIMEOUT, move |reason| {
-                told.tell_now(Event::Progress { what: "waiting for room on this host".to_owned(), detail: reason.to_string() });
+                told.tell_now(Event::Progress {
+                    what: "waiting for room on this host".to_owned(),
+                    detail: reason.to_string(),
+                });
             })
             .await
             .map_err(|error| Failure::infrastructure(&error))

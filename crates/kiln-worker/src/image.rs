@@ -32,12 +32,17 @@ impl CurrentImage {
     pub fn open(home: &Home) -> Result<Self, Failure> {
         let images = MachineImages::new(home.images());
         let current = images.current().map_err(|error| {
-            Failure::new(FailureClass::Usage, crate::orders::chain(&error)).hint("run `kiln setup` once (`make demo` does it)")
+            Failure::new(FailureClass::Usage, crate::orders::chain(&error))
+                .hint("run `kiln setup` once (`make demo` does it)")
         })?;
-        let manifest = images.verify(&current.name, VerifyDepth::OncePerBoot).map_err(|error| {
-            Failure::infrastructure(&error).hint("`kiln machine-image bake` makes it again")
-        })?;
-        let dir = images.path(&manifest.name).map_err(|error| Failure::infrastructure(&error))?;
+        let manifest = images
+            .verify(&current.name, VerifyDepth::OncePerBoot)
+            .map_err(|error| {
+                Failure::infrastructure(&error).hint("`kiln machine-image bake` makes it again")
+            })?;
+        let dir = images
+            .path(&manifest.name)
+            .map_err(|error| Failure::infrastructure(&error))?;
         Ok(Self {
             boot: boot_source(&dir, manifest.content),
             root: dir.join("root.img"),
@@ -49,5 +54,10 @@ impl CurrentImage {
 }
 
 fn boot_source(dir: &Path, image: Digest) -> BootSource {
-    BootSource { kernel: dir.join("kernel"), initrd: dir.join("initrd"), args: Vec::new(), image }
+    BootSource {
+        kernel: dir.join("kernel"),
+        initrd: dir.join("initrd"),
+        args: Vec::new(),
+        image,
+    }
 }

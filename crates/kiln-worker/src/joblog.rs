@@ -32,9 +32,17 @@ impl JobLog {
     /// # Errors
     /// When it cannot be written at all.
     pub fn begin(home: &Home, new: NewRecord) -> Result<Self, Failure> {
-        let records = Records::open(&home.jobs()).map_err(|error| Failure::infrastructure(&error))?;
-        let writer = records.begin(new).map_err(|error| Failure::infrastructure(&error))?;
-        Ok(Self { state: Mutex::new(State { writer: Some(writer), steps: HashMap::new() }) })
+        let records =
+            Records::open(&home.jobs()).map_err(|error| Failure::infrastructure(&error))?;
+        let writer = records
+            .begin(new)
+            .map_err(|error| Failure::infrastructure(&error))?;
+        Ok(Self {
+            state: Mutex::new(State {
+                writer: Some(writer),
+                steps: HashMap::new(),
+            }),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -46,7 +54,12 @@ impl JobLog {
         let mut state = self.lock();
         match event {
             Event::Log { step, text, .. } => state.line(*step, &format!("#{step} {text}\n")),
-            Event::Step { number, name, state: step, seconds } => {
+            Event::Step {
+                number,
+                name,
+                state: step,
+                seconds,
+            } => {
                 let time = seconds.map(|s| format!(" {s:.1}s")).unwrap_or_default();
                 state.line(0, &format!("#{number} {name} {step:?}{time}\n"));
             }
@@ -78,7 +91,9 @@ impl JobLog {
         observed: Option<&Observed>,
         details: serde_json::Value,
     ) -> Result<(), Failure> {
-        let Some(mut writer) = self.lock().writer.take() else { return Ok(()) };
+        let Some(mut writer) = self.lock().writer.take() else {
+            return Ok(());
+        };
         let ended = (|| {
             if let Some(observed) = observed {
                 writer.observed(observed)?;
@@ -101,7 +116,9 @@ impl State {
                 return;
             }
             if *used >= STEP_BYTES_MAX {
-                mark = Some(format!("#{step} [kiln: this step printed more than {STEP_BYTES_MAX} bytes; the rest is cut]\n"));
+                mark = Some(format!(
+                    "#{step} [kiln: this step printed more than {STEP_BYTES_MAX} bytes; the rest is cut]\n"
+                ));
             }
         }
         if let Some(writer) = &mut self.writer {
@@ -132,14 +149,32 @@ mod tests {
         let log = JobLog::begin(&home, new).expect("begin");
         let text = "x".repeat(1 << 20);
         for _ in 0..20 {
-            log.event(&Event::Log { step: 1, stream: 1, text: text.clone() });
+            log.event(&Event::Log {
+                step: 1,
+                stream: 1,
+                text: text.clone(),
+            });
         }
-        log.event(&Event::Log { step: 2, stream: 1, text: "after".to_owned() });
-        let outcome = Outcome { verdict: kiln_core::Verdict::Passed, phases_ms: Vec::new() };
-        log.finish(outcome, None, None, serde_json::Value::Null).expect("finish");
+        log.event(&Event::Log {
+            step: 2,
+            stream: 1,
+            text: "after".to_owned(),
+        });
+        let outcome = Outcome {
+            verdict: kiln_core::Verdict::Passed,
+            phases_ms: Vec::new(),
+        };
+        log.finish(outcome, None, None, serde_json::Value::Null)
+            .expect("finish");
         let mut kept = String::new();
         let records = Records::open(&home.jobs()).expect("open");
-        records.open_log(&id).expect("log").read_to_string(&mut kept).expect("read");
-        assert!(kept.len() < 18 << 20 && kept.contains("#2 after") && kept.contains("the rest is cut"));
+        records
+            .open_log(&id)
+            .expect("log")
+            .read_to_string(&mut kept)
+            .expect("read");
+        assert!(
+            kept.len() < 18 << 20 && kept.contains("#2 after") && kept.contains("the rest is cut")
+        );
     }
 }

@@ -8,6 +8,7 @@ pub mod ask;
 pub mod attempt;
 pub mod build;
 pub mod buildkit;
+pub mod checkout;
 pub mod commit;
 pub mod event;
 pub mod failure;

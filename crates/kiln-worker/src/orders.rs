@@ -5,13 +5,13 @@
 
 use std::time::Duration;
 
-use kiln_proto::codec::{self, CodecError};
-use kiln_proto::msg::{
-    CallResult, Exit, ExecRequest, GuestError, Order, OrderReply, Place, PutFile, PutTree, Signal,
-    TreeReport, TtySize, chunk, kind,
-};
 use kiln_proto::Session;
 use kiln_proto::Stream;
+use kiln_proto::codec::{self, CodecError};
+use kiln_proto::msg::{
+    CallResult, ExecRequest, Exit, GuestError, Order, OrderReply, Place, PutFile, PutTree, Signal,
+    TreeReport, TtySize, chunk, kind,
+};
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
@@ -66,12 +66,19 @@ pub enum CallError {
 fn codec_error(what: &'static str) -> impl FnOnce(CodecError) -> CallError {
     move |error| {
         let why = chain(&error);
-        if error.is_peer_fault() { CallError::GuestFault { what, why } } else { CallError::Gone { what, why } }
+        if error.is_peer_fault() {
+            CallError::GuestFault { what, why }
+        } else {
+            CallError::Gone { what, why }
+        }
     }
 }
 
 fn gone(what: &'static str) -> impl FnOnce(std::io::Error) -> CallError {
-    move |error| CallError::Gone { what, why: error.to_string() }
+    move |error| CallError::Gone {
+        what,
+        why: error.to_string(),
+    }
 }
 
 /// An error and its causes in one line.
@@ -92,9 +99,17 @@ async fn open(
     kind: u8,
     payload: &(impl Serialize + Sync),
 ) -> Result<Stream, CallError> {
-    let payload = serde_json::to_vec(payload)
-        .map_err(|error| CallError::GuestFault { what, why: error.to_string() })?;
-    session.open(kind, &payload).await.map_err(|error| CallError::Gone { what, why: chain(&error) })
+    let payload = serde_json::to_vec(payload).map_err(|error| CallError::GuestFault {
+        what,
+        why: error.to_string(),
+    })?;
+    session
+        .open(kind, &payload)
+        .await
+        .map_err(|error| CallError::Gone {
+            what,
+            why: chain(&error),
+        })
 }
 
 async fn within<T>(
@@ -102,7 +117,9 @@ async fn within<T>(
     after: Duration,
     work: impl Future<Output = Result<T, CallError>>,
 ) -> Result<T, CallError> {
-    tokio::time::timeout(after, work).await.unwrap_or(Err(CallError::Timeout { what, after }))
+    tokio::time::timeout(after, work)
+        .await
+        .unwrap_or(Err(CallError::Timeout { what, after }))
 }
 
 /// Gives one order and waits for its answer.
@@ -118,8 +135,9 @@ pub async fn call(
     within(what, after, async {
         let mut stream = open(session, what, kind::CALL, order).await?;
         stream.shutdown().await.map_err(gone(what))?;
-        let reply: CallResult =
-            codec::read_msg(&mut stream, REPLY_BYTES_MAX).await.map_err(codec_error(what))?;
+        let reply: CallResult = codec::read_msg(&mut stream, REPLY_BYTES_MAX)
+            .await
+            .map_err(codec_error(what))?;
         reply.map_err(|error| CallError::Refused { what, error })
     })
     .await
@@ -137,7 +155,10 @@ pub async fn call_done(
 ) -> Result<(), CallError> {
     match call(session, what, order, after).await? {
         OrderReply::Done => Ok(()),
-        other => Err(CallError::GuestFault { what, why: format!("answered {other:?}") }),
+        other => Err(CallError::GuestFault {
+            what,
+            why: format!("answered {other:?}"),
+        }),
     }
 }
 
@@ -204,12 +225,16 @@ pub async fn put_file(
     bytes: &[u8],
 ) -> Result<TreeReport, CallError> {
     within(what, ORDER_TIMEOUT, async {
-        let order = PutFile { place, bytes_max: bytes.len() as u64 };
+        let order = PutFile {
+            place,
+            bytes_max: bytes.len() as u64,
+        };
         let mut stream = open(session, what, kind::PUT_FILE, &order).await?;
         stream.write_all(bytes).await.map_err(gone(what))?;
         stream.shutdown().await.map_err(gone(what))?;
-        let reply: Result<TreeReport, GuestError> =
-            codec::read_msg(&mut stream, REPLY_BYTES_MAX).await.map_err(codec_error(what))?;
+        let reply: Result<TreeReport, GuestError> = codec::read_msg(&mut stream, REPLY_BYTES_MAX)
+            .await
+            .map_err(codec_error(what))?;
         reply.map_err(|error| CallError::Refused { what, error })
     })
     .await
@@ -219,9 +244,9 @@ struct ChannelWriter(mpsc::Sender<Vec<u8>>);
 
 impl std::io::Write for ChannelWriter {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0
-            .blocking_send(bytes.to_vec())
-            .map_err(|_| std::io::Error::new(std::io::ErrorKind::BrokenPipe, "the stream is gone"))?;
+        self.0.blocking_send(bytes.to_vec()).map_err(|_| {
+            std::io::Error::new(std::io::ErrorKind::BrokenPipe, "the stream is gone")
+        })?;
         Ok(bytes.len())
     }
 
@@ -251,7 +276,9 @@ pub struct ExecIo<'a> {
 
 impl std::fmt::Debug for ExecIo<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ExecIo").field("stdin", &self.stdin.is_some()).finish_non_exhaustive()
+        f.debug_struct("ExecIo")
+            .field("stdin", &self.stdin.is_some())
+            .finish_non_exhaustive()
     }
 }
 
@@ -267,21 +294,21 @@ pub async fn exec(
 ) -> Result<Exit, CallError> {
     let stream = open(session, what, kind::EXEC, request).await?;
     let (mut from_guest, mut to_guest) = tokio::io::split(stream);
-    let ExecIo { stdin, output, control } = io;
+    let ExecIo {
+        stdin,
+        output,
+        control,
+    } = io;
     let send = send_input(what, &mut to_guest, stdin, control);
     let receive = receive_output(what, &mut from_guest, output);
     tokio::pin!(send, receive);
-    loop {
-        tokio::select! {
-            biased;
-            exit = &mut receive => return exit,
-            sent = &mut send => {
-                // The guest may have stopped reading because the command ended; its last words decide.
-                let _input_over = sent;
-                return receive.await;
-            }
-        }
+    tokio::select! {
+        biased;
+        exit = &mut receive => return exit,
+        // The guest may have stopped reading because the command ended; its last words decide.
+        _input_over = &mut send => {}
     }
+    receive.await
 }
 
 async fn send_input(
@@ -334,9 +361,14 @@ async fn receive_output(
     let mut offsets = [0_u64; 2];
     let fault = |why: String| CallError::GuestFault { what, why };
     loop {
-        let chunk = codec::read_chunk(from_guest).await.map_err(codec_error(what))?;
+        let chunk = codec::read_chunk(from_guest)
+            .await
+            .map_err(codec_error(what))?;
         let Some(chunk) = chunk else {
-            return Err(CallError::Gone { what, why: "the command's stream ended without its exit".to_owned() });
+            return Err(CallError::Gone {
+                what,
+                why: "the command's stream ended without its exit".to_owned(),
+            });
         };
         match chunk.tag {
             chunk::STDOUT | chunk::STDERR => {
@@ -347,17 +379,22 @@ async fn receive_output(
                     .ok_or_else(|| fault("an output chunk without an offset".to_owned()))?;
                 let offset = u64::from_le_bytes(offset.try_into().unwrap_or_default());
                 if offset != offsets[index] {
-                    return Err(fault(format!("output at offset {offset}, expected {}", offsets[index])));
+                    return Err(fault(format!(
+                        "output at offset {offset}, expected {}",
+                        offsets[index]
+                    )));
                 }
                 offsets[index] += bytes.len() as u64;
                 let stream = if index == 0 { 1 } else { 2 };
                 let _reader_gone = output.send((stream, bytes.to_vec())).await;
             }
             chunk::EXIT => {
-                return serde_json::from_slice(&chunk.body).map_err(|error| fault(error.to_string()));
+                return serde_json::from_slice(&chunk.body)
+                    .map_err(|error| fault(error.to_string()));
             }
             chunk::FAILED => {
-                let error = serde_json::from_slice(&chunk.body).map_err(|error| fault(error.to_string()))?;
+                let error = serde_json::from_slice(&chunk.body)
+                    .map_err(|error| fault(error.to_string()))?;
                 return Err(CallError::Refused { what, error });
             }
             other => return Err(fault(format!("an unknown chunk {other}"))),

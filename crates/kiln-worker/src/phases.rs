@@ -16,7 +16,11 @@ impl Phases {
     /// No phase yet.
     #[must_use]
     pub fn new(events: Events) -> Self {
-        Self { events, done: Vec::new(), current: None }
+        Self {
+            events,
+            done: Vec::new(),
+            current: None,
+        }
     }
 
     /// Ends the current phase and begins this one.
@@ -44,7 +48,10 @@ impl Phases {
     }
 
     fn add(&mut self, name: &str, time: std::time::Duration) {
-        self.done.push((name.to_owned(), u64::try_from(time.as_millis()).unwrap_or(u64::MAX)));
+        self.done.push((
+            name.to_owned(),
+            u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
+        ));
     }
 
     /// All phases, the current one ended.

@@ -4,8 +4,8 @@
 use kiln_core::job::ImageBuild;
 use kiln_core::{AttemptId, Digest, FailureClass, ImageRef, Lease};
 use kiln_store::host::Publish;
-use kiln_store::registry::{Reference, RepoName};
 use kiln_store::image::{VerifiedImage, Verify, VerifyError, verify};
+use kiln_store::registry::{Reference, RepoName};
 
 use crate::build::QUARANTINE_TAG;
 use crate::failure::Failure;
@@ -45,63 +45,117 @@ pub async fn verify_and_tag(
 ) -> Result<Published, Failure> {
     let repo = quarantine(&lease.attempt);
     let fault = |what: String| Failure::new(FailureClass::GuestFault, what);
-    let tag: Reference = QUARANTINE_TAG.parse().map_err(|error| Failure::infrastructure(&error))?;
+    let tag: Reference = QUARANTINE_TAG
+        .parse()
+        .map_err(|error| Failure::infrastructure(&error))?;
     let manifest = match registry.host.resolve(&repo, &tag).await {
         Ok(manifest) => manifest,
         Err(error) if error.is_not_found() => {
-            return Err(fault("the guest says it pushed an image, and there is none in its quarantine".to_owned()));
+            return Err(fault(
+                "the guest says it pushed an image, and there is none in its quarantine".to_owned(),
+            ));
         }
         Err(error) => return Err(Failure::infrastructure(&error)),
     };
     if claimed.is_none_or(|claimed| claimed != manifest.to_string()) {
         let claimed = claimed.unwrap_or("no image at all");
-        return Err(fault(format!("the guest says it pushed {claimed}, and the registry holds {manifest}")));
+        return Err(fault(format!(
+            "the guest says it pushed {claimed}, and the registry holds {manifest}"
+        )));
     }
     let asked = Verify::image(repo.clone(), manifest);
-    let image = verify(&registry.host, &asked).await.map_err(verify_failure)?;
+    let image = verify(&registry.host, &asked)
+        .await
+        .map_err(|error| verify_failure(&error))?;
     check_base(registry, build, &image).await?;
     let authority = registry.authority(lease, leases);
     for tag in &build.tags {
-        let to: RepoName = tag.repository.parse().map_err(|error| Failure::infrastructure(&error))?;
+        let to: RepoName = tag
+            .repository
+            .parse()
+            .map_err(|error| Failure::infrastructure(&error))?;
         let tags = vec![tag.tag.clone().unwrap_or_else(|| "latest".to_owned())];
-        let publish = Publish { from: repo.clone(), manifest, to, tags };
-        registry.host.publish(&publish, Some(&authority)).await.map_err(|error| Failure::infrastructure(&error))?;
+        let publish = Publish {
+            from: repo.clone(),
+            manifest,
+            to,
+            tags,
+        };
+        registry
+            .host
+            .publish(&publish, Some(&authority))
+            .await
+            .map_err(|error| Failure::infrastructure(&error))?;
     }
-    let layers: Vec<_> = image.layers.iter().map(|layer| (layer.digest, layer.size)).collect();
+    let layers: Vec<_> = image
+        .layers
+        .iter()
+        .map(|layer| (layer.digest, layer.size))
+        .collect();
     let mut blobs = vec![image.config_blob];
     blobs.extend(layers.iter().copied());
-    Ok(Published { manifest, tags: build.tags.clone(), layers, blobs, size: image.total_size })
+    Ok(Published {
+        manifest,
+        tags: build.tags.clone(),
+        layers,
+        blobs,
+        size: image.total_size,
+    })
 }
 
 /// The image must stand on one of the bases the host resolved, unless its Dockerfile starts from nothing.
-async fn check_base(registry: &RegistryAccess, build: &ImageBuild, image: &VerifiedImage) -> Result<(), Failure> {
+async fn check_base(
+    registry: &RegistryAccess,
+    build: &ImageBuild,
+    image: &VerifiedImage,
+) -> Result<(), Failure> {
     if build.bases.is_empty() || starts_from_scratch(&build.dockerfile) {
         return Ok(());
     }
     for (_, base) in &build.bases {
         let Some(digest) = base.digest else { continue };
-        let repo: RepoName = base.repository.parse().map_err(|error| Failure::infrastructure(&error))?;
-        let asked = Verify { rehash: false, ..Verify::image(repo, digest) };
-        let base = verify(&registry.host, &asked).await.map_err(|error| Failure::infrastructure(&error))?;
+        let repo: RepoName = base
+            .repository
+            .parse()
+            .map_err(|error| Failure::infrastructure(&error))?;
+        let asked = Verify {
+            rehash: false,
+            ..Verify::image(repo, digest)
+        };
+        let base = verify(&registry.host, &asked)
+            .await
+            .map_err(|error| Failure::infrastructure(&error))?;
         if image.config.diff_ids.starts_with(&base.config.diff_ids) {
             return Ok(());
         }
     }
-    Err(Failure::new(FailureClass::GuestFault, "the image does not stand on any of the bases it was given"))
+    Err(Failure::new(
+        FailureClass::GuestFault,
+        "the image does not stand on any of the bases it was given",
+    ))
 }
 
 /// Whether any stage starts from the empty image.
 fn starts_from_scratch(dockerfile: &str) -> bool {
     dockerfile.lines().any(|line| {
         let mut words = line.split_ascii_whitespace();
-        words.next().is_some_and(|word| word.eq_ignore_ascii_case("from"))
+        words
+            .next()
+            .is_some_and(|word| word.eq_ignore_ascii_case("from"))
             && words.find(|word| !word.starts_with("--")) == Some("scratch")
     })
 }
 
-fn verify_failure(error: VerifyError) -> Failure {
-    let failure = Failure::infrastructure(&error);
-    if error.is_images_fault() { Failure { class: FailureClass::GuestFault, ..failure } } else { failure }
+fn verify_failure(error: &VerifyError) -> Failure {
+    let failure = Failure::infrastructure(error);
+    if error.is_images_fault() {
+        Failure {
+            class: FailureClass::GuestFault,
+            ..failure
+        }
+    } else {
+        failure
+    }
 }
 
 #[cfg(test)]
@@ -110,7 +164,9 @@ mod tests {
 
     #[test]
     fn scratch_stages_are_seen() {
-        assert!(starts_from_scratch("FROM --platform=linux/amd64 scratch AS x\n"));
+        assert!(starts_from_scratch(
+            "FROM --platform=linux/amd64 scratch AS x\n"
+        ));
         assert!(!starts_from_scratch("FROM node\nRUN echo from scratch\n"));
     }
 }

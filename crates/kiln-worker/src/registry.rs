@@ -24,7 +24,10 @@ struct AttemptDoor {
 }
 
 impl GuestService for AttemptDoor {
-    fn serve(&self, stream: BoxedDuplex) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send + 'static>> {
+    fn serve(
+        &self,
+        stream: BoxedDuplex,
+    ) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send + 'static>> {
         let (registry, authority) = (self.registry.clone(), self.authority.clone());
         Box::pin(async move {
             // What broke one connection is the guest's to see; the registry is unharmed.
@@ -44,7 +47,10 @@ impl RegistryAccess {
     /// kiln's own names for a machine with this authority.
     #[must_use]
     pub fn services_as(&self, authority: Authority) -> Services {
-        let door = AttemptDoor { registry: self.host.clone(), authority };
+        let door = AttemptDoor {
+            registry: self.host.clone(),
+            authority,
+        };
         Services::default().with(REGISTRY_HOST, REGISTRY_PORT, Arc::new(door))
     }
 

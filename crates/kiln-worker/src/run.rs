@@ -9,7 +9,10 @@ use kiln_core::{DiskRole, DiskSlot, FailureClass, JobRequest, Lease};
 use kiln_network::gateway::proxy::ProxyConfig;
 use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
 use kiln_network::record::{EgressLog, EgressSummary};
-use kiln_proto::msg::{ConnectReply, ContainerSpec, ExecRequest, Exit, Forward, Order, OrderReply, Place, TtySize, kind};
+use kiln_proto::msg::{
+    ConnectReply, ContainerSpec, ExecRequest, Exit, Forward, Order, OrderReply, Place, TtySize,
+    kind,
+};
 use kiln_proto::{Session, codec};
 use tokio::io::AsyncRead;
 use tokio::net::{TcpListener, TcpStream};
@@ -61,7 +64,9 @@ pub struct RunInput {
 
 impl std::fmt::Debug for RunInput {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RunInput").field("request", &self.request).finish_non_exhaustive()
+        f.debug_struct("RunInput")
+            .field("request", &self.request)
+            .finish_non_exhaustive()
     }
 }
 
@@ -87,15 +92,30 @@ pub async fn run(
     let mut phases = Phases::new(events.clone());
     let egress = Arc::new(EgressLog::new());
     let limit = Duration::from_millis(input.request.limits.timeout_ms);
-    let work = work(host, input, &lease, Arc::clone(&egress), events, cancel, &mut phases);
+    let work = work(
+        host,
+        input,
+        &lease,
+        Arc::clone(&egress),
+        events,
+        cancel,
+        &mut phases,
+    );
     let result = match tokio::time::timeout(limit, work).await {
         Ok(result) => result,
-        Err(_) => Err(Failure::new(FailureClass::Timeout, format!("the command took longer than {limit:?}"))
-            .hint("give it more with --timeout")),
+        Err(_) => Err(Failure::new(
+            FailureClass::Timeout,
+            format!("the command took longer than {limit:?}"),
+        )
+        .hint("give it more with --timeout")),
     };
     host.leases.end(&lease.attempt);
     let summary = kiln_network::record::summary(&egress.snapshot().events);
-    RunEnd { result, phases_ms: phases.finish(), egress: summary }
+    RunEnd {
+        result,
+        phases_ms: phases.finish(),
+        egress: summary,
+    }
 }
 
 async fn work(
@@ -115,9 +135,17 @@ async fn work(
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
     phases.begin("machine").await;
-    let name = lease.attempt.machine_name("run").map_err(|error| Failure::infrastructure(&error))?;
-    let wanted =
-        Wanted { name, cpus: limits.cpus, memory: limits.memory, purpose: Purpose::Run, make_template: true };
+    let name = lease
+        .attempt
+        .machine_name("run")
+        .map_err(|error| Failure::infrastructure(&error))?;
+    let wanted = Wanted {
+        name,
+        cpus: limits.cpus,
+        memory: limits.memory,
+        purpose: Purpose::Run,
+        make_template: true,
+    };
     let mut config = GatewayConfig::new(input.request.network.clone(), egress as _);
     config.exceptions.clone_from(&input.exceptions);
     config.proxy = input.proxy.clone();
@@ -142,23 +170,53 @@ async fn in_machine(
     cancel: &CancellationToken,
     phases: &mut Phases,
 ) -> Result<Exit, Failure> {
-    let RunInput { request, image, stdin, tty, output, control, listeners, ca_bundle, log, .. } = input;
+    let RunInput {
+        request,
+        image,
+        stdin,
+        tty,
+        output,
+        control,
+        listeners,
+        ca_bundle,
+        log,
+        ..
+    } = input;
     let kiln_core::JobKind::Run(command) = request.kind else {
         return Err(Failure::new(FailureClass::Usage, "this job is not a run"));
     };
     if let Some(bundle) = &ca_bundle {
-        orders::put_file(&attempt.session, "take the CA bundle", Place::CaBundle, bundle).await?;
+        orders::put_file(
+            &attempt.session,
+            "take the CA bundle",
+            Place::CaBundle,
+            bundle,
+        )
+        .await?;
     }
     let exec = match image {
         None => plain_exec(&command, tty, stdin.is_some()),
-        Some((unpacked, spec)) => container_exec(attempt, &unpacked, spec, tty, stdin.is_some(), lease).await?,
+        Some((unpacked, spec)) => {
+            container_exec(attempt, &unpacked, spec, tty, stdin.is_some(), lease).await?
+        }
     };
     let forwards: Vec<_> = listeners
         .into_iter()
         .map(|(listener, port)| tokio::spawn(forward(attempt.session.clone(), listener, port)))
         .collect();
     phases.begin("run").await;
-    let result = run_exec(&attempt.session, &exec, ExecParts { stdin, output, control, log }, cancel).await;
+    let result = run_exec(
+        &attempt.session,
+        &exec,
+        ExecParts {
+            stdin,
+            output,
+            control,
+            log,
+        },
+        cancel,
+    )
+    .await;
     for task in forwards {
         task.abort();
     }
@@ -173,13 +231,32 @@ async fn in_machine(
     Ok(exit)
 }
 
-fn plain_exec(command: &kiln_core::job::RunCommand, tty: Option<TtySize>, stdin: bool) -> ExecRequest {
-    let mut env = vec![("PATH".to_owned(), PATH.to_owned()), ("HOME".to_owned(), "/root".to_owned())];
+fn plain_exec(
+    command: &kiln_core::job::RunCommand,
+    tty: Option<TtySize>,
+    stdin: bool,
+) -> ExecRequest {
+    let mut env = vec![
+        ("PATH".to_owned(), PATH.to_owned()),
+        ("HOME".to_owned(), "/root".to_owned()),
+    ];
     if tty.is_some() && !command.env.contains_key("TERM") {
         env.push(("TERM".to_owned(), "xterm-256color".to_owned()));
     }
-    env.extend(command.env.iter().map(|(key, value)| (key.clone(), value.clone())));
-    ExecRequest { argv: command.argv.clone(), env, cwd: "/root".to_owned(), tty, stdin, ..ExecRequest::default() }
+    env.extend(
+        command
+            .env
+            .iter()
+            .map(|(key, value)| (key.clone(), value.clone())),
+    );
+    ExecRequest {
+        argv: command.argv.clone(),
+        env,
+        cwd: "/root".to_owned(),
+        tty,
+        stdin,
+        ..ExecRequest::default()
+    }
 }
 
 async fn container_exec(
@@ -198,15 +275,34 @@ async fn container_exec(
     };
     attempt.machine.attach_disk(&disk).await?;
     attempt.mount(DiskRole::Image, true, false).await?;
-    let spec = ContainerSpec { hostname: lease.attempt.job.to_string(), tty: tty.is_some(), ..spec };
+    let spec = ContainerSpec {
+        hostname: lease.attempt.job.to_string(),
+        tty: tty.is_some(),
+        ..spec
+    };
     let what = "prepare the container";
-    let reply =
-        orders::call(&attempt.session, what, &Order::PrepareContainer(Box::new(spec)), orders::ORDER_TIMEOUT).await?;
+    let reply = orders::call(
+        &attempt.session,
+        what,
+        &Order::PrepareContainer(Box::new(spec)),
+        orders::ORDER_TIMEOUT,
+    )
+    .await?;
     let OrderReply::Prepared { argv } = reply else {
-        return Err(Failure::new(FailureClass::GuestFault, format!("asked to {what}, the guest answered {reply:?}")));
+        return Err(Failure::new(
+            FailureClass::GuestFault,
+            format!("asked to {what}, the guest answered {reply:?}"),
+        ));
     };
     let env = vec![("PATH".to_owned(), PATH.to_owned())];
-    Ok(ExecRequest { argv, env, cwd: "/".to_owned(), tty, stdin, ..ExecRequest::default() })
+    Ok(ExecRequest {
+        argv,
+        env,
+        cwd: "/".to_owned(),
+        tty,
+        stdin,
+        ..ExecRequest::default()
+    })
 }
 
 struct ExecParts {
@@ -223,7 +319,12 @@ async fn run_exec(
     parts: ExecParts,
     cancel: &CancellationToken,
 ) -> Result<Exit, Failure> {
-    let ExecParts { stdin, output, mut control, log } = parts;
+    let ExecParts {
+        stdin,
+        output,
+        mut control,
+        log,
+    } = parts;
     let (sender, mut chunks) = mpsc::channel::<(u8, Vec<u8>)>(64);
     let (orders_in, orders_out) = mpsc::channel(16);
     let relay = async {
@@ -247,7 +348,11 @@ async fn run_exec(
         let _ended = orders_in.send(Control::Signal(15)).await;
         tokio::time::sleep(INTERRUPT_GRACE / 2).await;
     };
-    let io = ExecIo { stdin: stdin.map(|reader| reader as _), output: sender, control: orders_out };
+    let io = ExecIo {
+        stdin: stdin.map(|reader| reader as _),
+        output: sender,
+        control: orders_out,
+    };
     let run = async {
         let (exit, ()) = tokio::join!(orders::exec(session, "run the command", exec, io), relay);
         exit
@@ -267,7 +372,10 @@ fn start_failure(error: orders::CallError) -> Failure {
         orders::CallError::Refused { error, .. } => {
             let not_found = error.code == kiln_proto::msg::GuestErrorCode::NotFound;
             let code = if not_found { 127 } else { 126 };
-            Failure { command_code: Some(code), ..Failure::new(FailureClass::User, error.message) }
+            Failure {
+                command_code: Some(code),
+                ..Failure::new(FailureClass::User, error.message)
+            }
         }
         other => Failure::from(other),
     }
@@ -277,8 +385,12 @@ fn start_failure(error: orders::CallError) -> Failure {
 async fn forward(session: Session, listener: TcpListener, port: u16) {
     let slots = Arc::new(tokio::sync::Semaphore::new(FORWARDS_MAX));
     loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
-        let Ok((client, _)) = listener.accept().await else { continue };
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
+            return;
+        };
+        let Ok((client, _)) = listener.accept().await else {
+            continue;
+        };
         let session = session.clone();
         tokio::spawn(async move {
             let _slot = slot;
@@ -290,8 +402,13 @@ async fn forward(session: Session, listener: TcpListener, port: u16) {
 
 async fn forward_one(session: &Session, mut client: TcpStream, port: u16) -> std::io::Result<()> {
     let payload = serde_json::to_vec(&Forward { port })?;
-    let mut stream = session.open(kind::FORWARD, &payload).await.map_err(std::io::Error::other)?;
-    let reply: ConnectReply = codec::read_msg(&mut stream, orders::REPLY_BYTES_MAX).await.map_err(std::io::Error::other)?;
+    let mut stream = session
+        .open(kind::FORWARD, &payload)
+        .await
+        .map_err(std::io::Error::other)?;
+    let reply: ConnectReply = codec::read_msg(&mut stream, orders::REPLY_BYTES_MAX)
+        .await
+        .map_err(std::io::Error::other)?;
     if reply == ConnectReply::Connected {
         client.set_nodelay(true)?;
         tokio::io::copy_bidirectional(&mut client, &mut stream).await?;

@@ -76,7 +76,11 @@ impl Services {
     }
 
     async fn stream(&self, inbound: Inbound) {
-        let Inbound { kind, payload, stream } = inbound;
+        let Inbound {
+            kind,
+            payload,
+            stream,
+        } = inbound;
         match kind {
             kind::CONNECT => match serde_json::from_slice::<Connect>(&payload) {
                 Ok(connect) => self.connect(&connect, stream).await,
@@ -100,7 +104,9 @@ impl Services {
                 }
             }
             Err(refusal) => {
-                let reply = ConnectReply::Refused { reason: refusal.to_string() };
+                let reply = ConnectReply::Refused {
+                    reason: refusal.to_string(),
+                };
                 if codec::write_msg(&mut stream, &reply).await.is_ok() {
                     let _gone = stream.shutdown().await;
                 }
@@ -110,7 +116,10 @@ impl Services {
 
     async fn resolve(&self, question: &Resolve, mut stream: Stream) {
         let known = self.gateway.knows(&question.host);
-        if codec::write_msg(&mut stream, &ResolveReply { known }).await.is_ok() {
+        if codec::write_msg(&mut stream, &ResolveReply { known })
+            .await
+            .is_ok()
+        {
             let _gone = stream.shutdown().await;
         }
     }
@@ -139,7 +148,8 @@ impl Services {
                 if self.log_lines.fetch_add(1, Ordering::Relaxed) < GUEST_LOG_LINES_MAX {
                     tracing::debug!(target: "kiln_guest", level, message, "guest");
                     if level == "error" {
-                        let text = format!("guest: {}", message.chars().take(300).collect::<String>());
+                        let text =
+                            format!("guest: {}", message.chars().take(300).collect::<String>());
                         self.events.tell_now(crate::event::Event::Warning { text });
                     }
                 }

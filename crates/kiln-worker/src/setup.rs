@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use kiln_core::{ByteSize, Digest, FailureClass, ImageRef};
 use kiln_image::bake::{
-    BakeError, BakeEvent, BakedBases, BasesBake, BlobSink, Cancel, MachineImageBake, MachineImageManifest,
-    MachineImages, RecipeFiles, bake_bases, bake_machine_image,
+    BakeError, BakeEvent, BakedBases, BasesBake, BlobSink, Cancel, MachineImageBake,
+    MachineImageManifest, MachineImages, RecipeFiles, bake_bases, bake_machine_image,
 };
 use kiln_image::bases::Bases;
 use kiln_image::heads::{Head, SHARED};
@@ -39,8 +39,10 @@ pub fn operator_bases(home: &Home) -> PathBuf {
 /// # Errors
 /// When one of the files is damaged.
 pub fn load_bases(home: &Home) -> Result<Bases, Failure> {
-    Bases::load(&generated_bases(home), &operator_bases(home))
-        .map_err(|error| Failure { class: FailureClass::Usage, ..Failure::infrastructure(&error) })
+    Bases::load(&generated_bases(home), &operator_bases(home)).map_err(|error| Failure {
+        class: FailureClass::Usage,
+        ..Failure::infrastructure(&error)
+    })
 }
 
 /// Bakes the machine image, or finds that it is there.
@@ -84,30 +86,47 @@ pub async fn bases(
     cancel: &CancellationToken,
 ) -> Result<Bases, Failure> {
     let (recipe, cache) = (recipe.to_owned(), home.cache.join("bake"));
-    let mut sink = RegistrySink { registry: registry.host.clone(), runtime: Handle::current() };
+    let mut sink = RegistrySink {
+        registry: registry.host.clone(),
+        runtime: Handle::current(),
+    };
     let baked: BakedBases = blocking(events, cancel, move |progress, stop| {
         let files = recipe_files(&recipe)?;
         let npm_registry = npm_registry.as_deref();
-        let baked = bake_bases(&BasesBake { files: &files, cache: &cache, npm_registry, progress, cancel: stop })?;
+        let baked = bake_bases(&BasesBake {
+            files: &files,
+            cache: &cache,
+            npm_registry,
+            progress,
+            cancel: stop,
+        })?;
         baked.publish(&mut sink)?;
         Ok(baked)
     })
     .await?;
     let bases = baked.to_bases();
-    bases.save_generated(&generated_bases(home)).map_err(|error| Failure::infrastructure(&error))?;
+    bases
+        .save_generated(&generated_bases(home))
+        .map_err(|error| Failure::infrastructure(&error))?;
     Ok(bases)
 }
 
 fn recipe_files(recipe: &Path) -> Result<RecipeFiles, BakeError> {
     // An installed kiln has the recipe built in; a checkout's folder, or the operator's own, wins.
-    if recipe.is_dir() { Ok(RecipeFiles::from_directory(recipe)?) } else { Ok(RecipeFiles::built_in()) }
+    if recipe.is_dir() {
+        Ok(RecipeFiles::from_directory(recipe)?)
+    } else {
+        Ok(RecipeFiles::built_in())
+    }
 }
 
 /// Runs a bake on a blocking thread; its lines become events, a cancelled token stops its programs.
 async fn blocking<T: Send + 'static>(
     events: &Events,
     cancel: &CancellationToken,
-    work: impl FnOnce(&(dyn kiln_image::bake::BakeProgress + '_), &Cancel) -> Result<T, BakeError> + Send + 'static,
+    work: impl FnOnce(&(dyn kiln_image::bake::BakeProgress + '_), &Cancel) -> Result<T, BakeError>
+    + Send
+    + 'static,
 ) -> Result<T, Failure> {
     let stop = Cancel::new();
     let stopping = stop.clone();
@@ -137,12 +156,20 @@ fn tell(events: &Events, event: &BakeEvent<'_>) {
             what: "bake".to_owned(),
             detail: "another kiln process bakes; waiting".to_owned(),
         },
-        BakeEvent::Started { stage } => Event::Progress { what: format!("bake {stage}"), detail: String::new() },
-        BakeEvent::Line { stage, line } => {
-            Event::Progress { what: format!("bake {stage}"), detail: line.chars().take(160).collect() }
-        }
+        BakeEvent::Started { stage } => Event::Progress {
+            what: format!("bake {stage}"),
+            detail: String::new(),
+        },
+        BakeEvent::Line { stage, line } => Event::Progress {
+            what: format!("bake {stage}"),
+            detail: line.chars().take(160).collect(),
+        },
         BakeEvent::Finished { stage, took, bytes } => Event::Note {
-            text: format!("baked {stage} in {:.1}s ({})", took.as_secs_f64(), ByteSize(*bytes)),
+            text: format!(
+                "baked {stage} in {:.1}s ({})",
+                took.as_secs_f64(),
+                ByteSize(*bytes)
+            ),
         },
         _ => return,
     };
@@ -162,15 +189,25 @@ fn repo(name: &str) -> io::Result<RepoName> {
 impl BlobSink for RegistrySink {
     fn has_blob(&mut self, repository: &str, digest: &Digest) -> io::Result<bool> {
         let repository = repo(repository)?;
-        self.runtime.block_on(self.registry.has_blob(&repository, digest)).map_err(io::Error::other)
+        self.runtime
+            .block_on(self.registry.has_blob(&repository, digest))
+            .map_err(io::Error::other)
     }
 
-    fn put_blob(&mut self, repository: &str, digest: &Digest, bytes: u64, content: &mut dyn Read) -> io::Result<()> {
+    fn put_blob(
+        &mut self,
+        repository: &str,
+        digest: &Digest,
+        bytes: u64,
+        content: &mut dyn Read,
+    ) -> io::Result<()> {
         let repository = repo(repository)?;
         // The content is borrowed and the upload is not: the bytes pass through a bounded pipe.
         let (mut writer, reader) = tokio::io::duplex(256 * 1024);
         let (registry, digest) = (self.registry.clone(), *digest);
-        let upload = self.runtime.spawn(async move { registry.put_blob(&repository, reader, Some(digest)).await });
+        let upload = self
+            .runtime
+            .spawn(async move { registry.put_blob(&repository, reader, Some(digest)).await });
         let mut buffer = vec![0; 256 * 1024];
         let mut content = content.take(bytes);
         loop {
@@ -179,20 +216,38 @@ impl BlobSink for RegistrySink {
                 break;
             }
             use tokio::io::AsyncWriteExt as _;
-            if self.runtime.block_on(writer.write_all(&buffer[..got])).is_err() {
+            if self
+                .runtime
+                .block_on(writer.write_all(&buffer[..got]))
+                .is_err()
+            {
                 break;
             }
         }
         drop(writer);
-        self.runtime.block_on(upload).map_err(io::Error::other)?.map_err(io::Error::other)?;
+        self.runtime
+            .block_on(upload)
+            .map_err(io::Error::other)?
+            .map_err(io::Error::other)?;
         Ok(())
     }
 
-    fn put_manifest(&mut self, repository: &str, tag: &str, media_type: &str, manifest: &[u8]) -> io::Result<()> {
+    fn put_manifest(
+        &mut self,
+        repository: &str,
+        tag: &str,
+        media_type: &str,
+        manifest: &[u8],
+    ) -> io::Result<()> {
         let repository = repo(repository)?;
         let reference = tag.parse().map_err(io::Error::other)?;
         self.runtime
-            .block_on(self.registry.put_manifest(&repository, &reference, media_type, manifest.to_vec()))
+            .block_on(self.registry.put_manifest(
+                &repository,
+                &reference,
+                media_type,
+                manifest.to_vec(),
+            ))
             .map(|_| ())
             .map_err(io::Error::other)
     }
@@ -229,7 +284,9 @@ pub async fn shared_head(
     if same && let Ok(Some(head)) = host.heads.current(SHARED) {
         return Ok(head);
     }
-    events.note("making the shared cache head: the bases are unpacked once, inside a machine").await;
+    events
+        .note("making the shared cache head: the bases are unpacked once, inside a machine")
+        .await;
     let head = warm::make_shared_head(host, registry, &images, events).await?;
     std::fs::write(&stamp, want.to_string()).map_err(|error| Failure::infrastructure(&error))?;
     Ok(head)

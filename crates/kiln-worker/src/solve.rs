@@ -118,7 +118,11 @@ impl Solve {
             self.log(log, &mut events);
         }
         for warning in &status.warnings {
-            let text = warning.short.as_deref().and_then(decode).unwrap_or_default();
+            let text = warning
+                .short
+                .as_deref()
+                .and_then(decode)
+                .unwrap_or_default();
             let text = clip(String::from_utf8_lossy(&text).trim(), 500);
             if !text.is_empty() {
                 events.push(Event::Warning { text });
@@ -136,7 +140,10 @@ impl Solve {
     /// Steps found in the cache, and steps that count (all but BuildKit's internal ones).
     #[must_use]
     pub fn cache_hits(&self) -> (usize, usize) {
-        let counted = self.steps.iter().filter(|step| step.name.starts_with('[') && !is_internal(&step.name));
+        let counted = self
+            .steps
+            .iter()
+            .filter(|step| step.name.starts_with('[') && !is_internal(&step.name));
         let (mut hits, mut all) = (0, 0);
         for step in counted {
             all += 1;
@@ -158,14 +165,20 @@ impl Solve {
     #[must_use]
     pub fn failed(&self) -> Option<(usize, &Step)> {
         let failed = |step: &&Step| step.state == StepState::Failed;
-        self.steps.iter().enumerate().find(|(_, step)| failed(step)).map(|(i, step)| (i + 1, step))
+        self.steps
+            .iter()
+            .enumerate()
+            .find(|(_, step)| failed(step))
+            .map(|(i, step)| (i + 1, step))
     }
 
     fn vertex(&mut self, vertex: &Vertex, events: &mut Vec<Event>) {
         if vertex.name.is_empty() {
             return;
         }
-        let Some(index) = self.index(&vertex.digest, &vertex.name) else { return };
+        let Some(index) = self.index(&vertex.digest, &vertex.name) else {
+            return;
+        };
         let start = vertex.started.as_deref().and_then(unix_seconds);
         let end = vertex.completed.as_deref().and_then(unix_seconds);
         if let Some(start) = start {
@@ -177,7 +190,11 @@ impl Solve {
         }
         let state = if !vertex.error.is_empty() {
             let cancelled = vertex.error.contains("context canceled");
-            if cancelled { StepState::Cancelled } else { StepState::Failed }
+            if cancelled {
+                StepState::Cancelled
+            } else {
+                StepState::Failed
+            }
         } else if vertex.cached {
             StepState::Cached
         } else if end.is_some() {
@@ -195,7 +212,8 @@ impl Solve {
             _ => None,
         };
         let step = &mut self.steps[index];
-        let fresh = step.state != state || (step.seconds - seconds.unwrap_or(step.seconds)).abs() > 1e-9;
+        let fresh =
+            step.state != state || (step.seconds - seconds.unwrap_or(step.seconds)).abs() > 1e-9;
         if fresh || !step.told {
             step.told = true;
             step.state = state;
@@ -205,7 +223,12 @@ impl Solve {
             if state != StepState::Running {
                 self.flush(index, events);
             }
-            events.push(Event::Step { number: index + 1, name, state, seconds });
+            events.push(Event::Step {
+                number: index + 1,
+                name,
+                state,
+                seconds,
+            });
         }
     }
 
@@ -232,14 +255,22 @@ impl Solve {
     }
 
     fn log(&mut self, log: &VertexLog, events: &mut Vec<Event>) {
-        let Some(&index) = self.by_digest.get(&log.vertex) else { return };
-        let Some(bytes) = log.data.as_deref().and_then(decode) else { return };
+        let Some(&index) = self.by_digest.get(&log.vertex) else {
+            return;
+        };
+        let Some(bytes) = log.data.as_deref().and_then(decode) else {
+            return;
+        };
         let stream = if log.stream == 2 { 2 } else { 1 };
         let partial = self.partial.entry((index, stream)).or_default();
         for byte in bytes {
             if byte == b'\n' || partial.len() >= PARTIAL_LINE_BYTES_MAX {
                 let text = String::from_utf8_lossy(partial).into_owned();
-                events.push(Event::Log { step: index + 1, stream, text });
+                events.push(Event::Log {
+                    step: index + 1,
+                    stream,
+                    text,
+                });
                 partial.clear();
                 if byte == b'\n' {
                     continue;
@@ -251,9 +282,17 @@ impl Solve {
 
     fn flush(&mut self, index: usize, events: &mut Vec<Event>) {
         for stream in [1, 2] {
-            if let Some(partial) = self.partial.remove(&(index, stream)).filter(|p| !p.is_empty()) {
+            if let Some(partial) = self
+                .partial
+                .remove(&(index, stream))
+                .filter(|p| !p.is_empty())
+            {
                 let text = String::from_utf8_lossy(&partial).into_owned();
-                events.push(Event::Log { step: index + 1, stream, text });
+                events.push(Event::Log {
+                    step: index + 1,
+                    stream,
+                    text,
+                });
             }
         }
     }
@@ -297,7 +336,10 @@ fn clip(text: &str, bytes_max: usize) -> String {
 
 fn unix_seconds(text: &str) -> Option<f64> {
     let stamp: jiff::Timestamp = text.parse().ok()?;
-    #[expect(clippy::cast_precision_loss, reason = "microseconds are enough for a display")]
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "microseconds are enough for a display"
+    )]
     Some(stamp.as_microsecond() as f64 / 1e6)
 }
 
@@ -312,14 +354,25 @@ mod tests {
     fn a_step_starts_logs_and_ends() {
         let mut solve = Solve::default();
         let events = solve.line(RUN);
-        assert!(matches!(&events[..], [Event::Step { number: 1, state: StepState::Running, .. }]));
+        assert!(matches!(
+            &events[..],
+            [Event::Step {
+                number: 1,
+                state: StepState::Running,
+                ..
+            }]
+        ));
         let data = base64::engine::general_purpose::STANDARD.encode("one\ntwo");
-        let log = format!(r#"{{"logs":[{{"vertex":"sha256:a","stream":1,"data":"{data}","timestamp":"x"}}]}}"#);
+        let log = format!(
+            r#"{{"logs":[{{"vertex":"sha256:a","stream":1,"data":"{data}","timestamp":"x"}}]}}"#
+        );
         let events = solve.line(&log);
         assert!(matches!(&events[..], [Event::Log { step: 1, stream: 1, text }] if text == "one"));
         let events = solve.line(DONE);
         assert!(matches!(&events[0], Event::Log { text, .. } if text == "two"));
-        assert!(matches!(&events[1], Event::Step { state: StepState::Done, seconds: Some(s), .. } if (*s - 1.5).abs() < 1e-6));
+        assert!(
+            matches!(&events[1], Event::Step { state: StepState::Done, seconds: Some(s), .. } if (*s - 1.5).abs() < 1e-6)
+        );
         assert_eq!(solve.cache_hits(), (0, 1));
         assert_eq!(solve.line(DONE), []);
     }
@@ -331,6 +384,9 @@ mod tests {
             assert_eq!(solve.line("error: failed to solve"), []);
         }
         assert_eq!(solve.other_lines.len(), 200);
-        assert_eq!(solve.line(r#"{"logs":[{"vertex":"nobody","data":"!!"}]}"#), []);
+        assert_eq!(
+            solve.line(r#"{"logs":[{"vertex":"nobody","data":"!!"}]}"#),
+            []
+        );
     }
 }

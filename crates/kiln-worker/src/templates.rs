@@ -58,7 +58,10 @@ pub struct Chosen {
 /// The smallest class that holds this much.
 #[must_use]
 pub fn size_class(memory: ByteSize) -> ByteSize {
-    SIZE_CLASSES.into_iter().find(|class| *class >= memory).unwrap_or(memory)
+    SIZE_CLASSES
+        .into_iter()
+        .find(|class| *class >= memory)
+        .unwrap_or(memory)
 }
 
 /// The kinds of template.
@@ -81,14 +84,24 @@ impl Variant<'_> {
     async fn key(self, host: &Host, spec: &MachineSpec) -> TemplateKey {
         let (kind, preparation, heads) = match self {
             Self::Run => (Kind::Run, format!("run {PREPARATION}"), Vec::new()),
-            Self::PlainBuild => (Kind::Build, format!("plain {PREPARATION} {}", host.image.buildkit), Vec::new()),
+            Self::PlainBuild => (
+                Kind::Build,
+                format!("plain {PREPARATION} {}", host.image.buildkit),
+                Vec::new(),
+            ),
             Self::OnHead(head) => (
                 Kind::Build,
                 format!("head {PREPARATION} {}", host.image.buildkit),
                 vec![(DiskRole::State, head.id.clone())],
             ),
         };
-        TemplateKey::of(kind, &preparation, spec, host.driver.template_facts().await, heads)
+        TemplateKey::of(
+            kind,
+            &preparation,
+            spec,
+            host.driver.template_facts().await,
+            heads,
+        )
     }
 
     fn spec(self, host: &Host, cpus: u32, memory: ByteSize) -> Result<MachineSpec, Failure> {
@@ -97,7 +110,9 @@ impl Variant<'_> {
             disks.push(attempt::state_disk(host, head));
         }
         let name = format!("template-{}-{}", std::process::id(), unique());
-        let name = name.parse().map_err(|error| Failure::infrastructure(&error))?;
+        let name = name
+            .parse()
+            .map_err(|error| Failure::infrastructure(&error))?;
         Ok(attempt::spec(host, name, cpus, memory, disks))
     }
 }
@@ -112,9 +127,17 @@ fn unique() -> u64 {
 ///
 /// # Errors
 /// When a template could not be made.
-pub async fn choose(host: &Host, wanted: &Wanted<'_>, memory: ByteSize, events: &Events) -> Result<Chosen, Failure> {
+pub async fn choose(
+    host: &Host,
+    wanted: &Wanted<'_>,
+    memory: ByteSize,
+    events: &Events,
+) -> Result<Chosen, Failure> {
     if !host.driver.capabilities().templates {
-        return Ok(Chosen { template: None, holds_head: false });
+        return Ok(Chosen {
+            template: None,
+            holds_head: false,
+        });
     }
     let plain = match wanted.purpose {
         Purpose::Run => Variant::Run,
@@ -122,21 +145,42 @@ pub async fn choose(host: &Host, wanted: &Wanted<'_>, memory: ByteSize, events: 
             let variant = Variant::OnHead(head);
             // The shared head's template serves everybody and is worth making on demand; a tenant's own is made ahead of time.
             let make = wanted.make_template && head.scope == kiln_image::heads::SHARED;
-            if let Some(held) = find_or_make(host, variant, wanted.cpus, memory, make, events).await? {
-                return Ok(Chosen { template: Some(held), holds_head: true });
+            if let Some(held) =
+                find_or_make(host, variant, wanted.cpus, memory, make, events).await?
+            {
+                return Ok(Chosen {
+                    template: Some(held),
+                    holds_head: true,
+                });
             }
             Variant::PlainBuild
         }
     };
-    let template = find_or_make(host, plain, wanted.cpus, memory, wanted.make_template, events).await?;
-    Ok(Chosen { template, holds_head: false })
+    let template = find_or_make(
+        host,
+        plain,
+        wanted.cpus,
+        memory,
+        wanted.make_template,
+        events,
+    )
+    .await?;
+    Ok(Chosen {
+        template,
+        holds_head: false,
+    })
 }
 
 /// Makes the templates that runs and builds start from; a head's own when it is given.
 ///
 /// # Errors
 /// When one could not be made.
-pub async fn prepare_all(host: &Host, sizes: &[(bool, u32, ByteSize)], heads: &[Head], events: &Events) -> Result<(), Failure> {
+pub async fn prepare_all(
+    host: &Host,
+    sizes: &[(bool, u32, ByteSize)],
+    heads: &[Head],
+    events: &Events,
+) -> Result<(), Failure> {
     for (build, cpus, memory) in sizes {
         let memory = size_class(*memory);
         if !build {
@@ -171,28 +215,48 @@ async fn find_or_make(
                 Progress::Sealing => "sealing",
             };
             let what = format!("template for {} ({cpus} CPUs, {memory})", variant.words());
-            events.tell_now(Event::Progress { what, detail: detail.to_owned() });
+            events.tell_now(Event::Progress {
+                what,
+                detail: detail.to_owned(),
+            });
         }
     };
     if !make {
-        return host.templates.find(&key, &tell).map_err(|error| Failure::infrastructure(&error));
+        return host
+            .templates
+            .find(&key, &tell)
+            .map_err(|error| Failure::infrastructure(&error));
     }
     let making = async |target: TemplateRef| {
-        tokio::time::timeout(PREPARE_TIMEOUT, make_one(host, variant, &spec, &target)).await.unwrap_or_else(|_| {
-            Err(Failure::new(FailureClass::Infrastructure, format!("preparing took longer than {PREPARE_TIMEOUT:?}")))
-        })
+        tokio::time::timeout(PREPARE_TIMEOUT, make_one(host, variant, &spec, &target))
+            .await
+            .unwrap_or_else(|_| {
+                Err(Failure::new(
+                    FailureClass::Infrastructure,
+                    format!("preparing took longer than {PREPARE_TIMEOUT:?}"),
+                ))
+            })
     };
     match host.templates.get_or_make(&key, &tell, making).await {
         Ok(held) => Ok(Some(held)),
         Err(MakeError::Make(failure)) => Err(Failure {
-            message: format!("the template for {} could not be made: {}", variant.words(), failure.message),
+            message: format!(
+                "the template for {} could not be made: {}",
+                variant.words(),
+                failure.message
+            ),
             ..failure
         }),
         Err(error) => Err(Failure::infrastructure(&error)),
     }
 }
 
-async fn make_one(host: &Host, variant: Variant<'_>, spec: &MachineSpec, target: &TemplateRef) -> Result<(), Failure> {
+async fn make_one(
+    host: &Host,
+    variant: Variant<'_>,
+    spec: &MachineSpec,
+    target: &TemplateRef,
+) -> Result<(), Failure> {
     let prepare = async move |session: Session| match variant {
         Variant::Run => Ok(()),
         Variant::PlainBuild => run_buildkit_once(&session).await,
@@ -206,12 +270,27 @@ async fn make_one(host: &Host, variant: Variant<'_>, spec: &MachineSpec, target:
 /// BuildKit runs once on memory and stops: its pages are in the template's memory, nothing else of it stays.
 async fn run_buildkit_once(session: &Session) -> Result<(), Failure> {
     let serial = DiskRole::State.serial().to_owned();
-    let memory = Mount { memory_bytes: 256 << 20, ..mount_state() };
-    orders::call(session, "mount memory", &Order::Mount(memory), MOUNT_TIMEOUT).await?;
+    let memory = Mount {
+        memory_bytes: 256 << 20,
+        ..mount_state()
+    };
+    orders::call(
+        session,
+        "mount memory",
+        &Order::Mount(memory),
+        MOUNT_TIMEOUT,
+    )
+    .await?;
     buildkit::start(session).await?;
     tiny_build(session).await?;
     buildkit::stop(session).await?;
-    orders::call_done(session, "unmount memory", &Order::Unmount { serial }, MOUNT_TIMEOUT).await?;
+    orders::call_done(
+        session,
+        "unmount memory",
+        &Order::Unmount { serial },
+        MOUNT_TIMEOUT,
+    )
+    .await?;
     Ok(())
 }
 
@@ -227,7 +306,13 @@ fn mount_state() -> Mount {
 
 /// The head is mounted and BuildKit runs on it, its client warm.
 async fn start_on_head(session: &Session) -> Result<(), Failure> {
-    orders::call(session, "mount the cache", &Order::Mount(mount_state()), MOUNT_TIMEOUT * 2).await?;
+    orders::call(
+        session,
+        "mount the cache",
+        &Order::Mount(mount_state()),
+        MOUNT_TIMEOUT * 2,
+    )
+    .await?;
     buildkit::start(session).await?;
     tiny_build(session).await
 }
@@ -241,9 +326,16 @@ async fn tiny_build(session: &Session) -> Result<(), Failure> {
     let (exit, solve) = buildkit::solve(session, argv, 120_000, async |_| {}).await?;
     if exit.code != Some(0) {
         let words = solve.other_lines.join("\n");
-        return Err(Failure::new(FailureClass::Infrastructure, format!("BuildKit does not work in this machine: {words}")));
+        return Err(Failure::new(
+            FailureClass::Infrastructure,
+            format!("BuildKit does not work in this machine: {words}"),
+        ));
     }
-    let order = Order::RemoveTree { place: Place::Dockerfile { name: NAME.to_owned() } };
+    let order = Order::RemoveTree {
+        place: Place::Dockerfile {
+            name: NAME.to_owned(),
+        },
+    };
     orders::call_done(session, "tidy up", &order, orders::ORDER_TIMEOUT).await?;
     Ok(())
 }
@@ -258,7 +350,10 @@ pub fn bring_up_failure(error: BringUpError) -> Failure {
             Ok(failure) => *failure,
             Err(error) => Failure::infrastructure(&*error),
         },
-        error => Failure { class, ..Failure::infrastructure(&error) },
+        error => Failure {
+            class,
+            ..Failure::infrastructure(&error)
+        },
     }
 }
 

@@ -11,8 +11,8 @@ use kiln_core::{ByteSize, Digest, DiskRole, DiskSlot, FailureClass, JobId};
 use kiln_network::gateway::{Gateway, GatewayConfig};
 use kiln_network::record::EgressLog;
 use kiln_proto::msg::{Order, Place, PutTree};
-use kiln_store::registry::RepoName;
 use kiln_store::image::VerifiedImage;
+use kiln_store::registry::RepoName;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -63,7 +63,10 @@ pub async fn ensure(
     let dir = host.home.unpacked().join(image.manifest.hex());
     let io = |error: std::io::Error| Failure::infrastructure(&error);
     fs::create_dir_all(host.home.unpacked()).map_err(io)?;
-    let lock_path = host.home.unpacked().join(format!("{}.lock", image.manifest.short(32)));
+    let lock_path = host
+        .home
+        .unpacked()
+        .join(format!("{}.lock", image.manifest.short(32)));
     let _lock = tokio::task::spawn_blocking(move || -> std::io::Result<File> {
         let file = File::create(lock_path)?;
         flock(&file, FlockOperation::LockExclusive)?;
@@ -75,8 +78,17 @@ pub async fn ensure(
     if let Some(disk) = sound(&dir, image.manifest) {
         return Ok(Unpacked { disk });
     }
-    let what = format!("unpacking {} ({} layers)", image.manifest.short(12), image.layers.len());
-    events.tell(Event::Progress { what, detail: String::new() }).await;
+    let what = format!(
+        "unpacking {} ({} layers)",
+        image.manifest.short(12),
+        image.layers.len()
+    );
+    events
+        .tell(Event::Progress {
+            what,
+            detail: String::new(),
+        })
+        .await;
     let made = make(host, registry, repo, image, job, events).await?;
     let bytes = fs::metadata(&made).map_err(io)?.len();
     let file = File::open(&made).map_err(io)?;
@@ -85,7 +97,12 @@ pub async fn ensure(
         .await
         .map_err(|error| Failure::infrastructure(&error))?
         .map_err(io)?;
-    let meta = Meta { schema: SCHEMA, manifest: image.manifest, disk, bytes };
+    let meta = Meta {
+        schema: SCHEMA,
+        manifest: image.manifest,
+        disk,
+        bytes,
+    };
     let partial = dir.with_extension(format!("partial-{}", std::process::id()));
     fs::create_dir_all(&partial).map_err(io)?;
     let place = || -> std::io::Result<()> {
@@ -99,7 +116,9 @@ pub async fn ensure(
         fs::rename(&partial, &dir)
     };
     place().map_err(io)?;
-    Ok(Unpacked { disk: dir.join("disk") })
+    Ok(Unpacked {
+        disk: dir.join("disk"),
+    })
 }
 
 /// The disk, when its record fits it. A record that does not fit means it is made again.
@@ -120,10 +139,21 @@ async fn make(
 ) -> Result<PathBuf, Failure> {
     let memory = ByteSize::mib(512);
     let ticket = host.admit(1, memory, job.as_str(), events).await?;
-    let name = format!("{job}-1-unpack").parse().map_err(|error| Failure::infrastructure(&error))?;
-    let wanted = Wanted { name, cpus: 1, memory, purpose: Purpose::Run, make_template: true };
+    let name = format!("{job}-1-unpack")
+        .parse()
+        .map_err(|error| Failure::infrastructure(&error))?;
+    let wanted = Wanted {
+        name,
+        cpus: 1,
+        memory,
+        purpose: Purpose::Run,
+        make_template: true,
+    };
     // No network at all: unpacking needs none.
-    let gateway = Gateway::new(GatewayConfig::new(kiln_core::NetworkPolicy::Isolated, std::sync::Arc::new(EgressLog::new()) as _));
+    let gateway = Gateway::new(GatewayConfig::new(
+        kiln_core::NetworkPolicy::Isolated,
+        std::sync::Arc::new(EgressLog::new()) as _,
+    ));
     let attempt = Attempt::start(host, wanted, ticket, gateway, events).await?;
     let done = fill(host, &attempt, registry, repo, image).await;
     let done = match done {
@@ -151,13 +181,34 @@ async fn fill(
     attempt.mount(DiskRole::Image, false, true).await?;
     let mut left = UNPACKED_BYTES_MAX;
     for (index, layer) in image.layers.iter().enumerate() {
-        left = send_layer(attempt, registry, repo, index, layer.digest, &layer.media_type, left).await?;
+        left = send_layer(
+            attempt,
+            registry,
+            repo,
+            index,
+            layer.digest,
+            &layer.media_type,
+            left,
+        )
+        .await?;
     }
-    let unmount = Order::Unmount { serial: DiskRole::Image.serial().to_owned() };
-    orders::call_done(&attempt.session, "unmount the image", &unmount, STOP_TIMEOUT).await?;
+    let unmount = Order::Unmount {
+        serial: DiskRole::Image.serial().to_owned(),
+    };
+    orders::call_done(
+        &attempt.session,
+        "unmount the image",
+        &unmount,
+        STOP_TIMEOUT,
+    )
+    .await?;
     attempt.power_off().await?;
     let made = attempt.machine.take_disk(DiskRole::Image)?;
-    let to = host.home.unpacked().join(format!("{}.disk-{}", image.manifest.short(32), std::process::id()));
+    let to = host.home.unpacked().join(format!(
+        "{}.disk-{}",
+        image.manifest.short(32),
+        std::process::id()
+    ));
     fs::rename(made, &to).map_err(|error| Failure::infrastructure(&error))?;
     Ok(to)
 }
@@ -171,18 +222,37 @@ async fn send_layer(
     media_type: &str,
     left: u64,
 ) -> Result<u64, Failure> {
-    let blob = registry.host.open_blob(repo, &digest).await.map_err(|error| Failure::infrastructure(&error))?;
+    let blob = registry
+        .host
+        .open_blob(repo, &digest)
+        .await
+        .map_err(|error| Failure::infrastructure(&error))?;
     let reader = tokio_util::io::SyncIoBridge::new(Box::pin(blob.into_reader()));
-    let place = Place::ImageLayer { index: u32::try_from(index).unwrap_or(u32::MAX) };
-    let order = PutTree { place, bytes_max: left, entries_max: LAYER_ENTRIES_MAX };
+    let place = Place::ImageLayer {
+        index: u32::try_from(index).unwrap_or(u32::MAX),
+    };
+    let order = PutTree {
+        place,
+        bytes_max: left,
+        entries_max: LAYER_ENTRIES_MAX,
+    };
     let compression = Compression::of(media_type).ok_or_else(|| {
-        Failure::new(FailureClass::User, format!("layers of type {media_type} cannot be unpacked"))
+        Failure::new(
+            FailureClass::User,
+            format!("layers of type {media_type} cannot be unpacked"),
+        )
     })?;
-    let report = orders::put_tree(&attempt.session, "unpack a layer", &order, crate::build::SOURCE_TIMEOUT, move |out| {
-        // Twice the bound: tar headers and padding count here, file bytes in the guest.
-        let mut plain = compression.reader(reader)?.take(left.saturating_mul(2));
-        std::io::copy(&mut plain, out).map(|_| ())
-    })
+    let report = orders::put_tree(
+        &attempt.session,
+        "unpack a layer",
+        &order,
+        crate::build::SOURCE_TIMEOUT,
+        move |out| {
+            // Twice the bound: tar headers and padding count here, file bytes in the guest.
+            let mut plain = compression.reader(reader)?.take(left.saturating_mul(2));
+            std::io::copy(&mut plain, out).map(|_| ())
+        },
+    )
     .await?;
     Ok(left.saturating_sub(report.bytes))
 }
@@ -228,10 +298,22 @@ mod tests {
 
     #[test]
     fn media_types_of_both_families() {
-        assert_eq!(Compression::of("application/vnd.oci.image.layer.v1.tar"), Some(Compression::None));
-        assert_eq!(Compression::of("application/vnd.oci.image.layer.v1.tar+gzip"), Some(Compression::Gzip));
-        assert_eq!(Compression::of("application/vnd.docker.image.rootfs.diff.tar.gzip"), Some(Compression::Gzip));
-        assert_eq!(Compression::of("application/vnd.oci.image.layer.v1.tar+zstd"), Some(Compression::Zstd));
+        assert_eq!(
+            Compression::of("application/vnd.oci.image.layer.v1.tar"),
+            Some(Compression::None)
+        );
+        assert_eq!(
+            Compression::of("application/vnd.oci.image.layer.v1.tar+gzip"),
+            Some(Compression::Gzip)
+        );
+        assert_eq!(
+            Compression::of("application/vnd.docker.image.rootfs.diff.tar.gzip"),
+            Some(Compression::Gzip)
+        );
+        assert_eq!(
+            Compression::of("application/vnd.oci.image.layer.v1.tar+zstd"),
+            Some(Compression::Zstd)
+        );
         assert_eq!(Compression::of("text/plain"), None);
     }
 }

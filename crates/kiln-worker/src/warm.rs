@@ -39,10 +39,23 @@ pub async fn make_shared_head(
 ) -> Result<Head, Failure> {
     let job = new_job_id('w')?;
     let ticket = host.admit(2, MEMORY, job.as_str(), events).await?;
-    let mut config = GatewayConfig::new(kiln_core::NetworkPolicy::Isolated, std::sync::Arc::new(EgressLog::new()) as _);
-    config.services = registry.services_as(Authority::Anonymous { pull: vec!["shared".to_owned()] });
-    let name = format!("{job}-1-warm").parse().map_err(|error| Failure::infrastructure(&error))?;
-    let wanted = Wanted { name, cpus: 2, memory: MEMORY, purpose: Purpose::Run, make_template: true };
+    let mut config = GatewayConfig::new(
+        kiln_core::NetworkPolicy::Isolated,
+        std::sync::Arc::new(EgressLog::new()) as _,
+    );
+    config.services = registry.services_as(Authority::Anonymous {
+        pull: vec!["shared".to_owned()],
+    });
+    let name = format!("{job}-1-warm")
+        .parse()
+        .map_err(|error| Failure::infrastructure(&error))?;
+    let wanted = Wanted {
+        name,
+        cpus: 2,
+        memory: MEMORY,
+        purpose: Purpose::Run,
+        make_template: true,
+    };
     let attempt = Attempt::start(host, wanted, ticket, Gateway::new(config), events).await?;
     let done = fill(host, &attempt, bases, events).await;
     let done = match done {
@@ -53,19 +66,31 @@ pub async fn make_shared_head(
     done
 }
 
-async fn fill(host: &Host, attempt: &Attempt, bases: &[ImageRef], events: &Events) -> Result<Head, Failure> {
+async fn fill(
+    host: &Host,
+    attempt: &Attempt,
+    bases: &[ImageRef],
+    events: &Events,
+) -> Result<Head, Failure> {
     let disk = DiskSlot {
         role: DiskRole::State,
         backing: None,
         format: DiskFormat::Qcow2,
-        access: DiskAccess::New { size: STATE_DISK_SIZE },
+        access: DiskAccess::New {
+            size: STATE_DISK_SIZE,
+        },
     };
     attempt.machine.attach_disk(&disk).await?;
     attempt.mount(DiskRole::State, false, true).await?;
     buildkit::start(&attempt.session).await?;
     for (index, base) in bases.iter().enumerate() {
         let what = format!("unpacking base {} of {}", index + 1, bases.len());
-        events.tell(Event::Progress { what, detail: base.repository.clone() }).await;
+        events
+            .tell(Event::Progress {
+                what,
+                detail: base.repository.clone(),
+            })
+            .await;
         unpack(&attempt.session, base).await?;
     }
     crate::commit::seal(attempt).await?;
@@ -94,10 +119,20 @@ async fn unpack(session: &Session, base: &ImageRef) -> Result<(), Failure> {
     let argv = buildkit::command(&path, &path);
     let (exit, solve) = buildkit::solve(session, argv, BASE_TIMEOUT_MS, async |_| {}).await?;
     if exit.code != Some(0) {
-        let words = solve.failed().map_or_else(|| solve.other_lines.join("\n"), |(_, step)| step.error.clone());
-        return Err(Failure::new(FailureClass::Infrastructure, format!("base {base} could not be unpacked: {words}")));
+        let words = solve.failed().map_or_else(
+            || solve.other_lines.join("\n"),
+            |(_, step)| step.error.clone(),
+        );
+        return Err(Failure::new(
+            FailureClass::Infrastructure,
+            format!("base {base} could not be unpacked: {words}"),
+        ));
     }
-    let order = Order::RemoveTree { place: Place::Dockerfile { name: NAME.to_owned() } };
+    let order = Order::RemoveTree {
+        place: Place::Dockerfile {
+            name: NAME.to_owned(),
+        },
+    };
     orders::call_done(session, "tidy up", &order, orders::ORDER_TIMEOUT).await?;
     Ok(())
 }

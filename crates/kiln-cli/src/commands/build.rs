@@ -4,9 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kiln_core::job::{ImageBuild, TrustClass};
-use kiln_core::{Digest, ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, Receipt, TenantName, Verdict};
+use kiln_core::{
+    Digest, ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, Receipt, TenantName, Verdict,
+};
 use kiln_image::context::{self, Tree};
-use kiln_image::plan::{DockerfileChoice, Options, Plan};
+use kiln_image::plan::{Options, Plan};
 use kiln_network::registries::Runtime;
 use kiln_store::records::NewRecord;
 use kiln_worker::build::{BuildEnd, BuildInput, BuildReport};
@@ -23,27 +25,37 @@ use crate::show::Screen;
 
 pub(super) async fn run(args: BuildArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
     if args.platform != "linux/amd64" {
-        return Err(CliError::usage(format!("--platform {}: only linux/amd64 is built here", args.platform)));
+        return Err(CliError::usage(format!(
+            "--platform {}: only linux/amd64 is built here",
+            args.platform
+        )));
     }
     let output = super::output::Output::parse(&args)?;
     let operator = Operator::load()?;
     let Source::Folder(dir) = source::parse(&args.source)? else {
-        return Err(CliError::usage("building from a git URL is not there yet").hint("clone it and give the folder"));
+        return Err(CliError::usage("building from a git URL is not there yet")
+            .hint("clone it and give the folder"));
     };
-    let limits = operator.config.limits(&args.limits, true, super::host_cpus())?;
+    let limits = operator
+        .config
+        .limits(&args.limits, true, super::host_cpus())?;
     let secrets = source::secrets(&args.secrets)?;
     let (plan, tree) = planned(&args, &operator, &dir)?;
-    let prepared = Prepared::new(&args, &operator, &dir, plan, tree)?;
+    let prepared = Prepared::new(&args, &operator, &dir, &plan, tree)?;
     let (events, receiver) = Events::channel();
     let follow = tokio::spawn(screen.follow(receiver));
     let id = new_job_id('b').map_err(CliError::from_failure)?;
     let title = format!("build {} -> {}", args.source, prepared.build.tags[0]);
-    let log = JobLog::begin(&operator.home, record(&id, "image-build", title)).map_err(CliError::from_failure)?;
+    let log = JobLog::begin(&operator.home, record(&id, "image-build", title))
+        .map_err(CliError::from_failure)?;
     let log = Arc::new(log);
     let request = JobRequest {
         id: id.clone(),
         tenant: TenantName::local(),
-        kind: JobKind::ImageBuild(ImageBuild { secrets: secrets.iter().map(|(id, _)| id.clone()).collect(), ..prepared.build }),
+        kind: JobKind::ImageBuild(ImageBuild {
+            secrets: secrets.iter().map(|(id, _)| id.clone()).collect(),
+            ..prepared.build
+        }),
         network: prepared.network,
         limits,
         trust: TrustClass::Trusted,
@@ -93,7 +105,12 @@ async fn work(
 
 /// Writes the record, shows the result.
 fn finish(log: &JobLog, end: BuildEnd, screen: Screen) -> Result<BuildReport> {
-    let BuildEnd { result, phases_ms, egress, observed } = end;
+    let BuildEnd {
+        result,
+        phases_ms,
+        egress,
+        observed,
+    } = end;
     let verdict = match &result {
         Ok(_) => Verdict::Passed,
         Err(failure) => failure.verdict(),
@@ -102,10 +119,21 @@ fn finish(log: &JobLog, end: BuildEnd, screen: Screen) -> Result<BuildReport> {
         Ok(report) => serde_json::to_value(report).unwrap_or_default(),
         Err(_) => serde_json::json!({ "egress": egress }),
     };
-    let receipt = result.as_ref().ok().zip(observed.as_ref()).map(|(report, observed)| receipt(report, observed));
-    let kept = log.finish(Outcome { verdict, phases_ms }, receipt, observed.as_ref(), details);
+    let receipt = result
+        .as_ref()
+        .ok()
+        .zip(observed.as_ref())
+        .map(|(report, observed)| receipt(report, observed));
+    let kept = log.finish(
+        Outcome { verdict, phases_ms },
+        receipt,
+        observed.as_ref(),
+        details,
+    );
     if let Err(failure) = kept {
-        screen.note(&format!("warning: the job's record could not be written: {failure}"));
+        screen.note(&format!(
+            "warning: the job's record could not be written: {failure}"
+        ));
     }
     let egress_line = egress.to_string();
     match result {
@@ -155,7 +183,10 @@ fn show(report: &BuildReport, egress: &str, screen: Screen) {
     });
 }
 
-#[expect(clippy::cast_precision_loss, reason = "milliseconds of a job fit a double")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "milliseconds of a job fit a double"
+)]
 fn seconds(ms: u64) -> f64 {
     ms as f64 / 1e3
 }
@@ -187,12 +218,20 @@ fn planned(args: &BuildArgs, operator: &Operator, dir: &Path) -> Result<(Plan, T
     let bases = operator.bases()?;
     let plan = kiln_image::plan::plan(dir, &options, &bases).map_err(super::plan::plan_error)?;
     if let Some(base) = plan.unbaked().first() {
-        return Err(CliError::usage(format!("the base {} is not there yet", base.written)).hint("run `kiln setup` once"));
+        return Err(
+            CliError::usage(format!("the base {} is not there yet", base.written))
+                .hint("run `kiln setup` once"),
+        );
     }
     let root = dir.join(&plan.root);
     let extra: Vec<&str> = plan.extra_ignores.iter().map(String::as_str).collect();
-    let tree = Tree::open(&root, plan.dockerfile_path.as_deref(), &extra, context::Limits::default())
-        .map_err(|error| CliError::usage(crate::error::chain(&error)))?;
+    let tree = Tree::open(
+        &root,
+        plan.dockerfile_path.as_deref(),
+        &extra,
+        context::Limits::default(),
+    )
+    .map_err(|error| CliError::usage(crate::error::chain(&error)))?;
     Ok((plan, tree))
 }
 
@@ -203,50 +242,90 @@ fn options(args: &BuildArgs, dir: &Path) -> Result<Options> {
         Some(path) => Some(super::plan::dockerfile_choice(dir, path)?),
     };
     let build_args = source::pairs(&args.build_args, "--build-arg")?;
-    Ok(Options { dockerfile, target: args.target.clone(), build_args })
+    Ok(Options {
+        dockerfile,
+        target: args.target.clone(),
+        build_args,
+    })
 }
 
 impl Prepared {
-    fn new(args: &BuildArgs, operator: &Operator, dir: &Path, plan: Plan, tree: Tree) -> Result<Self> {
-        let packed = context::digest(&tree).map_err(|error| CliError::usage(crate::error::chain(&error)))?;
-        let runtimes: Vec<Runtime> =
-            Runtime::ALL.into_iter().filter(|runtime| plan.registries.iter().any(|name| name == runtime.name())).collect();
+    fn new(
+        args: &BuildArgs,
+        operator: &Operator,
+        dir: &Path,
+        plan: &Plan,
+        tree: Tree,
+    ) -> Result<Self> {
+        let packed =
+            context::digest(&tree).map_err(|error| CliError::usage(crate::error::chain(&error)))?;
+        let runtimes: Vec<Runtime> = Runtime::ALL
+            .into_iter()
+            .filter(|runtime| plan.registries.iter().any(|name| name == runtime.name()))
+            .collect();
         if operator.registries.is_none() && !runtimes.is_empty() {
-            return Err(CliError::usage("which hosts builds may reach for packages is not known yet")
-                .hint("run `kiln setup` once, or `kiln registries discover`"));
+            return Err(CliError::usage(
+                "which hosts builds may reach for packages is not known yet",
+            )
+            .hint("run `kiln setup` once, or `kiln registries discover`"));
         }
-        let rules = operator.rules(&runtimes).into_iter().chain(args.allow.iter().cloned());
+        let rules = operator
+            .rules(&runtimes)
+            .into_iter()
+            .chain(args.allow.iter().cloned());
         let network = NetworkPolicy::from_rules(rules);
-        check_lockfiles(&plan, &network)?;
+        check_lockfiles(plan, &network)?;
         let build = ImageBuild {
             source: packed.digest,
             dockerfile: plan.dockerfile.clone(),
             target: args.target.clone(),
             build_args: source::pairs(&args.build_args, "--build-arg")?,
             secrets: Vec::new(),
-            bases: plan.bases.iter().map(|base| (base.written.clone(), base.reference.clone())).collect(),
+            bases: plan
+                .bases
+                .iter()
+                .map(|base| (base.written.clone(), base.reference.clone()))
+                .collect(),
             tags: tags(args, dir)?,
             no_cache: args.no_cache,
         };
-        Ok(Self { build, network, runtimes, tree })
+        Ok(Self {
+            build,
+            network,
+            runtimes,
+            tree,
+        })
     }
 }
 
 /// A lockfile that names hosts the build may not reach is an error that lists them, before anything starts.
 fn check_lockfiles(plan: &Plan, network: &NetworkPolicy) -> Result<()> {
-    let refused: Vec<_> = plan.hosts_named.iter().filter(|mention| !network.knows_host(&mention.host)).collect();
+    let refused: Vec<_> = plan
+        .hosts_named
+        .iter()
+        .filter(|mention| !network.knows_host(&mention.host))
+        .collect();
     if refused.is_empty() {
         return Ok(());
     }
-    let lines: Vec<String> =
-        refused.iter().take(10).map(|mention| format!("  {}:{} names {}", mention.file, mention.line, mention.host)).collect();
-    let mut hosts: Vec<&str> = refused.iter().map(|mention| mention.host.as_str()).collect();
+    let lines: Vec<String> = refused
+        .iter()
+        .take(10)
+        .map(|mention| format!("  {}:{} names {}", mention.file, mention.line, mention.host))
+        .collect();
+    let mut hosts: Vec<&str> = refused
+        .iter()
+        .map(|mention| mention.host.as_str())
+        .collect();
     hosts.sort_unstable();
     hosts.dedup();
     let flags: Vec<String> = hosts.iter().map(|host| format!("--allow {host}")).collect();
     Err(CliError::new(
         kiln_core::FailureClass::Policy,
-        format!("lockfiles name hosts that this build may not reach:\n{}", lines.join("\n")),
+        format!(
+            "lockfiles name hosts that this build may not reach:\n{}",
+            lines.join("\n")
+        ),
     )
     .hint(format!("admit them with {}", flags.join(" "))))
 }
@@ -255,15 +334,11 @@ fn check_lockfiles(plan: &Plan, network: &NetworkPolicy) -> Result<()> {
 fn tags(args: &BuildArgs, dir: &Path) -> Result<Vec<ImageRef>> {
     if args.tags.is_empty() {
         let canonical = dir.canonicalize().or_infrastructure()?;
-        let name = canonical.file_name().and_then(|name| name.to_str()).unwrap_or("app");
+        let name = canonical
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or("app");
         return Ok(vec![super::reference::of_folder(name)]);
     }
     args.tags.iter().map(super::reference::in_tenant).collect()
-}
-
-/// For `--file`: inside the folder by its name there, elsewhere as text.
-pub(super) fn in_folder(dir: &Path, path: &Path) -> Option<DockerfileChoice> {
-    let (dir, path) = (dir.canonicalize().ok()?, path.canonicalize().ok()?);
-    let inside = path.strip_prefix(&dir).ok()?.to_str()?;
-    Some(DockerfileChoice::InFolder(inside.to_owned()))
 }

@@ -4,18 +4,26 @@ mod bases;
 mod bench;
 mod build;
 mod cache;
+mod disk_use;
 mod doctor;
 mod job;
 mod machine_image;
 mod meta;
+mod operator;
+mod output;
 mod plan;
+mod push;
+mod reference;
 mod registries;
 mod registry;
+mod replace;
 mod run;
 mod setup;
 mod source;
+mod table;
 mod template;
 mod uninstall;
+mod when;
 
 use tokio_util::sync::CancellationToken;
 
@@ -24,13 +32,13 @@ use crate::error::Result;
 use crate::show::Screen;
 
 /// Runs a verb; gives the exit code.
-pub async fn run(command: Command, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+pub(crate) async fn run(command: Command, screen: Screen, cancel: CancellationToken) -> Result<u8> {
     match command {
         Command::Build(args) => build::run(*args, screen, cancel).await,
         Command::Run(args) => run::run(*args, screen, cancel).await,
         Command::Plan(args) => plan::run(&args, screen),
         Command::Doctor(args) => doctor::run(&args, screen).await,
-        Command::Job(verb) => job::run(verb, screen),
+        Command::Job(verb) => job::run(verb, screen, cancel).await,
         Command::Template(verb) => template::run(verb, screen, cancel).await,
         Command::MachineImage(verb) => machine_image::run(verb, screen, cancel).await,
         Command::Bases(verb) => bases::run(verb, screen, cancel).await,
@@ -43,4 +51,10 @@ pub async fn run(command: Command, screen: Screen, cancel: CancellationToken) ->
         Command::Completions { shell } => meta::completions(shell, screen),
         Command::Man { dir } => meta::man(&dir, screen),
     }
+}
+
+/// CPUs of this host.
+fn host_cpus() -> u32 {
+    std::thread::available_parallelism()
+        .map_or(1, |count| u32::try_from(count.get()).unwrap_or(u32::MAX))
 }

@@ -19,7 +19,7 @@ use crate::error::{CliError, OrInfrastructure as _, Result};
 
 /// Everything the operator's files say.
 #[derive(Debug)]
-pub struct Operator {
+pub(crate) struct Operator {
     /// Directories.
     pub home: Home,
     /// `kiln.toml`.
@@ -29,7 +29,7 @@ pub struct Operator {
 }
 
 /// Where `registries.toml` is.
-pub fn registries_path(home: &Home) -> std::path::PathBuf {
+pub(crate) fn registries_path(home: &Home) -> std::path::PathBuf {
     home.config.join("registries.toml")
 }
 
@@ -38,38 +38,51 @@ impl Operator {
     ///
     /// # Errors
     /// When one is not legal; the message names the line.
-    pub fn load() -> Result<Self> {
+    pub(crate) fn load() -> Result<Self> {
         let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
         let config = Config::load(&home.config.join("kiln.toml"))?;
         let registries = Registries::load(&registries_path(&home))
             .map_err(|error| CliError::usage(crate::error::chain(&error)))?;
-        Ok(Self { home, config, registries })
+        Ok(Self {
+            home,
+            config,
+            registries,
+        })
     }
 
     /// Base images.
-    pub fn bases(&self) -> Result<Bases> {
+    pub(crate) fn bases(&self) -> Result<Bases> {
         setup::load_bases(&self.home).map_err(CliError::from_failure)
     }
 
     /// Rules for the named runtimes.
-    pub fn rules(&self, runtimes: &[Runtime]) -> Vec<AllowRule> {
-        let Some(registries) = &self.registries else { return Vec::new() };
-        runtimes.iter().flat_map(|runtime| registries.rules(*runtime).iter().cloned()).collect()
+    pub(crate) fn rules(&self, runtimes: &[Runtime]) -> Vec<AllowRule> {
+        let Some(registries) = &self.registries else {
+            return Vec::new();
+        };
+        runtimes
+            .iter()
+            .flat_map(|runtime| registries.rules(*runtime).iter().cloned())
+            .collect()
     }
 
     /// Exceptions for names in special ranges.
-    pub fn exceptions(&self) -> Vec<RangeException> {
-        self.registries.as_ref().map(Registries::exceptions).unwrap_or_default()
+    pub(crate) fn exceptions(&self) -> Vec<RangeException> {
+        self.registries
+            .as_ref()
+            .map(Registries::exceptions)
+            .unwrap_or_default()
     }
 
     /// The host's HTTP proxy: the file's, else the environment's.
     ///
     /// # Errors
     /// When it cannot be used as written.
-    pub fn proxy(&self) -> Result<ProxyConfig> {
+    pub(crate) fn proxy(&self) -> Result<ProxyConfig> {
         if let Some(registries) = &self.registries
-            && let Some(proxy) =
-                registries.proxy_config().map_err(|error| CliError::usage(crate::error::chain(&error)))?
+            && let Some(proxy) = registries
+                .proxy_config()
+                .map_err(|error| CliError::usage(crate::error::chain(&error)))?
         {
             return Ok(proxy);
         }
@@ -81,27 +94,48 @@ impl Operator {
     ///
     /// # Errors
     /// When a named file is missing or is not a bundle.
-    pub fn ca_bundle(&self) -> Result<Option<Vec<u8>>> {
+    pub(crate) fn ca_bundle(&self) -> Result<Option<Vec<u8>>> {
         if self.config.network.ca_bundle == Some(false) {
             return Ok(None);
         }
-        let Some(registries) = &self.registries else { return Ok(None) };
-        let bundle = registries.ca_bundle().map_err(|error| CliError::usage(crate::error::chain(&error)))?;
+        let Some(registries) = &self.registries else {
+            return Ok(None);
+        };
+        let bundle = registries
+            .ca_bundle()
+            .map_err(|error| CliError::usage(crate::error::chain(&error)))?;
         Ok(bundle.map(|bundle| bundle.pem))
     }
 
     /// Environment of RUN steps: where the tools of these runtimes find their packages.
-    pub fn step_env(&self, runtimes: &[Runtime]) -> Vec<(String, String)> {
+    pub(crate) fn step_env(&self, runtimes: &[Runtime]) -> Vec<(String, String)> {
         let mut env = Vec::new();
-        let Some(registries) = &self.registries else { return env };
+        let Some(registries) = &self.registries else {
+            return env;
+        };
         for runtime in runtimes {
-            let Some(index) = registries.index(*runtime) else { continue };
+            let Some(index) = registries.index(*runtime) else {
+                continue;
+            };
             let names: &[&str] = match runtime {
-                Runtime::Node => &["NPM_CONFIG_REGISTRY", "YARN_REGISTRY", "YARN_NPM_REGISTRY_SERVER"],
-                Runtime::Python => &["PIP_INDEX_URL", "UV_DEFAULT_INDEX", "PIPENV_PYPI_MIRROR", "PDM_PYPI_URL"],
+                Runtime::Node => &[
+                    "NPM_CONFIG_REGISTRY",
+                    "YARN_REGISTRY",
+                    "YARN_NPM_REGISTRY_SERVER",
+                ],
+                Runtime::Python => &[
+                    "PIP_INDEX_URL",
+                    "UV_DEFAULT_INDEX",
+                    "PIPENV_PYPI_MIRROR",
+                    "PDM_PYPI_URL",
+                ],
                 Runtime::Debian => &[],
             };
-            env.extend(names.iter().map(|name| ((*name).to_owned(), index.to_owned())));
+            env.extend(
+                names
+                    .iter()
+                    .map(|name| ((*name).to_owned(), index.to_owned())),
+            );
         }
         env
     }
@@ -110,9 +144,11 @@ impl Operator {
     ///
     /// # Errors
     /// When neither works.
-    pub async fn registry(&self) -> Result<RegistryAccess> {
+    pub(crate) async fn registry(&self) -> Result<RegistryAccess> {
         self.home.prepare().or_infrastructure()?;
-        let host = HostRegistry::open_or_attach(&self.home.registry(), HostConfig::default()).await.or_infrastructure()?;
+        let host = HostRegistry::open_or_attach(&self.home.registry(), HostConfig::default())
+            .await
+            .or_infrastructure()?;
         Ok(RegistryAccess { host })
     }
 
@@ -120,7 +156,7 @@ impl Operator {
     ///
     /// # Errors
     /// When something is missing.
-    pub async fn host(&self) -> Result<Host> {
+    pub(crate) async fn host(&self) -> Result<Host> {
         Host::open(&self.home).await.map_err(CliError::from_failure)
     }
 }

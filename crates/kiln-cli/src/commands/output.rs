@@ -16,7 +16,7 @@ use crate::show::Screen;
 
 /// What `--output` says.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Output {
+pub(crate) struct Output {
     oci: Option<PathBuf>,
 }
 
@@ -25,11 +25,16 @@ impl Output {
     ///
     /// # Errors
     /// For anything else.
-    pub fn parse(args: &BuildArgs) -> Result<Self> {
+    pub(crate) fn parse(args: &BuildArgs) -> Result<Self> {
         match args.output.split_once(':') {
             None if args.output == "registry" => Ok(Self { oci: None }),
-            Some(("oci", file)) if !file.is_empty() => Ok(Self { oci: Some(PathBuf::from(file)) }),
-            _ => Err(CliError::usage(format!("--output {:?}: write registry or oci:FILE", args.output))),
+            Some(("oci", file)) if !file.is_empty() => Ok(Self {
+                oci: Some(PathBuf::from(file)),
+            }),
+            _ => Err(CliError::usage(format!(
+                "--output {:?}: write registry or oci:FILE",
+                args.output
+            ))),
         }
     }
 
@@ -37,11 +42,18 @@ impl Output {
     ///
     /// # Errors
     /// When a destination fails; the image stays in kiln's registry.
-    pub async fn deliver(&self, operator: &Operator, report: &BuildReport, args: &BuildArgs, screen: Screen) -> Result<()> {
+    pub(crate) async fn deliver(
+        &self,
+        operator: &Operator,
+        report: &BuildReport,
+        args: &BuildArgs,
+        screen: Screen,
+    ) -> Result<()> {
         if let Some(file) = &args.result {
             let text = serde_json::to_vec_pretty(report).or_infrastructure()?;
-            std::fs::write(file, text)
-                .map_err(|error| CliError::usage(format!("could not write {}: {error}", file.display())))?;
+            std::fs::write(file, text).map_err(|error| {
+                CliError::usage(format!("could not write {}: {error}", file.display()))
+            })?;
         }
         if self.oci.is_none() && !args.load && args.push.is_none() {
             return Ok(());
@@ -49,14 +61,25 @@ impl Output {
         let registry = operator.registry().await?;
         let reference: ImageRef = report.reference.parse().or_infrastructure()?;
         let repo: RepoName = reference.repository.parse().or_infrastructure()?;
-        let asked = Verify { rehash: false, ..Verify::image(repo.clone(), report.digest) };
+        let asked = Verify {
+            rehash: false,
+            ..Verify::image(repo.clone(), report.digest)
+        };
         let image = verify(&registry.host, &asked).await.or_infrastructure()?;
         if let Some(path) = &self.oci {
             let partial = path.with_extension(format!("partial-{}", std::process::id()));
-            let mut file = tokio::fs::File::create(&partial)
-                .await
-                .map_err(|error| CliError::usage(format!("could not write {}: {error}", partial.display())))?;
-            let written = export(&registry.host, &repo, &image, &[reference.clone()], ArchiveFormat::Oci, &mut file).await;
+            let mut file = tokio::fs::File::create(&partial).await.map_err(|error| {
+                CliError::usage(format!("could not write {}: {error}", partial.display()))
+            })?;
+            let written = export(
+                &registry.host,
+                &repo,
+                &image,
+                std::slice::from_ref(&reference),
+                ArchiveFormat::Oci,
+                &mut file,
+            )
+            .await;
             let written = match written {
                 Ok(()) => file.sync_all().await.or_infrastructure(),
                 Err(error) => Err(CliError::infrastructure(&error)),
@@ -65,7 +88,9 @@ impl Output {
                 let _already_gone = tokio::fs::remove_file(&partial).await;
                 return Err(error);
             }
-            tokio::fs::rename(&partial, path).await.or_infrastructure()?;
+            tokio::fs::rename(&partial, path)
+                .await
+                .or_infrastructure()?;
             screen.note(&format!("wrote {}", path.display()));
         }
         if args.load {
@@ -87,7 +112,10 @@ async fn load(
     screen: Screen,
 ) -> Result<()> {
     let short = ImageRef {
-        repository: reference.repository.trim_start_matches("t/local/").to_owned(),
+        repository: reference
+            .repository
+            .trim_start_matches("t/local/")
+            .to_owned(),
         ..reference.clone()
     };
     for engine in ["docker", "podman"] {
@@ -99,8 +127,19 @@ async fn load(
             .kill_on_drop(true)
             .spawn();
         let Ok(mut child) = child else { continue };
-        let mut stdin = child.stdin.take().ok_or_else(|| CliError::new(kiln_core::FailureClass::Infrastructure, "no pipe"))?;
-        let sent = export(registry, repo, image, &[short.clone()], ArchiveFormat::Docker, &mut stdin).await;
+        let mut stdin = child
+            .stdin
+            .take()
+            .ok_or_else(|| CliError::new(kiln_core::FailureClass::Infrastructure, "no pipe"))?;
+        let sent = export(
+            registry,
+            repo,
+            image,
+            std::slice::from_ref(&short),
+            ArchiveFormat::Docker,
+            &mut stdin,
+        )
+        .await;
         let _closed = stdin.shutdown().await;
         drop(stdin);
         let output = child.wait_with_output().await.or_infrastructure()?;
@@ -108,9 +147,17 @@ async fn load(
             screen.note(&format!("loaded {short} into {engine}"));
             return Ok(());
         }
-        let words: String = String::from_utf8_lossy(&output.stderr).chars().take(500).collect();
-        return Err(CliError::new(kiln_core::FailureClass::Infrastructure, format!("{engine} load failed: {}", words.trim()))
-            .hint("is the engine running?"));
+        let words: String = String::from_utf8_lossy(&output.stderr)
+            .chars()
+            .take(500)
+            .collect();
+        return Err(CliError::new(
+            kiln_core::FailureClass::Infrastructure,
+            format!("{engine} load failed: {}", words.trim()),
+        )
+        .hint("is the engine running?"));
     }
-    Err(CliError::usage("--load: neither docker nor podman is installed"))
+    Err(CliError::usage(
+        "--load: neither docker nor podman is installed",
+    ))
 }

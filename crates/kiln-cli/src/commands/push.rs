@@ -23,7 +23,7 @@ use crate::show::Screen;
 /// # Errors
 /// Usage for the reference and the login, infrastructure for the network and the other registry. The image stays in
 /// kiln's own registry.
-pub async fn push(
+pub(super) async fn push(
     operator: &Operator,
     registry: &HostRegistry,
     repo: &RepoName,

@@ -4,9 +4,11 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use kiln_core::job::{RunCommand, TrustClass};
-use kiln_core::{FailureClass, ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, TenantName, Verdict};
+use kiln_core::{
+    FailureClass, ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, TenantName, Verdict,
+};
 use kiln_proto::msg::{ContainerSpec, Exit, TtySize};
-use kiln_store::image::{Select, Verify, VerifiedImage, verify};
+use kiln_store::image::{Select, VerifiedImage, Verify, verify};
 use kiln_store::registry::{Reference, RepoName};
 use kiln_worker::event::Events;
 use kiln_worker::failure::Failure;
@@ -29,23 +31,34 @@ use crate::terminal::{self, RawMode};
 
 pub(super) async fn run(args: RunArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
     if args.image.is_none() && args.command.is_empty() {
-        return Err(CliError::usage("there is nothing to run").hint("give a command after --, or an --image"));
+        return Err(CliError::usage("there is nothing to run")
+            .hint("give a command after --, or an --image"));
     }
     let operator = Operator::load()?;
-    let limits = operator.config.limits(&args.limits, false, super::host_cpus())?;
+    let limits = operator
+        .config
+        .limits(&args.limits, false, super::host_cpus())?;
     let env = source::pairs(&args.env, "--env")?;
     let listeners = listen(&args.publish).await?;
     let size = wants_terminal(&args).then(terminal::size).flatten();
     let host = operator.host().await?;
     let id = new_job_id('r').map_err(CliError::from_failure)?;
-    let title = args.image.as_ref().map_or_else(|| args.command.join(" "), |image| format!("image {image}"));
-    let log = Arc::new(JobLog::begin(&operator.home, super::build::record(&id, "run", title)).map_err(CliError::from_failure)?);
+    let title = args
+        .image
+        .as_ref()
+        .map_or_else(|| args.command.join(" "), |image| format!("image {image}"));
+    let log = Arc::new(
+        JobLog::begin(&operator.home, super::build::record(&id, "run", title))
+            .map_err(CliError::from_failure)?,
+    );
     let (events, receiver) = Events::channel();
     // A run's own output belongs to the user: progress is shown only until the command starts.
     let follow = tokio::spawn(screen.follow_quietly(receiver));
     let image = match &args.image {
         None => None,
-        Some(image) => Some(prepare_image(&operator, &host, image, &args, &env, &id, &events).await?),
+        Some(image) => {
+            Some(prepare_image(&operator, &host, image, &args, &env, &id, &events).await?)
+        }
     };
     let request = JobRequest {
         id: id.clone(),
@@ -62,13 +75,19 @@ pub(super) async fn run(args: RunArgs, screen: Screen, cancel: CancellationToken
         limits,
         trust: TrustClass::Untrusted,
     };
-    let end = attach(&operator, &host, request, image, listeners, size, &args, &log, &events, &cancel).await?;
+    let end = attach(
+        &operator, &host, request, image, listeners, size, &args, &log, &events, &cancel,
+    )
+    .await?;
     drop(events);
     let _screen_ended = follow.await;
     finish(&log, end, &cancel, screen)
 }
 
-#[expect(clippy::too_many_arguments, reason = "the parts of one run, each used once")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the parts of one run, each used once"
+)]
 async fn attach(
     operator: &Operator,
     host: &Host,
@@ -83,7 +102,10 @@ async fn attach(
 ) -> Result<RunEnd> {
     let (output, chunks) = mpsc::channel(64);
     let (control_in, control) = mpsc::channel(16);
-    let raw = size.map(|_| RawMode::enter()).transpose().or_infrastructure()?;
+    let raw = size
+        .map(|_| RawMode::enter())
+        .transpose()
+        .or_infrastructure()?;
     let printing = tokio::spawn(terminal::print(chunks));
     let resizing = size.map(|_| tokio::spawn(terminal::watch_size(control_in.clone())));
     // A closed control channel would mean nobody can signal the command any more.
@@ -113,16 +135,26 @@ async fn attach(
 }
 
 fn finish(log: &JobLog, end: RunEnd, cancel: &CancellationToken, screen: Screen) -> Result<u8> {
-    let RunEnd { result, phases_ms, egress } = end;
+    let RunEnd {
+        result,
+        phases_ms,
+        egress,
+    } = end;
     let code = result.as_ref().ok().map(exit_code);
     let verdict = match &result {
         Ok(exit) if exit.code == Some(0) => Verdict::Passed,
-        Ok(exit) => Failure { command_code: code.map(i32::from), ..Failure::new(FailureClass::User, ending(exit)) }.verdict(),
+        Ok(exit) => Failure {
+            command_code: code.map(i32::from),
+            ..Failure::new(FailureClass::User, ending(exit))
+        }
+        .verdict(),
         Err(failure) => failure.verdict(),
     };
     let details = serde_json::json!({ "egress": egress });
     if let Err(failure) = log.finish(Outcome { verdict, phases_ms }, None, None, details) {
-        screen.note(&format!("warning: the job's record could not be written: {failure}"));
+        screen.note(&format!(
+            "warning: the job's record could not be written: {failure}"
+        ));
     }
     let egress_line = egress.to_string();
     if !egress.refused.is_empty() {
@@ -174,18 +206,32 @@ async fn prepare_image(
     let registry = operator.registry().await?;
     let full = reference::existing(image)?;
     let (repo, image) = find(&registry, &full).await?;
-    let unpacked = unpack::ensure(host, &registry, &repo, &image, job, events).await.map_err(CliError::from_failure)?;
+    let unpacked = unpack::ensure(host, &registry, &repo, &image, job, events)
+        .await
+        .map_err(CliError::from_failure)?;
     Ok((unpacked, container(&image, args, env)?))
 }
 
 /// The image behind a reference, verified.
 async fn find(registry: &RegistryAccess, full: &ImageRef) -> Result<(RepoName, VerifiedImage)> {
-    let repo: RepoName = full.repository.parse().map_err(|error: kiln_store::registry::ParseRepoError| CliError::usage(error.to_string()))?;
-    let missing = || CliError::usage(format!("there is no image {full} here")).hint("`kiln registry list` shows what there is; `kiln build` makes one");
+    let repo: RepoName =
+        full.repository
+            .parse()
+            .map_err(|error: kiln_store::registry::ParseRepoError| {
+                CliError::usage(error.to_string())
+            })?;
+    let missing = || {
+        CliError::usage(format!("there is no image {full} here"))
+            .hint("`kiln registry list` shows what there is; `kiln build` makes one")
+    };
     let digest = match (&full.digest, &full.tag) {
         (Some(digest), _) => *digest,
         (None, tag) => {
-            let tag: Reference = tag.as_deref().unwrap_or("latest").parse().or_infrastructure()?;
+            let tag: Reference = tag
+                .as_deref()
+                .unwrap_or("latest")
+                .parse()
+                .or_infrastructure()?;
             match registry.host.resolve(&repo, &tag).await {
                 Ok(digest) => digest,
                 Err(error) if error.is_not_found() => return Err(missing()),
@@ -193,7 +239,11 @@ async fn find(registry: &RegistryAccess, full: &ImageRef) -> Result<(RepoName, V
             }
         }
     };
-    let asked = Verify { rehash: false, select: Select::LinuxAmd64, ..Verify::image(repo.clone(), digest) };
+    let asked = Verify {
+        rehash: false,
+        select: Select::LinuxAmd64,
+        ..Verify::image(repo.clone(), digest)
+    };
     let image = verify(&registry.host, &asked).await.or_infrastructure()?;
     Ok((repo, image))
 }
@@ -206,18 +256,40 @@ fn container(
 ) -> Result<ContainerSpec> {
     let config = &image.config;
     let mut argv = config.entrypoint.clone();
-    argv.extend(if args.command.is_empty() { config.cmd.clone() } else { args.command.clone() });
+    argv.extend(if args.command.is_empty() {
+        config.cmd.clone()
+    } else {
+        args.command.clone()
+    });
     if argv.is_empty() {
         return Err(CliError::usage("the image names no command").hint("give one after --"));
     }
-    let mut all: Vec<String> =
-        config.env.iter().filter(|pair| !pair.split_once('=').is_some_and(|(key, _)| env.contains_key(key))).cloned().collect();
+    let mut all: Vec<String> = config
+        .env
+        .iter()
+        .filter(|pair| {
+            !pair
+                .split_once('=')
+                .is_some_and(|(key, _)| env.contains_key(key))
+        })
+        .cloned()
+        .collect();
     if !all.iter().any(|pair| pair.starts_with("PATH=")) {
         all.push("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
     }
     all.extend(env.iter().map(|(key, value)| format!("{key}={value}")));
-    let cwd = if config.workdir.is_empty() { "/".to_owned() } else { config.workdir.clone() };
-    Ok(ContainerSpec { argv, env: all, cwd, user: config.user.clone(), ..ContainerSpec::default() })
+    let cwd = if config.workdir.is_empty() {
+        "/".to_owned()
+    } else {
+        config.workdir.clone()
+    };
+    Ok(ContainerSpec {
+        argv,
+        env: all,
+        cwd,
+        user: config.user.clone(),
+        ..ContainerSpec::default()
+    })
 }
 
 /// Binds every published port before anything starts.
@@ -226,8 +298,10 @@ async fn listen(words: &[String]) -> Result<Vec<(TcpListener, u16)>> {
     for word in words {
         let (address, guest) = published(word)?;
         let listener = TcpListener::bind(address).await.map_err(|error| {
-            CliError::usage(format!("--publish {word}: could not listen on {address}: {error}"))
-                .hint("is another program using the port?")
+            CliError::usage(format!(
+                "--publish {word}: could not listen on {address}: {error}"
+            ))
+            .hint("is another program using the port?")
         })?;
         listeners.push((listener, guest));
     }
@@ -236,10 +310,20 @@ async fn listen(words: &[String]) -> Result<Vec<(TcpListener, u16)>> {
 
 /// `HOST:GUEST` or `ADDRESS:HOST:GUEST`; the address is loopback unless it is given.
 fn published(word: &str) -> Result<(SocketAddr, u16)> {
-    let usage = || CliError::usage(format!("--publish {word:?}: write HOST:GUEST, for example 8080:3000"));
+    let usage = || {
+        CliError::usage(format!(
+            "--publish {word:?}: write HOST:GUEST, for example 8080:3000"
+        ))
+    };
     let (front, guest) = word.rsplit_once(':').ok_or_else(usage)?;
     let (address, host) = match front.rsplit_once(':') {
-        Some((address, host)) => (address.trim_matches(['[', ']']).parse::<IpAddr>().map_err(|_| usage())?, host),
+        Some((address, host)) => (
+            address
+                .trim_matches(['[', ']'])
+                .parse::<IpAddr>()
+                .map_err(|_| usage())?,
+            host,
+        ),
         None => (IpAddr::V4(Ipv4Addr::LOCALHOST), front),
     };
     let host: u16 = host.parse().map_err(|_| usage())?;
@@ -258,7 +342,10 @@ mod tests {
     fn published_ports() {
         let local = published("8080:3000").expect("legal");
         assert_eq!(local, ("127.0.0.1:8080".parse().expect("address"), 3000));
-        assert_eq!(published("0.0.0.0:80:3000").expect("legal").0.to_string(), "0.0.0.0:80");
+        assert_eq!(
+            published("0.0.0.0:80:3000").expect("legal").0.to_string(),
+            "0.0.0.0:80"
+        );
         for bad in ["8080", "a:1", "1:0", "1:70000", ":"] {
             assert!(published(bad).is_err(), "{bad}");
         }

@@ -31,11 +31,25 @@ async fn stopped(cancel: &CancellationToken) {
     tokio::time::sleep(crate::interrupt::CANCEL_DEADLINE).await;
 }
 
-async fn all(args: &SetupArgs, screen: Screen, events: &Events, cancel: &CancellationToken) -> Result<()> {
+async fn all(
+    args: &SetupArgs,
+    screen: Screen,
+    events: &Events,
+    cancel: &CancellationToken,
+) -> Result<()> {
     let mut operator = Operator::load()?;
-    machine_image(&operator, &args.recipe, args.guest.as_deref(), events, cancel).await?;
+    machine_image(
+        &operator,
+        &args.recipe,
+        args.guest.as_deref(),
+        events,
+        cancel,
+    )
+    .await?;
     if operator.registries.is_none() {
-        events.note("asking this host's package managers which registries they use").await;
+        events
+            .note("asking this host's package managers which registries they use")
+            .await;
         super::registries::discover_and_write(&operator.home, screen).await?;
         operator = Operator::load()?;
     }
@@ -51,12 +65,23 @@ pub(super) async fn machine_image(
     events: &Events,
     cancel: &CancellationToken,
 ) -> Result<()> {
-    operator.home.prepare().map_err(|error| CliError::infrastructure(&error))?;
-    let guest = guest.map(Path::to_owned).or_else(guest_beside_us).ok_or_else(|| {
-        CliError::usage("the guest program is not known").hint("name it with --guest; `make guest` builds it")
-    })?;
-    let image = setup::machine_image(&operator.home, recipe, &guest, events, cancel).await.map_err(CliError::from_failure)?;
-    events.note(format!("machine image {} is ready", image.name)).await;
+    operator
+        .home
+        .prepare()
+        .map_err(|error| CliError::infrastructure(&error))?;
+    let guest = guest
+        .map(Path::to_owned)
+        .or_else(guest_beside_us)
+        .ok_or_else(|| {
+            CliError::usage("the guest program is not known")
+                .hint("name it with --guest; `make guest` builds it")
+        })?;
+    let image = setup::machine_image(&operator.home, recipe, &guest, events, cancel)
+        .await
+        .map_err(CliError::from_failure)?;
+    events
+        .note(format!("machine image {} is ready", image.name))
+        .await;
     Ok(())
 }
 
@@ -67,26 +92,46 @@ fn guest_beside_us() -> Option<PathBuf> {
 }
 
 /// Bakes the bases and puts them into the registry.
-pub(super) async fn bases(operator: &Operator, recipe: &Path, events: &Events, cancel: &CancellationToken) -> Result<()> {
+pub(super) async fn bases(
+    operator: &Operator,
+    recipe: &Path,
+    events: &Events,
+    cancel: &CancellationToken,
+) -> Result<()> {
     let registry = operator.registry().await?;
-    let npm = operator.registries.as_ref().and_then(|registries| registries.index(Runtime::Node)).map(str::to_owned);
-    let bases =
-        setup::bases(&operator.home, recipe, &registry, npm, events, cancel).await.map_err(CliError::from_failure)?;
+    let npm = operator
+        .registries
+        .as_ref()
+        .and_then(|registries| registries.index(Runtime::Node))
+        .map(str::to_owned);
+    let bases = setup::bases(&operator.home, recipe, &registry, npm, events, cancel)
+        .await
+        .map_err(CliError::from_failure)?;
     for base in &bases.bases {
-        events.note(format!("base {} {} is ready", base.name, base.version)).await;
+        events
+            .note(format!("base {} {} is ready", base.name, base.version))
+            .await;
     }
     Ok(())
 }
 
 /// The shared head and the templates of the default sizes.
-pub(super) async fn shared_head_and_templates(operator: &Operator, events: &Events, cancel: &CancellationToken) -> Result<()> {
+pub(super) async fn shared_head_and_templates(
+    operator: &Operator,
+    events: &Events,
+    cancel: &CancellationToken,
+) -> Result<()> {
     let work = async {
         let host = operator.host().await?;
         let registry = operator.registry().await?;
         let bases = operator.bases()?;
-        let head = setup::shared_head(&host, &registry, &bases, events).await.map_err(CliError::from_failure)?;
+        let head = setup::shared_head(&host, &registry, &bases, events)
+            .await
+            .map_err(CliError::from_failure)?;
         let (run, build) = sizes(operator)?;
-        setup::templates(&host, run, build, &[head], events).await.map_err(CliError::from_failure)?;
+        setup::templates(&host, run, build, &[head], events)
+            .await
+            .map_err(CliError::from_failure)?;
         events.note("templates are ready").await;
         Ok(())
     };
@@ -98,7 +143,11 @@ pub(super) async fn shared_head_and_templates(operator: &Operator, events: &Even
 
 /// Default sizes of runs and builds: (CPUs, memory).
 pub(super) fn sizes(operator: &Operator) -> Result<((u32, ByteSize), (u32, ByteSize))> {
-    let none = crate::args::LimitArgs { cpus: None, memory: None, timeout: None };
+    let none = crate::args::LimitArgs {
+        cpus: None,
+        memory: None,
+        timeout: None,
+    };
     let run = operator.config.limits(&none, false, super::host_cpus())?;
     let build = operator.config.limits(&none, true, super::host_cpus())?;
     Ok(((run.cpus, run.memory), (build.cpus, build.memory)))

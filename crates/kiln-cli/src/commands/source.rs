@@ -7,11 +7,11 @@ use crate::environment;
 use crate::error::{CliError, Result};
 
 /// Largest secret, bytes (as Docker's).
-pub const SECRET_BYTES_MAX: u64 = 500 * 1024;
+pub(crate) const SECRET_BYTES_MAX: u64 = 500 * 1024;
 
 /// Where the source is.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// A folder of this host.
     Folder(PathBuf),
     /// A repository to fetch in a checkout machine.
@@ -27,21 +27,31 @@ pub enum Source {
 ///
 /// # Errors
 /// For URLs that are not https git URLs, and folders that do not exist.
-pub fn parse(text: &str) -> Result<Source> {
+pub(crate) fn parse(text: &str) -> Result<Source> {
     if let Some((scheme, _)) = text.split_once("://") {
         if scheme != "https" {
-            return Err(CliError::usage(format!("{scheme} URLs are not supported: {text:?}"))
-                .hint("use an https git URL, for example https://git.example.org/team/app.git#main"));
+            return Err(
+                CliError::usage(format!("{scheme} URLs are not supported: {text:?}")).hint(
+                    "use an https git URL, for example https://git.example.org/team/app.git#main",
+                ),
+            );
         }
         let (url, reference) = match text.split_once('#') {
             Some((url, reference)) => (url, Some(reference.to_owned()).filter(|r| !r.is_empty())),
             None => (text, None),
         };
-        return Ok(Source::Git { url: url.to_owned(), reference });
+        return Ok(Source::Git {
+            url: url.to_owned(),
+            reference,
+        });
     }
     let path = PathBuf::from(text);
     if !path.is_dir() {
-        let what = if path.exists() { "is not a folder" } else { "does not exist" };
+        let what = if path.exists() {
+            "is not a folder"
+        } else {
+            "does not exist"
+        };
         return Err(CliError::usage(format!("{text:?} {what}"))
             .hint("give the folder with your app, or an https git URL"));
     }
@@ -52,7 +62,7 @@ pub fn parse(text: &str) -> Result<Source> {
 ///
 /// # Errors
 /// For an empty key.
-pub fn pairs(words: &[String], flag: &str) -> Result<BTreeMap<String, String>> {
+pub(crate) fn pairs(words: &[String], flag: &str) -> Result<BTreeMap<String, String>> {
     let mut map = BTreeMap::new();
     for word in words {
         let (key, value) = match word.split_once('=') {
@@ -60,7 +70,9 @@ pub fn pairs(words: &[String], flag: &str) -> Result<BTreeMap<String, String>> {
             None => (word.as_str(), environment::var(word)),
         };
         if key.is_empty() || key.contains(['\0', '\n']) {
-            return Err(CliError::usage(format!("{flag} {word:?}: write KEY=VALUE, or KEY to take it from the environment")));
+            return Err(CliError::usage(format!(
+                "{flag} {word:?}: write KEY=VALUE, or KEY to take it from the environment"
+            )));
         }
         if let Some(value) = value {
             map.insert(key.to_owned(), value);
@@ -73,7 +85,7 @@ pub fn pairs(words: &[String], flag: &str) -> Result<BTreeMap<String, String>> {
 ///
 /// # Errors
 /// When a word is malformed, or what it names is missing or too large.
-pub fn secrets(words: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
+pub(crate) fn secrets(words: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
     let mut secrets: Vec<(String, Vec<u8>)> = Vec::new();
     for word in words {
         let usage = |why: &str| {
@@ -82,7 +94,9 @@ pub fn secrets(words: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
         };
         let mut parts = BTreeMap::new();
         for part in word.split(',') {
-            let (key, value) = part.split_once('=').ok_or_else(|| usage("every part is key=value"))?;
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| usage("every part is key=value"))?;
             parts.insert(key, value);
         }
         let id = *parts.get("id").ok_or_else(|| usage("it has no id"))?;
@@ -90,7 +104,10 @@ pub fn secrets(words: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
         if id.is_empty() || id.len() > 128 || !id.bytes().all(legal) || id.starts_with('.') {
             return Err(usage("ids are letters, digits, '-', '_' and '.'"));
         }
-        let value = match (parts.get("src").or_else(|| parts.get("source")), parts.get("env")) {
+        let value = match (
+            parts.get("src").or_else(|| parts.get("source")),
+            parts.get("env"),
+        ) {
             (Some(path), None) => read_secret(path).map_err(|why| usage(&why))?,
             (None, Some(name)) => environment::var(name)
                 .ok_or_else(|| usage(&format!("the environment has no {name}")))?
@@ -107,7 +124,8 @@ pub fn secrets(words: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
 
 fn read_secret(path: &str) -> std::result::Result<Vec<u8>, String> {
     use std::io::Read as _;
-    let file = std::fs::File::open(path).map_err(|error| format!("could not read {path:?}: {error}"))?;
+    let file =
+        std::fs::File::open(path).map_err(|error| format!("could not read {path:?}: {error}"))?;
     let mut bytes = Vec::new();
     file.take(SECRET_BYTES_MAX + 1)
         .read_to_end(&mut bytes)
@@ -125,10 +143,19 @@ mod tests {
     #[test]
     fn sources() {
         let git = parse("https://git.example.org/a.git#v1").expect("git");
-        assert_eq!(git, Source::Git { url: "https://git.example.org/a.git".to_owned(), reference: Some("v1".to_owned()) });
+        assert_eq!(
+            git,
+            Source::Git {
+                url: "https://git.example.org/a.git".to_owned(),
+                reference: Some("v1".to_owned())
+            }
+        );
         assert!(parse("ssh://git.example.org/a").is_err());
         assert!(parse("/nowhere/at/all").is_err());
-        assert_eq!(parse("/").expect("folder"), Source::Folder(PathBuf::from("/")));
+        assert_eq!(
+            parse("/").expect("folder"),
+            Source::Folder(PathBuf::from("/"))
+        );
     }
 
     #[test]
@@ -137,8 +164,18 @@ mod tests {
         let file = dir.path().join("s");
         std::fs::write(&file, "top").expect("write");
         let word = format!("id=a,src={}", file.display());
-        assert_eq!(secrets(&[word.clone()]).expect("valid"), [("a".to_owned(), b"top".to_vec())]);
-        for bad in ["id=a", "src=x", "id=../x,src=/dev/null", "id=a,src=/dev/null,env=B", "id=a,env=KILN_NOT_SET", "junk"] {
+        assert_eq!(
+            secrets(std::slice::from_ref(&word)).expect("valid"),
+            [("a".to_owned(), b"top".to_vec())]
+        );
+        for bad in [
+            "id=a",
+            "src=x",
+            "id=../x,src=/dev/null",
+            "id=a,src=/dev/null,env=B",
+            "id=a,env=KILN_NOT_SET",
+            "junk",
+        ] {
             assert!(secrets(&[bad.to_owned()]).is_err(), "{bad}");
         }
         assert!(secrets(&[word.clone(), word]).is_err());
@@ -147,7 +184,10 @@ mod tests {
     #[test]
     fn pairs_come_from_words_or_the_environment() {
         let map = pairs(&["A=1=2".to_owned(), "KILN_NOT_SET".to_owned()], "--env").expect("valid");
-        assert_eq!(map.into_iter().collect::<Vec<_>>(), [("A".to_owned(), "1=2".to_owned())]);
+        assert_eq!(
+            map.into_iter().collect::<Vec<_>>(),
+            [("A".to_owned(), "1=2".to_owned())]
+        );
         assert!(pairs(&["=x".to_owned()], "--env").is_err());
     }
 }

@@ -52,21 +52,44 @@ fn example(name: &str, file: &str, from: &str, to: &str, guest_port: u16) {
     let second = kiln.build(dir.path(), &tag, &[]);
     assert_ne!(first["digest"], second["digest"]);
     let (cached, all) = (second["cached"][0].as_u64(), second["cached"][1].as_u64());
-    assert!(cached > Some(0) && cached < all, "a source change reinstalls nothing: {second}");
+    assert!(
+        cached > Some(0) && cached < all,
+        "a source change reinstalls nothing: {second}"
+    );
     answers(&kiln, &tag, guest_port, "/", "version 2");
     let again = kiln.build(dir.path(), &tag, &[]);
-    assert_eq!(second["digest"], again["digest"], "the same source gives the same image");
-    assert!(again["egress"]["reached"].as_array().is_some_and(Vec::is_empty), "nothing is fetched again: {again}");
+    assert_eq!(
+        second["digest"], again["digest"],
+        "the same source gives the same image"
+    );
+    assert!(
+        again["egress"]["reached"]
+            .as_array()
+            .is_some_and(Vec::is_empty),
+        "nothing is fetched again: {again}"
+    );
 }
 
 #[test]
 fn node_express_is_built_run_changed_and_rebuilt() {
-    example("node-express", "server.js", "version = \"1\"", "version = \"2\"", 3000);
+    example(
+        "node-express",
+        "server.js",
+        "version = \"1\"",
+        "version = \"2\"",
+        3000,
+    );
 }
 
 #[test]
 fn python_flask_is_built_run_changed_and_rebuilt() {
-    example("python-flask", "app.py", "VERSION = \"1\"", "VERSION = \"2\"", 8000);
+    example(
+        "python-flask",
+        "app.py",
+        "VERSION = \"1\"",
+        "VERSION = \"2\"",
+        8000,
+    );
 }
 
 #[test]
@@ -91,7 +114,11 @@ CMD ["sh", "-c", "cat /made; echo $WORD; id -u"]
     let secret = tempfile::NamedTempFile::new().expect("temp file");
     fs::write(secret.path(), "s3cret").expect("write");
     let spec = format!("id=token,src={}", path(secret.path()));
-    let built = kiln.build(dir.path(), "it-dockerfile", &["--secret", &spec, "--build-arg", "WORD=given"]);
+    let built = kiln.build(
+        dir.path(),
+        "it-dockerfile",
+        &["--secret", &spec, "--build-arg", "WORD=given"],
+    );
     let said = kiln.run(&["run", "--image", "it-dockerfile"]).exits(0);
     assert!(said.out.starts_with("heredoc\ngiven\n"), "{said:?}");
     let job = built["job"].as_str().expect("job");
@@ -102,7 +129,10 @@ CMD ["sh", "-c", "cat /made; echo $WORD; id -u"]
 #[test]
 fn an_image_leaves_as_an_archive_that_skopeo_reads() {
     let Some(kiln) = kiln() else { return };
-    let dir = app(&[("Dockerfile", "FROM python:3.13-slim\nLABEL a=b\nRUN echo x > /x\n")]);
+    let dir = app(&[(
+        "Dockerfile",
+        "FROM python:3.13-slim\nLABEL a=b\nRUN echo x > /x\n",
+    )]);
     let out = tempfile::tempdir().expect("temp dir");
     let file = out.path().join("image.tar");
     let spec = format!("oci:{}", path(&file));
@@ -111,7 +141,11 @@ fn an_image_leaves_as_an_archive_that_skopeo_reads() {
         .args(["inspect", &format!("oci-archive:{}", path(&file))])
         .output()
         .expect("skopeo");
-    assert!(inspected.status.success(), "{}", String::from_utf8_lossy(&inspected.stderr));
+    assert!(
+        inspected.status.success(),
+        "{}",
+        String::from_utf8_lossy(&inspected.stderr)
+    );
     let value: serde_json::Value = serde_json::from_slice(&inspected.stdout).expect("JSON");
     assert_eq!(value["Digest"], built["digest"]);
 }

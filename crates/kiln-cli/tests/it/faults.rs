@@ -14,40 +14,60 @@ fn build(run: &str, more: &[&str]) -> Option<Said> {
 
 #[test]
 fn a_failing_step_is_the_users_failure_and_its_words_are_shown() {
-    let Some(said) = build("RUN echo because >&2; exit 3", &[]) else { return };
+    let Some(said) = build("RUN echo because >&2; exit 3", &[]) else {
+        return;
+    };
     said.exits(1).says("because").says("step #");
 }
 
 #[test]
 fn a_hanging_step_is_ended_by_the_timeout() {
-    let Some(said) = build("RUN sleep 600", &["--timeout", "15s"]) else { return };
+    let Some(said) = build("RUN sleep 600", &["--timeout", "15s"]) else {
+        return;
+    };
     said.exits(124).says("--timeout");
 }
 
 #[test]
 fn a_memory_hog_is_out_of_memory_and_buildkit_survives() {
-    let Some(said) = build("RUN [\"python3\", \"-c\", \"x = bytearray(1 << 40)\"]", &[]) else { return };
+    let Some(said) = build("RUN [\"python3\", \"-c\", \"x = bytearray(1 << 40)\"]", &[]) else {
+        return;
+    };
     // One impossible allocation fails inside Python: the user's failure.
     said.exits(1);
-    let Some(said) = build("RUN [\"python3\", \"-c\", \"x = [bytearray(1 << 24) for _ in range(1 << 20)]\"]", &[]) else { return };
+    let Some(said) = build(
+        "RUN [\"python3\", \"-c\", \"x = [bytearray(1 << 24) for _ in range(1 << 20)]\"]",
+        &[],
+    ) else {
+        return;
+    };
     said.exits(1).says("out of memory");
 }
 
 #[test]
 fn a_fork_bomb_is_bounded_and_ends_with_the_step() {
     let bomb = "RUN [\"python3\", \"-c\", \"import os\\nfor _ in range(100000):\\n  os.fork()\"]";
-    let Some(said) = build(bomb, &["--timeout", "90s"]) else { return };
+    let Some(said) = build(bomb, &["--timeout", "90s"]) else {
+        return;
+    };
     assert!(said.code == 1 || said.code == 124, "{said:?}");
 }
 
 #[test]
 fn a_flood_of_output_is_cut_honestly() {
     let Some(kiln) = kiln() else { return };
-    let text = "FROM python:3.13-slim\nRUN head -c 60000000 /dev/zero | tr '\\\\0' x | fold -w 200\n";
+    let text =
+        "FROM python:3.13-slim\nRUN head -c 60000000 /dev/zero | tr '\\\\0' x | fold -w 200\n";
     let dir = app(&[("Dockerfile", text)]);
     let built = kiln.build(dir.path(), "it-flood", &[]);
-    let log = kiln.run(&["job", "logs", built["job"].as_str().expect("job")]).exits(0);
-    assert!(log.out.contains("the rest is cut"), "{} bytes", log.out.len());
+    let log = kiln
+        .run(&["job", "logs", built["job"].as_str().expect("job")])
+        .exits(0);
+    assert!(
+        log.out.contains("the rest is cut"),
+        "{} bytes",
+        log.out.len()
+    );
     assert!(log.out.len() < 20_000_000);
 }
 
@@ -73,13 +93,16 @@ fn kill_9_of_kiln_leaves_nothing_once_the_next_command_ran() {
     let Some(kiln) = kiln() else { return };
     let mut running = kiln.start(&["run", "--", "sh", "-c", "echo started; sleep 600"]);
     let mut first = [0; 8];
-    std::io::Read::read_exact(running.child.stdout.as_mut().expect("piped"), &mut first).expect("started");
+    std::io::Read::read_exact(running.child.stdout.as_mut().expect("piped"), &mut first)
+        .expect("started");
     let ours = vmm_count(&kiln.home);
     assert!(ours >= 1);
     running.signal("KILL");
     running.end();
     kiln.run(&["run", "--", "true"]).exits(0);
-    until("the orphan to be reaped", || (vmm_count(&kiln.home) < ours).then_some(()));
+    until("the orphan to be reaped", || {
+        (vmm_count(&kiln.home) < ours).then_some(())
+    });
 }
 
 /// Processes that hold a file of this home's machines open.
@@ -87,12 +110,19 @@ fn vmm_count(home: &std::path::Path) -> usize {
     let machines = home.join("machines");
     let mut count = 0;
     for entry in std::fs::read_dir("/proc").expect("proc").flatten() {
-        let Ok(comm) = std::fs::read_to_string(entry.path().join("comm")) else { continue };
+        let Ok(comm) = std::fs::read_to_string(entry.path().join("comm")) else {
+            continue;
+        };
         if !comm.starts_with("qemu") {
             continue;
         }
-        let fds = std::fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten();
-        let inside = |fd: std::fs::DirEntry| std::fs::read_link(fd.path()).is_ok_and(|to| to.starts_with(&machines));
+        let fds = std::fs::read_dir(entry.path().join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let inside = |fd: std::fs::DirEntry| {
+            std::fs::read_link(fd.path()).is_ok_and(|to| to.starts_with(&machines))
+        };
         count += usize::from(fds.into_iter().any(inside));
     }
     count
@@ -103,9 +133,16 @@ fn kill_9_of_the_vmm_is_infrastructure_and_not_a_hang() {
     let Some(kiln) = kiln() else { return };
     let mut running = kiln.start(&["run", "--", "sh", "-c", "echo started; sleep 600"]);
     let mut first = [0; 8];
-    std::io::Read::read_exact(running.child.stdout.as_mut().expect("piped"), &mut first).expect("started");
-    let pid = children_of(running.child.id()).into_iter().next().expect("a VMM below kiln");
-    let killed = std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().expect("kill");
+    std::io::Read::read_exact(running.child.stdout.as_mut().expect("piped"), &mut first)
+        .expect("started");
+    let pid = children_of(running.child.id())
+        .into_iter()
+        .next()
+        .expect("a VMM below kiln");
+    let killed = std::process::Command::new("kill")
+        .args(["-9", &pid.to_string()])
+        .status()
+        .expect("kill");
     assert!(killed.success());
     running.end().exits(3);
 }

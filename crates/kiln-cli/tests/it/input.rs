@@ -5,22 +5,46 @@ use crate::support::{app, kiln, path};
 #[test]
 fn folders_that_cannot_be_built_say_why() {
     let Some(kiln) = kiln() else { return };
-    let cases: &[(&[(&str, &str)], i32, &str)] = &[
+    type Case<'a> = (&'a [(&'a str, &'a str)], i32, &'a str);
+    let cases: &[Case<'_>] = &[
         (&[], 2, "empty"),
         (&[("notes.txt", "x")], 2, "hint"),
         (&[("package.json", "{ broken")], 2, "package.json"),
-        (&[("package.json", "{\"name\":\"a\",\"version\":\"1.0.0\",\"dependencies\":{\"x\":\"1\"}}")], 2, "lock"),
+        (
+            &[(
+                "package.json",
+                "{\"name\":\"a\",\"version\":\"1.0.0\",\"dependencies\":{\"x\":\"1\"}}",
+            )],
+            2,
+            "lock",
+        ),
         (&[("pyproject.toml", "[project\n")], 2, "pyproject.toml"),
-        (&[("requirments.txt", "flask"), ("app.py", "x=1")], 2, "requirements.txt"),
+        (
+            &[("requirments.txt", "flask"), ("app.py", "x=1")],
+            2,
+            "requirements.txt",
+        ),
         (&[("Dockerfile", "FRM x\n")], 2, "Dockerfile"),
-        (&[("Dockerfile", "FROM nobody/knows:this\n")], 4, "kiln bases add"),
-        (&[("Dockerfile", "# syntax=evil/frontend\nFROM python:3.13\n")], 4, "frontend"),
+        (
+            &[("Dockerfile", "FROM nobody/knows:this\n")],
+            4,
+            "kiln bases add",
+        ),
+        (
+            &[("Dockerfile", "# syntax=evil/frontend\nFROM python:3.13\n")],
+            4,
+            "frontend",
+        ),
     ];
     for (files, code, text) in cases {
         let dir = app(files);
         let said = kiln.run(&["build", path(dir.path())]);
         assert_eq!(said.code, *code, "{files:?}\n{said:?}");
-        assert!(said.err.to_lowercase().contains(&text.to_lowercase()), "{files:?} lacks {text:?}\n{}", said.err);
+        assert!(
+            said.err.to_lowercase().contains(&text.to_lowercase()),
+            "{files:?} lacks {text:?}\n{}",
+            said.err
+        );
     }
 }
 
@@ -49,7 +73,14 @@ fn odd_file_names_work_and_non_utf8_ones_are_listed() {
     use std::os::unix::ffi::OsStrExt as _;
     let Some(kiln) = kiln() else { return };
     let long = format!("{}/f", vec!["d".repeat(200); 18].join("/"));
-    let dir = app(&[("Dockerfile", "FROM python:3.13-slim\nCOPY . /all\nRUN test -e '/all/new\nline'\n"), ("new\nline", "x"), (&long, "y")]);
+    let dir = app(&[
+        (
+            "Dockerfile",
+            "FROM python:3.13-slim\nCOPY . /all\nRUN test -e '/all/new\nline'\n",
+        ),
+        ("new\nline", "x"),
+        (&long, "y"),
+    ]);
     kiln.build(dir.path(), "it-names", &[]);
     let bad = std::ffi::OsStr::from_bytes(b"caf\xe9");
     std::fs::write(dir.path().join(bad), "x").expect("write");
@@ -63,5 +94,9 @@ fn plan_needs_no_machine_and_is_json_when_asked() {
     let said = kiln.run(&["plan", path(&dir), "--json"]).exits(0);
     let value: serde_json::Value = serde_json::from_str(&said.out).expect("JSON");
     assert_eq!(value["runtime"], "node");
-    assert!(value["dockerfile"].as_str().is_some_and(|text| text.contains("FROM ")));
+    assert!(
+        value["dockerfile"]
+            .as_str()
+            .is_some_and(|text| text.contains("FROM "))
+    );
 }

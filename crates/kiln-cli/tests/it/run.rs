@@ -8,24 +8,42 @@ use crate::support::{kiln, until};
 #[test]
 fn output_and_exit_code_are_the_commands_own() {
     let Some(kiln) = kiln() else { return };
-    let said = kiln.run(&["run", "--", "sh", "-c", "echo out; echo err >&2; exit 7"]).exits(7);
+    let said = kiln
+        .run(&["run", "--", "sh", "-c", "echo out; echo err >&2; exit 7"])
+        .exits(7);
     assert_eq!(said.out, "out\n");
-    assert!(said.err.contains("err\n") && said.err.contains("exit code 7"), "{said:?}");
+    assert!(
+        said.err.contains("err\n") && said.err.contains("exit code 7"),
+        "{said:?}"
+    );
     kiln.run(&["run", "--", "no-such-command"]).exits(127);
-    kiln.run(&["run", "--", "sh", "-c", "kill -9 $$"]).exits(137);
+    kiln.run(&["run", "--", "sh", "-c", "kill -9 $$"])
+        .exits(137);
 }
 
 #[test]
 fn standard_input_reaches_the_command() {
     let Some(kiln) = kiln() else { return };
     let mut command = kiln.command(&["run", "--interactive", "--", "sha256sum"]);
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("start");
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("start");
     let bytes = vec![b'k'; 3_000_000];
-    child.stdin.take().expect("piped").write_all(&bytes).expect("write");
+    child
+        .stdin
+        .take()
+        .expect("piped")
+        .write_all(&bytes)
+        .expect("write");
     let output = child.wait_with_output().expect("wait");
     let want = kiln_core::Digest::of(&bytes).hex();
-    assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{want}  -\n"));
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        format!("{want}  -\n")
+    );
 }
 
 #[test]
@@ -35,7 +53,11 @@ fn nothing_is_reachable_and_refusals_are_named() {
     assert_ne!(said.code, 0);
     assert!(said.err.contains("--allow example.org"), "{said:?}");
     let raw = "exec 3<>/dev/tcp/192.0.2.1/80";
-    assert_ne!(kiln.run(&["run", "--", "bash", "-c", raw]).code, 0, "raw addresses go nowhere");
+    assert_ne!(
+        kiln.run(&["run", "--", "bash", "-c", raw]).code,
+        0,
+        "raw addresses go nowhere"
+    );
 }
 
 #[test]
@@ -43,14 +65,22 @@ fn interrupt_cancels_cleanly_and_leaves_nothing() {
     let Some(kiln) = kiln() else { return };
     let mut running = kiln.start(&["run", "--", "sh", "-c", "echo started; sleep 600"]);
     let mut first = [0; 8];
-    std::io::Read::read_exact(running.child.stdout.as_mut().expect("piped"), &mut first).expect("started");
+    std::io::Read::read_exact(running.child.stdout.as_mut().expect("piped"), &mut first)
+        .expect("started");
     let since = std::time::Instant::now();
     running.signal("INT");
     let said = running.end().exits(130).says("cancel");
-    assert!(since.elapsed() < std::time::Duration::from_secs(10), "{said:?}");
+    assert!(
+        since.elapsed() < std::time::Duration::from_secs(10),
+        "{said:?}"
+    );
     let machines = kiln.home.join("machines");
     until("the machine's directory to go", || {
-        let left = std::fs::read_dir(&machines).ok()?.flatten().filter(|e| e.path().is_dir()).count();
+        let left = std::fs::read_dir(&machines)
+            .ok()?
+            .flatten()
+            .filter(|e| e.path().is_dir())
+            .count();
         Some(left).filter(|_| true)
     });
 }
@@ -58,14 +88,18 @@ fn interrupt_cancels_cleanly_and_leaves_nothing() {
 #[test]
 fn a_timeout_ends_the_command() {
     let Some(kiln) = kiln() else { return };
-    kiln.run(&["run", "--timeout", "2s", "--", "sleep", "600"]).exits(124).says("--timeout");
+    kiln.run(&["run", "--timeout", "2s", "--", "sleep", "600"])
+        .exits(124)
+        .says("--timeout");
 }
 
 #[test]
 fn a_memory_hog_is_reported_as_out_of_memory() {
     let Some(kiln) = kiln() else { return };
     let hog = "x=a; while :; do x=$x$x; done";
-    kiln.run(&["run", "--", "bash", "-c", hog]).exits(137).says("out of memory");
+    kiln.run(&["run", "--", "bash", "-c", hog])
+        .exits(137)
+        .says("out of memory");
 }
 
 #[test]

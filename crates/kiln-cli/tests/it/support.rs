@@ -23,22 +23,42 @@ impl Said {
     /// Fails the test unless the exit code is this one.
     #[track_caller]
     pub(crate) fn exits(self, code: i32) -> Self {
-        assert_eq!(self.code, code, "exit code\n--- stdout\n{}\n--- stderr\n{}", self.out, self.err);
+        assert_eq!(
+            self.code, code,
+            "exit code\n--- stdout\n{}\n--- stderr\n{}",
+            self.out, self.err
+        );
         self
     }
 
     /// Fails the test unless standard error contains this.
     #[track_caller]
     pub(crate) fn says(self, text: &str) -> Self {
-        assert!(self.err.contains(text), "stderr lacks {text:?}\n--- stdout\n{}\n--- stderr\n{}", self.out, self.err);
+        assert!(
+            self.err.contains(text),
+            "stderr lacks {text:?}\n--- stdout\n{}\n--- stderr\n{}",
+            self.out,
+            self.err
+        );
         self
     }
 }
 
 /// The program and home to test, or `None` when this run has none.
+#[expect(
+    clippy::disallowed_methods,
+    clippy::print_stderr,
+    reason = "the test command talks to tests this way"
+)]
 pub(crate) fn kiln() -> Option<Kiln> {
-    match (std::env::var_os("KILN_TEST_BIN"), std::env::var_os("KILN_TEST_HOME")) {
-        (Some(program), Some(home)) => Some(Kiln { program: program.into(), home: home.into() }),
+    match (
+        std::env::var_os("KILN_TEST_BIN"),
+        std::env::var_os("KILN_TEST_HOME"),
+    ) {
+        (Some(program), Some(home)) => Some(Kiln {
+            program: program.into(),
+            home: home.into(),
+        }),
         _ => {
             assert!(
                 std::env::var_os("KILN_TEST_REQUIRE_TOOLS").is_none(),
@@ -60,7 +80,11 @@ pub(crate) struct Kiln {
 impl Kiln {
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
-        command.args(args).env("KILN_HOME", &self.home).env("NO_COLOR", "1").stdin(Stdio::null());
+        command
+            .args(args)
+            .env("KILN_HOME", &self.home)
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null());
         command
     }
 
@@ -71,29 +95,30 @@ impl Kiln {
 
     /// Starts a command that goes on.
     pub(crate) fn start(&self, args: &[&str]) -> Started {
-        let child = self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("kiln starts");
+        let child = self
+            .command(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("kiln starts");
         Started { child }
     }
 
     /// Builds a folder under a name; gives the JSON result.
     pub(crate) fn build(&self, dir: &Path, tag: &str, more: &[&str]) -> serde_json::Value {
         let result = tempfile::NamedTempFile::new().expect("temp file");
-        let mut args = vec!["build", path(dir), "--tag", tag, "--result", path(result.path())];
+        let mut args = vec![
+            "build",
+            path(dir),
+            "--tag",
+            tag,
+            "--result",
+            path(result.path()),
+        ];
         args.extend(more);
         self.run(&args).exits(0);
         let text = std::fs::read(result.path()).expect("result");
         serde_json::from_slice(&text).expect("JSON")
-    }
-
-    /// No VMM of this home runs, and no machine directory is left.
-    #[track_caller]
-    pub(crate) fn leaves_no_machine(&self, job_prefix: &str) {
-        let machines = self.home.join("machines");
-        let left: Vec<String> = std::fs::read_dir(&machines)
-            .map(|entries| entries.flatten().filter_map(|e| e.file_name().into_string().ok()).collect())
-            .unwrap_or_default();
-        let ours: Vec<_> = left.iter().filter(|name| name.starts_with(job_prefix)).collect();
-        assert!(ours.is_empty(), "left behind: {ours:?}");
     }
 }
 
@@ -105,7 +130,9 @@ pub(crate) struct Started {
 
 impl Started {
     pub(crate) fn signal(&self, name: &str) {
-        let status = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status();
+        let status = Command::new("kill")
+            .args([&format!("-{name}"), &self.child.id().to_string()])
+            .status();
         assert!(status.expect("kill runs").success());
     }
 
@@ -116,10 +143,19 @@ impl Started {
             let _read = stderr.read_to_string(&mut err);
             err
         });
-        let _read = self.child.stdout.take().expect("piped").read_to_string(&mut out);
+        let _read = self
+            .child
+            .stdout
+            .take()
+            .expect("piped")
+            .read_to_string(&mut out);
         let status = self.child.wait().expect("wait");
         let err = reader.join().expect("reader");
-        Said { code: status.code().unwrap_or(-1), out, err }
+        Said {
+            code: status.code().unwrap_or(-1),
+            out,
+            err,
+        }
     }
 }
 
@@ -156,7 +192,11 @@ pub(crate) fn path(path: &Path) -> &str {
 
 /// The repository's root.
 pub(crate) fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("root").to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .ancestors()
+        .nth(2)
+        .expect("root")
+        .to_owned()
 }
 
 /// A port that is free now.
@@ -182,7 +222,11 @@ pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 pub(crate) fn get(port: u16, target: &str) -> Option<(u16, String)> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(WAIT)).ok()?;
-    write!(stream, "GET {target} HTTP/1.0\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n").ok()?;
+    write!(
+        stream,
+        "GET {target} HTTP/1.0\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    )
+    .ok()?;
     let mut page = String::new();
     stream.take(1 << 20).read_to_string(&mut page).ok()?;
     let code = page.split(' ').nth(1)?.parse().ok()?;
