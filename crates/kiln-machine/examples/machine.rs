@@ -1,4 +1,4 @@
-//! Starts machines by hand and prints what each step takes: `machine DIR HOME [cold|full|clones|many|fault] [COUNT] [QEMU]`.
+//! Starts machines by hand and prints what each step takes: `machine DIR HOME [probe|reap|cold|full|clones|many|fault] [COUNT] [QEMU]`.
 //!
 //! DIR holds `kernel`, `initrd` and `root.img`; HOME is a kiln home for the machines and templates of this run.
 
@@ -79,10 +79,12 @@ async fn fill(driver: &dyn Driver, mut spec: MachineSpec) -> Result<()> {
         serial: DiskRole::Scratch.serial().to_owned(),
         read_only: false,
         format_blank: true,
+        memory_bytes: 0,
         timeout_ms: 20_000,
     });
     let answer = bring_up::call(&ready.session, &mount, Duration::from_secs(60)).await;
-    println!("mount: {answer:?}, machine: {:?}", ready.machine.state());
+    let state = tokio::time::timeout(Duration::from_secs(5), ready.machine.stopped()).await;
+    println!("mount: {answer:?}, machine: {state:?}");
     end(ready).await
 }
 
@@ -90,7 +92,7 @@ async fn fill(driver: &dyn Driver, mut spec: MachineSpec) -> Result<()> {
 async fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().collect();
     let [_, dir, home, rest @ ..] = &args[..] else {
-        bail!("usage: machine DIR HOME [cold|full|clones|many|fault] [COUNT] [QEMU]");
+        bail!("usage: machine DIR HOME [probe|reap|cold|full|clones|many|fault] [COUNT] [QEMU]");
     };
     let dir = std::fs::canonicalize(dir)?;
     std::fs::create_dir_all(home)?;
@@ -100,6 +102,9 @@ async fn main() -> Result<()> {
     let mut config = QemuConfig::new(&home);
     config.program = rest.get(2).map(PathBuf::from);
     config.probe_boot = Some(spec(&dir, "probe")?.boot);
+    if mode == "probe" {
+        config.probe_boot = None;
+    }
     let driver: Arc<dyn Driver> = Arc::new(QemuDriver::new(config)?);
     println!("{:#?}", driver.probe().await);
     if mode == "cold" {
@@ -111,6 +116,10 @@ async fn main() -> Result<()> {
             println!("  {:?}", ready.machine.stats().await?);
             end(ready).await?;
         }
+        return Ok(());
+    }
+    if mode == "probe" || mode == "reap" {
+        println!("{:?}", driver.reap().await);
         return Ok(());
     }
     if mode == "full" {
@@ -140,35 +149,49 @@ async fn main() -> Result<()> {
     println!("template {} in {:?}", held.template.key, began.elapsed());
     let start = Start::Template(held.template.clone());
     if mode == "clones" {
-        let mut totals = Vec::new();
-        let mut cpu_ms = 0;
-        for n in 0..count {
-            let spec = spec(&dir, &format!("clone-{n}"))?;
-            let ready = bring_up::start(&*driver, &spec, &start, Deadlines::default()).await?;
-            say("clone", &ready);
-            totals.push(ready.timings.total());
-            cpu_ms += ready.machine.stats().await?.cpu_ms;
-            end(ready).await?;
-        }
-        println!(
-            "CPU of the VMM up to ready, mean: {} ms",
-            cpu_ms / count as u64
-        );
-        totals.sort();
-        println!(
-            "p50 {:?}, max {:?}",
-            totals[totals.len() / 2],
-            totals[totals.len() - 1]
-        );
-        return Ok(());
+        return clones(&*driver, &dir, &start, count).await;
     }
+    many(&driver, &dir, &start, count, mode == "fault").await
+}
+
+async fn clones(driver: &dyn Driver, dir: &Path, start: &Start, count: usize) -> Result<()> {
+    let mut totals = Vec::new();
+    let mut cpu_ms = 0;
+    for n in 0..count {
+        let spec = spec(dir, &format!("clone-{n}"))?;
+        let ready = bring_up::start(driver, &spec, start, Deadlines::default()).await?;
+        say("clone", &ready);
+        totals.push(ready.timings.total());
+        cpu_ms += ready.machine.stats().await?.cpu_ms;
+        end(ready).await?;
+    }
+    println!(
+        "CPU of the VMM up to ready, mean: {} ms",
+        cpu_ms / count as u64
+    );
+    totals.sort();
+    println!(
+        "p50 {:?}, max {:?}",
+        totals[totals.len() / 2],
+        totals[totals.len() - 1]
+    );
+    Ok(())
+}
+
+async fn many(
+    driver: &Arc<dyn Driver>,
+    dir: &Path,
+    start: &Start,
+    count: usize,
+    die: bool,
+) -> Result<()> {
     let began = Instant::now();
     let mut tasks = Vec::new();
     for n in 0..count {
         let (driver, start, spec) = (
             driver.clone(),
             start.clone(),
-            spec(&dir, &format!("many-{n}"))?,
+            spec(dir, &format!("many-{n}"))?,
         );
         tasks.push(tokio::spawn(async move {
             bring_up::start(&*driver, &spec, &start, Deadlines::default()).await
@@ -185,7 +208,7 @@ async fn main() -> Result<()> {
         pss += ready.machine.stats().await?.pss.0;
     }
     println!("proportional memory each: {}", ByteSize(pss / count as u64));
-    if mode == "fault" {
+    if die {
         std::process::abort();
     }
     for ready in all {

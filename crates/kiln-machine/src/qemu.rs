@@ -48,7 +48,7 @@ const MEMORY_MAX: ByteSize = ByteSize::gib(512);
 /// How the driver is set up.
 #[derive(Clone, Debug)]
 pub struct QemuConfig {
-    /// `KILN_HOME`: machines, records and the probe's verdict live in it.
+    /// `KILN_HOME`: machines, records and the probe's verdict live in it, and templates in its `templates`.
     pub home: PathBuf,
     /// The QEMU program, when the operator names one.
     pub program: Option<PathBuf>,
@@ -104,12 +104,15 @@ impl QemuDriver {
         &self.program
     }
 
-    /// What runs guests here. Boots a tiny guest the first time in each boot of the host.
-    async fn verdict(&self, boot: Option<&BootSource>) -> &probe::Verdict {
+    /// What runs guests here. Boots a kernel the first time in each boot of the host; what was found without one does not stick.
+    async fn verdict(&self, boot: Option<&BootSource>) -> probe::Verdict {
         let boot = self.config.probe_boot.as_ref().or(boot);
-        self.verdict
-            .get_or_init(|| probe::verdict(&self.config, &self.program, boot))
-            .await
+        let find = || probe::verdict(&self.config, &self.program, boot);
+        match (boot, self.verdict.get()) {
+            (_, Some(verdict)) => verdict.clone(),
+            (Some(_), None) => self.verdict.get_or_init(find).await.clone(),
+            (None, None) => find().await,
+        }
     }
 
     async fn start(
@@ -244,7 +247,14 @@ impl Driver for QemuDriver {
     fn reap(&self) -> BoxFuture<'_, ReapReport> {
         Box::pin(async {
             let home = self.config.home.clone();
-            let report = tokio::task::spawn_blocking(move || reap::reap_home(&home)).await;
+            let sweep = move || {
+                let mut report = reap::reap_home(&home);
+                let partial = reap::sweep_partial(&[home.join("templates"), home]);
+                report.reaped.extend(partial.reaped);
+                report.leaks.extend(partial.leaks);
+                report
+            };
+            let report = tokio::task::spawn_blocking(sweep).await;
             report.unwrap_or_else(|error| ReapReport {
                 reaped: Vec::new(),
                 leaks: vec![error.to_string()],

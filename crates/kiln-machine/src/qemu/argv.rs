@@ -121,7 +121,6 @@ pub(crate) fn arguments(machine: &Machine) -> Vec<OsString> {
         out.push(flag.into());
         out.push(value.into());
     };
-    let memory = machine.memory.0;
     put("-name", machine.name.clone());
     put("-sandbox", SANDBOX.into());
     put("-display", "none".into());
@@ -129,59 +128,12 @@ pub(crate) fn arguments(machine: &Machine) -> Vec<OsString> {
     for (fd, set) in &machine.sets {
         put("-add-fd", format!("fd={fd},set={set}"));
     }
-    match machine.accel {
-        Accel::Kvm { set: None } => put("-accel", "kvm".into()),
-        Accel::Kvm { set: Some(set) } => put("-accel", format!("kvm,device=/dev/fdset/{set}")),
-        Accel::Tcg => put(
-            "-accel",
-            format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}"),
-        ),
-    }
+    put("-accel", accelerator(machine.accel));
     put("-cpu", machine.accel.cpu_model().into());
     put("-smp", machine.cpus.to_string());
     put("-m", format!("{}M", machine.memory.as_mib()));
-    let sharing = if machine.ram_shared {
-        "share=on"
-    } else {
-        "share=off,readonly=on,rom=off"
-    };
-    put(
-        "-object",
-        format!(
-            "memory-backend-file,id=ram,size={memory},mem-path=/proc/self/fd/{},{sharing}",
-            machine.ram
-        ),
-    );
-    put(
-        "-chardev",
-        format!("socket,id=control,fd={}", machine.control),
-    );
-    put("-mon", "chardev=control,mode=control".into());
-    put(
-        "-chardev",
-        format!("socket,id=console,fd={}", machine.console),
-    );
-    put("-serial", "chardev:console".into());
-    put(
-        "-chardev",
-        format!(
-            "socket,id=channel,fd={},server=on,wait=off",
-            machine.channel
-        ),
-    );
-    put(
-        "-device",
-        "virtio-serial-pci,id=ports,addr=3,max_ports=2".into(),
-    );
-    put(
-        "-device",
-        format!("virtserialport,bus=ports.0,chardev=channel,name={PORT_NAME},nr=1"),
-    );
-    if matches!(machine.accel, Accel::Kvm { .. }) {
-        // Tells a cloned kernel by itself what the new identity does for certain. Its notification is byte code that the guest
-        // interprets: a fifth of a clone's start when the guest is translated, nothing with hardware.
-        put("-device", "vmgenid,guid=auto".into());
-    }
+    put("-object", memory(machine));
+    put_ports(machine, &mut put);
     for disk in &machine.disks {
         for node in block_nodes(disk) {
             put("-blockdev", node.to_string());
@@ -212,6 +164,47 @@ pub(crate) fn arguments(machine: &Machine) -> Vec<OsString> {
         .map(Into::into),
     );
     out
+}
+
+fn accelerator(accel: Accel) -> String {
+    match accel {
+        Accel::Kvm { set: None } => "kvm".to_owned(),
+        Accel::Kvm { set: Some(set) } => format!("kvm,device=/dev/fdset/{set}"),
+        Accel::Tcg => format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}"),
+    }
+}
+
+fn memory(machine: &Machine) -> String {
+    let (size, fd) = (machine.memory.0, machine.ram);
+    let sharing = match machine.ram_shared {
+        true => "share=on",
+        false => "share=off,readonly=on,rom=off",
+    };
+    format!("memory-backend-file,id=ram,size={size},mem-path=/proc/self/fd/{fd},{sharing}")
+}
+
+/// Control socket, console, channel, and the signal of a clone.
+fn put_ports(machine: &Machine, put: &mut impl FnMut(&str, String)) {
+    let socket = |id: &str, fd: RawFd| format!("socket,id={id},fd={fd}");
+    put("-chardev", socket("control", machine.control));
+    put("-mon", "chardev=control,mode=control".into());
+    put("-chardev", socket("console", machine.console));
+    put("-serial", "chardev:console".into());
+    let channel = socket("channel", machine.channel);
+    put("-chardev", format!("{channel},server=on,wait=off"));
+    put(
+        "-device",
+        "virtio-serial-pci,id=ports,addr=3,max_ports=2".into(),
+    );
+    put(
+        "-device",
+        format!("virtserialport,bus=ports.0,chardev=channel,name={PORT_NAME},nr=1"),
+    );
+    if matches!(machine.accel, Accel::Kvm { .. }) {
+        // Tells a cloned kernel by itself what the new identity does for certain. Its notification is byte code that the guest
+        // interprets: a tenth of a clone's start when the guest is translated, nothing with hardware.
+        put("-device", "vmgenid,guid=auto".into());
+    }
 }
 
 fn role_name(role: DiskRole) -> &'static str {

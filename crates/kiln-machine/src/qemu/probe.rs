@@ -42,6 +42,9 @@ pub(crate) struct Verdict {
     pub(crate) boot_ms: Option<u64>,
     /// Why, in words.
     pub(crate) why: String,
+    /// No kernel was booted yet: some hosts run a few bytes and still boot no kernel.
+    #[serde(default)]
+    pub(crate) preliminary: bool,
 }
 
 impl Verdict {
@@ -50,12 +53,17 @@ impl Verdict {
             accelerator,
             boot_ms: None,
             why: why.into(),
+            preliminary: false,
         }
     }
 
     /// A line for `kiln doctor`.
     pub(crate) fn check(&self) -> Check {
         let (level, hint) = match self.accelerator {
+            Accelerator::Kvm if self.preliminary => (
+                CheckLevel::Warn,
+                Some("bake a machine image: then its kernel is booted to be sure"),
+            ),
             Accelerator::Kvm | Accelerator::Simulated => (CheckLevel::Pass, None),
             Accelerator::KvmBroken => (
                 CheckLevel::Warn,
@@ -176,6 +184,7 @@ async fn find_out(config: &QemuConfig, program: &Program, boot: Option<&BootSour
         Ok(()) => Verdict {
             accelerator: Accelerator::Kvm,
             boot_ms: u64::try_from(began.elapsed().as_millis()).ok(),
+            preliminary: boot.is_none(),
             why: match boot {
                 Some(_) => "KVM boots guests".to_owned(),
                 None => "KVM runs code; no machine image yet to boot a kernel with".to_owned(),
@@ -209,7 +218,7 @@ fn subject(program: &Program, boot: &BootSource) -> Subject {
             .map(|m| format!("{:o} {}", m.mode(), m.gid()))
             .unwrap_or_default(),
         program: program.identity.clone(),
-        guest_kernel: format!("{} {}", file(&boot.kernel), file(&boot.initrd)),
+        guest_kernel: file(&boot.kernel),
     }
 }
 
