@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 
 use kiln_core::ImageRef;
+use kiln_core::network::REGISTRY_HOST;
 use kiln_image::bases::{Base, Bases, PinnedImage};
 use kiln_worker::event::Events;
 use kiln_worker::setup::{generated_bases, operator_bases};
@@ -41,8 +42,8 @@ pub(super) async fn run(
             screen.data(&value, || {
                 format!("{} is in {}", addition.name(), path.display())
             });
-            if addition.is_local() {
-                screen.note("`kiln bases bake` unpacks it, so that builds need not");
+            for note in addition.notes() {
+                screen.note(&note);
             }
         }
         BasesCommand::Bake { recipe } => {
@@ -206,13 +207,32 @@ impl Addition {
         }
     }
 
-    /// Whether it is an image that machines can pull from kiln's own registry.
-    fn is_local(&self) -> bool {
-        let reference = match self {
-            Self::Image(image) => &image.reference,
-            Self::Runtime(base) => &base.build,
+    /// What is still to be done. Machines reach kiln's own registry and no other.
+    fn notes(&self) -> Vec<String> {
+        let images = match self {
+            Self::Image(image) => vec![&image.reference],
+            Self::Runtime(base) => vec![&base.build, &base.run],
         };
-        reference.registry.as_deref() == Some(kiln_core::network::REGISTRY_HOST)
+        let mut notes = Vec::new();
+        for elsewhere in images
+            .into_iter()
+            .filter(|image| image.registry.as_deref() != Some(REGISTRY_HOST))
+        {
+            let name = elsewhere.repository.rsplit('/').next().unwrap_or("base");
+            let digest = elsewhere
+                .digest
+                .map(|digest| format!("@{digest}"))
+                .unwrap_or_default();
+            notes.push(format!(
+                "machines pull from kiln's own registry alone. While `kiln registry serve` runs, copy the image there once: \
+                 skopeo copy --preserve-digests --dest-tls-verify=false docker://{elsewhere} docker://127.0.0.1:5080/t/local/{name}:base; \
+                 then add it as {REGISTRY_HOST}/t/local/{name}{digest}"
+            ));
+        }
+        if let (Self::Runtime(_), true) = (self, notes.is_empty()) {
+            notes.push("`kiln bases bake` unpacks it, so that builds need not".to_owned());
+        }
+        notes
     }
 
     fn put_into(&self, bases: &mut Bases) {
@@ -386,6 +406,22 @@ mod tests {
             "{text}"
         );
         assert!(Addition::of("node", Some(&run), Some(&run)).is_err());
+    }
+
+    #[test]
+    fn images_of_other_registries_are_to_be_copied_first() {
+        let notes = |to: &str| {
+            Addition::of("golang:1.24", Some(&reference(to)), None)
+                .expect("legal")
+                .notes()
+        };
+        let digest = Digest::of(b"a");
+        let far = notes(&pin("a"));
+        assert!(
+            far[0].ends_with(&format!("registry.kiln.internal/t/local/golang@{digest}")),
+            "{far:?}"
+        );
+        assert!(notes(&format!("registry.kiln.internal/t/local/golang@{digest}")).is_empty());
     }
 
     #[test]
