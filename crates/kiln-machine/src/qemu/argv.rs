@@ -2,7 +2,7 @@
 //!
 //! The device tree is the same for a cold machine and a clone of its template: same devices, same addresses.
 //! No default device, no monitor but the private control socket, no format ever guessed, no path that QEMU has to open:
-//! files are descriptors it inherits. Why each setting: `docs/` of the project, "the QEMU driver".
+//! files are descriptors it inherits.
 
 use std::ffi::OsString;
 use std::os::fd::RawFd;
