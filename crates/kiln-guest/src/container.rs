@@ -276,6 +276,11 @@ pub(crate) async fn prepare(
     Ok(argv)
 }
 
+/// Lets go of the disks that the last container was made of.
+pub(crate) fn release() {
+    let _none_before = unmount(format!("{BUNDLE}/rootfs"), UnmountFlags::DETACH);
+}
+
 fn put_together(spec: &ContainerSpec, upper: &str) -> Result<(), GuestError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open(IMAGE_ROOT, flags, Mode::empty());
@@ -288,7 +293,7 @@ fn put_together(spec: &ContainerSpec, upper: &str) -> Result<(), GuestError> {
         .map_err(|why| failure(GuestErrorCode::NotFound, why))?;
     drop(root);
     let rootfs = format!("{BUNDLE}/rootfs");
-    let _none_before = unmount(&rootfs, UnmountFlags::DETACH);
+    release();
     let layer = Path::new(upper);
     let make =
         |path: &Path| fs::create_dir_all(path).context(|| format!("make {}", path.display()));

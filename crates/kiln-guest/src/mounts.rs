@@ -19,7 +19,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
 use crate::error::{Context, SysError, failure, invalid};
 use crate::state::Guest;
-use crate::{log, tool, tree, uevent};
+use crate::{container, log, tool, tree, uevent};
 
 /// Where the state disk is mounted: BuildKit's root.
 pub(crate) const STATE: &str = "/var/lib/buildkit";
@@ -273,6 +273,9 @@ fn let_go(entry: &Entry) -> Result<(), SysError> {
     if path == STATE && !entry.read_only {
         // Build contexts are this machine's alone and no part of a head.
         let _none = fs::remove_dir_all(tree::ON_STATE);
+    }
+    if path == "/scratch" || path == IMAGE {
+        container::release();
     }
     if path == "/scratch" {
         for (_, target, _) in SCRATCH_BINDS.iter().rev() {

@@ -338,7 +338,7 @@ impl Extractor {
         let at = self.walker.open(parent, true)?;
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let create = || openat(at, name, flags, Mode::from_raw_mode(0o600));
+        let create = || openat(at, name, flags, meta.mode & FIRST_MODE);
         let fd = match create() {
             Err(Errno::EXIST) => {
                 clear_way(at, name, self.rules.content).map_err(|e| system(e, "replace", raw))?;
@@ -468,6 +468,8 @@ impl Extractor {
     }
 }
 
+/// Bits of a mode that a new file may have from the start.
+const FIRST_MODE: Mode = Mode::from_raw_mode(0o755);
 const READ_DIR: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::CLOEXEC);
@@ -488,7 +490,7 @@ fn apply(fd: BorrowedFd<'_>, meta: &Meta) -> rustix::io::Result<()> {
     if let Some((uid, gid)) = meta.owner {
         fchown(fd, Some(uid), Some(gid))?;
     }
-    fchmod(fd, meta.mode)?;
+    set_mode(fd, meta)?;
     for (name, value) in &meta.xattrs {
         match fsetxattr(fd, name.as_str(), value, XattrFlags::empty()) {
             // What this filesystem cannot hold is lost, as it is for every other unpacker.
@@ -497,6 +499,16 @@ fn apply(fd: BorrowedFd<'_>, meta: &Meta) -> rustix::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A file of a usual mode was made with it: one change of its inode less.
+fn set_mode(fd: BorrowedFd<'_>, meta: &Meta) -> rustix::io::Result<()> {
+    let made_with = rustix::fs::fstat(fd)?.st_mode & 0o7777;
+    if made_with == meta.mode.as_raw_mode() {
+        Ok(())
+    } else {
+        fchmod(fd, meta.mode)
+    }
 }
 
 fn own_and_date(at: BorrowedFd<'_>, name: &[u8], meta: &Meta) -> rustix::io::Result<()> {

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use kiln_proto::msg::{
-    BuildkitConfig, ContainerSpec, ExecRequest, Identity, Mount, Order, OrderReply, Place, TtySize,
-    chunk,
+    BuildkitConfig, ContainerSpec, ExecRequest, GuestEvent, Identity, Mount, Order, OrderReply,
+    Place, TtySize, chunk,
 };
 use kiln_proto::session::Session;
 
@@ -56,7 +56,15 @@ async fn buildkit_builds_and_survives_its_steps() {
     }) else {
         return;
     };
-    let (session, _, _incoming) = vm.session().await;
+    let (session, _, mut incoming) = vm.session().await;
+    tokio::spawn(async move {
+        let mut events = incoming.next().await.unwrap().stream;
+        while let Ok(event) =
+            kiln_proto::codec::read_msg::<GuestEvent, _>(&mut events, 1 << 16).await
+        {
+            println!("{event:?}");
+        }
+    });
     mount(&session, "kiln-scratch").await;
     let refused = try_call(&session, &Order::StartBuildkit(BuildkitConfig::default())).await;
     println!("{}", refused.unwrap_err());

@@ -303,8 +303,8 @@ async fn copies_of_a_machine_answer_and_differ() {
         call(&session, &Order::Thaw).await;
         println!("copy {index}: ready after {:?}", begun.elapsed());
         // A proc of its own shows the kernel's boot id, not the file over it.
-        let script =
-            "unshare -pfm sh -c 'mount -t proc proc /proc; cat /proc/sys/kernel/random/boot_id'";
+        let script = "mkdir /tmp/p && perl -e '$t = \"proc\"; $p = \"/tmp/p\"; syscall(165, $t, $p, $t, 0, 0) and die $!' \
+             && cat /tmp/p/sys/kernel/random/boot_id";
         let kernel = sh(&session, script).await.ok().trim().to_owned();
         let exec = Instant::now();
         sh(&session, "true").await.ok();

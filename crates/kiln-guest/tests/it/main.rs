@@ -1,6 +1,6 @@
 //! The guest in real machines, driven over the real channel.
 //!
-//! Needs `KILN_TEST_VM`: a directory with `kernel`, `modules/` and `root.img`; and `KILN_TEST_GUEST`: the static
+//! Needs `KILN_TEST_VM`: a machine image's directory (`kernel`, `initrd`, `root.img`); and `KILN_TEST_GUEST`: the static
 //! guest program. Without them every test here says so and passes, as there is nothing it could run in.
 
 #![expect(

@@ -92,6 +92,32 @@ async fn trees_and_disks() {
         .unwrap_err();
     println!("{refused}: {:?}", refused.get_ref());
 
+    let many: Vec<(String, &[u8])> = (0..5000)
+        .map(|n| (format!("dir{}/file{n}", n / 100), &b"some text"[..]))
+        .collect();
+    let many: Vec<(&str, &[u8])> = many
+        .iter()
+        .map(|(name, data)| (name.as_str(), *data))
+        .collect();
+    let many = tar(&many);
+    let order = PutTree {
+        entries_max: 10_000,
+        ..put(context())
+    };
+    let begun = std::time::Instant::now();
+    put_tree(&session, &order, &many).await.unwrap();
+    println!("5000 files in: {:?}", begun.elapsed());
+    let begun = std::time::Instant::now();
+    get_tree(&session, "/scratch/ctx/app", 100 << 20)
+        .await
+        .unwrap();
+    println!("5000 files out: {:?}", begun.elapsed());
+    println!(
+        "{}",
+        sh(&session, "grep -E 'VmRSS|RssAnon|Threads' /proc/1/status")
+            .await
+            .ok()
+    );
     let full = vec![7_u8; 300 << 20];
     let full = tar(&[("full", &full)]);
     let order = PutTree {
@@ -120,7 +146,7 @@ async fn trees_and_disks() {
     assert_eq!(report.path, "/run/kiln/secrets/token");
     let seen = sh(
         &session,
-        "stat -c '%a %U' /run/kiln/secrets/token; cat /run/kiln/secrets/token; mount | grep vd",
+        "stat -c '%a %U' /run/kiln/secrets/token; cat /run/kiln/secrets/token; grep vd /proc/mounts",
     )
     .await;
     assert!(seen.ok().starts_with("400 root\ns3cret"), "{seen:?}");

@@ -65,14 +65,18 @@ fn cpio_entry(out: &mut Vec<u8>, name: &str, mode: u32, data: &[u8]) {
     out.resize(out.len().next_multiple_of(4), 0);
 }
 
+/// The image's initial RAM disk with this guest in place of its own: of two archives the later one wins.
 fn initrd(parts: &Path, guest: &Path) -> Vec<u8> {
-    let mut out = Vec::new();
+    let mut out = fs::read(parts.join("initrd")).unwrap_or_default();
+    out.resize(out.len().next_multiple_of(4), 0);
     cpio_entry(&mut out, "init", 0o100_755, &fs::read(guest).unwrap());
-    cpio_entry(&mut out, "modules", 0o040_755, b"");
-    for entry in fs::read_dir(parts.join("modules")).unwrap() {
-        let entry = entry.unwrap();
-        let name = format!("modules/{}", entry.file_name().to_str().unwrap());
-        cpio_entry(&mut out, &name, 0o100_644, &fs::read(entry.path()).unwrap());
+    if let Ok(modules) = fs::read_dir(parts.join("modules")) {
+        cpio_entry(&mut out, "modules", 0o040_755, b"");
+        for entry in modules {
+            let entry = entry.unwrap();
+            let name = format!("modules/{}", entry.file_name().to_str().unwrap());
+            cpio_entry(&mut out, &name, 0o100_644, &fs::read(entry.path()).unwrap());
+        }
     }
     cpio_entry(&mut out, "TRAILER!!!", 0, b"");
     out
