@@ -104,7 +104,10 @@ pub trait Machine: Send + Sync + fmt::Debug {
 
     /// Stops the machine, saves memory and device state, and makes a template of it. The machine is gone afterwards.
     /// `target.dir` is an empty directory that the driver fills; [`crate::template`] makes it appear whole.
-    #[expect(clippy::wrong_self_convention, reason = "others may hold the handle too; it is dead for all of them")]
+    #[expect(
+        clippy::wrong_self_convention,
+        reason = "others may hold the handle too; it is dead for all of them"
+    )]
     fn into_template<'a>(
         &'a self,
         target: &'a TemplateRef,

@@ -1,4 +1,8 @@
 //! Machines behind one Driver trait: sim and qemu.
+//!
+//! Read [`driver`] first: the trait and its words. It knows nothing of jobs, tenants or builds. [`bring_up`] leads from a
+//! specification to a guest that may be given work; [`record`] and [`reap`] make sure that nothing stays after a crash;
+//! [`ledger`] shares the host between kiln processes.
 
 pub mod bring_up;
 pub mod cgroup;
@@ -6,8 +10,8 @@ pub mod disk;
 pub mod driver;
 pub mod ledger;
 pub mod proc;
+pub mod qemu;
 pub mod reap;
 pub mod record;
 pub mod sim;
-pub mod qemu;
 pub mod template;
