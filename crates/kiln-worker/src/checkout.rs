@@ -99,14 +99,29 @@ pub async fn checkout(
         place::sweep(&parent)?;
         CheckoutDir::new(&parent, &name)
     });
-    let made = made.await.map_err(|error| Failure::infrastructure(&error))?;
+    let made = made
+        .await
+        .map_err(|error| Failure::infrastructure(&error))?;
     let dir = Arc::new(made.map_err(|error| Failure::infrastructure(&error))?);
     let egress = Arc::new(EgressLog::new());
-    let result = in_time(host, &input, Arc::clone(&dir), Arc::clone(&egress), events, cancel).await;
+    let result = in_time(
+        host,
+        &input,
+        Arc::clone(&dir),
+        Arc::clone(&egress),
+        events,
+        cancel,
+    )
+    .await;
     let egress = summary(&egress.snapshot().events);
     let received = result.map_err(|failure| refused(failure, &egress))?;
     tell(&received, &input.address, events).await;
-    Ok(Checkout { dir, commit: received.commit.to_string(), tree: received.tree.to_string(), egress })
+    Ok(Checkout {
+        dir,
+        commit: received.commit.to_string(),
+        tree: received.tree.to_string(),
+        egress,
+    })
 }
 
 async fn in_time(
@@ -145,8 +160,16 @@ async fn start(
     events: &Events,
 ) -> Result<Attempt, Failure> {
     let ticket = host.admit(1, MEMORY, input.job.as_str(), events).await?;
-    let name = format!("{}-1-checkout", input.job).parse().map_err(|error| Failure::infrastructure(&error))?;
-    let wanted = Wanted { name, cpus: 1, memory: MEMORY, purpose: Purpose::Run, make_template: true };
+    let name = format!("{}-1-checkout", input.job)
+        .parse()
+        .map_err(|error| Failure::infrastructure(&error))?;
+    let wanted = Wanted {
+        name,
+        cpus: 1,
+        memory: MEMORY,
+        purpose: Purpose::Run,
+        make_template: true,
+    };
     let policy = NetworkPolicy::from_rules([input.address.rule.clone()]);
     let mut config = GatewayConfig::new(policy, egress as _);
     config.exceptions.clone_from(&input.exceptions);
@@ -172,25 +195,36 @@ async fn fetch(
     let session = &attempt.session;
     let mut ca_path = None;
     if let Some(bundle) = &input.ca_bundle {
-        let report = orders::put_file(session, "take the CA bundle", Place::CaBundle, bundle).await?;
+        let report =
+            orders::put_file(session, "take the CA bundle", Place::CaBundle, bundle).await?;
         ca_path = Some(report.path);
     }
     let git = Git::new(ca_path.as_deref());
     let init = ["init", "--quiet", "--bare", REPOSITORY];
-    git.run(session, "make a repository", &init, SHORT, events).await?.check("make a repository")?;
+    git.run(session, "make a repository", &init, SHORT, events)
+        .await?
+        .check("make a repository")?;
     let commit = fetched(&git, session, input, events).await?;
     if let Reference::Commit(asked) = &input.address.reference
         && *asked != commit
     {
-        return Err(Failure::new(FailureClass::Usage, format!("{asked} is not a commit: it leads to the commit {commit}"))
-            .hint("give the commit's id"));
+        return Err(Failure::new(
+            FailureClass::Usage,
+            format!("{asked} is not a commit: it leads to the commit {commit}"),
+        )
+        .hint("give the commit's id"));
     }
     let received = take(&git, session, commit, dir, input.limits, events).await?;
     Ok(received)
 }
 
 /// Fetches into the machine's repository; the id that git there gives for the commit.
-async fn fetched(git: &Git, session: &Session, input: &CheckoutInput, events: &Events) -> Result<ObjectId, Failure> {
+async fn fetched(
+    git: &Git,
+    session: &Session,
+    input: &CheckoutInput,
+    events: &Events,
+) -> Result<ObjectId, Failure> {
     let refspec = input.address.reference.refspec();
     let what = "fetch the repository";
     let args = [
@@ -225,17 +259,33 @@ async fn fetched(git: &Git, session: &Session, input: &CheckoutInput, events: &E
         &input.address.url,
         &refspec,
     ];
-    git.run(session, what, &args, input.timeout, events).await?.check(what)?;
+    git.run(session, what, &args, input.timeout, events)
+        .await?
+        .check(what)?;
     let what = "name the commit";
-    let args = ["-C", REPOSITORY, "rev-parse", "--verify", "--quiet", "--end-of-options", "FETCH_HEAD^{commit}"];
+    let args = [
+        "-C",
+        REPOSITORY,
+        "rev-parse",
+        "--verify",
+        "--quiet",
+        "--end-of-options",
+        "FETCH_HEAD^{commit}",
+    ];
     let said = git.run(session, what, &args, SHORT, events).await?;
     if said.exit.as_ref().is_some_and(|exit| exit.code == Some(1)) {
-        return Err(Failure::new(FailureClass::Usage, format!("{refspec} does not lead to a commit")));
+        return Err(Failure::new(
+            FailureClass::Usage,
+            format!("{refspec} does not lead to a commit"),
+        ));
     }
     let said = said.check(what)?;
-    said.line()
-        .parse()
-        .map_err(|_| Failure::new(FailureClass::GuestFault, "git in the checkout machine named no commit id"))
+    said.line().parse().map_err(|_| {
+        Failure::new(
+            FailureClass::GuestFault,
+            "git in the checkout machine named no commit id",
+        )
+    })
 }
 
 /// Takes the commit's objects out of the machine, each hashed again.
@@ -254,7 +304,11 @@ async fn take(
     let (sender, chunks) = mpsc::channel(CHUNKS);
     let (_no_orders, control) = mpsc::channel(1);
     let said = Arc::new(Mutex::new(Said::default()));
-    let answers = Answers { chunks, now: VecDeque::new(), said: Arc::clone(&said) };
+    let answers = Answers {
+        chunks,
+        now: VecDeque::new(),
+        said: Arc::clone(&said),
+    };
     let told = events.clone();
     let questions = SyncIoBridge::new(questions);
     // The folder is held by the thread that writes it: it is not removed under its hands.
@@ -264,12 +318,24 @@ async fn take(
             let percent = now.blobs * 100 / now.blobs_all.max(1);
             if percent != last {
                 last = percent;
-                let detail = format!("{} of {} files, {}", now.blobs, now.blobs_all, ByteSize(now.bytes));
-                told.tell_now(Event::Progress { what: "checking every object".to_owned(), detail });
+                let detail = format!(
+                    "{} of {} files, {}",
+                    now.blobs,
+                    now.blobs_all,
+                    ByteSize(now.bytes)
+                );
+                told.tell_now(Event::Progress {
+                    what: "checking every object".to_owned(),
+                    detail,
+                });
             }
         })
     });
-    let io = ExecIo { stdin: Some(Box::new(stdin)), output: sender, control };
+    let io = ExecIo {
+        stdin: Some(Box::new(stdin)),
+        output: sender,
+        control,
+    };
     let exec = orders::exec(session, what, &request, io);
     tokio::pin!(exec, taking);
     // Git ends when there are no more questions; before that, its end is what went wrong.
@@ -294,7 +360,9 @@ async fn take(
 /// What is wrong with a commit, or with what was sent for it.
 fn failure(error: &GitTreeError) -> Failure {
     let class = match error.whose() {
-        Whose::Repository if matches!(error, GitTreeError::Collision { .. }) => FailureClass::Policy,
+        Whose::Repository if matches!(error, GitTreeError::Collision { .. }) => {
+            FailureClass::Policy
+        }
         Whose::Repository => FailureClass::Usage,
         Whose::Sender => FailureClass::GuestFault,
         Whose::Connection => FailureClass::Lost,
@@ -305,27 +373,50 @@ fn failure(error: &GitTreeError) -> Failure {
 
 /// A fetch that failed because the gateway refused it says so.
 fn refused(failure: Failure, egress: &EgressSummary) -> Failure {
-    if !matches!(failure.class, FailureClass::Infrastructure | FailureClass::Usage) {
+    if !matches!(
+        failure.class,
+        FailureClass::Infrastructure | FailureClass::Usage
+    ) {
         return failure;
     }
-    let Some(refused) = egress.refused.first() else { return failure };
+    let Some(refused) = egress.refused.first() else {
+        return failure;
+    };
     let place = format!("{}:{}", refused.host, refused.port);
-    let message = format!("the checkout machine may not reach {place} ({})\n{}", refused.reason, failure.message);
+    let message = format!(
+        "the checkout machine may not reach {place} ({})\n{}",
+        refused.reason, failure.message
+    );
     Failure::new(FailureClass::Policy, message)
         .hint("a checkout reaches the URL's own host alone; for a host in a private range the operator writes an exception in registries.toml")
 }
 
 async fn tell(received: &Received, address: &Address, events: &Events) {
     let (files, bytes) = (received.files, ByteSize(received.bytes));
-    let text = format!("{} at {} is commit {} ({files} files, {bytes})", address.url, address.reference, received.commit);
+    let text = format!(
+        "{} at {} is commit {} ({files} files, {bytes})",
+        address.url, address.reference, received.commit
+    );
     events.note(text).await;
     for ((count, named), what) in [
-        (&received.submodules, "submodules are not fetched; their folders are empty"),
-        (&received.lfs_pointers, "files are pointers of Git LFS; their content is not fetched"),
+        (
+            &received.submodules,
+            "submodules are not fetched; their folders are empty",
+        ),
+        (
+            &received.lfs_pointers,
+            "files are pointers of Git LFS; their content is not fetched",
+        ),
     ] {
         if *count > 0 {
-            let more = if *count > named.len() as u64 { ", ..." } else { "" };
-            events.warn(format!("{count} {what}: {}{more}", named.join(", "))).await;
+            let more = if *count > named.len() as u64 {
+                ", ..."
+            } else {
+                ""
+            };
+            events
+                .warn(format!("{count} {what}: {}{more}", named.join(", ")))
+                .await;
         }
     }
 }
@@ -343,7 +434,11 @@ impl Read for Answers {
             match self.chunks.blocking_recv() {
                 None => return Ok(0),
                 Some((1, bytes)) => self.now = bytes.into(),
-                Some((stream, bytes)) => self.said.lock().unwrap_or_else(PoisonError::into_inner).add(stream, &bytes),
+                Some((stream, bytes)) => self
+                    .said
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .add(stream, &bytes),
             }
         }
         self.now.read(buffer)
@@ -362,7 +457,11 @@ mod tests {
         }
         drop(sender);
         let said = Arc::new(Mutex::new(Said::default()));
-        let mut answers = Answers { chunks, now: VecDeque::new(), said: Arc::clone(&said) };
+        let mut answers = Answers {
+            chunks,
+            now: VecDeque::new(),
+            said: Arc::clone(&said),
+        };
         let mut text = String::new();
         answers.read_to_string(&mut text).expect("read");
         assert_eq!(text, "abc");
@@ -377,11 +476,17 @@ mod tests {
             reason: "10.0.0.1 is a private address".to_owned(),
             allow: None,
         };
-        let egress = EgressSummary { reached: Vec::new(), refused: vec![refusal] };
+        let egress = EgressSummary {
+            reached: Vec::new(),
+            refused: vec![refusal],
+        };
         let failed = Failure::new(FailureClass::Infrastructure, "git could not fetch");
         let explained = refused(failed.clone(), &egress);
         assert_eq!(explained.class, FailureClass::Policy);
-        assert!(explained.message.contains("10.0.0.1") && explained.message.contains("git could not fetch"));
+        assert!(
+            explained.message.contains("10.0.0.1")
+                && explained.message.contains("git could not fetch")
+        );
         assert_eq!(refused(Failure::cancelled(), &egress), Failure::cancelled());
         assert_eq!(refused(failed.clone(), &EgressSummary::default()), failed);
     }

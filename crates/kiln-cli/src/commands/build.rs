@@ -18,9 +18,9 @@ use kiln_worker::joblog::JobLog;
 use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
-use super::source::{self, Source};
+use super::source;
 use crate::args::BuildArgs;
-use crate::error::{CliError, OrInfrastructure as _, Result};
+use crate::error::{CliError, Result};
 use crate::show::Screen;
 
 pub(super) async fn run(args: BuildArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
@@ -32,16 +32,16 @@ pub(super) async fn run(args: BuildArgs, screen: Screen, cancel: CancellationTok
     }
     let output = super::output::Output::parse(&args)?;
     let operator = Operator::load()?;
-    let Source::Folder(dir) = source::parse(&args.source)? else {
-        return Err(CliError::usage("building from a git URL is not there yet")
-            .hint("clone it and give the folder"));
-    };
     let limits = operator
         .config
         .limits(&args.limits, true, super::host_cpus())?;
     let secrets = source::secrets(&args.secrets)?;
-    let (plan, tree) = planned(&args, &operator, &dir)?;
-    let prepared = Prepared::new(&args, &operator, &dir, &plan, tree)?;
+    let source = source::parse(&args.source)?;
+    let file = args.file.as_deref();
+    let local =
+        super::checkout::local(&operator, source, file, limits.timeout_ms, screen, &cancel).await?;
+    let (plan, tree) = planned(&args, &operator, &local.dir)?;
+    let prepared = Prepared::new(&args, &operator, &local.name, &plan, tree)?;
     let (events, receiver) = Events::channel();
     let follow = tokio::spawn(screen.follow(receiver));
     let id = new_job_id('b').map_err(CliError::from_failure)?;
@@ -253,7 +253,7 @@ impl Prepared {
     fn new(
         args: &BuildArgs,
         operator: &Operator,
-        dir: &Path,
+        name: &str,
         plan: &Plan,
         tree: Tree,
     ) -> Result<Self> {
@@ -286,7 +286,7 @@ impl Prepared {
                 .iter()
                 .map(|base| (base.written.clone(), base.reference.clone()))
                 .collect(),
-            tags: tags(args, dir)?,
+            tags: tags(args, name)?,
             no_cache: args.no_cache,
         };
         Ok(Self {
@@ -330,14 +330,9 @@ fn check_lockfiles(plan: &Plan, network: &NetworkPolicy) -> Result<()> {
     .hint(format!("admit them with {}", flags.join(" "))))
 }
 
-/// `t/local/<name>:<tag>` for every --tag, else for the folder's name.
-fn tags(args: &BuildArgs, dir: &Path) -> Result<Vec<ImageRef>> {
+/// `t/local/<name>:<tag>` for every --tag, else for the source's own name.
+fn tags(args: &BuildArgs, name: &str) -> Result<Vec<ImageRef>> {
     if args.tags.is_empty() {
-        let canonical = dir.canonicalize().or_infrastructure()?;
-        let name = canonical
-            .file_name()
-            .and_then(|name| name.to_str())
-            .unwrap_or("app");
         return Ok(vec![super::reference::of_folder(name)]);
     }
     args.tags.iter().map(super::reference::in_tenant).collect()

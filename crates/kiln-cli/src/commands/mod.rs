@@ -4,6 +4,7 @@ mod bases;
 mod bench;
 mod build;
 mod cache;
+mod checkout;
 mod disk_use;
 mod doctor;
 mod job;

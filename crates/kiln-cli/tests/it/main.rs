@@ -5,6 +5,7 @@
 
 mod build;
 mod faults;
+mod git;
 mod input;
 mod run;
 mod support;

@@ -64,10 +64,16 @@ impl Address {
     pub fn new(url: &str, reference: Option<&str>) -> Result<Self, Failure> {
         let shown: String = url.chars().take(200).collect();
         let rest = url.strip_prefix("https://").ok_or_else(|| {
-            usage(format!("{shown:?} is not an https URL")).hint("git sources are fetched by https only")
+            usage(format!("{shown:?} is not an https URL"))
+                .hint("git sources are fetched by https only")
         })?;
-        if url.len() > URL_BYTES_MAX || !url.bytes().all(|byte| byte.is_ascii_graphic()) || url.contains(['#', '\\', '"']) {
-            return Err(usage(format!("{shown:?} is not a URL: percent-encode what is not plain ASCII")));
+        if url.len() > URL_BYTES_MAX
+            || !url.bytes().all(|byte| byte.is_ascii_graphic())
+            || url.contains(['#', '\\', '"'])
+        {
+            return Err(usage(format!(
+                "{shown:?} is not a URL: percent-encode what is not plain ASCII"
+            )));
         }
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         if authority.contains('@') {
@@ -88,7 +94,11 @@ impl Address {
             None => Reference::Head,
             Some(text) => parse_reference(text)?,
         };
-        Ok(Self { url: url.to_owned(), rule, reference })
+        Ok(Self {
+            url: url.to_owned(),
+            rule,
+            reference,
+        })
     }
 }
 
@@ -98,18 +108,30 @@ fn parse_reference(text: &str) -> Result<Reference, Failure> {
     }
     let refuse = |why: &str| {
         let shown: String = text.chars().take(100).collect();
-        Err(usage(format!("{shown:?} is not a branch, tag or commit: {why}")))
+        Err(usage(format!(
+            "{shown:?} is not a branch, tag or commit: {why}"
+        )))
     };
     if text.is_empty() || text.len() > REF_BYTES_MAX {
         return refuse("it is empty or too long");
     }
     if text.contains(':') {
-        return refuse("a subfolder is set with `folder` under [build] in kiln.toml, not in the URL");
+        return refuse(
+            "a subfolder is set with `subfolder` under [build] in kiln.toml, not in the URL",
+        );
     }
     // git-check-ref-format(1), and no option or refspec.
     let odd = |c: char| c.is_control() || c.is_whitespace() || "~^?*[\\+".contains(c);
-    let parts_ok = text.split('/').all(|part| !part.is_empty() && !part.starts_with(['.', '-']) && !part.ends_with(".lock"));
-    if text.contains(odd) || text.contains("..") || text.contains("@{") || text.ends_with('.') || text == "@" || !parts_ok {
+    let parts_ok = text
+        .split('/')
+        .all(|part| !part.is_empty() && !part.starts_with(['.', '-']) && !part.ends_with(".lock"));
+    if text.contains(odd)
+        || text.contains("..")
+        || text.contains("@{")
+        || text.ends_with('.')
+        || text == "@"
+        || !parts_ok
+    {
         return refuse("git has no such names");
     }
     Ok(Reference::Name(text.to_owned()))
@@ -121,11 +143,18 @@ mod tests {
 
     #[test]
     fn one_host_and_port() {
-        let plain = Address::new("https://Git.example.org/team/app.git", Some("main")).expect("legal");
+        let plain =
+            Address::new("https://Git.example.org/team/app.git", Some("main")).expect("legal");
         assert_eq!(plain.rule.to_string(), "git.example.org:443");
         assert_eq!(plain.reference, Reference::Name("main".to_owned()));
         let port = Address::new("https://git.example.org:8443/app", None).expect("legal");
-        assert_eq!((port.rule.to_string().as_str(), port.reference.refspec().as_str()), ("git.example.org:8443", "HEAD"));
+        assert_eq!(
+            (
+                port.rule.to_string().as_str(),
+                port.reference.refspec().as_str()
+            ),
+            ("git.example.org:8443", "HEAD")
+        );
         let commit = "85c3f8a9a2b04bd8e6e2d7e61a3b9fd2c35c7b1e";
         let exact = Address::new("https://git.example.org/app", Some(commit)).expect("legal");
         assert!(matches!(exact.reference, Reference::Commit(id) if id.to_string() == commit));
@@ -155,11 +184,26 @@ mod tests {
 
     #[test]
     fn refs_that_are_refused() {
-        for bad in ["", "-u", "a..b", "a b", "a:b", "+a", "a^", "refs//a", "/a", "a/", "a.lock", "a@{1}", "@", "a/.b", "a\n"] {
-            assert!(Address::new("https://git.example.org/a", Some(bad)).is_err(), "{bad:?}");
+        for bad in [
+            "", "-u", "a..b", "a b", "a:b", "+a", "a^", "refs//a", "/a", "a/", "a.lock", "a@{1}",
+            "@", "a/.b", "a\n",
+        ] {
+            assert!(
+                Address::new("https://git.example.org/a", Some(bad)).is_err(),
+                "{bad:?}"
+            );
         }
-        for good in ["v1.2.3", "refs/heads/main", "feature/x-1", "release_2", "\u{e4}"] {
-            assert!(Address::new("https://git.example.org/a", Some(good)).is_ok(), "{good}");
+        for good in [
+            "v1.2.3",
+            "refs/heads/main",
+            "feature/x-1",
+            "release_2",
+            "\u{e4}",
+        ] {
+            assert!(
+                Address::new("https://git.example.org/a", Some(good)).is_ok(),
+                "{good}"
+            );
         }
     }
 }

@@ -44,15 +44,30 @@ impl Git {
             ("GIT_NO_LAZY_FETCH", "1"),
             ("GIT_NO_REPLACE_OBJECTS", "1"),
         ];
-        let env = plain.into_iter().chain(ca_bundle.map(|path| ("GIT_SSL_CAINFO", path)));
-        Self { env: env.map(|(key, value)| (key.to_owned(), value.to_owned())).collect() }
+        let env = plain
+            .into_iter()
+            .chain(ca_bundle.map(|path| ("GIT_SSL_CAINFO", path)));
+        Self {
+            env: env
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                .collect(),
+        }
     }
 
     /// The order for `git ARGS`.
     pub(super) fn request(&self, args: &[&str], after: Duration) -> ExecRequest {
-        let argv = std::iter::once("git").chain(args.iter().copied()).map(str::to_owned).collect();
+        let argv = std::iter::once("git")
+            .chain(args.iter().copied())
+            .map(str::to_owned)
+            .collect();
         let timeout_ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
-        ExecRequest { argv, env: self.env.clone(), cwd: "/work".to_owned(), timeout_ms, ..ExecRequest::default() }
+        ExecRequest {
+            argv,
+            env: self.env.clone(),
+            cwd: "/work".to_owned(),
+            timeout_ms,
+            ..ExecRequest::default()
+        }
     }
 
     /// Runs a command to its end; gives what it printed.
@@ -77,7 +92,11 @@ impl Git {
             }
         };
         let request = self.request(args, after);
-        let io = ExecIo { stdin: None, output: sender, control };
+        let io = ExecIo {
+            stdin: None,
+            output: sender,
+            control,
+        };
         let (exit, ()) = tokio::join!(orders::exec(session, what, &request, io), listen);
         said.exit = Some(exit?);
         Ok(said)
@@ -118,7 +137,9 @@ impl Said {
         let lines: Vec<&str> = text
             .split('\n')
             .map(|line| line.rsplit('\r').next().unwrap_or_default().trim())
-            .filter(|line| !line.is_empty() && !line.starts_with("remote: ") && !line.ends_with('%'))
+            .filter(|line| {
+                !line.is_empty() && !line.starts_with("remote: ") && !line.ends_with('%')
+            })
             .collect();
         let last = &lines[lines.len().saturating_sub(WORDS_LINES_MAX)..];
         last.join("\n").chars().take(WORDS_CHARS_MAX).collect()
@@ -126,16 +147,26 @@ impl Said {
 
     /// Nothing to complain about, or how it failed.
     pub(super) fn check(self, what: &str) -> Result<Self, Failure> {
-        let Some(exit) = &self.exit else { return Ok(self) };
+        let Some(exit) = &self.exit else {
+            return Ok(self);
+        };
         if exit.code == Some(0) {
             return Ok(self);
         }
         if exit.oom {
-            return Err(Failure::new(FailureClass::OutOfMemory, format!("git ran out of memory while it was to {what}"))
-                .hint("this repository is too large for a checkout machine; clone it and give the folder"));
+            return Err(Failure::new(
+                FailureClass::OutOfMemory,
+                format!("git ran out of memory while it was to {what}"),
+            )
+            .hint(
+                "this repository is too large for a checkout machine; clone it and give the folder",
+            ));
         }
         if exit.timed_out {
-            return Err(Failure::new(FailureClass::Timeout, format!("git took too long to {what}")));
+            return Err(Failure::new(
+                FailureClass::Timeout,
+                format!("git took too long to {what}"),
+            ));
         }
         Err(explained(what, &self.words()))
     }
@@ -149,8 +180,14 @@ fn explained(what: &str, words: &str) -> Failure {
     if has("couldn't find remote ref") || has("not our ref") || has("unadvertised object") {
         return usage("give a branch, a tag or a commit that the server hands out, as in URL#v1.2");
     }
-    if has("could not read Username") || has("Authentication failed") || has("terminal prompts disabled") || has("error: 403") {
-        return usage("no login enters a checkout machine; clone a private repository and give the folder");
+    if has("could not read Username")
+        || has("Authentication failed")
+        || has("terminal prompts disabled")
+        || has("error: 403")
+    {
+        return usage(
+            "no login enters a checkout machine; clone a private repository and give the folder",
+        );
     }
     if has("not found") || has("error: 404") || has("not valid: is this a git repository") {
         return usage("check the URL");
@@ -172,7 +209,12 @@ struct Meter<'a> {
 
 impl<'a> Meter<'a> {
     fn new(what: &'static str, events: &'a Events) -> Self {
-        Self { what, events, line: Vec::new(), last: None }
+        Self {
+            what,
+            events,
+            line: Vec::new(),
+            last: None,
+        }
     }
 
     fn add(&mut self, bytes: &[u8]) {
@@ -188,11 +230,18 @@ impl<'a> Meter<'a> {
     fn tell(&mut self) {
         let line = String::from_utf8_lossy(&self.line).trim().to_owned();
         self.line.clear();
-        if line.is_empty() || self.last.is_some_and(|last| last.elapsed() < PROGRESS_PAUSE) {
+        if line.is_empty()
+            || self
+                .last
+                .is_some_and(|last| last.elapsed() < PROGRESS_PAUSE)
+        {
             return;
         }
         self.last = Some(Instant::now());
-        self.events.tell_now(Event::Progress { what: self.what.to_owned(), detail: line });
+        self.events.tell_now(Event::Progress {
+            what: self.what.to_owned(),
+            detail: line,
+        });
     }
 }
 
@@ -208,7 +257,9 @@ mod tests {
 
     #[test]
     fn words_without_progress() {
-        let said = said("remote: Counting: 1%\rReceiving objects:  50%\rReceiving objects: 100%\nfatal: the end\n");
+        let said = said(
+            "remote: Counting: 1%\rReceiving objects:  50%\rReceiving objects: 100%\nfatal: the end\n",
+        );
         assert_eq!(said.words(), "fatal: the end");
     }
 
@@ -219,16 +270,31 @@ mod tests {
             said.add(1, &[b'o'; 1000]);
             said.add(2, &[b'e'; 1000]);
         }
-        assert_eq!((said.out.len(), said.beside.len()), (ANSWER_BYTES_MAX, WORDS_BYTES_MAX));
+        assert_eq!(
+            (said.out.len(), said.beside.len()),
+            (ANSWER_BYTES_MAX, WORDS_BYTES_MAX)
+        );
         assert!(said.words().len() <= WORDS_CHARS_MAX);
     }
 
     #[test]
     fn whose_fault_it_is() {
         let class = |words: &str| explained("fetch", words).class;
-        assert_eq!(class("fatal: couldn't find remote ref nope"), FailureClass::Usage);
-        assert_eq!(class("fatal: could not read Username for 'https://x': terminal prompts disabled"), FailureClass::Usage);
-        assert_eq!(class("fatal: repository 'https://x/' not found"), FailureClass::Usage);
-        assert_eq!(class("fatal: unable to access 'https://x/': Failed to connect"), FailureClass::Infrastructure);
+        assert_eq!(
+            class("fatal: couldn't find remote ref nope"),
+            FailureClass::Usage
+        );
+        assert_eq!(
+            class("fatal: could not read Username for 'https://x': terminal prompts disabled"),
+            FailureClass::Usage
+        );
+        assert_eq!(
+            class("fatal: repository 'https://x/' not found"),
+            FailureClass::Usage
+        );
+        assert_eq!(
+            class("fatal: unable to access 'https://x/': Failed to connect"),
+            FailureClass::Infrastructure
+        );
     }
 }

@@ -25,8 +25,9 @@ impl CheckoutDir {
         let lock_path = parent.join(format!("{name}.lock"));
         let lock = loop {
             let file = File::create(&lock_path)?;
-            flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-            // A sweep may have removed it between the two.
+            // Names are of one job each: only a sweep can hold it, and not for long.
+            flock(&file, FlockOperation::LockExclusive)?;
+            // The sweep may have removed it between the two.
             let ours = file.metadata()?;
             if fs::metadata(&lock_path).is_ok_and(|there| there.ino() == ours.ino()) {
                 break file;
@@ -34,7 +35,11 @@ impl CheckoutDir {
         };
         let path = parent.join(name);
         fs::create_dir(&path)?;
-        Ok(Self { path, lock_path, _lock: lock })
+        Ok(Self {
+            path,
+            lock_path,
+            _lock: lock,
+        })
     }
 
     /// The folder.
@@ -73,7 +78,14 @@ pub(super) fn sweep(parent: &Path) -> io::Result<()> {
             _ => path.with_extension("lock"),
         };
         // A folder whose lock file is gone gets one again, so that there is one way to tell.
-        let Ok(lock) = File::options().create(true).truncate(false).write(true).open(&lock_path) else { continue };
+        let Ok(lock) = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path)
+        else {
+            continue;
+        };
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             continue;
         }
@@ -100,7 +112,10 @@ mod tests {
         fs::write(parent.join("dead-1.lock"), "").expect("write");
         fs::create_dir(parent.join("dead-2")).expect("dir");
         sweep(&parent).expect("swept");
-        let mut left: Vec<_> = fs::read_dir(&parent).expect("dir").map(|entry| entry.expect("entry").file_name()).collect();
+        let mut left: Vec<_> = fs::read_dir(&parent)
+            .expect("dir")
+            .map(|entry| entry.expect("entry").file_name())
+            .collect();
         left.sort();
         assert_eq!(left, ["held-1", "held-1.lock"]);
         drop(held);

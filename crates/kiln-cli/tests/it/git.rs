@@ -1,0 +1,250 @@
+//! Git sources, from a real git server on a private address of a network namespace: loopback can never be excepted.
+//! Needs root, `unshare`, `nsenter`, `ip`, `git`, `openssl` and `python3`; says so where one is missing.
+
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use crate::support::{Kiln, Said, kiln, path, said};
+
+const ADDRESS: &str = "10.77.0.1";
+/// An operator's exception names it.
+const HOST: &str = "git.kiln-test.example.org";
+/// No exception names it.
+const OTHER_HOST: &str = "other.kiln-test.example.org";
+
+/// Serves `git http-backend` over TLS.
+const SERVER: &str = r#"
+import http.server, os, ssl, subprocess, sys
+address, folder = sys.argv[1], sys.argv[2]
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def serve(self):
+        path, _, query = self.path.partition("?")
+        body = b""
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            while True:
+                size = int(self.rfile.readline(), 16)
+                body += self.rfile.read(size)
+                self.rfile.readline()
+                if size == 0: break
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        env = {"PATH": os.environ["PATH"], "GIT_PROJECT_ROOT": folder, "GIT_HTTP_EXPORT_ALL": "1",
+            "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null", "REMOTE_ADDR": "test",
+            "REQUEST_METHOD": self.command, "PATH_INFO": path, "QUERY_STRING": query,
+            "CONTENT_TYPE": self.headers.get("Content-Type", ""), "CONTENT_LENGTH": str(len(body)),
+            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
+            "GIT_PROTOCOL": self.headers.get("Git-Protocol", "")}
+        out = subprocess.run(["git", "http-backend"], input=body, env=env, stdout=subprocess.PIPE).stdout
+        head, _, rest = out.partition(b"\r\n\r\n")
+        status, headers = 200, []
+        for line in head.decode().split("\r\n"):
+            key, _, value = line.partition(": ")
+            if key == "Status": status = int(value.split()[0])
+            elif key: headers.append((key, value))
+        self.send_response(status)
+        for key, value in headers: self.send_header(key, value)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        self.wfile.write(rest)
+    do_GET = do_POST = serve
+    def log_message(self, *args): pass
+server = http.server.ThreadingHTTPServer((address, 443), Handler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(folder + "/cert.pem", folder + "/key.pem")
+server.socket = context.wrap_socket(server.socket, server_side=True)
+print("ready", flush=True)
+server.serve_forever()
+"#;
+
+/// A git server in namespaces of its own, and kiln commands beside it.
+struct World {
+    kiln: Kiln,
+    holder: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ended = self.holder.kill();
+        let _reaped = self.holder.wait();
+    }
+}
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().expect("the program runs");
+    assert!(
+        output.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+#[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
+fn tools_are_here() -> bool {
+    let ready = Command::new("sh")
+        .args(["-c", "for t in unshare nsenter ip git openssl python3; do command -v $t || exit 1; done; unshare -n -m true"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !ready {
+        eprintln!("skipped: needs root and unshare, nsenter, ip, git, openssl, python3");
+    }
+    ready
+}
+
+impl World {
+    fn new() -> Option<Self> {
+        let kiln = kiln()?;
+        if !tools_are_here() {
+            return None;
+        }
+        let dir = tempfile::tempdir().expect("temp dir");
+        let at = |name: &str| dir.path().join(name);
+        let hosts = format!("127.0.0.1 localhost\n{ADDRESS} {HOST} {OTHER_HOST}\n");
+        std::fs::write(at("hosts"), hosts).expect("write");
+        std::fs::write(at("server.py"), SERVER).expect("write");
+        certificate(dir.path());
+        // Settings of this test lie over the prepared home's, in the namespace alone.
+        for name in ["config", "cache"] {
+            std::fs::create_dir(at(name)).expect("dir");
+            std::fs::create_dir_all(kiln.home.join(name)).expect("dir");
+        }
+        let settings = format!(
+            "version = 1\n[ca]\nfiles = [{:?}]\n[[exception]]\nallow = true\nhost = \"{HOST}\"\nrange = \"10.77.0.0/24\"\n",
+            path(&at("cert.pem"))
+        );
+        std::fs::write(at("config/registries.toml"), settings).expect("write");
+        let setup = format!(
+            "ip link set lo up && ip addr add {ADDRESS}/32 dev lo && mount --bind \"$1/hosts\" /etc/hosts && \
+             mount --bind \"$1/config\" \"$2/config\" && mount --bind \"$1/cache\" \"$2/cache\" && \
+             exec python3 \"$1/server.py\" {ADDRESS} \"$1\""
+        );
+        let mut holder = Command::new("unshare")
+            .args(["-n", "-m", "sh", "-c", &setup, "sh"])
+            .arg(dir.path())
+            .arg(&kiln.home)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("unshare runs");
+        let mut line = String::new();
+        let stdout = holder.stdout.take().expect("pipe");
+        BufReader::new(stdout).read_line(&mut line).expect("read");
+        assert_eq!(line, "ready\n");
+        Some(Self { kiln, holder, dir })
+    }
+
+    fn at(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Runs kiln where the server can be reached.
+    fn kiln(&self, args: &[&str]) -> Said {
+        let mut command = Command::new("nsenter");
+        command
+            .args(["-t", &self.holder.id().to_string(), "-n", "-m", "--"])
+            .arg(&self.kiln.program)
+            .args(args)
+            .env("KILN_HOME", &self.kiln.home)
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null());
+        said(command)
+    }
+
+    fn git(&self, repository: &str, args: &[&str]) -> String {
+        let mut command = Command::new("git");
+        command
+            .arg("-C")
+            .arg(self.at(repository))
+            .args(["-c", "user.name=t", "-c", "user.email=t@example.org"])
+            .args(args)
+            .env("GIT_CONFIG_NOSYSTEM", "1")
+            .env("GIT_CONFIG_GLOBAL", "/dev/null");
+        run(&mut command)
+    }
+
+    fn checkouts(&self) -> usize {
+        std::fs::read_dir(self.at("cache/checkouts")).map_or(0, Iterator::count)
+    }
+}
+
+fn certificate(dir: &Path) {
+    let names = format!("subjectAltName=DNS:{HOST},DNS:{OTHER_HOST}");
+    let mut command = Command::new("openssl");
+    command
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "2",
+        ])
+        .args(["-subj", "/CN=test", "-addext", &names, "-keyout"])
+        .arg(dir.join("key.pem"))
+        .arg("-out")
+        .arg(dir.join("cert.pem"));
+    run(&mut command);
+}
+
+#[test]
+fn a_commit_becomes_an_image() {
+    let Some(world) = World::new() else { return };
+    std::fs::create_dir(world.at("shop.git")).expect("dir");
+    world.git("shop.git", &["init", "-q", "-b", "main"]);
+    let file = |name: &str, text: &str| {
+        let path = world.at("shop.git").join(name);
+        std::fs::create_dir_all(path.parent().expect("parent")).expect("dir");
+        std::fs::write(path, text).expect("write");
+    };
+    file(
+        "Dockerfile",
+        "FROM node:20-slim\nWORKDIR /shop\nCOPY . .\nCMD [\"cat\", \"words\"]\n",
+    );
+    file("words", "the first\n");
+    file("bin/run", "#!/bin/sh\n");
+    let mode = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(world.at("shop.git/bin/run"), mode).expect("mode");
+    // What git's own checkout would do with these must not happen.
+    file(".gitattributes", "words export-ignore eol=crlf\n");
+    world.git("shop.git", &["add", "-A"]);
+    world.git("shop.git", &["commit", "-q", "-m", "one"]);
+    let first = world.git("shop.git", &["rev-parse", "HEAD"]);
+    file("words", "the second\n");
+    world.git("shop.git", &["commit", "-q", "-a", "-m", "two"]);
+    let second = world.git("shop.git", &["rev-parse", "HEAD"]);
+    world.git("shop.git", &["tag", "-a", "-m", "words", "v2"]);
+
+    let url = format!("https://{HOST}/shop.git");
+    let missing = world.kiln(&["build", &format!("{url}#nowhere")]).exits(2);
+    missing.says("couldn't find remote ref nowhere");
+    let refused = world
+        .kiln(&["build", &format!("https://{OTHER_HOST}/shop.git")])
+        .exits(4);
+    refused.says(OTHER_HOST).says("exception");
+    world
+        .kiln(&["build", &format!("https://{HOST}/nothing.git")])
+        .exits(2)
+        .says("not found");
+
+    for (reference, commit, words) in [
+        (first.as_str(), &first, "the first"),
+        ("v2", &second, "the second"),
+    ] {
+        let built = world
+            .kiln(&["build", &format!("{url}#{reference}"), "--tag", "it-git"])
+            .exits(0);
+        built.says(&format!("is commit {commit}"));
+        let ran = world.kiln(&["run", "--image", "it-git"]).exits(0);
+        assert_eq!(ran.out.trim_end_matches('\n'), words);
+    }
+    assert_eq!(world.checkouts(), 0, "nothing is left behind");
+}
