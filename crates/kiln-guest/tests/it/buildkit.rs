@@ -1,14 +1,14 @@
 //! BuildKit, its steps, and containers.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kiln_proto::msg::{
     BuildkitConfig, ContainerSpec, ExecRequest, GuestEvent, Identity, Mount, Order, OrderReply,
-    Place, TtySize, chunk,
+    Place, Signal, TtySize, chunk,
 };
 use kiln_proto::session::Session;
 
-use crate::host::{Ran, call, exec, put_file, request, sh, try_call};
+use crate::host::{Ran, call, exec, exec_until, put_file, request, sh, try_call};
 use crate::trees::mount;
 use crate::vm::{Spec, Vm};
 
@@ -213,17 +213,18 @@ async fn a_container_runs_as_its_image_says() {
         tty: false,
         hostname: "boxed".to_owned(),
     };
-    let run = async |spec: ContainerSpec, request: ExecRequest, input: &[(u8, &[u8])]| {
+    let run_until = async |spec, request, wanted: &str, input: &[(u8, &[u8])]| {
         let OrderReply::Prepared { argv } =
             call(&session, &Order::PrepareContainer(Box::new(spec))).await
         else {
             panic!()
         };
-        exec(&session, &ExecRequest { argv, ..request }, input).await
+        exec_until(&session, &ExecRequest { argv, ..request }, wanted, input).await
     };
+    let run = async |spec, request| run_until(spec, request, "", &[]).await;
     let begun = Instant::now();
     let script = "id; pwd; env; cat /proc/self/cgroup /etc/resolv.conf /etc/hosts; cat /proc/sys/kernel/hostname; ls / /dev; echo x > /tmp/x; cat /proc/self/status | head -60; exit 5";
-    let ran = run(spec("app", script), request(&[]), &[]).await;
+    let ran = run(spec("app", script), request(&[])).await;
     println!("{:?} {}{}", begun.elapsed(), ran.out, ran.err);
     assert_eq!(ran.exit.as_ref().unwrap().code, Some(5), "{ran:?}");
     for wanted in [
@@ -238,17 +239,11 @@ async fn a_container_runs_as_its_image_says() {
     ] {
         assert!(ran.out.contains(wanted), "{wanted}");
     }
-    let ran = run(
-        spec("", "id; sleep 1000"),
-        ExecRequest {
-            timeout_ms: 2000,
-            ..request(&[])
-        },
-        &[],
-    )
-    .await;
-    println!("{ran:?}");
-    assert!(ran.exit.unwrap().timed_out && ran.out.contains("uid=0"));
+    // The runtime is killed outright: what it started must not outlive it.
+    let kill = serde_json::to_vec(&Signal { number: 9 }).unwrap();
+    let input: &[(u8, &[u8])] = &[(chunk::SIGNAL, &kill)];
+    let ran = run_until(spec("", "id; sleep 1000"), request(&[]), "uid=0", input).await;
+    assert_eq!(ran.exit.as_ref().unwrap().signal, Some(9), "{ran:?}");
     let left = sh(
         &session,
         "cat /proc/[0-9]*/comm | grep -c sleep; ls /sys/fs/cgroup/workload | grep exec",
@@ -257,49 +252,32 @@ async fn a_container_runs_as_its_image_says() {
     println!("{left:?}");
     assert!(left.out.starts_with("0\n"), "{left:?}");
     let hungry = spec("", "x=$(head -c 300000000 /dev/zero | tr '\\0' x)");
-    let ran = run(
-        hungry,
-        ExecRequest {
-            memory_max: 100 << 20,
-            ..request(&[])
-        },
-        &[],
-    )
-    .await;
+    let bounded = ExecRequest {
+        memory_max: 100 << 20,
+        ..request(&[])
+    };
+    let ran = run(hungry, bounded).await;
     assert!(ran.exit.as_ref().unwrap().oom, "{ran:?}");
     let tty = ContainerSpec {
         tty: true,
         ..spec("app", "ls -la /dev/pts /proc/self/fd; read x; echo got $x")
     };
     let size = TtySize { rows: 20, cols: 70 };
-    let ran = run(
-        tty,
-        ExecRequest {
-            tty: Some(size),
-            ..request(&[])
-        },
-        &[(chunk::STDIN, b"word\n")],
-    )
-    .await;
+    let terminal = ExecRequest {
+        tty: Some(size),
+        ..request(&[])
+    };
+    let input: &[(u8, &[u8])] = &[(chunk::STDIN, b"word\n")];
+    let ran = run_until(tty, terminal, "", input).await;
     println!("{ran:?}");
     assert!(ran.out.contains("got word"), "{ran:?}");
     let trap = spec(
         "",
         "trap 'echo caught; exit 9' TERM; echo up; while :; do sleep 0.1; done",
     );
-    let signal = async {
-        // runc passes signals on once the container runs; the clock is the machine's.
-        run(
-            trap,
-            ExecRequest {
-                timeout_ms: 4000,
-                ..request(&[])
-            },
-            &[],
-        )
-        .await
-    };
-    let ran = signal.await;
+    let term = serde_json::to_vec(&Signal { number: 15 }).unwrap();
+    let input: &[(u8, &[u8])] = &[(chunk::SIGNAL, &term)];
+    let ran = run_until(trap, request(&[]), "up", input).await;
     assert!(ran.out.contains("caught"), "{ran:?}");
     assert_eq!(ran.exit.unwrap().code, Some(9));
     let nobody = try_call(
@@ -308,5 +286,4 @@ async fn a_container_runs_as_its_image_says() {
     )
     .await;
     println!("{}", nobody.unwrap_err());
-    tokio::time::sleep(Duration::ZERO).await;
 }

@@ -61,13 +61,25 @@ pub(crate) fn request(argv: &[&str]) -> ExecRequest {
 
 /// Runs a command with these chunks as input.
 pub(crate) async fn exec(session: &Session, request: &ExecRequest, input: &[(u8, &[u8])]) -> Ran {
+    exec_until(session, request, "", input).await
+}
+
+/// Runs a command and sends the chunks when its standard output holds a text.
+pub(crate) async fn exec_until(
+    session: &Session,
+    request: &ExecRequest,
+    wanted: &str,
+    mut input: &[(u8, &[u8])],
+) -> Ran {
     let payload = serde_json::to_vec(request).unwrap();
     let mut stream = session.open(kind::EXEC, &payload).await.unwrap();
-    for (tag, body) in input {
-        codec::write_chunk(&mut stream, *tag, body).await.unwrap();
-    }
     let mut output = [Vec::new(), Vec::new()];
     loop {
+        if String::from_utf8_lossy(&output[0]).contains(wanted) {
+            for (tag, body) in std::mem::take(&mut input) {
+                codec::write_chunk(&mut stream, *tag, body).await.unwrap();
+            }
+        }
         let part = codec::read_chunk(&mut stream)
             .await
             .unwrap()
