@@ -1,0 +1,240 @@
+//! Benchmarks of whole commands: `kiln run -- true`, and builds of the two example apps.
+//!
+//! A *first* build is made with `--no-cache`: the bases are there, nothing of the app is. An unmeasured build then fills the cache; after it one
+//! line of the source changes (*changed*), nothing does (*unchanged*), and one line again after `kiln template prepare` (*template ready*).
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kiln_worker::host::now_unix_ms;
+use serde::Deserialize;
+
+use super::report::Report;
+use super::series::{Promise, Unit};
+use super::{Bench, child};
+use crate::error::{OrInfrastructure as _, Result};
+
+/// One file of an app: its name and text.
+type SourceFile = (&'static str, &'static str);
+
+/// An example app.
+struct App {
+    /// In the table and as the image's name.
+    name: &'static str,
+    files: &'static [SourceFile],
+    /// The file that gets another line.
+    source: &'static str,
+    /// What begins a comment in it.
+    comment: &'static str,
+    /// Most bytes of its compressed image.
+    image_max: f64,
+}
+
+/// The examples of this repository, as they were when kiln was compiled.
+const APPS: [App; 2] = [
+    App {
+        name: "node",
+        files: &[
+            (
+                "package.json",
+                include_str!("../../../../examples/node-express/package.json"),
+            ),
+            (
+                "package-lock.json",
+                include_str!("../../../../examples/node-express/package-lock.json"),
+            ),
+            (
+                "server.js",
+                include_str!("../../../../examples/node-express/server.js"),
+            ),
+        ],
+        source: "server.js",
+        comment: "//",
+        image_max: 70e6,
+    },
+    App {
+        name: "python",
+        files: &[
+            (
+                "requirements.txt",
+                include_str!("../../../../examples/python-flask/requirements.txt"),
+            ),
+            (
+                "app.py",
+                include_str!("../../../../examples/python-flask/app.py"),
+            ),
+        ],
+        source: "app.py",
+        comment: "#",
+        image_max: 50e6,
+    },
+];
+
+/// `run`: `kiln run -- true`, process start to process end.
+pub(super) async fn run(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
+    for _ in 0..bench.samples {
+        let took = child::kiln(bench, &["run", "--", "true"].map(OsStr::new)).await?;
+        report.time("kiln run -- true", Some(Promise::MedianAtMost(500.0)), took);
+    }
+    Ok(())
+}
+
+/// `build`: each app from nothing, changed and unchanged.
+pub(super) async fn build(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
+    let mut done = Ok(());
+    'all: for sample in 0..bench.samples {
+        for app in &APPS {
+            bench.screen.note(&format!(
+                "builds of {}: sample {} of {}",
+                app.name,
+                sample + 1,
+                bench.samples
+            ));
+            done = Building::new(bench, app)?.sample(report).await;
+            if done.is_err() {
+                break 'all;
+            }
+        }
+    }
+    if bench.cancel.is_cancelled() {
+        return done;
+    }
+    for app in &APPS {
+        let image = image(app);
+        let removed = child::kiln(bench, &["registry", "rm", &image].map(OsStr::new)).await;
+        if let (Err(error), Ok(())) = (removed, &done) {
+            bench
+                .screen
+                .note(&format!("the image {image} stays: {error}"));
+        }
+    }
+    done
+}
+
+fn image(app: &App) -> String {
+    format!("kiln-bench-{}:latest", app.name)
+}
+
+/// What `kiln build --result` says, as far as it is needed here.
+#[derive(Deserialize)]
+struct Built {
+    size: u64,
+    buildkit_seconds: f64,
+    first_run_ms: Option<u64>,
+}
+
+/// An app's folder while it is measured.
+struct Building<'a> {
+    bench: &'a Bench<'a>,
+    app: &'a App,
+    dir: PathBuf,
+}
+
+impl<'a> Building<'a> {
+    fn new(bench: &'a Bench<'a>, app: &'a App) -> Result<Self> {
+        let dir = bench.work.join(app.name);
+        fs::create_dir_all(&dir).or_infrastructure()?;
+        for (name, text) in app.files {
+            fs::write(dir.join(name), text).or_infrastructure()?;
+        }
+        Ok(Self { bench, app, dir })
+    }
+
+    async fn sample(&self, report: &mut Report) -> Result<()> {
+        let most = |seconds: f64| Some(Promise::MedianAtMost(seconds * 1e3));
+        // Never the same source as in an earlier run, whose result may still be in the cache.
+        self.change()?;
+        let first = self
+            .build(report, "first", most(45.0), &["--no-cache"])
+            .await?;
+        if let Some(ms) = first.first_run_ms {
+            let name = format!("{}: to the first RUN", self.app.name);
+            report.time(&name, most(1.5), Duration::from_millis(ms));
+        }
+        let name = format!("{}: image", self.app.name);
+        let promise = Some(Promise::EachAtMost(self.app.image_max));
+        #[expect(clippy::cast_precision_loss, reason = "an image's bytes fit a double")]
+        report.add(&name, Unit::Bytes, promise, first.size as f64);
+        self.command(&[]).await?;
+        self.change()?;
+        self.build(report, "changed", most(6.0), &[]).await?;
+        self.build(report, "unchanged", most(4.0), &[]).await?;
+        child::kiln(self.bench, &["template", "prepare"].map(OsStr::new)).await?;
+        self.change()?;
+        self.build(report, "changed, template ready", most(3.0), &[])
+            .await?;
+        Ok(())
+    }
+
+    /// Another comment line at the end of the source.
+    fn change(&self) -> Result<()> {
+        let (source, comment) = (self.app.source, self.app.comment);
+        let text = self
+            .app
+            .files
+            .iter()
+            .find(|(name, _)| *name == source)
+            .map_or("", |(_, text)| text);
+        let text = format!("{text}\n{comment} {}\n", now_unix_ms());
+        fs::write(self.dir.join(source), text).or_infrastructure()
+    }
+
+    async fn build(
+        &self,
+        report: &mut Report,
+        what: &str,
+        promise: Option<Promise>,
+        options: &[&str],
+    ) -> Result<Built> {
+        let took = self.command(options).await?;
+        report.time(&format!("{}: {what}", self.app.name), promise, took);
+        let text = fs::read(self.result()).or_infrastructure()?;
+        let built: Built = serde_json::from_slice(&text).or_infrastructure()?;
+        let beyond = (took.as_secs_f64() - 1.3 * built.buildkit_seconds) * 1e3;
+        let promise = Some(Promise::MedianAtMost(1500.0));
+        report.add(
+            "builds: beyond 1.3 BuildKit",
+            Unit::Milliseconds,
+            promise,
+            beyond,
+        );
+        Ok(built)
+    }
+
+    fn result(&self) -> PathBuf {
+        self.bench.work.join(format!("{}.json", self.app.name))
+    }
+
+    async fn command(&self, options: &[&str]) -> Result<Duration> {
+        let (image, result) = (image(self.app), self.result());
+        let path: &Path = &self.dir;
+        let mut words = vec![
+            OsStr::new("build"),
+            path.as_os_str(),
+            OsStr::new("--tag"),
+            OsStr::new(&image),
+            OsStr::new("--result"),
+            result.as_os_str(),
+        ];
+        words.extend(options.iter().map(OsStr::new));
+        child::kiln(self.bench, &words).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_app_has_the_file_that_changes() {
+        for app in &APPS {
+            assert!(
+                app.files
+                    .iter()
+                    .any(|(name, text)| *name == app.source && !text.is_empty())
+            );
+        }
+    }
+}
