@@ -22,6 +22,6 @@ pub use job::{JobKind, JobRequest, JobState};
 pub use lease::{Epoch, Lease};
 pub use machine::{DiskRole, DiskSlot, MachineSpec};
 pub use network::{AllowRule, NetworkPolicy};
-pub use observed::{Observed, Receipt};
+pub use observed::{GitCommit, Observed, Receipt};
 pub use outcome::{FailureClass, Outcome, Verdict};
 pub use size::ByteSize;

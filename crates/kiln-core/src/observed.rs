@@ -16,6 +16,9 @@ pub struct Observed {
     pub tenant: TenantName,
     /// Digest of the source tree, computed by the host before it left.
     pub source: Digest,
+    /// The commit the tree came from, when the host proved one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub git: Option<GitCommit>,
     /// Digest of the Dockerfile used.
     pub dockerfile: Digest,
     /// Every FROM, resolved to a digest by the host before boot.
@@ -38,6 +41,19 @@ pub struct Observed {
     pub started_unix_ms: u64,
     /// See `started_unix_ms`.
     pub ended_unix_ms: u64,
+}
+
+/// A git commit whose objects the host hashed itself. That the URL's server names it by the ref is the server's word.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct GitCommit {
+    /// Where it was fetched from.
+    pub url: String,
+    /// The ref that was asked for; `HEAD` without one.
+    pub reference: String,
+    /// Id of the commit.
+    pub commit: String,
+    /// Id of its tree.
+    pub tree: String,
 }
 
 impl Observed {

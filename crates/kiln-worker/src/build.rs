@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use kiln_core::job::TrustClass;
 use kiln_core::network::RangeException;
-use kiln_core::{Digest, FailureClass, ImageRef, JobRequest, Lease, NetworkPolicy, Observed};
+use kiln_core::{
+    Digest, FailureClass, GitCommit, ImageRef, JobRequest, Lease, NetworkPolicy, Observed,
+};
 use kiln_image::context::Tree;
 use kiln_image::heads::Head;
 use kiln_network::gateway::proxy::ProxyConfig;
@@ -51,6 +53,8 @@ pub struct BuildInput {
     pub request: JobRequest,
     /// The source tree behind its digest.
     pub tree: Arc<Tree>,
+    /// The commit it came from, if it was checked out.
+    pub git: Option<GitCommit>,
     /// Secrets by id.
     pub secrets: Vec<(String, Vec<u8>)>,
     /// The operator's CA bundle, if builds get one.
@@ -483,6 +487,7 @@ impl Job<'_> {
             attempt: self.lease.attempt.clone(),
             tenant: self.lease.tenant.clone(),
             source: self.build.source,
+            git: self.input.git.clone(),
             dockerfile: Digest::of(self.build.dockerfile.as_bytes()),
             bases: self.build.bases.clone(),
             policy: Digest::of(&policy),

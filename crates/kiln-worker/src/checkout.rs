@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use kiln_core::machine::{DiskAccess, DiskFormat};
 use kiln_core::network::RangeException;
-use kiln_core::{ByteSize, DiskRole, DiskSlot, FailureClass, JobId, NetworkPolicy};
+use kiln_core::{ByteSize, DiskRole, DiskSlot, FailureClass, GitCommit, JobId, NetworkPolicy};
 use kiln_image::context::Limits;
 use kiln_image::git_tree::{self, GitTreeError, ObjectId, Received, Whose};
 use kiln_network::gateway::proxy::ProxyConfig;
@@ -73,10 +73,8 @@ pub struct CheckoutInput {
 pub struct Checkout {
     /// The folder; removed with the last clone.
     pub dir: Arc<CheckoutDir>,
-    /// Id of the commit, recomputed here.
-    pub commit: String,
-    /// Id of its tree, recomputed here.
-    pub tree: String,
+    /// The commit, its ids recomputed here.
+    pub git: GitCommit,
     /// What the machine reached and was refused.
     pub egress: EgressSummary,
 }
@@ -116,12 +114,14 @@ pub async fn checkout(
     let egress = summary(&egress.snapshot().events);
     let received = result.map_err(|failure| refused(failure, &egress))?;
     tell(&received, &input.address, events).await;
-    Ok(Checkout {
-        dir,
+    events.note(egress.to_string()).await;
+    let git = GitCommit {
+        url: input.address.url,
+        reference: input.address.reference.to_string(),
         commit: received.commit.to_string(),
         tree: received.tree.to_string(),
-        egress,
-    })
+    };
+    Ok(Checkout { dir, git, egress })
 }
 
 async fn in_time(

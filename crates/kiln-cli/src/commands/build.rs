@@ -63,6 +63,7 @@ pub(super) async fn run(args: BuildArgs, screen: Screen, cancel: CancellationTok
     let input = BuildInput {
         request,
         tree: Arc::new(prepared.tree),
+        git: local.git(),
         secrets,
         ca_bundle: operator.ca_bundle()?,
         step_env: operator.step_env(&prepared.runtimes),

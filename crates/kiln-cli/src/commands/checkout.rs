@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kiln_core::GitCommit;
 use kiln_image::context::{Limits, open_beneath};
 use kiln_worker::checkout::{Address, CheckoutInput};
 use kiln_worker::event::Events;
@@ -22,7 +23,14 @@ pub(super) struct Local {
     /// What an image of it is called when nobody says.
     pub(super) name: String,
     /// Keeps a checkout's folder until the build has read it.
-    _checkout: Option<kiln_worker::checkout::Checkout>,
+    checkout: Option<kiln_worker::checkout::Checkout>,
+}
+
+impl Local {
+    /// The commit, when it was checked out.
+    pub(super) fn git(&self) -> Option<GitCommit> {
+        self.checkout.as_ref().map(|checkout| checkout.git.clone())
+    }
 }
 
 /// Brings a source to this host.
@@ -48,7 +56,7 @@ pub(super) async fn local(
             return Ok(Local {
                 dir,
                 name,
-                _checkout: None,
+                checkout: None,
             });
         }
         Source::Git { url, reference } => (url, reference),
@@ -77,7 +85,7 @@ pub(super) async fn local(
     Ok(Local {
         dir,
         name: name_of(&url),
-        _checkout: Some(checkout),
+        checkout: Some(checkout),
     })
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use crate::support::{Kiln, Said, kiln, path, said};
+use crate::support::{Kiln, Said, Started, kiln, path, said, until};
 
 const ADDRESS: &str = "10.77.0.1";
 /// An operator's exception names it.
@@ -16,12 +16,21 @@ const OTHER_HOST: &str = "other.kiln-test.example.org";
 
 /// Serves `git http-backend` over TLS.
 const SERVER: &str = r#"
-import http.server, os, ssl, subprocess, sys
+import http.server, os, ssl, subprocess, sys, time
 address, folder = sys.argv[1], sys.argv[2]
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def serve(self):
         path, _, query = self.path.partition("?")
+        if path.startswith("/silent.git/"):
+            open(folder + "/asked", "w").close()
+            time.sleep(120)
+        if path.startswith("/moved.git/"):
+            self.send_response(302)
+            self.send_header("Location", "https://@OTHER@/shop.git/" + self.path[len("/moved.git/"):])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         body = b""
         if self.headers.get("Transfer-Encoding") == "chunked":
             while True:
@@ -107,7 +116,7 @@ impl World {
         let at = |name: &str| dir.path().join(name);
         let hosts = format!("127.0.0.1 localhost\n{ADDRESS} {HOST} {OTHER_HOST}\n");
         std::fs::write(at("hosts"), hosts).expect("write");
-        std::fs::write(at("server.py"), SERVER).expect("write");
+        std::fs::write(at("server.py"), SERVER.replace("@OTHER@", OTHER_HOST)).expect("write");
         certificate(dir.path());
         // Settings of this test lie over the prepared home's, in the namespace alone.
         for name in ["config", "cache"] {
@@ -143,8 +152,12 @@ impl World {
         self.dir.path().join(name)
     }
 
-    /// Runs kiln where the server can be reached.
     fn kiln(&self, args: &[&str]) -> Said {
+        said(self.command(args))
+    }
+
+    /// kiln where the server can be reached.
+    fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("nsenter");
         command
             .args(["-t", &self.holder.id().to_string(), "-n", "-m", "--"])
@@ -153,7 +166,7 @@ impl World {
             .env("KILN_HOME", &self.kiln.home)
             .env("NO_COLOR", "1")
             .stdin(Stdio::null());
-        said(command)
+        command
     }
 
     fn git(&self, repository: &str, args: &[&str]) -> String {
@@ -166,6 +179,15 @@ impl World {
             .env("GIT_CONFIG_NOSYSTEM", "1")
             .env("GIT_CONFIG_GLOBAL", "/dev/null");
         run(&mut command)
+    }
+
+    /// What the host noted about a build's commit.
+    fn observed(&self, result: &Path) -> serde_json::Value {
+        let json = |path: &Path| -> serde_json::Value {
+            serde_json::from_slice(&std::fs::read(path).expect("file")).expect("JSON")
+        };
+        let job = json(result)["job"].as_str().expect("job").to_owned();
+        json(&self.kiln.home.join("jobs").join(job).join("observed.json"))["git"].clone()
     }
 
     fn checkouts(&self) -> usize {
@@ -205,11 +227,7 @@ fn a_commit_becomes_an_image() {
         std::fs::create_dir_all(path.parent().expect("parent")).expect("dir");
         std::fs::write(path, text).expect("write");
     };
-    file(
-        "Dockerfile",
-        "FROM node:20-slim\nWORKDIR /shop\nCOPY . .\nCMD [\"cat\", \"words\"]\n",
-    );
-    file("words", "the first\n");
+    file("words", "the words\n");
     file("bin/run", "#!/bin/sh\n");
     let mode = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(world.at("shop.git/bin/run"), mode).expect("mode");
@@ -218,33 +236,96 @@ fn a_commit_becomes_an_image() {
     world.git("shop.git", &["add", "-A"]);
     world.git("shop.git", &["commit", "-q", "-m", "one"]);
     let first = world.git("shop.git", &["rev-parse", "HEAD"]);
-    file("words", "the second\n");
-    world.git("shop.git", &["commit", "-q", "-a", "-m", "two"]);
+    let base = "registry.kiln.internal/shared/node:20-run";
+    file(
+        "Dockerfile",
+        &format!("FROM {base}\nWORKDIR /shop\nCOPY . .\nCMD [\"cat\", \"words\"]\n"),
+    );
+    world.git("shop.git", &["add", "-A"]);
+    world.git("shop.git", &["commit", "-q", "-m", "two"]);
     let second = world.git("shop.git", &["rev-parse", "HEAD"]);
     world.git("shop.git", &["tag", "-a", "-m", "words", "v2"]);
 
+    // An older commit, by its id: checked out, and then there is nothing that says how to build it.
     let url = format!("https://{HOST}/shop.git");
-    let missing = world.kiln(&["build", &format!("{url}#nowhere")]).exits(2);
-    missing.says("couldn't find remote ref nowhere");
-    let refused = world
-        .kiln(&["build", &format!("https://{OTHER_HOST}/shop.git")])
-        .exits(4);
-    refused.says(OTHER_HOST).says("exception");
-    world
-        .kiln(&["build", &format!("https://{HOST}/nothing.git")])
-        .exits(2)
-        .says("not found");
+    let older = world.kiln(&["build", &format!("{url}#{first}")]).exits(2);
+    older
+        .says(&format!("is commit {first} (3 files"))
+        .says("nothing here says how to build it");
 
-    for (reference, commit, words) in [
-        (first.as_str(), &first, "the first"),
-        ("v2", &second, "the second"),
-    ] {
-        let built = world
-            .kiln(&["build", &format!("{url}#{reference}"), "--tag", "it-git"])
-            .exits(0);
-        built.says(&format!("is commit {commit}"));
-        let ran = world.kiln(&["run", "--image", "it-git"]).exits(0);
-        assert_eq!(ran.out.trim_end_matches('\n'), words);
-    }
+    let (source, result) = (format!("{url}#v2"), world.at("result.json"));
+    let args = [
+        "build",
+        &source,
+        "--tag",
+        "it-git",
+        "--result",
+        path(&result),
+    ];
+    world
+        .kiln(&args)
+        .exits(0)
+        .says(&format!("is commit {second}"));
+    let observed = world.observed(&result);
+    assert_eq!(
+        (&observed["url"], &observed["reference"]),
+        (&url.as_str().into(), &"v2".into())
+    );
+    assert_eq!(observed["commit"], second.as_str());
+    assert_eq!(
+        observed["tree"],
+        world
+            .git("shop.git", &["rev-parse", "HEAD^{tree}"])
+            .as_str()
+    );
+    let ran = world.kiln(&["run", "--image", "it-git"]).exits(0);
+    assert_eq!(ran.out, "the words\n");
+    assert_eq!(world.checkouts(), 0, "nothing is left behind");
+}
+
+#[test]
+fn what_cannot_be_fetched_is_told() {
+    let Some(world) = World::new() else { return };
+    std::fs::create_dir(world.at("shop.git")).expect("dir");
+    world.git("shop.git", &["init", "-q", "-b", "main"]);
+    world.git("shop.git", &["commit", "-q", "--allow-empty", "-m", "one"]);
+    let fails = |repository: &str, code: i32, words: &[&str]| {
+        let said = world
+            .kiln(&["build", &format!("https://{repository}")])
+            .exits(code);
+        words.iter().fold(said, |said, text| said.says(text));
+    };
+    fails(
+        &format!("{HOST}/shop.git#nowhere"),
+        2,
+        &["couldn't find remote ref nowhere"],
+    );
+    fails(&format!("{HOST}/nothing.git"), 2, &["not found"]);
+    fails(
+        &format!("{OTHER_HOST}/shop.git"),
+        4,
+        &[OTHER_HOST, "exception"],
+    );
+    fails(
+        &format!("{HOST}/moved.git"),
+        4,
+        &[OTHER_HOST, "the URL's own host alone"],
+    );
+    let tree = world.git("shop.git", &["rev-parse", "HEAD^{tree}"]);
+    fails(&format!("{HOST}/shop.git#{tree}"), 2, &["commit"]);
+
+    let mut command = world.command(&["build", &format!("https://{HOST}/silent.git")]);
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("kiln starts");
+    let waiting = Started { child };
+    until("the fetch to begin", || {
+        world.at("asked").exists().then_some(())
+    });
+    assert_eq!(world.checkouts(), 2, "a folder and its lock");
+    waiting.signal("INT");
+    waiting.end().exits(130);
     assert_eq!(world.checkouts(), 0, "nothing is left behind");
 }
