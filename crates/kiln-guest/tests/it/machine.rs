@@ -52,6 +52,18 @@ async fn commands_run_and_end() {
         .ok()
     );
 
+    // A command inherits three descriptors (and `ls` opens one), no blocked and no ignored signal.
+    let clean = sh(
+        &session,
+        "ls /proc/self/fd; grep -E 'SigBlk|SigIgn' /proc/self/status",
+    )
+    .await;
+    let zero = "0000000000000000";
+    assert_eq!(
+        clean.ok(),
+        format!("0\n1\n2\n3\nSigBlk:\t{zero}\nSigIgn:\t{zero}\n")
+    );
+
     let ran = sh(&session, "echo out; echo err >&2; exit 7").await;
     assert_eq!((ran.out.as_str(), ran.err.as_str()), ("out\n", "err\n"));
     assert_eq!(ran.exit.unwrap().code, Some(7));
