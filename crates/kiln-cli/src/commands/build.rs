@@ -75,7 +75,9 @@ pub(super) async fn run(args: BuildArgs, screen: Screen, cancel: CancellationTok
     drop(events);
     let _screen_ended = follow.await;
     let result = finish(&log, end, screen)?;
-    output.deliver(&operator, &result, &args, screen).await?;
+    output
+        .deliver(&operator, &result, &args, screen, &cancel)
+        .await?;
     Ok(0)
 }
 

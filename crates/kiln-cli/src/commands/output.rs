@@ -7,7 +7,9 @@ use kiln_core::ImageRef;
 use kiln_store::image::{ArchiveFormat, Verify, export, verify};
 use kiln_store::registry::RepoName;
 use kiln_worker::build::BuildReport;
+use kiln_worker::failure::Failure;
 use tokio::io::AsyncWriteExt as _;
+use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
 use crate::args::BuildArgs;
@@ -48,6 +50,7 @@ impl Output {
         report: &BuildReport,
         args: &BuildArgs,
         screen: Screen,
+        cancel: &CancellationToken,
     ) -> Result<()> {
         if let Some(file) = &args.result {
             let text = serde_json::to_vec_pretty(report).or_infrastructure()?;
@@ -97,7 +100,14 @@ impl Output {
             load(&registry.host, &repo, &image, &reference, screen).await?;
         }
         if let Some(target) = &args.push {
-            super::push::push(operator, &registry.host, &repo, &image, target, screen).await?;
+            let push = super::push::push(operator, &registry.host, &repo, &image, target, screen);
+            tokio::select! {
+                pushed = push => pushed?,
+                () = cancel.cancelled() => {
+                    return Err(CliError::from_failure(Failure::cancelled())
+                        .hint("the image stays in kiln's own registry"));
+                }
+            }
         }
         Ok(())
     }

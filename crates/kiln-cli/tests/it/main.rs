@@ -7,5 +7,6 @@ mod build;
 mod faults;
 mod git;
 mod input;
+mod push;
 mod run;
 mod support;
