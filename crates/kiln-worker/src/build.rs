@@ -402,7 +402,9 @@ impl Job<'_> {
                 .unwrap_or_default()
         );
         let killed = all.contains("exit code: 137") || all.contains("signal: killed");
-        if attempt.services.oom_kills() > 0 && (killed || exit.oom) {
+        // BuildKit's words for a step whose cgroup had a process killed for memory.
+        let said_so = all.contains("did not complete successfully: cannot allocate memory");
+        if said_so || (attempt.services.oom_kills() > 0 && (killed || exit.oom)) {
             return Failure::new(
                 FailureClass::OutOfMemory,
                 step_message(solve, "ran out of memory"),

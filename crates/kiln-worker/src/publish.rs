@@ -11,6 +11,9 @@ use crate::build::QUARANTINE_TAG;
 use crate::failure::Failure;
 use crate::registry::RegistryAccess;
 
+/// Owners of the registry that may end while one image is read.
+const OWNERS_MAX: u32 = 4;
+
 /// What was published.
 #[derive(Clone, Debug)]
 pub struct Published {
@@ -64,7 +67,7 @@ pub async fn verify_and_tag(
         )));
     }
     let asked = Verify::image(repo.clone(), manifest);
-    let image = verify(&registry.host, &asked)
+    let image = read_image(registry, &asked)
         .await
         .map_err(|error| verify_failure(&error))?;
     check_base(registry, build, &image).await?;
@@ -103,6 +106,20 @@ pub async fn verify_and_tag(
     })
 }
 
+/// Reads an image in full. The process that owns the registry may end in the middle; its successor has the same bytes.
+pub(crate) async fn read_image(
+    registry: &RegistryAccess,
+    asked: &Verify,
+) -> Result<VerifiedImage, VerifyError> {
+    let mut owners = 1;
+    loop {
+        match verify(&registry.host, asked).await {
+            Err(VerifyError::Stream { .. }) if owners < OWNERS_MAX => owners += 1,
+            done => return done,
+        }
+    }
+}
+
 /// The image must stand on one of the bases the host resolved, unless its Dockerfile starts from nothing.
 async fn check_base(
     registry: &RegistryAccess,
@@ -122,7 +139,7 @@ async fn check_base(
             rehash: false,
             ..Verify::image(repo, digest)
         };
-        let base = verify(&registry.host, &asked)
+        let base = read_image(registry, &asked)
             .await
             .map_err(|error| Failure::infrastructure(&error))?;
         if image.config.diff_ids.starts_with(&base.config.diff_ids) {

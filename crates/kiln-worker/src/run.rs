@@ -223,7 +223,8 @@ async fn in_machine(
     let exit = result?;
     if exit.oom {
         return Err(Failure {
-            command_code: exit.code,
+            // As a shell has it: 128 and the signal's number.
+            command_code: exit.code.or(exit.signal.map(|signal| 128 + signal)),
             ..Failure::new(FailureClass::OutOfMemory, "the command ran out of memory")
                 .hint("give it more with --memory")
         });

@@ -76,6 +76,9 @@ pub async fn ensure(
     .map_err(|error| Failure::infrastructure(&error))?
     .map_err(io)?;
     if let Some(disk) = sound(&dir, image.manifest) {
+        // The time of the last use, for pruning; a store that cannot be written still serves.
+        let _read_only = File::open(dir.join("meta.json"))
+            .and_then(|file| file.set_modified(std::time::SystemTime::now()));
         return Ok(Unpacked { disk });
     }
     let what = format!(
@@ -89,7 +92,13 @@ pub async fn ensure(
             detail: String::new(),
         })
         .await;
-    let made = make(host, registry, repo, image, job, events).await?;
+    // The process that owns the registry may end in the middle of a layer: its successor has the same bytes.
+    let made = match make(host, registry, repo, image, job, events).await {
+        Err(failure) if failure.class == FailureClass::Infrastructure => {
+            make(host, registry, repo, image, job, events).await?
+        }
+        made => made?,
+    };
     let bytes = fs::metadata(&made).map_err(io)?.len();
     let file = File::open(&made).map_err(io)?;
     file.sync_all().map_err(io)?;

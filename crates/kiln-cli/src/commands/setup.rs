@@ -54,7 +54,10 @@ async fn all(
         operator = Operator::load()?;
     }
     bases(&operator, &args.recipe, events, cancel).await?;
-    shared_head_and_templates(&operator, events, cancel).await
+    shared_head_and_templates(&operator, events, cancel).await?;
+    // A host without npm or pip knows its registries only by what the tools in the bases say.
+    super::registries::ask_bases(&Operator::load()?, events).await?;
+    Ok(())
 }
 
 /// Bakes the machine image with the guest beside this program, or the one that is named.
