@@ -97,14 +97,16 @@ fn dockerfile_with_args_stages_heredoc_secret_and_cache_mount() {
     let Some(kiln) = kiln() else { return };
     let dockerfile = r#"# syntax=docker/dockerfile:1
 ARG TAG=3.13
-FROM python:${TAG} AS one
+FROM registry.kiln.internal/shared/python:${TAG}-run AS one
+USER root
 RUN --mount=type=cache,target=/cache echo kept > /cache/file
 RUN --mount=type=secret,id=token test "$(wc -c < /run/secrets/token)" = 6
 RUN <<END
 set -e
 echo heredoc > /made
 END
-FROM python:3.13-slim
+FROM registry.kiln.internal/shared/python:3.13-run
+USER root
 COPY --from=one /made /made
 ARG WORD=none
 ENV WORD=$WORD
@@ -131,7 +133,7 @@ fn an_image_leaves_as_an_archive_that_skopeo_reads() {
     let Some(kiln) = kiln() else { return };
     let dir = app(&[(
         "Dockerfile",
-        "FROM python:3.13-slim\nLABEL a=b\nRUN echo x > /x\n",
+        "FROM registry.kiln.internal/shared/python:3.13-run\nUSER root\nLABEL a=b\nRUN echo x > /x\n",
     )]);
     let out = tempfile::tempdir().expect("temp dir");
     let file = out.path().join("image.tar");
@@ -157,7 +159,7 @@ fn builds_side_by_side_share_everything_without_harm() {
         .map(|number| {
             let kiln = kiln.clone();
             std::thread::spawn(move || {
-                let text = format!("FROM python:3.13-slim\nRUN echo {number} > /number\nCMD [\"cat\", \"/number\"]\n");
+                let text = format!("FROM registry.kiln.internal/shared/python:3.13-run\nUSER root\nRUN echo {number} > /number\nCMD [\"cat\", \"/number\"]\n");
                 let dir = app(&[("Dockerfile", &text)]);
                 let tag = format!("it-parallel-{number}");
                 kiln.build(dir.path(), &tag, &[]);

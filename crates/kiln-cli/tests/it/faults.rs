@@ -5,7 +5,7 @@ use crate::support::{Said, app, kiln, path, until};
 /// Builds a Dockerfile on the Python base that does this, with these options.
 fn build(run: &str, more: &[&str]) -> Option<Said> {
     let kiln = kiln()?;
-    let text = format!("FROM python:3.13-slim\nUSER root\n{run}\n");
+    let text = format!("FROM registry.kiln.internal/shared/python:3.13-run\nUSER root\n{run}\n");
     let dir = app(&[("Dockerfile", &text)]);
     let mut args = vec!["build", path(dir.path()), "--tag", "it-fault"];
     args.extend(more);
@@ -56,8 +56,7 @@ fn a_fork_bomb_is_bounded_and_ends_with_the_step() {
 #[test]
 fn a_flood_of_output_is_cut_honestly() {
     let Some(kiln) = kiln() else { return };
-    let text =
-        "FROM python:3.13-slim\nRUN head -c 60000000 /dev/zero | tr '\\\\0' x | fold -w 200\n";
+    let text = "FROM registry.kiln.internal/shared/python:3.13-run\nUSER root\nRUN head -c 60000000 /dev/zero | tr '\\\\0' x | fold -w 200\n";
     let dir = app(&[("Dockerfile", text)]);
     let built = kiln.build(dir.path(), "it-flood", &[]);
     let log = kiln

@@ -76,7 +76,7 @@ fn odd_file_names_work_and_non_utf8_ones_are_listed() {
     let dir = app(&[
         (
             "Dockerfile",
-            "FROM python:3.13-slim\nCOPY . /all\nRUN [\"python3\", \"-c\", \"open('/all/new\\\\nline')\"]\n",
+            "FROM registry.kiln.internal/shared/python:3.13-run\nUSER root\nCOPY . /all\nRUN [\"python3\", \"-c\", \"open('/all/new\\\\nline')\"]\n",
         ),
         ("new\nline", "x"),
         (&long, "y"),
