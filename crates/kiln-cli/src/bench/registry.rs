@@ -68,8 +68,8 @@ fn tell(samples: &[Sample], report: &mut Report) {
     let seconds = Duration::from_secs_f64;
     for sample in samples {
         let name = &sample.registry;
-        report.time(&format!("{name}: push 1 GB"), None, seconds(sample.push_s));
-        report.time(&format!("{name}: pull 1 GB"), None, seconds(sample.pull_s));
+        report.time(&format!("{name}: push"), None, seconds(sample.push_s));
+        report.time(&format!("{name}: pull"), None, seconds(sample.pull_s));
         let promise = (name != DEBIAN).then_some(Promise::EachAtMost(64e6));
         #[expect(clippy::cast_precision_loss, reason = "a process's bytes fit a double")]
         let peak = (sample.peak_memory_kib * 1024) as f64;
@@ -82,13 +82,13 @@ fn tell(samples: &[Sample], report: &mut Report) {
         if let Some(theirs) = theirs {
             let most = Some(Promise::MedianAtMost(1.0));
             report.add(
-                "push: kiln / docker-registry",
+                "push / docker-registry",
                 Unit::Ratio,
                 most,
                 ours.push_s / theirs.push_s,
             );
             report.add(
-                "pull: kiln / docker-registry",
+                "pull / docker-registry",
                 Unit::Ratio,
                 most,
                 ours.pull_s / theirs.pull_s,
