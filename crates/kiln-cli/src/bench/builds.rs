@@ -154,7 +154,7 @@ impl<'a> Building<'a> {
             .build(report, "first", most(45.0), &["--no-cache"])
             .await?;
         if let Some(ms) = first.first_run_ms {
-            let name = format!("{}: to the first RUN", self.app.name);
+            let name = format!("{}: to first RUN", self.app.name);
             report.time(&name, most(1.5), Duration::from_millis(ms));
         }
         let name = format!("{}: image", self.app.name);
