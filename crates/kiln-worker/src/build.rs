@@ -44,6 +44,8 @@ pub const CONTEXT_BYTES_MAX: u64 = 8 << 30;
 pub const CONTEXT_ENTRIES_MAX: u64 = 500_000;
 /// Name of the context and Dockerfile trees in the guest. Stable, so that BuildKit recognises unchanged files.
 const TREE_NAME: &str = "build";
+/// Times one image is pushed at most.
+const PUSHES_MAX: u32 = 4;
 /// Tag the guest pushes in its quarantine.
 pub const QUARANTINE_TAG: &str = "image";
 
@@ -379,17 +381,28 @@ impl Job<'_> {
         })
     }
 
+    /// Runs BuildKit; pushes again when the registry's owner ended in the middle of an upload, with every step in the cache.
     async fn solve(&self, attempt: &Attempt, paths: &TreePaths) -> Result<Solve, Failure> {
-        let tell = async |event: Event| {
-            self.input.log.event(&event);
-            self.events.tell(event).await;
-        };
-        let (exit, solve) =
-            buildkit::solve(&attempt.session, self.buildctl(paths), 0, tell).await?;
-        if exit.code == Some(0) {
-            return Ok(solve);
+        let mut pushes = 0;
+        loop {
+            let tell = async |event: Event| {
+                self.input.log.event(&event);
+                self.events.tell(event).await;
+            };
+            let (exit, solve) =
+                buildkit::solve(&attempt.session, self.buildctl(paths), 0, tell).await?;
+            if exit.code == Some(0) {
+                return Ok(solve);
+            }
+            pushes += 1;
+            if pushes < PUSHES_MAX && lost_its_upload(&solve) {
+                self.events
+                    .note("the kiln process that served the registry ended; pushing again")
+                    .await;
+                continue;
+            }
+            return Err(self.build_failure(attempt, &solve, &exit));
         }
-        Err(self.build_failure(attempt, &solve, &exit))
     }
 
     fn build_failure(&self, attempt: &Attempt, solve: &Solve, exit: &Exit) -> Failure {
@@ -532,6 +545,14 @@ impl Job<'_> {
 struct TreePaths {
     context: String,
     dockerfile: String,
+}
+
+/// The registry's own words for an upload whose session ended with the process that held it.
+fn lost_its_upload(solve: &Solve) -> bool {
+    let lost =
+        |text: &str| text.contains("failed to push") && text.contains("upload session is unknown");
+    solve.steps().iter().any(|step| lost(&step.error))
+        || solve.other_lines.iter().any(|line| lost(line))
 }
 
 fn step_message(solve: &Solve, what: &str) -> String {

@@ -103,7 +103,11 @@ async fn work(
         Err(error) => return failed(error),
     };
     let lease = host.lease(&input.request.id, &input.request.tenant, timeout_ms);
-    kiln_worker::build::run(&host, &registry, input, lease, events, cancel).await
+    let end = kiln_worker::build::run(&host, &registry, input, lease, events, cancel).await;
+    if !cancel.is_cancelled() {
+        registry.let_others_finish().await;
+    }
+    end
 }
 
 /// Writes the record, shows the result.
