@@ -107,7 +107,10 @@ pub async fn verify_and_tag(
 }
 
 /// Reads an image in full. The process that owns the registry may end in the middle; its successor has the same bytes.
-pub(crate) async fn read_image(
+///
+/// # Errors
+/// See [`VerifyError`].
+pub async fn read_image(
     registry: &RegistryAccess,
     asked: &Verify,
 ) -> Result<VerifiedImage, VerifyError> {

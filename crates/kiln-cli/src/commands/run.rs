@@ -8,7 +8,7 @@ use kiln_core::{
     FailureClass, ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, TenantName, Verdict,
 };
 use kiln_proto::msg::{ContainerSpec, Exit, TtySize};
-use kiln_store::image::{Select, VerifiedImage, Verify, verify};
+use kiln_store::image::{Select, VerifiedImage, Verify};
 use kiln_store::registry::{Reference, RepoName};
 use kiln_worker::event::Events;
 use kiln_worker::failure::Failure;
@@ -54,11 +54,21 @@ pub(super) async fn run(args: RunArgs, screen: Screen, cancel: CancellationToken
     let (events, receiver) = Events::channel();
     // A run's own output belongs to the user: progress is shown only until the command starts.
     let follow = tokio::spawn(screen.follow_quietly(receiver));
-    let image = match &args.image {
-        None => None,
-        Some(image) => {
-            Some(prepare_image(&operator, &host, image, &args, &env, &id, &events).await?)
+    let preparing = async {
+        match &args.image {
+            None => Ok(None),
+            Some(image) => prepare_image(&operator, &host, image, &args, &env, &id, &events)
+                .await
+                .map(Some),
         }
+    };
+    let prepared = tokio::select! {
+        prepared = preparing => prepared,
+        () = cancel.cancelled() => Err(CliError::from_failure(Failure::cancelled())),
+    };
+    let image = match prepared {
+        Ok(image) => image,
+        Err(error) => return Err(not_started(&log, error)),
     };
     let request = JobRequest {
         id: id.clone(),
@@ -132,6 +142,18 @@ async fn attach(
     }
     drop(raw);
     Ok(end)
+}
+
+/// Ends the record of a run that never started, with the reason its user is told.
+fn not_started(log: &JobLog, error: CliError) -> CliError {
+    let failure = error.into_failure();
+    let outcome = Outcome {
+        verdict: failure.verdict(),
+        phases_ms: Vec::new(),
+    };
+    // A record that cannot be written is the smaller trouble.
+    let _not_kept = log.finish(outcome, None, None, serde_json::Value::Null);
+    CliError::from_failure(failure)
 }
 
 fn finish(log: &JobLog, end: RunEnd, cancel: &CancellationToken, screen: Screen) -> Result<u8> {
@@ -244,7 +266,9 @@ async fn find(registry: &RegistryAccess, full: &ImageRef) -> Result<(RepoName, V
         select: Select::LinuxAmd64,
         ..Verify::image(repo.clone(), digest)
     };
-    let image = verify(&registry.host, &asked).await.or_infrastructure()?;
+    let image = kiln_worker::publish::read_image(registry, &asked)
+        .await
+        .or_infrastructure()?;
     Ok((repo, image))
 }
 
