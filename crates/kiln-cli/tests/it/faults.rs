@@ -58,7 +58,7 @@ fn a_flood_of_output_is_cut_honestly() {
     let Some(kiln) = kiln() else { return };
     let text = "FROM registry.kiln.internal/shared/python:3.13-run\nUSER root\nRUN head -c 60000000 /dev/zero | tr '\\\\0' x | fold -w 200\n";
     let dir = app(&[("Dockerfile", text)]);
-    let built = kiln.build(dir.path(), "it-flood", &[]);
+    let built = kiln.build(dir.path(), "it-flood", &["--no-cache"]);
     let log = kiln
         .run(&["job", "logs", built["job"].as_str().expect("job")])
         .exits(0);
