@@ -134,7 +134,8 @@ pub async fn call(
 ) -> Result<OrderReply, CallError> {
     within(what, after, async {
         let mut stream = open(session, what, kind::CALL, order).await?;
-        stream.shutdown().await.map_err(gone(what))?;
+        // A guest that answered already has let go of the stream: then only its answer counts.
+        let _answered_already = stream.shutdown().await;
         let reply: CallResult = codec::read_msg(&mut stream, REPLY_BYTES_MAX)
             .await
             .map_err(codec_error(what))?;
@@ -205,7 +206,7 @@ pub async fn put_tree(
                     return Err(CallError::Source(error));
                 }
                 if sent.is_ok() {
-                    to_guest.shutdown().await.map_err(gone(what))?;
+                    let _answered_already = to_guest.shutdown().await;
                 }
             }
         }
@@ -230,8 +231,10 @@ pub async fn put_file(
             bytes_max: bytes.len() as u64,
         };
         let mut stream = open(session, what, kind::PUT_FILE, &order).await?;
-        stream.write_all(bytes).await.map_err(gone(what))?;
-        stream.shutdown().await.map_err(gone(what))?;
+        // A guest that refuses may answer before it has taken everything: its answer says more than the broken stream.
+        if stream.write_all(bytes).await.is_ok() {
+            let _answered_already = stream.shutdown().await;
+        }
         let reply: Result<TreeReport, GuestError> = codec::read_msg(&mut stream, REPLY_BYTES_MAX)
             .await
             .map_err(codec_error(what))?;
