@@ -1,9 +1,9 @@
 //! `kiln run` without an image: a clean machine, nothing reachable, the command's own exit code.
 
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::Stdio;
 
-use crate::support::{kiln, until};
+use crate::support::kiln;
 
 #[test]
 fn output_and_exit_code_are_the_commands_own() {
@@ -63,9 +63,12 @@ fn nothing_is_reachable_and_refusals_are_named() {
 #[test]
 fn interrupt_cancels_cleanly_and_leaves_nothing() {
     let Some(kiln) = kiln() else { return };
-    let mut running = kiln.start(&["run", "--", "sh", "-c", "echo started; sleep 600"]);
-    let mut first = [0; 8];
-    std::io::Read::read_exact(running.child.stdout.as_mut().expect("piped"), &mut first)
+    // The machine's host name is its name on the host.
+    let mut running = kiln.start(&["run", "--", "sh", "-c", "hostname; sleep 600"]);
+    let mut name = String::new();
+    let stdout = running.child.stdout.as_mut().expect("piped");
+    BufReader::new(stdout)
+        .read_line(&mut name)
         .expect("started");
     let since = std::time::Instant::now();
     running.signal("INT");
@@ -74,15 +77,9 @@ fn interrupt_cancels_cleanly_and_leaves_nothing() {
         since.elapsed() < std::time::Duration::from_secs(10),
         "{said:?}"
     );
-    let machines = kiln.home.join("machines");
-    until("the machine's directory to go", || {
-        let left = std::fs::read_dir(&machines)
-            .ok()?
-            .flatten()
-            .filter(|e| e.path().is_dir())
-            .count();
-        Some(left).filter(|_| true)
-    });
+    assert!(name.trim().ends_with("-run"), "{name:?}");
+    let dir = kiln.home.join("machines").join(name.trim());
+    assert!(!dir.exists(), "left behind: {}", dir.display());
 }
 
 #[test]
