@@ -1,10 +1,19 @@
 #!/usr/bin/env bash
 # Installs what kiln needs from Debian packages, and checks for Rust and Go. The only step that needs root.
 # Usage: scripts/bootstrap.sh [--test]    --test also installs what the test suite compares itself with.
+#
+# Writes nothing outside the checkout but packages: apt's words go to target/set-up.log, the names of packages that were
+# installed here to target/installed-packages (`make uninstall` says them). May be stopped and started again at any moment.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 
-say() { printf '\033[1mkiln set-up:\033[0m %s\n' "$*" >&2; }
-fail() { printf 'kiln set-up: %s\n' "$*" >&2; exit 2; }
+say() { printf '%skiln set-up:%s %s\n' "$bold" "$plain" "$*" >&2; }
+fail() {
+  printf 'kiln set-up: %s\n' "$*" >&2
+  exit 2
+}
+bold='' plain=''
+[ -t 2 ] && [ -z "${NO_COLOR:-}" ] && bold=$'\033[1m' plain=$'\033[0m'
 
 [ -r /etc/os-release ] || fail "this script knows Debian 12 and 13; see docs/guides/install.md for the list of packages"
 # shellcheck disable=SC1091
@@ -15,7 +24,65 @@ case "${VERSION_CODENAME:-}" in
 esac
 [ "$(uname -m)" = x86_64 ] || fail "kiln runs on x86-64 hosts, not on $(uname -m)"
 
-packages=(qemu-system-x86 qemu-utils mmdebstrap e2fsprogs zstd xz-utils ca-certificates uidmap git make gcc libc6-dev curl)
+state=${CARGO_TARGET_DIR:-target}
+mkdir -p "$state"
+log=$state/set-up.log scratch=''
+
+# Marks a policy-rc.d of ours, so that one that a kill left behind is known and goes.
+readonly MARK='kiln set-up: no service starts while packages are installed'
+cleanup() {
+  [ -z "$scratch" ] || root rm -rf "$scratch"
+  if grep -qsF "$MARK" /usr/sbin/policy-rc.d; then root rm -f /usr/sbin/policy-rc.d; fi
+}
+root() {
+  if [ "$(id -u)" -eq 0 ]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"; else
+    fail "installing packages needs root: run this once as root, or install sudo"
+  fi
+}
+
+# One line for what apt-get does now, from its status lines (README.progress-reporting of apt); the rest goes to the log.
+show_progress() {
+  local line kind percent words shown=-9
+  while IFS= read -r line; do
+    case "$line" in dlstatus:* | pmstatus:*) ;; *)
+      printf '%s\n' "$line" >>"$log"
+      continue
+      ;;
+    esac
+    IFS=: read -r kind _ percent words <<<"$line"
+    case "$kind" in dlstatus) kind='download' ;; *) kind='install' ;; esac
+    if [ -t 2 ]; then
+      printf '\r\033[K   %s %3.0f %% %.60s' "$kind" "$percent" "$words" >&2
+    elif [ $((SECONDS - shown)) -ge 5 ]; then
+      printf '   %s %3.0f %% %s\n' "$kind" "$percent" "$words" >&2
+      shown=$SECONDS
+    fi
+  done
+  if [ -t 2 ]; then printf '\r\033[K' >&2; fi
+}
+apt_options=(-q -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 -o APT::Status-Fd=1 -o APT::Keep-Downloaded-Packages=false)
+apt() {
+  printf '\n# apt-get %s\n' "$*" >>"$log"
+  if ! root env DEBIAN_FRONTEND=noninteractive apt-get "${apt_options[@]}" "$@" 2>&1 </dev/null | show_progress; then
+    tail -n 15 "$log" >&2
+    return 1
+  fi
+}
+updated=''
+apt_update() {
+  [ -z "$updated" ] || return 0
+  apt update || fail "apt-get update failed (above, and in $log): is the network there? Run this again to go on"
+  updated=yes
+}
+# Takes packages from this release alone, when it is named.
+release=()
+install_packages() {
+  apt_update
+  printf '%s\n' "$@" >>"$state/installed-packages"
+  apt install --no-install-recommends "${release[@]}" "$@"
+}
+
+packages=(qemu-system-x86 qemu-utils mmdebstrap e2fsprogs zstd xz-utils ca-certificates uidmap git make gcc libc6-dev)
 [ "${1:-}" = --test ] && packages+=(skopeo docker-registry)
 
 missing=()
@@ -30,62 +97,70 @@ qemu_new_enough() {
   set -- $version
   [ "${1:-0}" -gt 8 ] || { [ "${1:-0}" -eq 8 ] && [ "${2:-0}" -ge 2 ]; }
 }
+at_least() { [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
+rust_version() { rustc --version 2>/dev/null | awk '{sub(/-.*/, "", $2); print $2}'; }
+rust_ok() { command -v cargo >/dev/null && at_least 1.95.0 "$(rust_version)"; }
+# In a folder without go.mod, so that no toolchain is fetched to answer.
+go_version() { (cd / && go env GOVERSION 2>/dev/null) | sed -E 's/^go//'; }
+go_ok() { command -v go >/dev/null && at_least 1.21 "$(go_version)"; }
 
-root() {
-  if [ "$(id -u)" -eq 0 ]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"; else
-    fail "installing packages needs root: run this once as root, or install sudo"
-  fi
+# Debian 12's own QEMU lacks file: migration and its Go is too old: backports have both. They are used for this installation
+# alone, from the mirror this host uses, unless the host has them among its sources.
+use_backports() {
+  release=(-t bookworm-backports)
+  [ -z "$scratch" ] || return 0
+  local indexes site
+  indexes=$(apt-get indextargets --format '$(SITE)|$(RELEASE)' 'Created-By: Packages' 2>/dev/null || true)
+  if grep -q '|bookworm-backports$' <<<"$indexes"; then return; fi
+  site=$(sed -n 's/|bookworm$//p' <<<"$indexes" | head -n 1)
+  [ -n "$site" ] || fail "no Debian 12 mirror is configured in /etc/apt"
+  say "Debian's backports are used for this installation only; add them to /etc/apt to get their updates"
+  scratch=$(mktemp -d)
+  chmod 755 "$scratch"
+  mkdir -p "$scratch/sources" "$scratch/lists/partial"
+  cp -a /etc/apt/sources.list.d/. "$scratch/sources/" 2>/dev/null || true
+  printf 'deb %s bookworm-backports main\n' "$site" >"$scratch/sources/kiln-backports.list"
+  apt_options+=(-o "Dir::Etc::SourceParts=$scratch/sources" -o "Dir::State::Lists=$scratch/lists")
+  updated=''
 }
-apt() { root env DEBIAN_FRONTEND=noninteractive apt-get -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 -qq "$@"; }
 
+if [ "${#missing[@]}" -gt 0 ] || ! qemu_new_enough || ! rust_ok || ! go_ok; then
+  root true
+  trap cleanup EXIT
+  trap 'exit 130' INT TERM HUP
+  : >"$log"
+  # A run that was stopped in the middle of an installation left packages half-way.
+  root dpkg --configure -a >>"$log" 2>&1 </dev/null || true
+fi
 if [ "${#missing[@]}" -gt 0 ] || ! qemu_new_enough; then
-  say "installing ${missing[*]:-a newer QEMU} (about a minute)"
-  # The test suite starts its own registry; the packaged service must not take a port.
-  if [ ! -e /usr/sbin/policy-rc.d ]; then
-    printf '#!/bin/sh\nexit 101\n' | root tee /usr/sbin/policy-rc.d >/dev/null
+  say "installing ${missing[*]:-a newer QEMU} (about a minute; $log has apt's words)"
+  if [ "$VERSION_CODENAME" = bookworm ] && ! qemu_new_enough; then use_backports; fi
+  if [ "${1:-}" = --test ] && [ ! -e /usr/sbin/policy-rc.d ]; then
+    # The test suite starts its own registry; the packaged service must not take a port.
+    printf '#!/bin/sh\n# %s\nexit 101\n' "$MARK" | root tee /usr/sbin/policy-rc.d >/dev/null
     root chmod 755 /usr/sbin/policy-rc.d
-    trap 'root rm -f /usr/sbin/policy-rc.d' EXIT
-  fi
-  apt update
-  release=()
-  if [ "$VERSION_CODENAME" = bookworm ] && ! qemu_new_enough; then
-    # QEMU 7.2 of Debian 12 lacks file: migration; the newer one is in backports, on the mirror this host already uses.
-    if ! apt-cache policy | grep -q bookworm-backports; then
-      uri=$(apt-get indextargets --format '$(SITE)|$(CODENAME)' 'Created-By: Packages' 2>/dev/null | sed -n 's/|bookworm$//p' | head -n 1)
-      [ -n "$uri" ] || fail "no Debian 12 mirror is configured in /etc/apt"
-      printf 'deb %s bookworm-backports main\n' "$uri" | root tee /etc/apt/sources.list.d/kiln-backports.list >/dev/null
-      apt update
-    fi
-    release=(-t bookworm-backports)
   fi
   qemu=() rest=()
   for package in "${missing[@]}"; do
     case "$package" in qemu-*) qemu+=("$package") ;; *) rest+=("$package") ;; esac
   done
   qemu_new_enough || qemu=(qemu-system-x86 qemu-utils)
-  [ "${#qemu[@]}" -eq 0 ] || apt install -y --no-install-recommends "${release[@]}" "${qemu[@]}"
-  [ "${#rest[@]}" -eq 0 ] || apt install -y --no-install-recommends "${rest[@]}"
+  [ "${#qemu[@]}" -eq 0 ] || install_packages "${qemu[@]}" || fail "QEMU could not be installed (above)"
+  release=()
+  [ "${#rest[@]}" -eq 0 ] || install_packages "${rest[@]}" || fail "packages could not be installed (above)"
 fi
 qemu_new_enough || fail "QEMU 8.2 or newer is needed; found: $(qemu-system-x86_64 --version 2>&1 | head -n 1)"
 
-at_least() { [ "$(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
-rust=$(rustc --version 2>/dev/null | awk '{print $2}' || true)
-if [ -z "$rust" ] || ! at_least 1.95.0 "${rust%%-*}"; then
+if ! rust_ok; then
   say "Rust 1.95 or newer is not on PATH: installing Debian's rustc-web and cargo-web"
-  apt update
-  apt install -y --no-install-recommends rustc-web cargo-web || fail "no new enough Rust: install it with rustup (https://rustup.rs), then run this again"
-  rust=$(rustc --version 2>/dev/null | awk '{print $2}' || true)
-  at_least 1.95.0 "${rust%%-*}" || fail "rustc ${rust:-none} is too old: install Rust 1.95 or newer with rustup"
+  release=()
+  install_packages rustc-web cargo-web || fail "no new enough Rust: install it with rustup (https://rustup.rs), then run this again"
+  rust_ok || fail "rustc $(rust_version) is too old: install Rust 1.95 or newer with rustup"
 fi
-go_ok() { command -v go >/dev/null && at_least 1.21 "$(go env GOVERSION 2>/dev/null | sed -E 's/^go//')"; }
 if ! go_ok; then
   say "Go 1.21 or newer is not on PATH: installing Debian's (it fetches the exact toolchain as a module)"
-  apt update
-  if [ "$VERSION_CODENAME" = bookworm ]; then
-    apt install -y --no-install-recommends -t bookworm-backports golang-go || apt install -y --no-install-recommends golang-go
-  else
-    apt install -y --no-install-recommends golang-go
-  fi
+  [ "$VERSION_CODENAME" != bookworm ] || use_backports
+  install_packages golang-go || fail "no new enough Go: install Go 1.21 or newer"
   go_ok || fail "no new enough Go: install Go 1.21 or newer"
 fi
-say "system packages are there: $(qemu-system-x86_64 --version | head -n 1), rustc $rust, $(go env GOVERSION)"
+say "system packages are there: $(qemu-system-x86_64 --version | sed -n '1s/ (.*//p'), rustc $(rust_version), go $(go_version)"

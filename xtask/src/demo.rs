@@ -57,6 +57,7 @@ struct Row {
 
 /// Runs the whole demonstration.
 pub(crate) fn run(binaries: &Binaries) -> Result<()> {
+    run::wait_on_interrupt()?;
     run::heading("set-up: machine image, bases, templates (skips what is there)");
     run::must(
         Command::new(&binaries.kiln)
@@ -165,6 +166,7 @@ impl Running {
     fn fetch(&mut self, port: u16) -> Result<String> {
         let deadline = Instant::now() + ANSWER_TIMEOUT;
         loop {
+            run::go_on()?;
             if let Some(status) = self.0.try_wait()? {
                 bail!("kiln run ended before the app answered: {status}");
             }
@@ -182,8 +184,15 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         // One interrupt, as a person would press Ctrl-C; then the process is waited for.
-        let pid = self.0.id().to_string();
-        let _ended_already = Command::new("kill").args(["-INT", &pid]).status();
+        if let Ok(None) = self.0.try_wait() {
+            let asked = i32::try_from(self.0.id())
+                .ok()
+                .and_then(rustix::process::Pid::from_raw)
+                .map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::INT));
+            if !matches!(asked, Some(Ok(()))) {
+                let _ended_already = self.0.kill();
+            }
+        }
         let _status = self.0.wait();
     }
 }

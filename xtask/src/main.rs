@@ -8,6 +8,7 @@ mod test;
 mod tidy;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
@@ -21,7 +22,24 @@ const HELP: &str = "cargo xtask <verb>
   demo      two apps from source to answering HTTP; --kiln PATH --guest PATH
 ";
 
-fn main() -> Result<()> {
+/// Exit code after Ctrl-C.
+const STOPPED: u8 = 130;
+
+fn main() -> ExitCode {
+    match verb() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<run::Interrupted>() => {
+            run::say(&format!("\n{error}"));
+            ExitCode::from(STOPPED)
+        }
+        Err(error) => {
+            run::say(&format!("error: {error:?}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn verb() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let verb = args.next().unwrap_or_default();
     let rest: Vec<String> = args.collect();

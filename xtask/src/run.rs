@@ -6,8 +6,40 @@
 )]
 
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 
 use anyhow::{Context, Result, bail};
+
+/// Set by Ctrl-C once [`wait_on_interrupt`] was called.
+static INTERRUPTED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
+
+/// What this person stopped, which is no failure of it.
+#[derive(Debug)]
+pub(crate) struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("stopped; start it again to go on from here")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// From now on Ctrl-C does not end this program: what it started gets Ctrl-C too, cleans up in its own way and is waited for.
+pub(crate) fn wait_on_interrupt() -> Result<()> {
+    signal_hook::flag::register(signal_hook::consts::SIGINT, INTERRUPTED.clone())
+        .context("could not watch for Ctrl-C")?;
+    Ok(())
+}
+
+/// Fails once Ctrl-C was pressed.
+pub(crate) fn go_on() -> Result<()> {
+    match INTERRUPTED.load(Ordering::Relaxed) {
+        true => Err(Interrupted.into()),
+        false => Ok(()),
+    }
+}
 
 /// The cargo that runs this, so that a toolchain override holds.
 pub(crate) fn cargo() -> Command {
@@ -35,6 +67,7 @@ pub(crate) fn must(command: &mut Command) -> Result<()> {
     let status = command
         .status()
         .with_context(|| format!("could not start {shown}"))?;
+    go_on()?;
     if !status.success() {
         bail!("{shown} failed: {status}");
     }

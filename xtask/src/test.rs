@@ -15,6 +15,7 @@ fn test_home() -> PathBuf {
 
 /// Every check and test.
 pub(crate) fn all(binaries: &Binaries) -> Result<()> {
+    run::wait_on_interrupt()?;
     run::heading("formatting, lints, arrows, budgets");
     run::must(run::cargo().args(["fmt", "--all", "--check"]))?;
     run::must(run::cargo().args([
