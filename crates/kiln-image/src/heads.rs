@@ -7,7 +7,11 @@
 //! with the machine room's tools before they commit. DESIGN "Rules", 5.
 //!
 //! On disk: `<root>/<scope>/HEAD` (JSON [`Head`] id), `<root>/<scope>/lock`,
-//! `<root>/<scope>/<id>/{meta.json, disk, pin}`.
+//! `<root>/<scope>/<id>/{meta.json, disk, pin, seen.json}`.
+//!
+//! Read next: `heads::sound` (what a build may fork).
+
+mod sound;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -16,6 +20,10 @@ use std::path::{Path, PathBuf};
 use kiln_core::Digest;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+
+pub use sound::Fork;
+
+use crate::sealed;
 
 /// Overlays above the shared disk before a commit has to flatten.
 pub const OVERLAYS_MAX: u32 = 4;
@@ -113,6 +121,14 @@ pub enum HeadError {
     },
 }
 
+impl HeadError {
+    /// Whether what is stored is damaged, rather than the filesystem failing.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged { .. } | Self::Corrupt { .. })
+    }
+}
+
 /// Keeps a head and everything below it from being pruned while it is in use.
 #[derive(Debug)]
 pub struct Pin {
@@ -183,6 +199,15 @@ impl HeadStore {
         self.dir(&head.scope, &head.id).join("disk")
     }
 
+    /// The disk of a head as a head's own overlay names it: relative, so that a home can be moved.
+    #[must_use]
+    pub fn name_below(&self, head: &Head) -> PathBuf {
+        Path::new("../..")
+            .join(&head.scope)
+            .join(&head.id)
+            .join("disk")
+    }
+
     /// Makes an overlay the scope's head, if `parent` still is what builds fork there.
     ///
     /// The order survives a crash at any point: the new directory is complete and synced before `HEAD` is
@@ -227,6 +252,7 @@ impl HeadStore {
         let to = dir.join("disk");
         fs::rename(candidate.file, &to).map_err(io_error("move a disk to", &to))?;
         make_read_only(&to)?;
+        sealed::remember(&to, disk, &dir.join(sound::NOTE));
         write_synced(&dir.join("pin"), b"")?;
         write_json(&dir.join("meta.json"), &head)?;
         write_synced(&scope_dir.join("HEAD"), head.id.as_bytes())?;
@@ -263,11 +289,12 @@ impl HeadStore {
     /// # Errors
     /// When the filesystem fails; the old head stays.
     pub fn seal_shared(&self, candidate: &Candidate<'_>) -> Result<Head, HeadError> {
-        match self.commit(SHARED, None, candidate)? {
-            Commit::Committed(head) => Ok(head),
-            Commit::LostRace { .. } => {
+        match self.commit(SHARED, None, candidate) {
+            Ok(Commit::Committed(head)) => Ok(head),
+            Err(error) if !error.is_damage() => Err(error),
+            Ok(Commit::LostRace { .. }) | Err(_) => {
                 let path = self.root.join(SHARED).join("HEAD");
-                fs::remove_file(&path).map_err(io_error("remove", &path))?;
+                self.forget(SHARED)?;
                 match self.commit(SHARED, None, candidate)? {
                     Commit::Committed(head) => Ok(head),
                     Commit::LostRace { .. } => Err(HeadError::Damaged {

@@ -8,3 +8,4 @@ pub mod dockerfile;
 pub mod git_tree;
 pub mod heads;
 pub mod plan;
+pub mod sealed;

@@ -178,3 +178,80 @@ fn damage_is_found_and_never_used() {
         Err(HeadError::Damaged { .. })
     ));
 }
+
+/// Changes a byte as a failing disk would, in a file that is sealed.
+fn rot(path: &Path) {
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o644)).expect("unseal");
+    let mut bytes = fs::read(path).expect("read");
+    bytes[0] ^= 1;
+    fs::write(path, bytes).expect("write");
+}
+
+/// A tenant's head on the shared one.
+fn own(f: &Fixture, text: &str) -> Head {
+    let overlay = file(&f.dir, text);
+    let commit = f.store.commit(
+        "local",
+        Some(&f.shared),
+        &candidate(&overlay, Some(&f.shared)),
+    );
+    committed(commit.expect("io"))
+}
+
+#[test]
+fn a_corrupt_head_of_a_tenant_is_forgotten_and_the_shared_one_taken() {
+    let f = fixture();
+    let head = own(&f, "own");
+    let fork = f.store.sound_to_fork("local", "v1").expect("read");
+    assert_eq!(fork.head.as_ref(), Some(&head));
+    assert!(fork.forgotten.is_none());
+    rot(&f.store.disk(&head));
+    let fork = f.store.sound_to_fork("local", "v1").expect("read");
+    assert_eq!(fork.head.as_ref(), Some(&f.shared));
+    assert!(
+        matches!(fork.forgotten, Some(HeadError::Corrupt { .. })),
+        "{fork:?}"
+    );
+    assert_eq!(
+        f.store.current("local").expect("read"),
+        None,
+        "never used again"
+    );
+    own(&f, "next");
+}
+
+#[test]
+fn a_tenants_broken_record_does_not_stop_its_builds() {
+    let f = fixture();
+    for broken in ["meta.json", "HEAD"] {
+        let head = own(&f, broken);
+        let scope = f.dir.path().join("heads/local");
+        let path = match broken {
+            "HEAD" => scope.join("HEAD"),
+            name => scope.join(&head.id).join(name),
+        };
+        fs::write(&path, "{").expect("write");
+        let fork = f.store.sound_to_fork("local", "v1").expect("read");
+        assert_eq!(fork.head.as_ref(), Some(&f.shared), "{broken}");
+        assert!(fork.forgotten.is_some(), "{broken}");
+    }
+}
+
+#[test]
+fn a_corrupt_shared_head_is_refused_under_every_tenant_and_made_again() {
+    let f = fixture();
+    own(&f, "own");
+    rot(&f.store.disk(&f.shared));
+    // The tenant's chain ends in the corrupt file, and so does the way around it.
+    let refused = f.store.sound_to_fork("local", "v1").expect_err("refused");
+    assert!(refused.is_damage(), "{refused}");
+    let after = f.store.sound_to_fork("local", "v1").expect("read");
+    assert!(after.head.is_none(), "never used: {after:?}");
+    let again = f
+        .store
+        .seal_shared(&candidate(&file(&f.dir, "again"), None))
+        .expect("sealed");
+    let fork = f.store.sound_to_fork("local", "v1").expect("read");
+    assert_eq!(fork.head, Some(again));
+}
