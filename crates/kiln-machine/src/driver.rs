@@ -36,7 +36,8 @@ pub trait Driver: Send + Sync + fmt::Debug {
     /// What this driver can do on this host.
     fn capabilities(&self) -> Capabilities;
 
-    /// Refuses a specification this driver cannot start, before any side effect.
+    /// Refuses a specification this driver cannot start, before any side effect. A template that does not fit it (any more) is
+    /// [`SpecRefused::Stale`]: remove it and make it again.
     ///
     /// # Errors
     /// The first thing that does not fit.
@@ -280,6 +281,9 @@ pub enum SpecRefused {
         /// Where it was looked for.
         path: PathBuf,
     },
+    /// The template was made of something else.
+    #[error("the template does not fit this machine: {0}")]
+    Stale(String),
     /// The driver lacks a power.
     #[error("this driver cannot: {0}")]
     Unsupported(&'static str),

@@ -56,6 +56,8 @@ pub struct QemuConfig {
     pub probe_boot: Option<BootSource>,
     /// Never use KVM.
     pub emulate: bool,
+    /// The KVM device.
+    pub kvm: PathBuf,
 }
 
 impl QemuConfig {
@@ -67,6 +69,7 @@ impl QemuConfig {
             program: None,
             probe_boot: None,
             emulate: false,
+            kvm: probe::DEVICE.into(),
         }
     }
 }
@@ -120,12 +123,12 @@ impl QemuDriver {
         spec: &MachineSpec,
         start: &Start,
     ) -> Result<Arc<dyn Machine>, LaunchError> {
-        self.validate(spec, start)?;
+        check_spec(spec, start)?;
         let verdict = self.verdict(Some(&spec.boot)).await;
         let host = launch::Host {
             home: &self.config.home,
             program: &self.program,
-            kvm: verdict.accelerator == Accelerator::Kvm,
+            kvm: (verdict.accelerator == Accelerator::Kvm).then_some(self.config.kvm.as_path()),
             users: self.users.clone().ok(),
             cgroups: &self.cgroups,
         };
@@ -198,22 +201,19 @@ impl Driver for QemuDriver {
     }
 
     fn validate(&self, spec: &MachineSpec, start: &Start) -> Result<(), SpecRefused> {
-        check_numbers(spec)?;
-        for (index, disk) in spec.disks.iter().enumerate() {
-            if spec.disks[..index]
-                .iter()
-                .any(|other| other.role == disk.role)
-            {
-                return Err(SpecRefused::DuplicateRole(disk.role));
-            }
-            check_disk(disk)?;
-        }
-        if *start == Start::Cold {
-            for (what, path) in [("kernel", &spec.boot.kernel), ("initrd", &spec.boot.initrd)] {
-                check_file(what, path)?;
+        check_spec(spec, start)?;
+        match (start, self.verdict.get()) {
+            // Without a verdict yet, the launch finds out.
+            (Start::Cold, _) | (_, None) => Ok(()),
+            (Start::Template(template), Some(verdict)) => {
+                let saved =
+                    save::open(template).map_err(|error| SpecRefused::Stale(error.to_string()))?;
+                match saved.difference(spec, accel_of(verdict), &self.program) {
+                    Some(why) => Err(SpecRefused::Stale(why)),
+                    None => Ok(()),
+                }
             }
         }
-        Ok(())
     }
 
     fn launch<'a>(
@@ -226,11 +226,7 @@ impl Driver for QemuDriver {
 
     fn template_facts(&self) -> BoxFuture<'_, Vec<(String, String)>> {
         Box::pin(async {
-            let verdict = self.verdict(None).await;
-            let accel = match verdict.accelerator {
-                Accelerator::Kvm => argv::Accel::Kvm { set: None },
-                _ => argv::Accel::Tcg,
-            };
+            let accel = accel_of(&self.verdict(None).await);
             vec![
                 ("driver".to_owned(), self.name().to_owned()),
                 (
@@ -261,6 +257,33 @@ impl Driver for QemuDriver {
             })
         })
     }
+}
+
+/// The accelerator, as far as templates are concerned.
+fn accel_of(verdict: &probe::Verdict) -> argv::Accel {
+    match verdict.accelerator {
+        Accelerator::Kvm => argv::Accel::Kvm { set: None },
+        _ => argv::Accel::Tcg,
+    }
+}
+
+fn check_spec(spec: &MachineSpec, start: &Start) -> Result<(), SpecRefused> {
+    check_numbers(spec)?;
+    for (index, disk) in spec.disks.iter().enumerate() {
+        if spec.disks[..index]
+            .iter()
+            .any(|other| other.role == disk.role)
+        {
+            return Err(SpecRefused::DuplicateRole(disk.role));
+        }
+        check_disk(disk)?;
+    }
+    if *start == Start::Cold {
+        for (what, path) in [("kernel", &spec.boot.kernel), ("initrd", &spec.boot.initrd)] {
+            check_file(what, path)?;
+        }
+    }
+    Ok(())
 }
 
 fn check_numbers(spec: &MachineSpec) -> Result<(), SpecRefused> {

@@ -13,10 +13,12 @@
 //! knows no VMM: a driver fills the directory ([`crate::Machine::into_template`]).
 
 mod key;
+mod origin;
 mod store;
 mod verify;
 
 pub use key::{Purpose, TEMPLATE_FORMAT, TemplateKey};
+pub(crate) use origin::{DiskOrigin, first_difference};
 pub use store::{
     Held, Listed, MakeError, Progress, PrunePolicy, PruneReport, TemplateError, TemplateStore,
     lock_for_use,

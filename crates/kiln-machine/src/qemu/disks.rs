@@ -37,7 +37,11 @@ impl MachineDisk {
         let overlay = dir.join(file_name(slot.role));
         let (below, size) = match (frozen, &slot.backing) {
             (Some(frozen), _) => chain(frozen, DiskFormat::Qcow2)?,
-            (None, Some(backing)) => chain(backing, slot.format)?,
+            (None, Some(backing)) => {
+                // By its real path: what is written above it names it, and links come and go.
+                let real = std::fs::canonicalize(backing).map_err(launch_error("find", backing))?;
+                chain(&real, slot.format)?
+            }
             (None, None) => (Vec::new(), 0),
         };
         let links = match &slot.access {

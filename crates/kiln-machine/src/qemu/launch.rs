@@ -41,7 +41,8 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub(crate) struct Host<'a> {
     pub(crate) home: &'a Path,
     pub(crate) program: &'a Program,
-    pub(crate) kvm: bool,
+    /// The KVM device, where KVM boots guests.
+    pub(crate) kvm: Option<&'a Path>,
     pub(crate) users: Option<OwnUsers>,
     pub(crate) cgroups: &'a CgroupHost,
 }
@@ -114,10 +115,10 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         .into();
     let mut sets = Sets::from(1);
     let accel = match host.kvm {
-        true => Accel::Kvm {
-            set: kvm_set(host.program, &mut sets),
+        Some(device) => Accel::Kvm {
+            set: kvm_set(host.program, device, &mut sets),
         },
-        false => Accel::Tcg,
+        None => Accel::Tcg,
     };
     if let Some(saved) = &saved {
         saved.check(spec, accel, host.program)?;
@@ -254,21 +255,17 @@ fn readable(path: &Path, other_user: bool) -> io::Result<OwnedFd> {
     Ok(copy.into())
 }
 
-/// `/dev/kvm` by descriptor: QEMU takes it from 9.0 on. Older ones open it themselves, with their own user's rights.
-fn kvm_set(program: &Program, sets: &mut Sets) -> Option<u32> {
+/// The KVM device by descriptor: QEMU takes it from 9.0 on. Older ones open it themselves, with their own user's rights.
+fn kvm_set(program: &Program, device: &Path, sets: &mut Sets) -> Option<u32> {
     if program.number < (9, 0) {
         return None;
     }
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .ok()?;
+    let file = File::options().read(true).write(true).open(device).ok()?;
     Some(sets.add(file))
 }
 
 fn own_user(host: &Host<'_>, dir: &MachineDir) -> Result<Option<u32>, LaunchError> {
-    let old_kvm = host.kvm && host.program.number < (9, 0);
+    let old_kvm = host.kvm.is_some() && host.program.number < (9, 0);
     match &host.users {
         Some(users) if !old_kvm => {
             let slot = dir.take_uid_slot(host.home).map_err(record_error)?;

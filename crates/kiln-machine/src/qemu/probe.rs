@@ -24,6 +24,12 @@ use crate::proc;
 const BOOT_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the payload of a few bytes may take.
 const PAYLOAD_DEADLINE: Duration = Duration::from_secs(5);
+/// How long opening the device may take. It takes microseconds where KVM works.
+const OPEN_DEADLINE: Duration = Duration::from_secs(2);
+/// How long the end of a killed QEMU is awaited. One that the kernel's KVM holds may never end: it is left behind, and said so.
+const END_DEADLINE: Duration = Duration::from_secs(2);
+/// The device, where nobody says otherwise.
+pub(super) const DEVICE: &str = "/dev/kvm";
 /// What the kernel prints when it hands over to its first process.
 const PROOF: &[u8] = b"Run /init as init process";
 /// Bytes of console that are looked at.
@@ -127,11 +133,46 @@ fn write(home: &Path, remembered: &Remembered) {
     }
 }
 
+/// How long each step of the probe may take.
+#[derive(Clone, Copy, Debug)]
+struct Deadlines {
+    open: Duration,
+    boot: Duration,
+    payload: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            open: OPEN_DEADLINE,
+            boot: BOOT_DEADLINE,
+            payload: PAYLOAD_DEADLINE,
+        }
+    }
+}
+
 /// Finds out, or remembers.
 pub(crate) async fn verdict(
     config: &QemuConfig,
     program: &Program,
     boot: Option<&BootSource>,
+) -> Verdict {
+    let device = config.kvm.clone();
+    let open = move || open_device(&device);
+    verdict_within(config, program, boot, open, Deadlines::default()).await
+}
+
+fn open_device(device: &Path) -> io::Result<()> {
+    let opened = fs::OpenOptions::new().read(true).write(true).open(device);
+    opened.map(drop)
+}
+
+async fn verdict_within(
+    config: &QemuConfig,
+    program: &Program,
+    boot: Option<&BootSource>,
+    open: impl FnOnce() -> io::Result<()> + Send + 'static,
+    deadlines: Deadlines,
 ) -> Verdict {
     if config.emulate {
         return Verdict::of(
@@ -139,7 +180,7 @@ pub(crate) async fn verdict(
             "emulation, because it was asked for",
         );
     }
-    let subject = boot.map(|boot| subject(program, boot));
+    let subject = boot.map(|boot| subject(&config.kvm, program, boot));
     let old = read(&config.home).filter(|old| old.program == *program);
     if let Some(old) = &old
         && subject.is_some()
@@ -148,7 +189,7 @@ pub(crate) async fn verdict(
     {
         return verdict.clone();
     }
-    let verdict = find_out(config, program, boot).await;
+    let verdict = find_out(config, program, boot, open, deadlines).await;
     if verdict.accelerator == Accelerator::KvmBroken {
         tracing::warn!(
             "/dev/kvm is there but does not boot a guest: machines are emulated, which is slower"
@@ -166,19 +207,45 @@ pub(crate) async fn verdict(
     verdict
 }
 
-async fn find_out(config: &QemuConfig, program: &Program, boot: Option<&BootSource>) -> Verdict {
-    let opened = fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm");
-    if let Err(error) = opened {
-        let why = format!("emulation: /dev/kvm cannot be opened ({error})");
-        return Verdict::of(Accelerator::Emulation, why);
+/// Opens the device on a thread of its own, which is left behind when that never ends: a runtime would wait for its own.
+async fn opens(
+    open: impl FnOnce() -> io::Result<()> + Send + 'static,
+    deadline: Duration,
+) -> Option<io::Result<()>> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let started = std::thread::Builder::new()
+        .name("kiln-kvm-probe".to_owned())
+        .spawn(move || drop(sender.send(open())));
+    if let Err(error) = started {
+        return Some(Err(error));
+    }
+    tokio::time::timeout(deadline, receiver).await.ok()?.ok()
+}
+
+async fn find_out(
+    config: &QemuConfig,
+    program: &Program,
+    boot: Option<&BootSource>,
+    open: impl FnOnce() -> io::Result<()> + Send + 'static,
+    deadlines: Deadlines,
+) -> Verdict {
+    let device = config.kvm.display();
+    match opens(open, deadlines.open).await {
+        Some(Ok(())) => {}
+        Some(Err(error)) => {
+            let why = format!("emulation: {device} cannot be opened ({error})");
+            return Verdict::of(Accelerator::Emulation, why);
+        }
+        None => {
+            let waited = deadlines.open;
+            let why = format!("emulation: {device} did not open within {waited:?}");
+            return Verdict::of(Accelerator::KvmBroken, why);
+        }
     }
     let began = Instant::now();
     let booted = match boot {
-        Some(boot) => boot_kernel(program, boot).await,
-        None => run_payload(&config.home, program).await,
+        Some(boot) => boot_kernel(program, boot, deadlines.boot).await,
+        None => run_payload(&config.home, program, deadlines.payload).await,
     };
     match booted {
         Ok(()) => Verdict {
@@ -191,13 +258,13 @@ async fn find_out(config: &QemuConfig, program: &Program, boot: Option<&BootSour
             },
         },
         Err(why) => {
-            let why = format!("emulation: /dev/kvm is there but does not boot a guest ({why})");
+            let why = format!("emulation: {device} is there but does not boot a guest ({why})");
             Verdict::of(Accelerator::KvmBroken, why)
         }
     }
 }
 
-fn subject(program: &Program, boot: &BootSource) -> Subject {
+fn subject(device: &Path, program: &Program, boot: &BootSource) -> Subject {
     let file = |path: &Path| match fs::metadata(path) {
         Ok(meta) => format!(
             "{} {} {} {}",
@@ -214,7 +281,7 @@ fn subject(program: &Program, boot: &BootSource) -> Subject {
             .release()
             .to_string_lossy()
             .into_owned(),
-        device: fs::metadata("/dev/kvm")
+        device: fs::metadata(device)
             .map(|m| format!("{:o} {}", m.mode(), m.gid()))
             .unwrap_or_default(),
         program: program.identity.clone(),
@@ -273,7 +340,11 @@ fn command(program: &Program) -> Command {
 }
 
 /// Boots a kernel until it starts its first process.
-async fn boot_kernel(program: &Program, boot: &BootSource) -> Result<(), String> {
+async fn boot_kernel(
+    program: &Program,
+    boot: &BootSource,
+    deadline: Duration,
+) -> Result<(), String> {
     let mut child = command(program)
         .args(["-m", "256M", "-serial", "stdio", "-append"])
         .arg("console=ttyS0 panic=-1 cryptomgr.notests")
@@ -302,18 +373,28 @@ async fn boot_kernel(program: &Program, boot: &BootSource) -> Result<(), String>
             }
         }
     };
-    let result = tokio::time::timeout(BOOT_DEADLINE, watch).await;
-    let _ = child.kill().await;
+    let result = tokio::time::timeout(deadline, watch).await;
+    end(&mut child).await;
     result.unwrap_or_else(|_| {
         let bytes = seen.len();
         Err(format!(
-            "no first process within {BOOT_DEADLINE:?}, {bytes} bytes of console"
+            "no first process within {deadline:?}, {bytes} bytes of console"
         ))
     })
 }
 
+/// Kills QEMU; waits for its end, but not for ever.
+async fn end(child: &mut tokio::process::Child) {
+    if tokio::time::timeout(END_DEADLINE, child.kill())
+        .await
+        .is_err()
+    {
+        tracing::warn!(pid = ?child.id(), "a QEMU that was to try KVM does not end");
+    }
+}
+
 /// Runs a few bytes of 16-bit code at the reset vector: they leave by the debug exit port.
-async fn run_payload(home: &Path, program: &Program) -> Result<(), String> {
+async fn run_payload(home: &Path, program: &Program, deadline: Duration) -> Result<(), String> {
     let path = home.join(proc::partial_name("probe.bin"));
     let made = fs::create_dir_all(home).and_then(|()| fs::write(&path, payload()));
     made.map_err(|error| format!("{}: {error}", path.display()))?;
@@ -329,13 +410,16 @@ async fn run_payload(home: &Path, program: &Program) -> Result<(), String> {
         .spawn()
         .map_err(|error| error.to_string());
     let result = match status {
-        Ok(mut child) => match tokio::time::timeout(PAYLOAD_DEADLINE, child.wait()).await {
+        Ok(mut child) => match tokio::time::timeout(deadline, child.wait()).await {
             Ok(Ok(status)) if status.code() == Some(PAYLOAD_EXIT) => Ok(()),
             Ok(Ok(status)) => Err(format!("QEMU ended with {status}")),
             Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!(
-                "its first instruction did not run within {PAYLOAD_DEADLINE:?}"
-            )),
+            Err(_) => {
+                end(&mut child).await;
+                Err(format!(
+                    "its first instruction did not run within {deadline:?}"
+                ))
+            }
         },
         Err(error) => Err(error),
     };
@@ -359,73 +443,4 @@ fn payload() -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn the_payload_leaves_with_its_number_under_emulation() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("payload");
-        fs::write(&path, payload()).unwrap();
-        let Ok(program) = Program::find(None) else {
-            return;
-        };
-        let status = Command::new(program.path)
-            .args([
-                "-nodefaults",
-                "-display",
-                "none",
-                "-no-reboot",
-                "-accel",
-                "tcg",
-                "-M",
-                "pc",
-            ])
-            .args([
-                "-m",
-                "16M",
-                "-device",
-                "isa-debug-exit,iobase=0xf4,iosize=0x04",
-                "-bios",
-            ])
-            .arg(&path)
-            .kill_on_drop(true)
-            .status();
-        let status = tokio::time::timeout(Duration::from_secs(30), status).await;
-        assert_eq!(status.expect("in time").unwrap().code(), Some(PAYLOAD_EXIT));
-    }
-
-    #[tokio::test]
-    async fn a_verdict_is_kept_only_for_its_subject() {
-        let dir = tempfile::tempdir().unwrap();
-        let program = Program {
-            path: "/nonexistent".into(),
-            version: "10.0.0".into(),
-            number: (10, 0),
-            identity: "i".into(),
-        };
-        let boot = BootSource {
-            kernel: "/k".into(),
-            initrd: "/i".into(),
-            args: vec![],
-            image: kiln_core::Digest::of(b""),
-        };
-        let kept = Verdict::of(Accelerator::Kvm, "kept");
-        let remembered = Remembered {
-            schema: SCHEMA,
-            program: program.clone(),
-            subject: Some(subject(&program, &boot)),
-            verdict: Some(kept.clone()),
-        };
-        write(dir.path(), &remembered);
-        let config = QemuConfig::new(dir.path());
-        assert_eq!(verdict(&config, &program, Some(&boot)).await, kept);
-        assert_eq!(remembered_program(dir.path()), Some(program.clone()));
-        let mut other = program;
-        other.identity = "j".into();
-        assert_ne!(
-            verdict(&config, &other, Some(&boot)).await.accelerator,
-            Accelerator::Kvm
-        );
-    }
-}
+mod tests;

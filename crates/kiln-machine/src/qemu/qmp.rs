@@ -20,8 +20,11 @@ use tokio::sync::{mpsc, oneshot};
 
 /// Longest line that is read. `query-*` answers of a small machine stay below 100 KiB.
 const LINE_BYTES_MAX: u64 = 1024 * 1024;
-/// Events that wait for the monitor; more are dropped, oldest first is what the monitor reads.
+/// Events that wait for the monitor. Only [`HEEDED`] ones are kept: a guest that makes QEMU tell a flood of others (its clock set, its
+/// port opened) cannot push out the one that matters.
 const EVENTS_MAX: usize = 256;
+/// Events that somebody heeds.
+const HEEDED: [&str; 4] = ["SHUTDOWN", "BLOCK_IO_ERROR", "MIGRATION", "STOP"];
 /// Bytes of an error's text that are kept.
 const ERROR_BYTES_MAX: usize = 2048;
 
@@ -186,11 +189,14 @@ async fn read_lines(
             break;
         };
         if let Some(name) = message["event"].as_str() {
+            if !HEEDED.contains(&name) {
+                continue;
+            }
             let event = Event {
                 name: name.to_owned(),
                 data: message["data"].clone(),
             };
-            // A full queue means a flood: what matters ends the process anyway.
+            // A full queue means that the first of these was heeded long ago, and it ends the machine.
             let _ = events.try_send(event);
         } else if let Some(id) = message["id"].as_u64() {
             let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
@@ -240,6 +246,20 @@ mod tests {
         assert_eq!(second.await.unwrap().unwrap(), json!(2));
         assert!(matches!(first.await.unwrap(), Err(QmpError::Refused(text)) if text == "no"));
         assert_eq!(events.recv().await.unwrap().name, "STOP");
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_events_that_nobody_heeds_hides_nothing() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let (_qmp, mut events) = Qmp::new(near);
+        let flood =
+            "{\"event\": \"RTC_CHANGE\", \"data\": {\"offset\": 1}}\n".repeat(4 * EVENTS_MAX);
+        far.write_all(flood.as_bytes()).await.unwrap();
+        far.write_all(b"{\"event\": \"BLOCK_IO_ERROR\", \"data\": {\"action\": \"stop\"}}\n")
+            .await
+            .unwrap();
+        let event = tokio::time::timeout(SOON, events.recv()).await;
+        assert_eq!(event.expect("told").unwrap().name, "BLOCK_IO_ERROR");
     }
 
     #[tokio::test]

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use kiln_core::{ByteSize, DiskRole, DiskSlot, MachineSpec};
+use kiln_core::{ByteSize, DiskRole, MachineSpec};
 use rustix::fs::SeekFrom;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -24,10 +24,10 @@ use super::machine::{CONTROL_DEADLINE, END_DEADLINE, QemuMachine, Ram};
 use super::program::Program;
 use super::status::Migration;
 use crate::driver::{LaunchError, MachineError, MachineState, StopReason, TemplateRef};
-use crate::template::{self, TemplateError};
+use crate::template::{self, DiskOrigin, TemplateError, first_difference};
 
 /// Version of `machine.json`.
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 /// Longest time in which device state (below a megabyte) is written.
 const SAVE_DEADLINE: Duration = Duration::from_secs(60);
 /// Bytes of memory copied at once.
@@ -47,8 +47,8 @@ struct Meta {
     accelerator: String,
     /// The QEMU that wrote the state; only this one reads it.
     vmm: String,
-    /// Disks that were attached, as they were asked for.
-    disks: Vec<DiskSlot>,
+    /// Disks that were attached, and what they stood on.
+    disks: Vec<DiskOrigin>,
 }
 
 /// Device state alone: memory is a file of its own.
@@ -88,17 +88,18 @@ pub(crate) async fn save(machine: &QemuMachine, target: &TemplateRef) -> Result<
     let ram = ram
         .try_clone()
         .map_err(machine_error("share", &target.dir))?;
+    let origins: io::Result<Vec<_>> = machine
+        .disks()
+        .iter()
+        .map(|disk| DiskOrigin::of(&disk.slot))
+        .collect();
     let meta = Meta {
         schema: SCHEMA,
         cpus: machine.body.cpus,
         memory: machine.body.memory,
         accelerator: machine.body.accel.name().to_owned(),
         vmm: machine.body.vmm.clone(),
-        disks: machine
-            .disks()
-            .iter()
-            .map(|disk| disk.slot.clone())
-            .collect(),
+        disks: origins.map_err(machine_error("look at the disks of", &target.dir))?,
     };
     let overlays: Vec<_> = machine
         .disks()
@@ -288,26 +289,31 @@ pub(crate) fn open(template: &TemplateRef) -> Result<SavedMachine, LaunchError> 
 }
 
 impl SavedMachine {
-    /// Whether this machine can be a clone of it.
+    /// Why this machine cannot be a clone of it; `None` when it can.
+    pub(crate) fn difference(
+        &self,
+        spec: &MachineSpec,
+        accel: Accel,
+        program: &Program,
+    ) -> Option<String> {
+        let meta = &self.meta;
+        if (meta.cpus, meta.memory) != (spec.cpus, spec.memory) {
+            Some("it was made for another size".to_owned())
+        } else if meta.accelerator != accel.name() || meta.vmm != program.identity {
+            Some("another QEMU or accelerator wrote it".to_owned())
+        } else {
+            first_difference(&meta.disks, spec)
+        }
+    }
+
+    /// As [`Self::difference`], as a launch's error.
     pub(crate) fn check(
         &self,
         spec: &MachineSpec,
         accel: Accel,
         program: &Program,
     ) -> Result<(), LaunchError> {
-        let meta = &self.meta;
-        let differs = if (meta.cpus, meta.memory) != (spec.cpus, spec.memory) {
-            Some("it was made for another size".to_owned())
-        } else if meta.accelerator != accel.name() || meta.vmm != program.identity {
-            Some("another QEMU or accelerator wrote it".to_owned())
-        } else {
-            let other = meta
-                .disks
-                .iter()
-                .find(|disk| spec.disk(disk.role) != Some(disk));
-            other.map(|disk| format!("its {:?} disk is not the one asked for", disk.role))
-        };
-        match differs {
+        match self.difference(spec, accel, program) {
             Some(why) => Err(LaunchError::Template {
                 key: self.template.key.clone(),
                 why,
@@ -321,7 +327,7 @@ impl SavedMachine {
         self.meta
             .disks
             .iter()
-            .any(|disk| disk.role == role)
+            .any(|disk| disk.role() == role)
             .then(|| {
                 let path = self.template.dir.join(disks::file_name(role));
                 disks::is_regular(&path).then_some(path)

@@ -203,6 +203,12 @@ async fn heed(status: &Status, event: &Event, qmp: &Qmp) {
             );
             status.kill(StopReason::HostIo);
         }
+        // Nobody here stops a machine that runs, and what does (a full disk, the guest's end) was told before: QEMU could not go on,
+        // for example because KVM gave up. A machine that stands still would be waited for until its job's end.
+        "STOP" if status.state() == MachineState::Running && status.reason().is_none() => {
+            tracing::warn!("QEMU stopped a machine by itself");
+            status.kill(StopReason::VmmDied);
+        }
         "MIGRATION" => match text("status") {
             "completed" => drop(status.migration.send_replace(Migration::Completed)),
             "failed" | "cancelled" => drop(status.migration.send_replace(Migration::Failed)),
@@ -231,6 +237,68 @@ fn refined(reason: StopReason, console: &str) -> StopReason {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What the machine of a stand-in process comes to by these events.
+    async fn heeded(state: MachineState, events: &[(&str, Value)]) -> (Option<StopReason>, bool) {
+        let mut child = std::process::Command::new("sleep")
+            .arg("100")
+            .spawn()
+            .unwrap();
+        let pidfd = rustix::process::pidfd_open(
+            rustix::process::Pid::from_child(&child),
+            rustix::process::PidfdFlags::empty(),
+        );
+        let status = Status::new(pidfd.unwrap());
+        status.advance(state);
+        let (near, _far) = tokio::net::UnixStream::pair().unwrap();
+        let (qmp, _events) = Qmp::new(near);
+        for (name, data) in events {
+            let event = Event {
+                name: (*name).to_owned(),
+                data: data.clone(),
+            };
+            heed(&status, &event, &qmp).await;
+        }
+        let signalled = status
+            .reason()
+            .is_some_and(|reason| matches!(reason, StopReason::HostIo | StopReason::VmmDied));
+        if !signalled {
+            child.kill().unwrap();
+        }
+        // Ends at once only when it was killed.
+        child.wait().unwrap();
+        (status.reason(), signalled)
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_qemu_stops_by_itself_ends_with_the_first_reason() {
+        use serde_json::json;
+        let stop = ("STOP", Value::Null);
+        let full = (
+            "BLOCK_IO_ERROR",
+            json!({ "action": "stop", "nospace": true, "reason": "No space left on device" }),
+        );
+        let ignored = ("BLOCK_IO_ERROR", json!({ "action": "report" }));
+        let off = (
+            "SHUTDOWN",
+            json!({ "guest": true, "reason": "guest-shutdown" }),
+        );
+        let running = MachineState::Running;
+        let host_io = Some(StopReason::HostIo);
+        assert_eq!(
+            heeded(running, &[full.clone(), stop.clone()]).await,
+            (host_io, true)
+        );
+        assert_eq!(heeded(running, &[ignored]).await, (None, false));
+        let died = Some(StopReason::VmmDied);
+        assert_eq!(heeded(running, &[stop.clone(), full]).await, (died, true));
+        let powered_off = Some(StopReason::PoweredOff);
+        assert_eq!(
+            heeded(running, &[off, stop.clone()]).await,
+            (powered_off, false)
+        );
+        assert_eq!(heeded(MachineState::Saving, &[stop]).await, (None, false));
+    }
 
     #[test]
     fn a_reset_after_a_panic_is_a_panic() {

@@ -136,7 +136,7 @@ impl SimDriver {
             Arc::clone(&self.config),
             guest,
             dir,
-            spec.memory,
+            spec,
             stand_in,
             used,
         ));
@@ -218,7 +218,7 @@ fn check_file(what: &str, path: &Path) -> Result<(), SpecRefused> {
 fn make_memory(spec: &MachineSpec, start: &Start, dir: &Path) -> Result<Memory, LaunchError> {
     let mut memory = match start {
         Start::Cold => Memory::booted(Vec::new()),
-        Start::Template(template) => template::restore(template, dir)?,
+        Start::Template(template) => template::restore(template, spec, dir)?,
     };
     for slot in &spec.disks {
         let serial = slot.role.serial().to_owned();
@@ -309,7 +309,11 @@ impl Driver for SimDriver {
     }
 
     fn validate(&self, spec: &MachineSpec, start: &Start) -> Result<(), SpecRefused> {
-        self.check(spec, start)
+        self.check(spec, start)?;
+        match start {
+            Start::Cold => Ok(()),
+            Start::Template(template) => template::check(template, spec),
+        }
     }
 
     fn launch<'a>(

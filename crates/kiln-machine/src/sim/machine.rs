@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kiln_core::machine::DiskAccess;
-use kiln_core::{ByteSize, DiskRole, DiskSlot, MachineName};
+use kiln_core::{ByteSize, DiskRole, DiskSlot, MachineName, MachineSpec};
 use tokio::process::Child;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -32,6 +32,8 @@ pub struct SimMachine {
     state: Arc<watch::Sender<MachineState>>,
     dir: Arc<MachineDir>,
     memory: ByteSize,
+    /// The disks as they were asked for.
+    slots: Mutex<Vec<DiskSlot>>,
     /// Keeps the template from being pruned.
     _template: Option<File>,
 }
@@ -42,7 +44,7 @@ impl SimMachine {
         config: Arc<SimConfig>,
         guest: Guest,
         dir: MachineDir,
-        memory: ByteSize,
+        spec: &MachineSpec,
         stand_in: Option<Child>,
         template: Option<File>,
     ) -> Self {
@@ -64,7 +66,8 @@ impl SimMachine {
             guest,
             state,
             dir: Arc::new(dir),
-            memory,
+            memory: spec.memory,
+            slots: Mutex::new(spec.disks.clone()),
             _template: template,
         }
     }
@@ -134,7 +137,8 @@ impl SimMachine {
             running
         });
         self.config.reached(Phase::Saving);
-        let saved = template::save(&memory, target);
+        let slots = self.slots().clone();
+        let saved = template::save(&memory, &slots, target);
         self.guest.power_off(StopReason::Saved);
         self.wait_stopped().await;
         let report = self.remove().await;
@@ -146,6 +150,10 @@ impl SimMachine {
             path: target.dir.clone(),
             source,
         })
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Vec<DiskSlot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn remove(&self) -> LeakReport {
@@ -176,6 +184,7 @@ impl SimMachine {
             source,
         })?;
         self.guest.memory().disks.insert(serial, disk);
+        self.slots().push(slot.clone());
         Ok(())
     }
 }

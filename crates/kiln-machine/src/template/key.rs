@@ -5,7 +5,7 @@ use kiln_core::{ByteSize, Digest, DiskRole, MachineSpec};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything this crate puts into a template. Raise it when a clone of an older one would not work.
-pub const TEMPLATE_FORMAT: u32 = 1;
+pub const TEMPLATE_FORMAT: u32 = 2;
 
 /// What a template's guest was prepared for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]

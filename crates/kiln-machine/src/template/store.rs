@@ -70,6 +70,8 @@ pub enum Progress {
     WaitingForMaker,
     /// The one that was there is damaged, for this reason, and was removed.
     RemovedDamaged(String),
+    /// The one that was there is whole but does not fit this host any more, for this reason, and was removed.
+    RemovedStale(String),
     /// It is being made here.
     Making,
     /// Its files are being digested.
@@ -81,7 +83,7 @@ pub enum Progress {
 pub struct Held {
     /// The template.
     pub template: TemplateRef,
-    _lock: File,
+    lock: File,
 }
 
 /// A template as `kiln template list` shows it.
@@ -153,16 +155,20 @@ pub fn lock_for_use(template: &TemplateRef) -> Result<File, TemplateError> {
     let removed = || TemplateError::BeingRemoved(template.key.clone());
     // Held exclusively only for moments: while it is listed or moved out of sight.
     file.lock_shared().map_err(io_error("lock", &path))?;
-    let still = fs::metadata(&path).is_ok_and(|now| {
-        file.metadata()
-            .is_ok_and(|held| (now.dev(), now.ino()) == (held.dev(), held.ino()))
-    });
-    if !still {
+    if !is_same(&template.dir, &file) {
         return Err(removed());
     }
     // The time of the last use; a store that cannot be written still serves.
     let _ = file.set_modified(SystemTime::now());
     Ok(file)
+}
+
+/// Whether the lock that is held belongs to the template that is there now.
+fn is_same(dir: &Path, held: &File) -> bool {
+    fs::metadata(dir.join(LOCK_FILE)).is_ok_and(|now| {
+        held.metadata()
+            .is_ok_and(|held| (now.dev(), now.ino()) == (held.dev(), held.ino()))
+    })
 }
 
 /// All templates of one home.
@@ -216,15 +222,26 @@ impl TemplateStore {
             }
         };
         match check(&template.dir, Some(key), false) {
-            Ok(()) => Ok(Some(Held {
-                template,
-                _lock: lock,
-            })),
+            Ok(()) => Ok(Some(Held { template, lock })),
             Err(why) => {
-                self.remove(&template.dir)?;
-                progress(Progress::RemovedDamaged(why));
+                if is_same(&template.dir, &lock) {
+                    self.remove(&template.dir)?;
+                    progress(Progress::RemovedDamaged(why));
+                }
                 Ok(None)
             }
+        }
+    }
+
+    /// Removes a template that its driver refuses although its files are whole. One that another process has made in its place
+    /// meanwhile stays.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn discard(&self, held: &Held) -> Result<(), TemplateError> {
+        match is_same(&held.template.dir, &held.lock) {
+            true => self.remove(&held.template.dir),
+            false => Ok(()),
         }
     }
 
@@ -482,10 +499,7 @@ fn seal(root: &Path, key: &TemplateKey, mut partial: Partial) -> Result<Held, Te
         dir: target,
     };
     let lock = lock_for_use(&template)?;
-    Ok(Held {
-        template,
-        _lock: lock,
-    })
+    Ok(Held { template, lock })
 }
 
 fn read_meta(dir: &Path) -> Result<Meta, String> {

@@ -109,6 +109,20 @@ async fn damage_is_found_removed_and_made_again() {
 }
 
 #[tokio::test]
+async fn a_template_that_its_driver_refuses_goes_unless_it_was_made_anew() {
+    let (_dir, store) = store();
+    let held = made(&store, "x").await;
+    let user = store.find(&key("x"), &|_| {}).unwrap().expect("shared");
+    store.discard(&held).unwrap();
+    assert!(!held.template.dir.exists());
+    let again = made(&store, "x").await;
+    // Another process refuses the old one only now.
+    store.discard(&user).unwrap();
+    assert!(again.template.dir.join("ram").exists());
+    assert!(store.find(&key("x"), &|_| {}).unwrap().is_some());
+}
+
+#[tokio::test]
 async fn digests_are_computed_again_in_another_boot() {
     let (_dir, store) = store();
     let dir = made(&store, "x").await.template.dir;
@@ -142,7 +156,8 @@ async fn pruning_spares_what_is_used_and_takes_the_oldest_first() {
     back(&used.template, 9);
     back(&old, 8);
     let new = {
-        let Held { template, _lock } = new;
+        let template = new.template.clone();
+        drop(new);
         template
     };
     back(&new, 1);
