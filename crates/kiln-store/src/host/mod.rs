@@ -5,10 +5,12 @@
 //! ([`HostRegistry`]). When the owner goes away, the next operation of an attached process makes that
 //! process the owner. Guests' connections are served the same way from both ([`HostRegistry::serve_connection`]).
 
+mod ask;
 mod call;
 mod error;
 mod owner;
 mod proxy;
+mod relay;
 mod remote;
 mod socket;
 mod streams;
@@ -140,6 +142,14 @@ impl HostRegistry {
         authority: Authority,
     ) -> Result<(), hyper::Error> {
         proxy::serve(self.clone(), io, authority).await
+    }
+
+    /// Whether the host's disk has too little room for the store to take anything more. What a guest says of its push decides nothing.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        let least = self.shared.config.store.free_bytes_min;
+        rustix::fs::statvfs(&self.shared.dir)
+            .is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) < least)
     }
 
     async fn role(&self) -> Role {

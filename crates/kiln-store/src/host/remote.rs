@@ -151,20 +151,6 @@ impl Connection {
             reply => Ok(reply),
         }
     }
-
-    /// Sends one of the registry's own requests as the operator; anything but success is an error.
-    pub(crate) async fn operate(
-        self,
-        request: Request<Body>,
-    ) -> Result<Response<Incoming>, HostError> {
-        let answer = self
-            .send(request, &WireAuthority::Operator, SLOW_WAIT_MAX)
-            .await?;
-        if answer.status().is_success() {
-            return Ok(answer);
-        }
-        Err(refusal(answer).await)
-    }
 }
 
 pub(crate) fn request(method: Method, path: &str, body: Body) -> Result<Request<Body>, HostError> {
@@ -184,7 +170,7 @@ pub(crate) async fn collect(body: Incoming, max: usize) -> Result<Bytes, HostErr
 }
 
 /// An error answer in the words of the owner.
-async fn refusal(answer: Response<Incoming>) -> HostError {
+pub(super) async fn refusal(answer: Response<Body>) -> HostError {
     let status = answer.status();
     let kind = answer
         .headers()
@@ -196,10 +182,9 @@ async fn refusal(answer: Response<Incoming>) -> HostError {
             status if status.is_client_error() => ErrorKind::Invalid,
             _ => ErrorKind::Internal,
         });
-    let bytes = collect(answer.into_body(), REPLY_BYTES_MAX)
-        .await
-        .unwrap_or_default();
-    let value: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+    let body = Limited::new(answer.into_body(), REPLY_BYTES_MAX);
+    let bytes = body.collect().await.map(|body| body.to_bytes());
+    let value: Value = serde_json::from_slice(&bytes.unwrap_or_default()).unwrap_or_default();
     let message = value["errors"][0]["message"]
         .as_str()
         .map_or_else(|| format!("the owner answered {status}"), str::to_owned);

@@ -48,14 +48,29 @@ impl Durable {
     /// A new, empty temporary file, private to this user.
     pub(crate) fn temp_file(&self) -> Result<(File, PathBuf), StoreError> {
         let path = self.temp_path()?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(StoreError::io("create", &path))?;
+        let file = create_new(&path)?;
         Ok((file, path))
+    }
+
+    /// A new, empty file at a place of its own.
+    pub(crate) fn new_file(&self, path: &Path) -> Result<File, StoreError> {
+        self.step("create")?;
+        create_new(path)
+    }
+
+    /// Puts `bytes` at `dest` for a reader in this or a later process: whole, but not on the disk yet.
+    pub(crate) fn write_unsynced(&self, dest: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+        let (mut file, temp) = self.temp_file()?;
+        let written = self.step("write unsynced").and_then(|()| {
+            file.write_all(bytes)
+                .and_then(|()| fs::rename(&temp, dest))
+                .map_err(StoreError::io("write", dest))
+        });
+        if written.is_err() {
+            // Best effort: what stays is reaped on the next open.
+            let _ = fs::remove_file(&temp);
+        }
+        written
     }
 
     /// Puts `bytes` at `dest`, replacing what was there, so that a reader sees all or nothing.
@@ -144,6 +159,16 @@ impl Durable {
             Err(error) => Err(StoreError::io("create", path)(error)),
         }
     }
+}
+
+fn create_new(path: &Path) -> Result<File, StoreError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(StoreError::io("create", path))
 }
 
 /// Absent, or a component on the way is no directory: nothing of that name can be there.

@@ -44,6 +44,9 @@ pub struct Collected {
     /// Repositories in quarantine removed: left by attempts that are long over.
     #[serde(default)]
     pub quarantined: u64,
+    /// Uploads removed that nobody went on with.
+    #[serde(default)]
+    pub uploads: u64,
 }
 
 /// What a scrub found.
@@ -70,7 +73,7 @@ pub struct Stats {
     pub contents: u64,
     /// Bytes of these contents.
     pub bytes: u64,
-    /// Unfinished uploads.
+    /// Unfinished uploads that were begun, or gone on with, while this owner lived.
     pub uploads: u64,
 }
 
@@ -163,6 +166,7 @@ impl Store {
         let old = |path: &Path| is_old(path, now, grace);
         let mut collected = Collected {
             quarantined: self.drop_stale_quarantine(now, grace.max(QUARANTINE_KEEP))?,
+            uploads: self.uploads.drop_expired(),
             ..Collected::default()
         };
         self.drop_old_corrupt(now, grace.max(CORRUPT_KEEP))?;

@@ -16,6 +16,7 @@ mod name;
 mod quota;
 mod repo;
 pub mod serve;
+mod sessions;
 mod stall;
 pub mod store;
 pub mod token;

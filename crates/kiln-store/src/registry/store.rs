@@ -10,6 +10,7 @@
 //! repos/<name>/_referrers/<subject hex>/<hex>   descriptor of a manifest about a subject
 //! verified/<boot id>                which content was hashed since boot
 //! corrupt/                          content found bad, kept for a person to look at
+//! uploads/                          upload sessions, which outlive their owner: see [`super::sessions`]
 //! tmp/                              unfinished writes; emptied on open
 //! ```
 //!
@@ -32,7 +33,7 @@ use super::error::StoreError;
 use super::http::transfer::FAST_TRANSFERS;
 use super::name::RepoName;
 use super::quota::Quotas;
-use super::upload::Uploads;
+use super::sessions::Uploads;
 use super::verified::{Verified, boot_id};
 
 /// Layout version this code writes and reads.
@@ -145,7 +146,14 @@ impl Store {
 
     fn open_locked(dir: &Path, config: StoreConfig, lock: File) -> Result<Self, StoreError> {
         let tmp = dir.join("tmp");
-        for name in ["blobs/sha256", "repos", "verified", "corrupt", "tmp"] {
+        for name in [
+            "blobs/sha256",
+            "repos",
+            "verified",
+            "corrupt",
+            "uploads",
+            "tmp",
+        ] {
             let path = dir.join(name);
             fs::create_dir_all(&path).map_err(StoreError::io("create", &path))?;
         }
@@ -155,7 +163,7 @@ impl Store {
         Ok(Self {
             root: dir.to_owned(),
             durable: Durable::new(tmp, config.fault.clone()),
-            uploads: Uploads::default(),
+            uploads: Uploads::open(dir.join("uploads"))?,
             quotas: Quotas::default(),
             verified,
             names: RwLock::default(),

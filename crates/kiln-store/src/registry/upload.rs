@@ -1,15 +1,16 @@
 //! Upload sessions: bytes arrive in order, are hashed as they are written, and become a blob of one
 //! repository when their digest is what the client promised.
 //!
-//! Sessions live in memory, their bytes in `tmp/`: when the owning process ends they are gone, and a
-//! client is told so (`BLOB_UPLOAD_UNKNOWN`). A request that breaks off keeps what was written.
+//! A session is two files in `uploads/`: the bytes so far, and a record of whose they are. It outlives the
+//! process that owned the store: the next owner takes it up where the bytes end and hashes them again when it
+//! must. A request that breaks off keeps what was written; what nobody goes on with is removed after
+//! [`SESSION_IDLE_MAX`]. Read next: [`super::sessions`] (the files, and what an owner finds of its predecessor).
 
-use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kiln_core::Digest;
@@ -20,6 +21,7 @@ use super::durable::random_hex;
 use super::error::StoreError;
 use super::name::RepoName;
 use super::quota::{Account, NAME_CHARGE};
+use super::sessions::{Slot, remove_files};
 use super::store::Store;
 
 /// Sessions open at once in the whole store.
@@ -33,96 +35,29 @@ const WRITE_BACK_BYTES: u64 = 16 << 20;
 /// Bytes between two looks at the free space.
 const ROOM_CHECK_BYTES: u64 = 32 << 20;
 
+/// Buffer for hashing what an earlier owner wrote, bytes.
+const HASH_BUFFER_BYTES: usize = 512 << 10;
+
 /// One upload.
 #[derive(Debug)]
-struct Session {
-    repo: RepoName,
-    owner: String,
-    file: File,
-    path: PathBuf,
-    hasher: Hasher,
-    size: u64,
+pub(super) struct Session {
+    pub(super) repo: RepoName,
+    pub(super) owner: String,
+    pub(super) path: PathBuf,
+    pub(super) size: u64,
+    /// `None` until this process touches what an earlier one wrote.
+    content: Option<Content>,
     written_back: u64,
     writing_back: Arc<AtomicBool>,
     room_checked: u64,
     account: Option<Arc<Account>>,
-    /// False once its file has become a blob.
-    pending: bool,
 }
 
-impl Drop for Session {
-    fn drop(&mut self) {
-        if self.pending {
-            let _ = fs::remove_file(&self.path);
-            if let Some(account) = &self.account {
-                account.refund(self.size);
-            }
-        }
-    }
-}
-
+/// The open file, at its end, and the hash of all of it.
 #[derive(Debug)]
-enum Slot {
-    Idle {
-        session: Box<Session>,
-        since: Instant,
-    },
-    Busy {
-        repo: RepoName,
-        owner: String,
-    },
-}
-
-impl Slot {
-    fn belongs_to(&self, repo: &RepoName, owner: &str) -> bool {
-        match self {
-            Self::Idle { session, .. } => session.repo == *repo && session.owner == owner,
-            Self::Busy { repo: r, owner: o } => r == repo && o == owner,
-        }
-    }
-
-    fn owner(&self) -> &str {
-        match self {
-            Self::Idle { session, .. } => &session.owner,
-            Self::Busy { owner, .. } => owner,
-        }
-    }
-}
-
-/// The open sessions.
-#[derive(Debug, Default)]
-pub(super) struct Uploads {
-    slots: Mutex<HashMap<String, Slot>>,
-}
-
-impl Uploads {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Drops sessions that have been idle too long, or all of a tree.
-    fn drop_where(&self, unwanted: impl Fn(&Session, Instant) -> bool) {
-        let mut slots = self.lock();
-        let gone: Vec<String> = slots
-            .iter()
-            .filter(|(_, slot)| match slot {
-                Slot::Idle { session, since } => unwanted(session, *since),
-                Slot::Busy { .. } => false,
-            })
-            .map(|(id, _)| id.clone())
-            .collect();
-        let dropped: Vec<_> = gone.iter().filter_map(|id| slots.remove(id)).collect();
-        drop(slots);
-        drop(dropped);
-    }
-
-    pub(super) fn drop_tree(&self, tree: &RepoName) {
-        self.drop_where(|session, _| session.repo.is_under(tree.as_str()));
-    }
-
-    pub(super) fn count(&self) -> usize {
-        self.lock().len()
-    }
+struct Content {
+    file: File,
+    hasher: Hasher,
 }
 
 /// A session in the hands of one request. Dropping it leaves the session as far as it came.
@@ -162,9 +97,7 @@ impl Store {
         if let Some(account) = &account {
             account.charge(0)?;
         }
-        let now = Instant::now();
-        self.uploads
-            .drop_where(|_, since| now.duration_since(since) >= SESSION_IDLE_MAX);
+        self.uploads.drop_expired();
         let owner = authority.session_owner();
         let id = random_hex()?;
         self.reserve_slot(&id, repo, &owner)?;
@@ -173,27 +106,28 @@ impl Store {
             id,
             session: None,
         };
-        let (file, path) = self.durable.temp_file()?;
-        upload.session = Some(Box::new(Session {
-            repo: repo.clone(),
-            owner,
+        let path = self.uploads.data_path(&upload.id);
+        let file = self.durable.new_file(&path)?;
+        let mut session = Box::new(Session::at(repo.clone(), owner, path, 0));
+        session.account = account;
+        session.content = Some(Content {
             file,
-            path,
             hasher: Hasher::default(),
-            size: 0,
-            written_back: 0,
-            writing_back: Arc::default(),
-            room_checked: 0,
-            account,
-            pending: true,
-        }));
+        });
+        if let Err(error) = self.note_session(&session) {
+            session.discard();
+            return Err(error);
+        }
+        upload.session = Some(session);
         Ok(upload)
     }
 
     /// Drops a session of host code, if it is still there.
     pub(crate) fn cancel_upload(&self, id: &str) {
         let dropped = self.uploads.lock().remove(id);
-        drop(dropped);
+        if let Some(Slot::Idle { session, .. }) = dropped {
+            session.discard();
+        }
     }
 
     fn reserve_slot(&self, id: &str, repo: &RepoName, owner: &str) -> Result<(), StoreError> {
@@ -224,6 +158,7 @@ impl Store {
         id: &str,
     ) -> Result<Upload, StoreError> {
         authority.check(Action::Push, repo)?;
+        self.uploads.drop_expired();
         let owner = authority.session_owner();
         let mut slots = self.uploads.lock();
         let slot = slots.get_mut(id).ok_or(StoreError::UploadUnknown)?;
@@ -231,14 +166,25 @@ impl Store {
             return Err(StoreError::UploadUnknown);
         }
         let repo = repo.clone();
-        match std::mem::replace(slot, Slot::Busy { repo, owner }) {
-            Slot::Idle { session, .. } => Ok(Upload {
-                store: self.clone(),
-                id: id.to_owned(),
-                session: Some(session),
-            }),
-            Slot::Busy { .. } => Err(StoreError::UploadBusy),
+        let taken = std::mem::replace(slot, Slot::Busy { repo, owner });
+        drop(slots);
+        let Slot::Idle { session, .. } = taken else {
+            return Err(StoreError::UploadBusy);
+        };
+        let mut upload = Upload {
+            store: self.clone(),
+            id: id.to_owned(),
+            session: Some(session),
+        };
+        let session = upload.session()?;
+        if session.content.is_none() && session.account.is_none() {
+            // What an earlier owner took counts against the same bound.
+            if let Some(account) = self.account_of(authority)? {
+                account.charge(session.size)?;
+                session.account = Some(account);
+            }
         }
+        Ok(upload)
     }
 }
 
@@ -278,11 +224,13 @@ impl Upload {
         if let Some(account) = &session.account {
             account.charge(count)?;
         }
-        let written = store.durable.step("write blob").and_then(|()| {
-            session
+        let path = session.path.clone();
+        let written = session.content().and_then(|content| {
+            store.durable.step("write blob")?;
+            content
                 .file
                 .write_all(bytes)
-                .map_err(StoreError::io("write", &session.path))
+                .map_err(StoreError::io("write", &path))
         });
         if let Err(error) = written {
             if let Some(account) = &session.account {
@@ -291,7 +239,7 @@ impl Upload {
             session.rewind_to_size()?;
             return Err(error);
         }
-        session.hasher.update(bytes);
+        session.content()?.hasher.update(bytes);
         session.size += count;
         session.begin_write_back();
         Ok(())
@@ -299,11 +247,14 @@ impl Upload {
 
     /// Gives the session up and removes its bytes.
     pub fn cancel(mut self) {
-        self.session = None;
+        if let Some(session) = self.session.take() {
+            session.discard();
+        }
     }
 
     /// Makes the bytes a blob of the repository. The authority is asked once more, immediately before
-    /// the blob can be seen; a wrong digest ends the session.
+    /// the blob can be seen. A wrong digest or a lease that is over ends the session; after a file error it
+    /// can be tried again.
     ///
     /// # Errors
     /// [`StoreError::DigestMismatch`], a lease that is over, or a file error.
@@ -313,27 +264,32 @@ impl Upload {
         expected: &Digest,
     ) -> Result<(Digest, u64), StoreError> {
         let store = self.store.clone();
-        let mut session = self.session.take().ok_or(StoreError::UploadUnknown)?;
-        let (actual, size) = session.hasher.clone().finish();
+        let session = self.session()?;
+        let (actual, size) = session.digest()?;
         if actual != *expected {
+            self.cancel();
             return Err(StoreError::DigestMismatch {
                 expected: *expected,
                 actual,
             });
         }
+        let path = session.path.clone();
+        let content = session.content()?;
         store.durable.step("sync blob")?;
-        session
+        content
             .file
             .sync_all()
-            .map_err(StoreError::io("sync", &session.path))?;
-        authority.check(Action::Push, &session.repo)?;
-        let _names = store.linking();
-        store.note_linked(expected);
-        store.put_content(expected, &session.file, &session.path)?;
-        session.pending = false;
-        let link = store.blob_link(&session.repo, expected);
-        let linked_before = super::store::is_there(&link)?;
-        store.durable.mark(&link)?;
+            .map_err(StoreError::io("sync", &path))?;
+        if let Err(error) = authority.check(Action::Push, &session.repo) {
+            self.cancel();
+            return Err(error);
+        }
+        let linked_before = self.put_in_place(expected)?;
+        let Some(session) = self.session.take() else {
+            return Ok((*expected, size));
+        };
+        store.durable.step("end upload")?;
+        remove_files(&session.path);
         if let Some(account) = &session.account {
             if linked_before {
                 account.refund(size);
@@ -345,24 +301,92 @@ impl Upload {
         Ok((*expected, size))
     }
 
+    /// First the link, then the content: killed in between, the session is whole and can be committed again.
+    /// Tells whether the link was there before.
+    fn put_in_place(&mut self, digest: &Digest) -> Result<bool, StoreError> {
+        let store = self.store.clone();
+        let session = self.session()?;
+        let path = session.path.clone();
+        let link = store.blob_link(&session.repo, digest);
+        let content = session.content()?;
+        let _names = store.linking();
+        store.note_linked(digest);
+        let linked_before = super::store::is_there(&link)?;
+        store.durable.mark(&link)?;
+        let put = store.put_content(digest, &content.file, &path);
+        if put.is_err() && !super::store::is_there(&path)? {
+            self.session = None;
+        }
+        put.map(|()| linked_before)
+    }
+
     /// As [`Self::commit`] with whatever digest the bytes have: for host code that has no promise to check.
     ///
     /// # Errors
     /// A lease that is over, or a file error.
-    pub fn commit_any(self, authority: &Authority) -> Result<(Digest, u64), StoreError> {
-        let session = self.session.as_ref().ok_or(StoreError::UploadUnknown)?;
-        let (digest, _) = session.hasher.clone().finish();
+    pub fn commit_any(mut self, authority: &Authority) -> Result<(Digest, u64), StoreError> {
+        let (digest, _) = self.session()?.digest()?;
         self.commit(authority, &digest)
     }
 }
 
 impl Session {
+    /// A session whose bytes, if any, were written by an earlier owner.
+    pub(super) fn at(repo: RepoName, owner: String, path: PathBuf, size: u64) -> Self {
+        Self {
+            repo,
+            owner,
+            path,
+            size,
+            content: None,
+            written_back: size,
+            writing_back: Arc::default(),
+            room_checked: size,
+            account: None,
+        }
+    }
+
+    /// Whether this process has touched its bytes.
+    pub(super) fn is_open(&self) -> bool {
+        self.content.is_some()
+    }
+
+    /// Ends the session: its files go, and what it took of the quota comes back.
+    pub(super) fn discard(&self) {
+        remove_files(&self.path);
+        if let Some(account) = &self.account {
+            account.refund(self.size);
+        }
+    }
+
+    /// The open file; what an earlier owner wrote is hashed first.
+    fn content(&mut self) -> Result<&mut Content, StoreError> {
+        let opened = match self.content.take() {
+            Some(content) => content,
+            None => {
+                let (content, size) =
+                    Content::of_file(&self.path).map_err(StoreError::io("take up", &self.path))?;
+                self.size = size;
+                content
+            }
+        };
+        Ok(self.content.insert(opened))
+    }
+
+    fn digest(&mut self) -> Result<(Digest, u64), StoreError> {
+        Ok(self.content()?.hasher.clone().finish())
+    }
+
     /// After a failed write: the file ends again where the hash stands.
     fn rewind_to_size(&mut self) -> Result<(), StoreError> {
-        use std::io::{Seek, SeekFrom};
-        self.file
-            .set_len(self.size)
-            .and_then(|()| self.file.seek(SeekFrom::Start(self.size)))
+        let size = self.size;
+        let Some(content) = &mut self.content else {
+            return Ok(());
+        };
+        content
+            .file
+            .set_len(size)
+            .and_then(|()| content.file.seek(SeekFrom::Start(size)))
             .map(drop)
             .map_err(StoreError::io("cut back", &self.path))
     }
@@ -376,7 +400,7 @@ impl Session {
         }
         self.written_back = self.size;
         let running = self.writing_back.clone();
-        let Ok(file) = self.file.try_clone() else {
+        let Some(Ok(file)) = self.content.as_ref().map(|it| it.file.try_clone()) else {
             running.store(false, Ordering::Release);
             return;
         };
@@ -390,6 +414,24 @@ impl Session {
             .spawn(work);
         if spawned.is_err() {
             self.writing_back.store(false, Ordering::Release);
+        }
+    }
+}
+
+impl Content {
+    /// Opens and hashes the bytes of an earlier owner; also gives how many there are.
+    fn of_file(path: &std::path::Path) -> std::io::Result<(Self, u64)> {
+        let mut file = fs::OpenOptions::new().read(true).write(true).open(path)?;
+        let mut hasher = Hasher::default();
+        let mut buffer = vec![0; HASH_BUFFER_BYTES];
+        let mut size = 0;
+        loop {
+            let got = std::io::Read::read(&mut file, &mut buffer)?;
+            if got == 0 {
+                return Ok((Self { file, hasher }, size));
+            }
+            hasher.update(&buffer[..got]);
+            size += got as u64;
         }
     }
 }

@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
-use ureq::http::header::{AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use ureq::http::header::{AUTHORIZATION, CONTENT_TYPE, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE};
 use ureq::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 
 use super::challenge::{Challenge, choose};
 use super::credentials::Credential;
 use super::error::RemoteError;
-use super::http::{Answer, Ask, Http, Sent, same_origin};
+use super::http::{Answer, Ask, Fetched, Http, Sent, located, same_origin};
 use super::target::{Target, is_loopback};
 
 /// How long a token is trusted to live when its server does not say (the token specification's default).
@@ -26,9 +26,36 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(15);
 /// Sends a request that is ready but for its body.
 pub(super) type Exchange<'a> = dyn Fn(Sent<'_>) -> Result<Answer, RemoteError> + 'a;
 
+/// Most redirects of one download.
+const REDIRECTS_MAX: u32 = 5;
+
+/// What a conversation is for: the rights that are asked for, and the words of refusals.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Purpose {
+    Push,
+    Pull,
+}
+
+impl Purpose {
+    fn actions(self) -> &'static str {
+        match self {
+            Self::Push => "pull,push",
+            Self::Pull => "pull",
+        }
+    }
+
+    fn doing(self) -> &'static str {
+        match self {
+            Self::Push => "pushing to",
+            Self::Pull => "pulling from",
+        }
+    }
+}
+
 /// One registry, its door found.
 #[derive(Debug)]
 pub(super) struct Client {
+    purpose: Purpose,
     http: Http,
     target: Target,
     credential: Option<Credential>,
@@ -63,6 +90,7 @@ impl Client {
         http: &Http,
         target: &Target,
         credential: Option<&Credential>,
+        purpose: Purpose,
     ) -> Result<Self, RemoteError> {
         let mut failure: Option<RemoteError> = None;
         for root in target.roots() {
@@ -85,6 +113,7 @@ impl Client {
                 }
             };
             let mut client = Self {
+                purpose,
                 http: http.clone(),
                 target: target.clone(),
                 credential: credential.cloned(),
@@ -135,21 +164,7 @@ impl Client {
         headers: &HeaderMap,
         body: &mut dyn FnMut(&Exchange<'_>) -> Result<Answer, RemoteError>,
     ) -> Result<Answer, RemoteError> {
-        if self
-            .session
-            .as_ref()
-            .and_then(|session| session.stale)
-            .is_some_and(|stale| Instant::now() >= stale)
-        {
-            self.session = None;
-            let probe = self.http.exchange(
-                ask("reach the registry", Method::GET, self.root.clone()),
-                Sent::Nothing,
-            )?;
-            if probe.status == StatusCode::UNAUTHORIZED {
-                self.log_in(&probe)?;
-            }
-        }
+        self.renew()?;
         let mut again = false;
         loop {
             // Storage that a registry sends us to elsewhere has its own keys in the URL.
@@ -171,6 +186,62 @@ impl Client {
             })?;
             if answer.status != StatusCode::UNAUTHORIZED || again || !ours {
                 return Ok(answer);
+            }
+            self.log_in(&answer)?;
+            again = true;
+        }
+    }
+
+    /// Gets a new token when the present one is nearly over.
+    fn renew(&mut self) -> Result<(), RemoteError> {
+        let stale = self.session.as_ref().and_then(|session| session.stale);
+        if stale.is_none_or(|stale| Instant::now() < stale) {
+            return Ok(());
+        }
+        self.session = None;
+        let probe = self.http.exchange(
+            ask("reach the registry", Method::GET, self.root.clone()),
+            Sent::Nothing,
+        )?;
+        if probe.status == StatusCode::UNAUTHORIZED {
+            self.log_in(&probe)?;
+        }
+        Ok(())
+    }
+
+    /// Opens a download, through redirects to where the registry keeps its content; the login goes to the registry alone.
+    pub(super) fn fetch(
+        &mut self,
+        what: &'static str,
+        uri: &Uri,
+        headers: &HeaderMap,
+    ) -> Result<Fetched, RemoteError> {
+        self.renew()?;
+        let (mut at, mut redirects, mut again) = (uri.clone(), 0, false);
+        loop {
+            let ours = same_origin(&at, &self.root);
+            let authorization = self.session.as_ref().filter(|_| ours);
+            let ask = Ask {
+                headers: headers.clone(),
+                authorization: authorization.map(|session| &session.authorization),
+                ..ask(what, Method::GET, at.clone())
+            };
+            let fetched = self.http.fetch(ask)?;
+            if fetched.status.is_redirection() {
+                let to = fetched.headers.get(LOCATION);
+                let to = to.and_then(|to| located(&at, to.to_str().ok()?));
+                redirects += 1;
+                at = to
+                    .filter(|_| redirects <= REDIRECTS_MAX)
+                    .ok_or_else(|| self.protocol("it redirects to where kiln does not go"))?;
+                continue;
+            }
+            if fetched.status.is_success() {
+                return Ok(fetched);
+            }
+            let answer = fetched.into_answer();
+            if answer.status != StatusCode::UNAUTHORIZED || again || !ours {
+                return Err(self.refusal(what, &answer));
             }
             self.log_in(&answer)?;
             again = true;
@@ -233,7 +304,8 @@ impl Client {
             Some("http") if plain_ok => {}
             _ => return Err(self.protocol("its token server is not reached by TLS")),
         }
-        let scope = format!("repository:{}:pull,push", self.target.repository());
+        let actions = self.purpose.actions();
+        let scope = format!("repository:{}:{actions}", self.target.repository());
         let mut query = vec![("scope", scope.as_str())];
         query.extend(service.map(|service| ("service", service)));
         let answer = match &self.credential {
@@ -300,7 +372,7 @@ impl Client {
     pub(super) fn refusal(&self, what: &'static str, answer: &Answer) -> RemoteError {
         let registry = self.target.registry().to_owned();
         let repository = self.target.repository().to_owned();
-        let detail = detail(&answer.body);
+        let (detail, doing) = (detail(&answer.body), self.purpose.doing());
         match answer.status {
             StatusCode::UNAUTHORIZED
                 if self.credential.is_some()
@@ -311,6 +383,7 @@ impl Client {
             {
                 // A token was given, and does not suffice: the login is right, its rights are not.
                 RemoteError::Forbidden {
+                    doing,
                     registry,
                     repository,
                     detail,
@@ -318,6 +391,7 @@ impl Client {
             }
             StatusCode::UNAUTHORIZED => self.unauthorized(answer),
             StatusCode::FORBIDDEN => RemoteError::Forbidden {
+                doing,
                 registry,
                 repository,
                 detail,

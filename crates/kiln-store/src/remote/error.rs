@@ -1,6 +1,7 @@
 //! Why another registry could not be used.
 
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use kiln_core::Digest;
@@ -8,7 +9,7 @@ use kiln_core::Digest;
 use super::credentials::CredentialsError;
 use crate::host::HostError;
 
-/// Why a push failed. Nothing of a failed push is tagged at the other registry.
+/// Why a push or a pull failed. Nothing of a failed push is tagged at the other registry, nothing of a failed pull here.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RemoteError {
@@ -48,8 +49,10 @@ pub enum RemoteError {
         detail: String,
     },
     /// The registry knows, and refuses.
-    #[error("{registry} does not allow pushing to {repository}{}", words(.detail))]
+    #[error("{registry} does not allow {doing} {repository}{}", words(.detail))]
     Forbidden {
+        /// What was tried.
+        doing: &'static str,
         /// The registry.
         registry: String,
         /// The repository.
@@ -118,11 +121,47 @@ pub enum RemoteError {
         #[source]
         source: io::Error,
     },
+    /// What came is not what its digest says.
+    #[error("{registry} sent something else as {expected}: {why}")]
+    Content {
+        /// The registry.
+        registry: String,
+        /// What was asked for.
+        expected: Digest,
+        /// How it differs.
+        why: String,
+    },
+    /// It is no image that kiln takes.
+    #[error("{image} cannot be used: {why}")]
+    Unusable {
+        /// Which one.
+        image: String,
+        /// Why not.
+        why: String,
+    },
+    /// kiln's own registry did not take it.
+    #[error("{digest} cannot be stored")]
+    Write {
+        /// Which part.
+        digest: Digest,
+        /// What failed.
+        #[source]
+        source: Box<HostError>,
+    },
+    /// Certificates of a private authority cannot be read.
+    #[error("{path:?} cannot be read")]
+    Certificates {
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
     /// Whoever asked went away.
-    #[error("the push was cancelled")]
+    #[error("the transfer was cancelled")]
     Cancelled,
-    /// The thread that pushed ended early.
-    #[error("the push ended unexpectedly")]
+    /// The thread that worked ended early.
+    #[error("the transfer ended unexpectedly")]
     Task(#[source] tokio::task::JoinError),
 }
 
@@ -143,6 +182,8 @@ impl RemoteError {
             Self::Target { .. }
                 | Self::Credentials { .. }
                 | Self::Ca { .. }
+                | Self::Certificates { .. }
+                | Self::Unusable { .. }
                 | Self::Unauthorized { .. }
                 | Self::Forbidden { .. }
                 | Self::NotFound { .. }
@@ -188,7 +229,7 @@ impl RemoteError {
             Self::Network { source, .. } => match &**source {
                 ureq::Error::Rustls(_) | ureq::Error::Tls(_) => Some(
                     "plain HTTP is spoken to loopback only; a private certificate authority belongs into the host's CA \
-                     bundle"
+                     bundle, or into /etc/docker/certs.d/HOST/ca.crt"
                         .to_owned(),
                 ),
                 ureq::Error::Io(error) if error.kind() == io::ErrorKind::InvalidData => Some(

@@ -101,6 +101,26 @@ pub(super) struct Answer {
     pub(super) body: Vec<u8>,
 }
 
+/// An answer whose body is still to be read.
+pub(super) struct Fetched {
+    pub(super) status: StatusCode,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Box<dyn Read + Send>,
+}
+
+impl Fetched {
+    /// Reads the body, bounded; what cannot be read is left out.
+    pub(super) fn into_answer(self) -> Answer {
+        let mut body = Vec::new();
+        let _cut = self.body.take(ANSWER_BYTES_MAX).read_to_end(&mut body);
+        Answer {
+            status: self.status,
+            headers: self.headers,
+            body,
+        }
+    }
+}
+
 /// The way to one registry.
 #[derive(Clone)]
 pub(super) struct Http {
@@ -208,6 +228,41 @@ impl Http {
                 )
             }
         }
+    }
+
+    /// A GET whose body is streamed: no bound on its length or whole time here, but one on every standstill.
+    pub(super) fn fetch(&self, ask: Ask<'_>) -> Result<Fetched, RemoteError> {
+        let what = ask.what;
+        let network = |source| RemoteError::Network {
+            registry: self.registry.clone(),
+            what,
+            source: Box::new(source),
+        };
+        let plain = ask.uri.scheme_str() == Some("http");
+        let proxy = self.proxy_for(&ask.uri).map_err(network)?;
+        let mut request = Request::new(());
+        *request.uri_mut() = ask.uri;
+        *request.headers_mut() = ask.headers;
+        if let Some(value) = ask.authorization {
+            request.headers_mut().insert(AUTHORIZATION, value.clone());
+        }
+        let request = self
+            .agent
+            .configure_request(request)
+            .proxy(proxy)
+            .https_only(!plain)
+            .max_redirects(0)
+            .timeout_recv_response(Some(ANSWER_WAIT))
+            .timeout_recv_body(None)
+            .timeout_per_read(Some(STALL_WAIT))
+            .build();
+        let response: Response<ureq::Body> = self.agent.run(request).map_err(network)?;
+        let (parts, body) = response.into_parts();
+        Ok(Fetched {
+            status: parts.status,
+            headers: parts.headers,
+            body: Box::new(body.into_reader()),
+        })
     }
 
     fn finish<B: ureq::AsSendBody>(

@@ -1,22 +1,26 @@
-//! Other registries, as this host's user pushes to them: OCI distribution-spec v1.1, with the credentials that
+//! Other registries, as this host's user pushes to them and pulls bases from them: OCI distribution-spec v1.1, with the credentials that
 //! docker and podman keep.
 //!
 //! A client only, and only for host code: no guest ever comes here. Requests block and run on a blocking thread;
 //! blobs stream from the store in constant memory. Credentials are never logged and never sent anywhere but to the
 //! registry they were kept for and to the token server it names.
-//! Read next: [`RemoteRegistry`] (the push), `credentials` (where a login is found), `challenge` (how a registry asks).
+//! Read next: [`RemoteRegistry`] (push and pull), `credentials` (where a login is found), `challenge` (how a registry asks).
 
+mod certs;
 mod challenge;
 mod client;
 mod credentials;
 mod error;
 mod helper;
 mod http;
+mod pull;
 mod push;
 mod target;
 
+pub use certs::CertificateSources;
 pub use credentials::{Credential, CredentialSources, CredentialsError};
 pub use error::RemoteError;
 pub use http::{ProxyServer, RemoteConfig};
+pub use pull::{PULL_BYTES_MAX, PullEvent, Pulled};
 pub use push::{PushEvent, Pushed, RemoteRegistry};
 pub use target::Target;

@@ -11,7 +11,7 @@ use tokio_util::io::SyncIoBridge;
 use ureq::http::header::{CONTENT_LENGTH, LOCATION};
 use ureq::http::{HeaderMap, Method, StatusCode, Uri};
 
-use super::client::Client;
+use super::client::{Client, Purpose};
 use super::credentials::Credential;
 use super::error::RemoteError;
 use super::http::{Answer, Http, RemoteConfig, Sent, content_type, located};
@@ -66,9 +66,9 @@ pub struct Pushed {
 /// A registry that is not kiln's own, and a place in it.
 #[derive(Debug)]
 pub struct RemoteRegistry {
-    http: Http,
-    target: Target,
-    credential: Option<Credential>,
+    pub(super) http: Http,
+    pub(super) target: Target,
+    pub(super) credential: Option<Credential>,
 }
 
 impl RemoteRegistry {
@@ -132,8 +132,8 @@ impl RemoteRegistry {
             self.credential.clone(),
         );
         let work = move || {
-            let client = retrying(&source.stop, &tell, || {
-                Client::open(&http, &target, credential.as_ref())
+            let client = retrying(&source.stop, &|why| tell(PushEvent::Again { why }), || {
+                Client::open(&http, &target, credential.as_ref(), Purpose::Push)
             })?;
             let mut job = Job {
                 client,
@@ -158,7 +158,7 @@ impl RemoteRegistry {
     }
 }
 
-struct StopOnDrop(Arc<AtomicBool>);
+pub(super) struct StopOnDrop(pub(super) Arc<AtomicBool>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
@@ -228,9 +228,9 @@ struct Job {
 }
 
 /// Repeats a step while the network fails, a bounded number of times.
-fn retrying<T>(
+pub(super) fn retrying<T>(
     stop: &AtomicBool,
-    tell: &dyn Fn(PushEvent),
+    again: &dyn Fn(String),
     mut step: impl FnMut() -> Result<T, RemoteError>,
 ) -> Result<T, RemoteError> {
     let mut pause = RETRY_PAUSE;
@@ -246,9 +246,7 @@ fn retrying<T>(
                 let source = std::error::Error::source(&error)
                     .map(|source| format!(": {source}"))
                     .unwrap_or_default();
-                tell(PushEvent::Again {
-                    why: format!("{error}{source}"),
-                });
+                again(format!("{error}{source}"));
                 std::thread::sleep(error.retry_after().unwrap_or(pause));
                 pause *= 4;
                 tries += 1;
@@ -267,7 +265,7 @@ impl Job {
             tell,
             ..
         } = self;
-        let sent = retrying(&source.stop, &**tell, || {
+        let sent = retrying(&source.stop, &|why| tell(PushEvent::Again { why }), || {
             if is_there(client, digest, size)? {
                 tell(PushEvent::Present { digest, size });
                 return Ok(false);
@@ -300,7 +298,7 @@ impl Job {
         let uri = client.uri(&format!("manifests/{}", client.target().tag()))?;
         let headers = content_type(media_type);
         let what = "put the manifest";
-        let answer = retrying(&source.stop, &**tell, || {
+        let answer = retrying(&source.stop, &|why| tell(PushEvent::Again { why }), || {
             let answer = client.send(what, &Method::PUT, &uri, &headers, &mut |exchange| {
                 exchange(Sent::Bytes(bytes))
             })?;

@@ -1,8 +1,8 @@
-//! Where a push goes: registry, repository and tag, from a reference as people write it.
+//! What a push or a pull is about: registry, repository, tag or digest, from a reference as people write it.
 
 use std::net::IpAddr;
 
-use kiln_core::ImageRef;
+use kiln_core::{Digest, ImageRef};
 
 use super::error::RemoteError;
 
@@ -26,16 +26,17 @@ pub(super) fn canonical_host(host: &str) -> String {
     }
 }
 
-/// A repository of another registry, and a tag.
+/// A repository of another registry, and a tag or a digest in it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Target {
     registry: String,
     repository: String,
-    tag: String,
+    tag: Option<String>,
+    digest: Option<Digest>,
 }
 
 impl Target {
-    /// From a reference; without a tag, `latest`.
+    /// Where a push goes, from a reference; without a tag, `latest`.
     ///
     /// # Errors
     /// When it names no registry, or names a digest.
@@ -47,29 +48,36 @@ impl Target {
                 hint,
             })
         };
-        let Some(registry) = &reference.registry else {
+        if reference.registry.is_none() {
             return refuse(
                 "it names no registry",
                 "write registry/name:tag, for example registry.example.org/team/app:1.0",
             );
-        };
+        }
         if reference.digest.is_some() {
             return refuse(
                 "a push goes to a tag, not to a digest",
                 "leave out the part after '@'",
             );
         }
-        let registry = canonical_host(registry);
+        Ok(Self::source(reference))
+    }
+
+    /// What a pull takes, from a reference as a Dockerfile may write it: without a registry Docker Hub's, without tag
+    /// and digest `latest`.
+    #[must_use]
+    pub fn source(reference: &ImageRef) -> Self {
+        let registry = canonical_host(reference.registry.as_deref().unwrap_or(HUB));
         let mut repository = reference.repository.clone();
         if registry == HUB && !repository.contains('/') {
             repository = format!("library/{repository}");
         }
-        let tag = reference.tag.clone().unwrap_or_else(|| "latest".to_owned());
-        Ok(Self {
+        Self {
             registry,
             repository,
-            tag,
-        })
+            tag: reference.tag.clone(),
+            digest: reference.digest,
+        }
     }
 
     /// Host, with a port where one was named.
@@ -84,10 +92,27 @@ impl Target {
         &self.repository
     }
 
-    /// Tag.
+    /// Tag; `latest` when none was named.
     #[must_use]
     pub fn tag(&self) -> &str {
-        &self.tag
+        self.tag.as_deref().unwrap_or("latest")
+    }
+
+    /// Digest, where one was named.
+    #[must_use]
+    pub fn digest(&self) -> Option<Digest> {
+        self.digest
+    }
+
+    /// As a reference in full, with this digest.
+    #[must_use]
+    pub fn pinned(&self, digest: Digest) -> ImageRef {
+        ImageRef {
+            registry: Some(self.registry.clone()),
+            repository: self.repository.clone(),
+            tag: self.tag.clone(),
+            digest: Some(digest),
+        }
     }
 
     /// The name credential helpers know the registry by.
@@ -129,7 +154,12 @@ pub(super) fn is_loopback(authority: &str) -> bool {
 
 impl std::fmt::Display for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}:{}", self.registry, self.repository, self.tag)
+        write!(f, "{}/{}", self.registry, self.repository)?;
+        match (&self.tag, &self.digest) {
+            (tag, None) => write!(f, ":{}", tag.as_deref().unwrap_or("latest")),
+            (None, Some(digest)) => write!(f, "@{digest}"),
+            (Some(tag), Some(digest)) => write!(f, ":{tag}@{digest}"),
+        }
     }
 }
 
@@ -166,6 +196,25 @@ mod tests {
             assert_eq!(hub.helper_key(), HUB_KEY);
             assert_eq!(hub.roots(), [format!("https://{HUB_API}")]);
         }
+    }
+
+    #[test]
+    fn short_names_are_docker_hubs() {
+        let source = |text: &str| Target::source(&text.parse().expect("a reference")).to_string();
+        assert_eq!(source("alpine:3.20"), "docker.io/library/alpine:3.20");
+        assert_eq!(source("team/app"), "docker.io/team/app:latest");
+        assert_eq!(
+            source("registry-1.docker.io/x"),
+            "docker.io/library/x:latest"
+        );
+        assert_eq!(source("r.example.org/x:1"), "r.example.org/x:1");
+        let digest = Digest::of(b"");
+        let full = Target::source(&format!("alpine:3@{digest}").parse().expect("legal"));
+        assert_eq!(
+            full.to_string(),
+            format!("docker.io/library/alpine:3@{digest}")
+        );
+        assert_eq!(full.pinned(digest).to_string(), full.to_string());
     }
 
     #[test]

@@ -37,8 +37,33 @@ fn push(store: &Arc<Store>, repo: &RepoName, layer: &[u8], name: &str) -> Result
     Ok(put.digest)
 }
 
+/// An upload that one owner after the other goes on with.
+const CARRIED: &[u8] = b"a layer that outlives its owners";
+/// File with the name of its session.
+const CARRIED_ID: &str = "carried";
+
+/// Goes on with the upload where it stands, unless it is done, and names what it made.
+fn carry_on(store: &Arc<Store>, dir: &Path) -> Result<()> {
+    let operator = Authority::Operator;
+    let (repo, digest) = ("t/local/carried".parse()?, Digest::of(CARRIED));
+    if !store.has_blob(&repo, &digest)? {
+        let id = std::fs::read_to_string(dir.join(CARRIED_ID))?;
+        let mut upload = store.resume_upload(&operator, &repo, &id)?;
+        let at = usize::try_from(upload.size())?;
+        anyhow::ensure!((10..=CARRIED.len()).contains(&at), "it stands at {at}");
+        for bytes in CARRIED[at..].chunks(8) {
+            upload.write(bytes)?;
+        }
+        upload.commit(&operator, &digest)?;
+    }
+    let bytes = serde_json::to_vec(&manifest(CARRIED, &[]))?;
+    store.put_manifest(&operator, &repo, &tag("v1"), Some(OCI_MANIFEST), &bytes)?;
+    Ok(())
+}
+
 /// One of everything that writes.
-fn work(store: &Arc<Store>) -> Result<()> {
+fn work(store: &Arc<Store>, dir: &Path) -> Result<()> {
+    carry_on(store, dir)?;
     let quarantine: RepoName = "quarantine/b1/1".parse()?;
     let target: RepoName = "t/local/app".parse()?;
     let pushed = push(store, &quarantine, b"new layer", "x")?;
@@ -72,7 +97,8 @@ fn child() -> Result<()> {
         })),
         ..StoreConfig::default()
     };
-    work(&Arc::new(Store::open(Path::new("registry"), config)?))
+    let store = Arc::new(Store::open(Path::new("registry"), config)?);
+    work(&store, Path::new("."))
 }
 
 /// Whether the child came to its end alive.
@@ -104,16 +130,23 @@ fn prepare(dir: &Path) -> Result<()> {
     push(&store, &target, b"kept layer", "kept")?;
     push(&store, &target, b"kept layer", "moving")?;
     push(&store, &target, b"old layer", "old")?;
+    let mut upload = store.begin_upload(&Authority::Operator, &"t/local/carried".parse()?)?;
+    upload.write(&CARRIED[..10])?;
+    std::fs::write(dir.join(CARRIED_ID), upload.id())?;
     Ok(())
 }
 
 /// Everything that a tag names is there and good, and nothing half-made is.
 fn inspect(dir: &Path) -> Result<()> {
     let registry = dir.join("registry");
-    let store = Store::open(&registry, StoreConfig::default())?;
+    let store = Arc::new(Store::open(&registry, StoreConfig::default())?);
     anyhow::ensure!(
         entries(&registry.join("tmp")) == 0,
         "temporary files are left"
+    );
+    anyhow::ensure!(
+        entries(&registry.join("uploads")) <= 4,
+        "files of sessions are left"
     );
     for repo in store.repositories(None)? {
         for name in store.tags(&repo)? {
@@ -130,6 +163,8 @@ fn inspect(dir: &Path) -> Result<()> {
         report.corrupt.is_empty() && report.broken.is_empty(),
         "{report:?}"
     );
+    carry_on(&store, dir).context("the upload cannot go on")?;
+    anyhow::ensure!(store.has_blob(&"t/local/carried".parse()?, &Digest::of(CARRIED))?);
     Ok(())
 }
 
@@ -146,7 +181,7 @@ fn every_step_survives_a_kill() -> Result<()> {
         }
         // Beginning again finishes the work, whatever was left.
         let store = Store::open(&dir.path().join("registry"), StoreConfig::default())?;
-        work(&Arc::new(store)).with_context(|| format!("again after step {die_at}"))?;
+        work(&Arc::new(store), dir.path()).with_context(|| format!("again after step {die_at}"))?;
         inspect(dir.path()).with_context(|| format!("again after step {die_at}"))?;
     }
     bail!("the work has more than {STEPS_MAX} steps")

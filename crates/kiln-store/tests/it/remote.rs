@@ -29,22 +29,22 @@ use tokio::process::{Child, Command};
 use crate::client::{Client, manifest};
 use crate::loopback::Door;
 
-const USER: &str = "ann";
-const PASSWORD: &str = "s3cret pass";
+pub(crate) const USER: &str = "ann";
+pub(crate) const PASSWORD: &str = "s3cret pass";
 /// bcrypt of [`PASSWORD`].
 const HTPASSWD: &str = "ann:$2y$04$t7qJCqxbH07rkQpyu1CVou6dzm1dJTC.aAMRNeHIvO//KyZbFY5gO\n";
 
 /// An image in kiln's own registry.
-struct Image {
-    host: HostRegistry,
-    repo: RepoName,
-    image: VerifiedImage,
-    layer: Vec<u8>,
+pub(crate) struct Image {
+    pub(crate) host: HostRegistry,
+    pub(crate) repo: RepoName,
+    pub(crate) image: VerifiedImage,
+    pub(crate) layer: Vec<u8>,
     _dir: TempDir,
 }
 
 impl Image {
-    async fn new() -> Result<Self> {
+    pub(crate) async fn new() -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let host =
             HostRegistry::open_or_attach(&dir.path().join("r"), HostConfig::default()).await?;
@@ -79,7 +79,7 @@ impl Image {
         })
     }
 
-    async fn push(
+    pub(crate) async fn push(
         &self,
         to: &str,
         credential: Option<Credential>,
@@ -107,7 +107,7 @@ impl Image {
     }
 }
 
-fn login(user: &str, password: &str) -> Option<Credential> {
+pub(crate) fn login(user: &str, password: &str) -> Option<Credential> {
     Some(Credential::Basic {
         user: user.to_owned(),
         password: password.to_owned(),
@@ -115,9 +115,9 @@ fn login(user: &str, password: &str) -> Option<Credential> {
 }
 
 /// Debian's docker-registry on a free port.
-struct Distribution {
+pub(crate) struct Distribution {
     _child: Child,
-    address: String,
+    pub(crate) address: String,
     dir: TempDir,
 }
 
@@ -141,7 +141,7 @@ fn program(name: &str) -> Result<Option<PathBuf>> {
 }
 
 impl Distribution {
-    async fn start(auth: bool, tls: Option<(&Path, &Path)>) -> Result<Option<Self>> {
+    pub(crate) async fn start(auth: bool, tls: Option<(&Path, &Path)>) -> Result<Option<Self>> {
         let Some(program) = program("docker-registry")? else {
             return Ok(None);
         };
@@ -263,13 +263,12 @@ async fn passwords_are_asked_for_and_checked() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
-async fn tls_needs_a_trusted_certificate() -> Result<()> {
+/// A certificate of its own authority for 127.0.0.1, and its key.
+pub(crate) async fn certificate(dir: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
     let Some(openssl) = program("openssl")? else {
-        return Ok(());
+        return Ok(None);
     };
-    let keys = tempfile::tempdir()?;
-    let (certificate, key) = (keys.path().join("cert.pem"), keys.path().join("key.pem"));
+    let (certificate, key) = (dir.join("cert.pem"), dir.join("key.pem"));
     let made = Command::new(openssl)
         .args([
             "req",
@@ -300,6 +299,15 @@ async fn tls_needs_a_trusted_certificate() -> Result<()> {
         "{}",
         String::from_utf8_lossy(&made.stderr)
     );
+    Ok(Some((certificate, key)))
+}
+
+#[tokio::test]
+async fn tls_needs_a_trusted_certificate() -> Result<()> {
+    let keys = tempfile::tempdir()?;
+    let Some((certificate, key)) = certificate(keys.path()).await? else {
+        return Ok(());
+    };
     let Some(registry) = Distribution::start(true, Some((&certificate, &key))).await? else {
         return Ok(());
     };

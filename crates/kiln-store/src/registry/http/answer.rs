@@ -19,6 +19,8 @@ pub(crate) const SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
 pub(crate) const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
 /// `Docker-Upload-UUID`.
 pub(crate) const UPLOAD_ID: HeaderName = HeaderName::from_static("docker-upload-uuid");
+/// Bytes an upload session has: `Range` cannot tell none from one.
+pub(crate) const UPLOAD_BYTES: HeaderName = HeaderName::from_static("kiln-upload-bytes");
 /// `Docker-Distribution-API-Version`, which older clients look for.
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 /// The broad kind of a failure, for kiln's own clients on the private socket.

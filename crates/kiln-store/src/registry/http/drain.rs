@@ -15,17 +15,17 @@ const DRAIN_BYTES_MAX: usize = 64 << 20;
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// A body that a handler uses, and that can be read on after the handler dropped it.
-pub(super) struct Lent(Arc<Mutex<Body>>);
+pub(crate) struct Lent(Arc<Mutex<Body>>);
 
 /// Splits a body into the handler's end and ours.
-pub(super) fn lend(body: Body) -> (Lent, Body) {
+pub(crate) fn lend(body: Body) -> (Lent, Body) {
     let shared = Arc::new(Mutex::new(body));
     (Lent(shared.clone()), Body::new(Lent(shared)))
 }
 
 impl Lent {
     /// Throws away what is left, up to the bounds.
-    pub(super) async fn drain(mut self) {
+    pub(crate) async fn drain(mut self) {
         let mut seen = 0;
         let reading = async {
             while let Some(Ok(frame)) = self.frame().await {

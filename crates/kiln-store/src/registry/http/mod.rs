@@ -6,13 +6,13 @@
 
 pub(crate) mod answer;
 mod blobs;
-mod drain;
+pub(crate) mod drain;
 mod lists;
 mod manifests;
-mod range;
+pub(crate) mod range;
 pub(crate) mod route;
 pub(crate) mod transfer;
-mod uploads;
+pub(crate) mod uploads;
 
 use std::sync::Arc;
 

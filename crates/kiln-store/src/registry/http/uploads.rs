@@ -6,7 +6,7 @@ use http::StatusCode;
 use http::header::{CONTENT_LENGTH, CONTENT_RANGE, RANGE};
 use kiln_core::Digest;
 
-use super::answer::{self, Answer, CONTENT_DIGEST, UPLOAD_ID};
+use super::answer::{self, Answer, CONTENT_DIGEST, UPLOAD_BYTES, UPLOAD_ID};
 use super::range::chunk;
 use super::transfer::{blocking, receive};
 use super::{Asked, Handled};
@@ -183,10 +183,11 @@ fn progress(status: StatusCode, repo: &RepoName, upload: &Upload) -> Response {
         .location(format!("/v2/{repo}/blobs/uploads/{}", upload.id()))
         .header(RANGE, format!("0-{last}"))
         .header(UPLOAD_ID, upload.id())
+        .header(UPLOAD_BYTES, upload.size())
         .empty()
 }
 
-fn created(repo: &RepoName, digest: &Digest) -> Response {
+pub(crate) fn created(repo: &RepoName, digest: &Digest) -> Response {
     Answer::new(StatusCode::CREATED)
         .location(format!("/v2/{repo}/blobs/{digest}"))
         .header(CONTENT_DIGEST, digest)

@@ -1,0 +1,209 @@
+//! The files of upload sessions, and the table of those that are open.
+//!
+//! ```text
+//! uploads/<id>         the bytes so far: their count is where the session stands
+//! uploads/<id>.json    repository and caller
+//! ```
+//!
+//! Neither needs to survive a power loss, only the end of a process: nothing here is synced before the commit.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use super::durable::is_absent;
+use super::error::StoreError;
+use super::name::RepoName;
+use super::store::Store;
+use super::upload::{SESSION_IDLE_MAX, SESSIONS_MAX, Session};
+
+/// Largest record of a session, bytes.
+const RECORD_BYTES_MAX: u64 = 4096;
+/// What a record's name ends with.
+const RECORD_SUFFIX: &str = ".json";
+
+/// Whose bytes these are.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Record {
+    repo: RepoName,
+    owner: String,
+}
+
+/// Where a session is.
+#[derive(Debug)]
+pub(super) enum Slot {
+    /// Nobody writes to it.
+    Idle {
+        session: Box<Session>,
+        since: Instant,
+    },
+    /// A request has it.
+    Busy { repo: RepoName, owner: String },
+}
+
+impl Slot {
+    pub(super) fn belongs_to(&self, repo: &RepoName, owner: &str) -> bool {
+        match self {
+            Self::Idle { session, .. } => session.repo == *repo && session.owner == owner,
+            Self::Busy { repo: r, owner: o } => r == repo && o == owner,
+        }
+    }
+
+    pub(super) fn owner(&self) -> &str {
+        match self {
+            Self::Idle { session, .. } => &session.owner,
+            Self::Busy { owner, .. } => owner,
+        }
+    }
+}
+
+/// The open sessions.
+#[derive(Debug)]
+pub(super) struct Uploads {
+    dir: PathBuf,
+    slots: Mutex<HashMap<String, Slot>>,
+}
+
+impl Uploads {
+    /// Finds what earlier owners left; what is expired or incomplete is removed.
+    pub(super) fn open(dir: PathBuf) -> Result<Self, StoreError> {
+        let mut slots = HashMap::new();
+        for entry in fs::read_dir(&dir).map_err(StoreError::io("list", &dir))? {
+            let path = entry.map_err(StoreError::io("list", &dir))?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            let Some(id) = name.filter(|name| is_id(name)) else {
+                // A record is removed with its bytes, or when it has none.
+                let of = name.and_then(|name| name.strip_suffix(RECORD_SUFFIX));
+                if of.is_none_or(|id| !is_id(id) || !dir.join(id).is_file()) {
+                    let _best_effort = fs::remove_file(&path);
+                }
+                continue;
+            };
+            match found(&path).map_err(StoreError::io("examine", &path))? {
+                Some((session, since)) if slots.len() < SESSIONS_MAX => {
+                    let session = Box::new(session);
+                    slots.insert(id.to_owned(), Slot::Idle { session, since });
+                }
+                _ => remove_files(&path),
+            }
+        }
+        Ok(Self {
+            dir,
+            slots: Mutex::new(slots),
+        })
+    }
+
+    pub(super) fn data_path(&self, id: &str) -> PathBuf {
+        self.dir.join(id)
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the sessions that nobody has at this moment and that are not wanted. Tells how many.
+    fn drop_where(&self, unwanted: impl Fn(&Session, Instant) -> bool) -> u64 {
+        let mut slots = self.lock();
+        let gone: Vec<String> = slots
+            .iter()
+            .filter(|(_, slot)| match slot {
+                Slot::Idle { session, since } => unwanted(session, *since),
+                Slot::Busy { .. } => false,
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        let dropped: Vec<_> = gone.iter().filter_map(|id| slots.remove(id)).collect();
+        drop(slots);
+        let mut count = 0;
+        for slot in dropped {
+            if let Slot::Idle { session, .. } = slot {
+                session.discard();
+                count += 1;
+            }
+        }
+        count
+    }
+
+    /// Ends sessions that were idle for [`SESSION_IDLE_MAX`].
+    pub(super) fn drop_expired(&self) -> u64 {
+        let now = Instant::now();
+        self.drop_where(|_, since| now.duration_since(since) >= SESSION_IDLE_MAX)
+    }
+
+    pub(super) fn drop_tree(&self, tree: &RepoName) {
+        self.drop_where(|session, _| session.repo.is_under(tree.as_str()));
+    }
+
+    /// Sessions begun, or gone on with, while this process owned the store.
+    pub(super) fn count(&self) -> usize {
+        let in_use = |slot: &&Slot| match slot {
+            Slot::Idle { session, .. } => session.is_open(),
+            Slot::Busy { .. } => true,
+        };
+        self.lock().values().filter(in_use).count()
+    }
+}
+
+impl Store {
+    /// Writes the record of a session, whose bytes are in place.
+    pub(super) fn note_session(&self, session: &Session) -> Result<(), StoreError> {
+        let record = Record {
+            repo: session.repo.clone(),
+            owner: session.owner.clone(),
+        };
+        let path = record_path(&session.path);
+        let text = serde_json::to_vec(&record)
+            .map_err(|error| StoreError::io("write", &path)(error.into()))?;
+        self.durable.write_unsynced(&path, &text)
+    }
+}
+
+/// The 32 hex digits that name a session.
+fn is_id(name: &str) -> bool {
+    name.len() == 32 && name.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+fn record_path(data: &Path) -> PathBuf {
+    let mut name = data.as_os_str().to_owned();
+    name.push(RECORD_SUFFIX);
+    name.into()
+}
+
+/// Removes the files of a session. Best effort: what stays is removed when the store is opened.
+pub(super) fn remove_files(data: &Path) {
+    let _ = fs::remove_file(data);
+    let _ = fs::remove_file(record_path(data));
+}
+
+/// A session as its files tell it; `None` when they do not, or when it is expired.
+fn found(data: &Path) -> io::Result<Option<(Session, Instant)>> {
+    let meta = fs::symlink_metadata(data)?;
+    let file = match fs::File::open(record_path(data)) {
+        Ok(file) => file,
+        Err(error) if is_absent(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut text = Vec::new();
+    file.take(RECORD_BYTES_MAX).read_to_end(&mut text)?;
+    let Ok(record) = serde_json::from_slice::<Record>(&text) else {
+        return Ok(None);
+    };
+    // Written in the future: the clock jumped. It has its whole time again.
+    let age = SystemTime::now()
+        .duration_since(meta.modified()?)
+        .unwrap_or(Duration::ZERO);
+    let Some(since) = Instant::now().checked_sub(age) else {
+        return Ok(None);
+    };
+    if age >= SESSION_IDLE_MAX || !meta.is_file() {
+        return Ok(None);
+    }
+    let session = Session::at(record.repo, record.owner, data.to_owned(), meta.len());
+    Ok(Some((session, since)))
+}
