@@ -171,7 +171,8 @@ impl BringUpError {
     }
 
     /// Whether the same start may work when tried again: a boot that hung or died on a busy host.
-    fn is_worth_a_retry(&self) -> bool {
+    #[must_use]
+    pub fn is_worth_a_retry(&self) -> bool {
         match self {
             Self::Hello { source, .. } => !matches!(
                 source,

@@ -1,7 +1,8 @@
 //! A cgroup of its own for each VMM: limits on CPU, memory and processes that hold on the host, whatever the guest does.
 //!
 //! Version 2 is used where a group may be made with the controllers in it (a delegated subtree, or root), else the separate
-//! hierarchies of version 1, else none; which of them holds is a fact for `kiln doctor`, never a silent difference. The VMM enters its
+//! hierarchies of version 1, else none; a process that is alone in a delegated group makes itself a leaf there first, because
+//! a group with processes of its own cannot hand out memory. which of them holds is a fact for `kiln doctor`, never a silent difference. The VMM enters its
 //! groups before it executes anything: the files are opened by the parent and the child writes `0` ([`enter`]).
 //! Sources: the kernel's `admin-guide/cgroup-v2.rst` and `admin-guide/cgroup-v1/{memory,pids}.rst`, `scheduler/sched-bwc.rst`.
 //! Read next: [`crate::reap`] (removal after a crash).
@@ -17,6 +18,10 @@ use kiln_core::ByteSize;
 use crate::driver::{Check, CheckLevel};
 use crate::proc::ProcessIdentity;
 
+mod find;
+
+use find::{Parent, v1_parent, v2_parent};
+
 /// Period of the CPU quota, microseconds: the kernel's default.
 const CPU_PERIOD_US: u64 = 100_000;
 
@@ -29,6 +34,9 @@ pub const VMM_PIDS_MAX: u64 = 256;
 
 /// How often a group that should become empty is looked at.
 const EMPTY_POLL: Duration = Duration::from_millis(5);
+
+/// Group that a process makes for itself below the one it is alone in.
+const LEAF: &str = "self.kiln";
 
 /// Limits of one machine's VMM.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -114,6 +122,8 @@ pub struct CgroupHost {
     version: Option<Version>,
     /// The directory below which groups are made, per controller that works.
     parents: Vec<(Controller, PathBuf)>,
+    /// The group that this process has to leave for a leaf of it, before others can be made there.
+    leave: Option<PathBuf>,
     /// Why there is none, or why controllers are missing.
     why: String,
 }
@@ -131,13 +141,10 @@ impl CgroupHost {
     #[must_use]
     pub fn detect_from(mounts: &str, own: &str) -> Self {
         let v2 = v2_parent(mounts, own);
-        if let Ok((parent, controllers)) = &v2
-            && controllers.contains(&Controller::Memory)
+        if let Ok(parent) = &v2
+            && parent.controllers.contains(&Controller::Memory)
         {
-            return Self::new(
-                Version::V2,
-                controllers.iter().map(|c| (*c, parent.clone())).collect(),
-            );
+            return Self::of_v2(parent);
         }
         let v1: Vec<_> = Controller::ALL
             .into_iter()
@@ -147,15 +154,22 @@ impl CgroupHost {
             return Self::new(Version::V1, v1);
         }
         match v2 {
-            Ok((parent, controllers)) => Self::new(
-                Version::V2,
-                controllers.iter().map(|c| (*c, parent.clone())).collect(),
-            ),
+            Ok(parent) => Self::of_v2(&parent),
             Err(why) => Self {
                 version: None,
                 parents: Vec::new(),
+                leave: None,
                 why,
             },
+        }
+    }
+
+    fn of_v2(parent: &Parent) -> Self {
+        let all = parent.controllers.iter();
+        let parents = all.map(|c| (*c, parent.dir.clone())).collect();
+        Self {
+            leave: parent.leave.then(|| parent.dir.clone()),
+            ..Self::new(Version::V2, parents)
         }
     }
 
@@ -163,6 +177,7 @@ impl CgroupHost {
         Self {
             version: (!parents.is_empty()).then_some(version),
             parents,
+            leave: None,
             why: "the controller is not there or may not be used".to_owned(),
         }
     }
@@ -261,6 +276,9 @@ impl CgroupHost {
         let Some(version) = self.version else {
             return Err(CgroupError::Unavailable(self.why.clone()));
         };
+        if let Some(dir) = &self.leave {
+            self.leave_for_leaf(dir)?;
+        }
         let group = Cgroup {
             dirs: self.paths_of(name),
             version,
@@ -277,6 +295,18 @@ impl CgroupHost {
         }
     }
 
+    /// Moves this process into a leaf of its group, which then can hand out what it has. Does nothing the second time.
+    fn leave_for_leaf(&self, dir: &Path) -> Result<(), CgroupError> {
+        let leaf = dir.join(LEAF);
+        make_dir(&leaf)?;
+        write_file(&leaf.join("cgroup.procs"), &std::process::id().to_string())?;
+        for (controller, _) in &self.parents {
+            let word = format!("+{}", controller.name());
+            write_file(&dir.join("cgroup.subtree_control"), &word)?;
+        }
+        Ok(())
+    }
+
     fn fill(
         &self,
         group: &Cgroup,
@@ -285,17 +315,7 @@ impl CgroupHost {
         limits: &Limits,
     ) -> Result<(), CgroupError> {
         for dir in &group.dirs {
-            match fs::create_dir(dir) {
-                Ok(()) => {}
-                Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(source) => {
-                    return Err(CgroupError::Io {
-                        action: "make",
-                        path: dir.clone(),
-                        source,
-                    });
-                }
-            }
+            make_dir(dir)?;
         }
         for (controller, parent) in &self.parents {
             for (file, value) in settings(version, *controller, limits) {
@@ -458,6 +478,17 @@ fn kill_all(dir: &Path, end: Instant) {
     }
 }
 
+fn make_dir(dir: &Path) -> Result<(), CgroupError> {
+    match fs::create_dir(dir) {
+        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => Err(CgroupError::Io {
+            action: "make",
+            path: dir.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
 fn write_file(path: &Path, value: &str) -> Result<(), CgroupError> {
     // Never created: a missing control file must be an error, on cgroupfs as in a test's directory.
     OpenOptions::new()
@@ -469,113 +500,6 @@ fn write_file(path: &Path, value: &str) -> Result<(), CgroupError> {
             path: path.to_owned(),
             source,
         })
-}
-
-/// The directory of this process's own group in the unified hierarchy or one of its parents, in which groups with controllers can be made.
-fn v2_parent(mounts: &str, own: &str) -> Result<(PathBuf, Vec<Controller>), String> {
-    let (mount, root) = mount_of(mounts, "cgroup2", None).ok_or("cgroup v2 is not mounted")?;
-    let path = own
-        .lines()
-        .find_map(|line| line.strip_prefix("0::"))
-        .ok_or("this process is in no cgroup v2")?;
-    let mut dir = below(&mount, &root, path).ok_or("the own cgroup is outside the mount")?;
-    loop {
-        let why = match usable_v2(&dir) {
-            Ok(controllers) => return Ok((dir, controllers)),
-            Err(reason) => format!("{}: {reason}", dir.display()),
-        };
-        if dir == mount || !dir.pop() {
-            return Err(why);
-        }
-    }
-}
-
-/// Which controllers a new child of this group would have; turns them on where that is possible.
-fn usable_v2(dir: &Path) -> Result<Vec<Controller>, String> {
-    let has = |file: &str| fs::read_to_string(dir.join(file)).unwrap_or_default();
-    let listed = |text: &str, controller: Controller| {
-        text.split_ascii_whitespace()
-            .any(|word| word == controller.name())
-    };
-    let available = has("cgroup.controllers");
-    if !Controller::ALL.iter().any(|c| listed(&available, *c)) {
-        return Err("no controllers".to_owned());
-    }
-    may_write(&dir.join("cgroup.procs")).map_err(|error| error.to_string())?;
-    let control = dir.join("cgroup.subtree_control");
-    for controller in Controller::ALL {
-        if listed(&available, controller) && !listed(&has("cgroup.subtree_control"), controller) {
-            // Refused in a group that has processes of its own: then a parent may do.
-            let _ = OpenOptions::new()
-                .write(true)
-                .open(&control)
-                .and_then(|mut file| file.write_all(format!("+{}", controller.name()).as_bytes()));
-        }
-    }
-    let on = has("cgroup.subtree_control");
-    let usable: Vec<_> = Controller::ALL
-        .into_iter()
-        .filter(|controller| listed(&on, *controller))
-        .collect();
-    if usable.is_empty() {
-        return Err("controllers cannot be turned on for children".to_owned());
-    }
-    may_write(dir).map_err(|error| error.to_string())?;
-    Ok(usable)
-}
-
-/// This process's own group in the hierarchy of a controller.
-fn v1_parent(mounts: &str, own: &str, controller: Controller) -> Option<PathBuf> {
-    let (mount, root) = mount_of(mounts, "cgroup", Some(controller.name()))?;
-    let path = own.lines().find_map(|line| {
-        let mut fields = line.splitn(3, ':').skip(1);
-        let controllers = fields.next()?;
-        let path = fields.next()?;
-        controllers
-            .split(',')
-            .any(|name| name == controller.name())
-            .then_some(path)
-    })?;
-    let dir = below(&mount, &root, path)?;
-    // A group made to be sure would stay after a kill at the wrong moment: asking is enough.
-    may_write(&dir).ok()?;
-    Some(dir)
-}
-
-/// Mount point and root of a cgroup file system, from mountinfo (proc_pid_mountinfo(5)).
-fn mount_of(mounts: &str, kind: &str, controller: Option<&str>) -> Option<(PathBuf, String)> {
-    mounts.lines().find_map(|line| {
-        let (front, back) = line.split_once(" - ")?;
-        let mut back = back.split(' ');
-        if back.next()? != kind {
-            return None;
-        }
-        let options = back.nth(1)?;
-        let fits = controller.is_none_or(|wanted| options.split(',').any(|o| o == wanted));
-        let mut front = front.split(' ').skip(3);
-        let (root, mount) = (front.next()?, front.next()?);
-        fits.then(|| (PathBuf::from(mount), root.to_owned()))
-    })
-}
-
-/// A group's directory: its path counts from the hierarchy's root, the mount may show only a part.
-fn below(mount: &Path, root: &str, path: &str) -> Option<PathBuf> {
-    let relative = Path::new(path).strip_prefix(root).ok()?;
-    let plain = relative
-        .components()
-        .all(|part| matches!(part, std::path::Component::Normal(_)));
-    plain.then(|| {
-        // Joining an empty path would add a slash.
-        if relative.as_os_str().is_empty() {
-            mount.to_owned()
-        } else {
-            mount.join(relative)
-        }
-    })
-}
-
-fn may_write(path: &Path) -> io::Result<()> {
-    rustix::fs::access(path, rustix::fs::Access::WRITE_OK).map_err(io::Error::from)
 }
 
 #[cfg(test)]

@@ -9,8 +9,8 @@ use std::time::Duration;
 use kiln_core::machine::{DiskAccess, DiskFormat};
 use kiln_core::{ByteSize, DiskRole, DiskSlot, FailureClass, MachineName, MachineSpec};
 use kiln_image::heads::Head;
-use kiln_machine::bring_up::{self, Deadlines, Ready};
-use kiln_machine::driver::{Machine, MachineState, Start};
+use kiln_machine::bring_up::{self, BringUpError, Deadlines, Ready};
+use kiln_machine::driver::{LaunchError, Machine, MachineState, Start};
 use kiln_machine::ledger::Ticket;
 use kiln_machine::template::Held;
 use kiln_network::gateway::Gateway;
@@ -23,7 +23,7 @@ use crate::failure::Failure;
 use crate::host::Host;
 use crate::orders;
 use crate::services::Services;
-use crate::templates::{self, Purpose};
+use crate::templates::{self, Chosen, Purpose};
 
 /// Longest boot of a cold machine, without KVM on a busy host.
 pub const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -106,6 +106,62 @@ pub fn spec(
     }
 }
 
+/// Chooses how to start, and starts. A template that is refused at its start is removed; a clone that did not come up for a reason
+/// of the host's is followed by one cold boot. A guest that lied is no such reason.
+async fn bring_up(
+    host: &Host,
+    wanted: &Wanted<'_>,
+    memory: ByteSize,
+    events: &Events,
+) -> Result<(Chosen, Ready), Failure> {
+    let chosen = templates::choose(host, wanted, memory, events).await?;
+    let error = match start_as(host, wanted, memory, &chosen).await {
+        Ok(ready) => return Ok((chosen, ready)),
+        Err(error) => error,
+    };
+    let Some(held) = &chosen.template else {
+        return Err(templates::bring_up_failure(error));
+    };
+    match &error {
+        BringUpError::Launch(LaunchError::Template { why, .. }) => {
+            templates::give_up(host, held, why, events).await?;
+        }
+        other if other.is_worth_a_retry() => {
+            let text = "a clone did not start; a machine is booted instead";
+            tracing::warn!(machine = %wanted.name, error = %orders::chain(other), text);
+            events.warn(text).await;
+        }
+        _ => return Err(templates::bring_up_failure(error)),
+    }
+    let cold = Chosen {
+        template: None,
+        holds_head: false,
+    };
+    let ready = start_as(host, wanted, memory, &cold).await;
+    Ok((cold, ready.map_err(templates::bring_up_failure)?))
+}
+
+async fn start_as(
+    host: &Host,
+    wanted: &Wanted<'_>,
+    memory: ByteSize,
+    chosen: &Chosen,
+) -> Result<Ready, BringUpError> {
+    let mut disks = vec![root_disk(host)];
+    if let (Purpose::Build { head }, true) = (
+        &wanted.purpose,
+        chosen.holds_head || chosen.template.is_none(),
+    ) {
+        disks.push(state_disk(host, head));
+    }
+    let spec = spec(host, wanted.name.clone(), wanted.cpus, memory, disks);
+    let start = chosen
+        .template
+        .as_ref()
+        .map_or(Start::Cold, |held| Start::Template(held.template.clone()));
+    bring_up::start(&*host.driver, &spec, &start, Deadlines::default()).await
+}
+
 impl Drop for Attempt {
     /// An attempt whose future was dropped (a deadline, a cancel) ends its session; the last handle of the machine kills it.
     fn drop(&mut self) {
@@ -127,22 +183,7 @@ impl Attempt {
         events: &Events,
     ) -> Result<Self, Failure> {
         let memory = templates::size_class(wanted.memory);
-        let chosen = templates::choose(host, &wanted, memory, events).await?;
-        let mut disks = vec![root_disk(host)];
-        if let (Purpose::Build { head }, true) = (
-            &wanted.purpose,
-            chosen.holds_head || chosen.template.is_none(),
-        ) {
-            disks.push(state_disk(host, head));
-        }
-        let spec = spec(host, wanted.name.clone(), wanted.cpus, memory, disks);
-        let start = chosen
-            .template
-            .as_ref()
-            .map_or(Start::Cold, |held| Start::Template(held.template.clone()));
-        let ready = bring_up::start(&*host.driver, &spec, &start, Deadlines::default())
-            .await
-            .map_err(templates::bring_up_failure)?;
+        let (chosen, ready) = bring_up(host, &wanted, memory, events).await?;
         let Ready {
             machine,
             session,

@@ -8,8 +8,10 @@ use std::time::Duration;
 use kiln_core::{ByteSize, DiskRole, FailureClass, MachineSpec};
 use kiln_image::heads::Head;
 use kiln_machine::bring_up::{self, BringUpError, Deadlines};
-use kiln_machine::driver::TemplateRef;
-use kiln_machine::template::{Held, MakeError, Progress, Purpose as Kind, TemplateKey};
+use kiln_machine::driver::{SpecRefused, Start, TemplateRef};
+use kiln_machine::template::{
+    Held, MakeError, Progress, Purpose as Kind, TemplateError, TemplateKey,
+};
 use kiln_proto::Session;
 use kiln_proto::msg::{Mount, Order, Place};
 
@@ -31,6 +33,8 @@ pub const SIZE_CLASSES: [ByteSize; 6] = [
 ];
 /// Longest preparation of a template, boot included.
 pub const PREPARE_TIMEOUT: Duration = Duration::from_secs(180);
+/// Templates in a row that are removed because they do not fit the host: one of an earlier place, and the one made then.
+const STALE_MAX: u32 = 2;
 /// Version of what the preparations below do: part of every key.
 const PREPARATION: &str = "3";
 
@@ -195,6 +199,8 @@ pub async fn prepare_all(
     Ok(())
 }
 
+/// A template that fits this host now. One whose files are whole but that its driver refuses (the home was moved or copied) is removed
+/// and, where that is wanted, made again.
 async fn find_or_make(
     host: &Host,
     variant: Variant<'_>,
@@ -205,30 +211,78 @@ async fn find_or_make(
 ) -> Result<Option<Held>, Failure> {
     let spec = variant.spec(host, cpus, memory)?;
     let key = variant.key(host, &spec).await;
-    let tell = {
-        let events = events.clone();
-        move |progress: Progress| {
-            let detail = match progress {
-                Progress::WaitingForMaker => "another kiln process makes it; waiting",
-                Progress::RemovedDamaged(_) => "the old one was damaged and is made again",
-                Progress::Making => "booting and preparing a machine",
-                Progress::Sealing => "sealing",
-            };
-            let what = format!("template for {} ({cpus} CPUs, {memory})", variant.words());
-            events.tell_now(Event::Progress {
-                what,
-                detail: detail.to_owned(),
-            });
+    let tell = teller(variant, cpus, memory, events);
+    let store_failed = |error: &TemplateError| Failure::infrastructure(error);
+    for _ in 0..STALE_MAX {
+        let held = match make {
+            true => Some(made(host, variant, &spec, &key, &tell).await?),
+            false => host
+                .templates
+                .find(&key, &tell)
+                .map_err(|error| store_failed(&error))?,
+        };
+        let Some(held) = held else {
+            return Ok(None);
+        };
+        let start = Start::Template(held.template.clone());
+        match host.driver.validate(&spec, &start) {
+            Err(SpecRefused::Stale(why)) => {
+                host.templates
+                    .discard(&held)
+                    .map_err(|error| store_failed(&error))?;
+                tell(Progress::RemovedStale(why));
+            }
+            // Anything else is said by the launch, whatever it starts from.
+            Ok(()) | Err(_) => return Ok(Some(held)),
         }
-    };
-    if !make {
-        return host
-            .templates
-            .find(&key, &tell)
-            .map_err(|error| Failure::infrastructure(&error));
     }
+    // A host whose files never look the same twice: machines are booted.
+    Ok(None)
+}
+
+/// Removes a template that a launch refused, and says so: it is not tried again.
+///
+/// # Errors
+/// When it cannot be removed.
+pub async fn give_up(host: &Host, held: &Held, why: &str, events: &Events) -> Result<(), Failure> {
+    let text = format!("a template could not be used and was removed: {why}");
+    events.warn(text).await;
+    let discarded = host.templates.discard(held);
+    discarded.map_err(|error| Failure::infrastructure(&error))
+}
+
+fn teller(
+    variant: Variant<'_>,
+    cpus: u32,
+    memory: ByteSize,
+    events: &Events,
+) -> impl Fn(Progress) + Send + Sync + use<> {
+    let what = format!("template for {} ({cpus} CPUs, {memory})", variant.words());
+    let events = events.clone();
+    move |progress: Progress| {
+        let detail = match progress {
+            Progress::WaitingForMaker => "another kiln process makes it; waiting",
+            Progress::RemovedDamaged(_) => "the old one was damaged and is made again",
+            Progress::RemovedStale(_) => "the old one stood on other files and is made again",
+            Progress::Making => "booting and preparing a machine",
+            Progress::Sealing => "sealing",
+        };
+        events.tell_now(Event::Progress {
+            what: what.clone(),
+            detail: detail.to_owned(),
+        });
+    }
+}
+
+async fn made(
+    host: &Host,
+    variant: Variant<'_>,
+    spec: &MachineSpec,
+    key: &TemplateKey,
+    tell: &(dyn Fn(Progress) + Send + Sync),
+) -> Result<Held, Failure> {
     let making = async |target: TemplateRef| {
-        tokio::time::timeout(PREPARE_TIMEOUT, make_one(host, variant, &spec, &target))
+        tokio::time::timeout(PREPARE_TIMEOUT, make_one(host, variant, spec, &target))
             .await
             .unwrap_or_else(|_| {
                 Err(Failure::new(
@@ -237,8 +291,8 @@ async fn find_or_make(
                 ))
             })
     };
-    match host.templates.get_or_make(&key, &tell, making).await {
-        Ok(held) => Ok(Some(held)),
+    match host.templates.get_or_make(key, tell, making).await {
+        Ok(held) => Ok(held),
         Err(MakeError::Make(failure)) => Err(Failure {
             message: format!(
                 "the template for {} could not be made: {}",

@@ -27,17 +27,58 @@ fn version_2_is_used_where_a_parent_has_the_controllers_on() {
         "cpu memory pids",
         "cpu memory pids",
     );
-    group(&mount.join("user.slice/me.scope"), "cpu memory pids", "");
+    let scope = mount.join("user.slice/me.scope");
+    group(&scope, "cpu memory pids", "");
+    fs::write(scope.join("cgroup.type"), "domain\n").expect("write");
+    let other = format!("{}\n1\n", std::process::id());
+    fs::write(scope.join("cgroup.procs"), other).expect("write");
     let mounts = format!("31 23 0:28 / {} rw - cgroup2 cgroup2 rw", mount.display());
     let host = CgroupHost::detect_from(&mounts, "0::/user.slice/me.scope\n");
     assert_eq!(host.version(), Some(Version::V2));
-    // In a plain directory "+cpu" overwrites the file with text that lists no controller, as a refusal would leave it.
+    // The own group has other processes: it could hand out CPU and process numbers, but no memory.
     assert_eq!(host.paths_of(NAME), [mount.join("user.slice").join(NAME)]);
+    let untouched = fs::read_to_string(scope.join("cgroup.subtree_control"));
+    assert_eq!(untouched.expect("read"), "");
     assert!(
         host.checks()
             .iter()
             .all(|check| check.level == CheckLevel::Pass)
     );
+}
+
+#[test]
+fn alone_in_a_delegated_group_a_process_makes_itself_a_leaf() {
+    let root = tempfile::tempdir().expect("temp");
+    let mount = root.path().join("cg");
+    group(&mount, "cpu memory pids", "cpu memory pids");
+    let scope = mount.join("me.scope");
+    group(&scope, "memory pids", "");
+    fs::write(scope.join("cgroup.type"), "domain\n").expect("write");
+    let own = std::process::id().to_string();
+    fs::write(scope.join("cgroup.procs"), format!("{own}\n")).expect("write");
+    let mounts = format!("31 23 0:28 / {} rw - cgroup2 cgroup2 rw", mount.display());
+    let host = CgroupHost::detect_from(&mounts, "0::/me.scope\n");
+    assert_eq!(host.paths_of(NAME), [scope.join(NAME)]);
+    assert!(host.limits(Controller::Memory) && !host.limits(Controller::Cpu));
+    assert!(!scope.join(LEAF).exists(), "looking makes nothing");
+    // Made-up directories have no control files: the leaf's is put there first.
+    fs::create_dir(scope.join(LEAF)).expect("dir");
+    fs::write(scope.join(LEAF).join("cgroup.procs"), "").expect("write");
+    let limits = Limits::of_guest(1, ByteSize::gib(1));
+    assert!(host.create(NAME, &limits).is_err(), "no control files");
+    let moved = fs::read_to_string(scope.join(LEAF).join("cgroup.procs"));
+    assert_eq!(moved.expect("read"), own);
+    let on = fs::read_to_string(scope.join("cgroup.subtree_control"));
+    // A plain file keeps the tail of a longer word.
+    assert!(
+        on.expect("read").starts_with("+pids"),
+        "the last one turned on"
+    );
+    // From the leaf the same group is found again.
+    fs::write(scope.join("cgroup.procs"), "").expect("write");
+    fs::write(scope.join("cgroup.subtree_control"), "memory pids").expect("write");
+    let again = CgroupHost::detect_from(&mounts, &format!("0::/me.scope/{LEAF}\n"));
+    assert_eq!(again.paths_of(NAME), [scope.join(NAME)]);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::io::{BufRead as _, BufReader};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
 /// Names the role and its arguments, separated by line ends.
-const ROLE: &str = "KILN_IT_CHILD";
+pub(crate) const ROLE: &str = "KILN_IT_CHILD";
 
 /// A child in a role. Killed with SIGKILL when dropped.
 #[derive(Debug)]
@@ -14,11 +14,19 @@ pub(crate) struct Role {
 }
 
 impl Role {
+    /// The test that plays a role.
+    pub(crate) const TEST: &str = "child::plays_its_role";
+
     /// Starts this binary in a role.
     pub(crate) fn start(words: &[&str]) -> Self {
         // Not by its path: it may have been built anew meanwhile.
-        let mut child = Command::new("/proc/self/exe")
-            .args(["--exact", "child::plays_its_role", "--nocapture"])
+        Self::start_by(Command::new("/proc/self/exe"), words)
+    }
+
+    /// Starts this binary in a role by a command that ends with it.
+    pub(crate) fn start_by(mut command: Command, words: &[&str]) -> Self {
+        let mut child = command
+            .args(["--exact", Self::TEST, "--nocapture"])
             .env(ROLE, words.join("\n"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -88,6 +96,8 @@ fn plays_its_role() {
             crate::conformance::crash::play(driver, home.as_ref(), name, moment);
         }
         ["hold", home, gib] => crate::ledger::play_hold(home.as_ref(), gib),
+        ["full-disk", home] => crate::host_facts::play_full_disk(home.as_ref()),
+        ["cgroup-v2"] => crate::host_facts::play_cgroup_v2(),
         other => panic!("no such role: {other:?}"),
     }
 }

@@ -44,6 +44,7 @@ macro_rules! for_drivers {
             clone_identity = super::clones::clone_identity,
             nothing_runs_before_thaw = super::clones::nothing_runs_before_thaw,
             template_disks_are_frozen_with_it = super::clones::template_disks_are_frozen_with_it,
+            a_template_of_other_files_is_stale = super::clones::a_template_of_other_files_is_stale,
             damaged_template_is_removed = super::clones::damaged_template_is_removed,
             root_is_read_only_and_shared = super::disks::root_is_read_only_and_shared,
             fork_persists_nothing_unless_taken = super::disks::fork_persists_nothing_unless_taken,

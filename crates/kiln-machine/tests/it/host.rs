@@ -43,7 +43,6 @@ pub(crate) struct Host {
 #[derive(Debug)]
 pub(crate) struct Ran {
     pub(crate) stdout: Vec<u8>,
-    #[expect(dead_code, reason = "shown when a test fails")]
     pub(crate) stderr: Vec<u8>,
     pub(crate) exit: Exit,
 }

@@ -4,6 +4,7 @@ mod child;
 mod conformance;
 mod faults;
 mod host;
+mod host_facts;
 mod ledger;
 mod life;
 mod sim;

@@ -16,6 +16,7 @@ use kiln_machine::sim::{SimConfig, SimDriver};
 use kiln_machine::template::{Held, Purpose, TemplateKey, TemplateStore};
 
 use crate::host::{Host, identity};
+use kiln_proto::msg::Identity;
 
 /// Names the directory with `kernel`, `initrd` and `root.img` that the qemu half boots.
 const IMAGE: &str = "KILN_TEST_IMAGE";
@@ -220,6 +221,16 @@ impl UnderTest {
         held: &Held,
         spec: &MachineSpec,
     ) -> (Arc<dyn Machine>, Host) {
+        let (machine, host, _) = self.identified_clone_of(held, spec).await;
+        (machine, host)
+    }
+
+    /// As [`Self::clone_of`], with the identity it was given.
+    pub(crate) async fn identified_clone_of(
+        &self,
+        held: &Held,
+        spec: &MachineSpec,
+    ) -> (Arc<dyn Machine>, Host, Identity) {
         let start = Start::Template(held.template.clone());
         let machine = self.driver.launch(spec, start).await.expect("cloned");
         let host = self.host(&*machine).await;
@@ -230,7 +241,7 @@ impl UnderTest {
         assert_eq!(answer.machine_id, wanted.machine_id);
         assert_eq!(answer.hostname, wanted.hostname);
         assert_eq!(answer.workload_ran, 0);
-        (machine, host)
+        (machine, host, wanted)
     }
 
     /// A disk whose writes die with the machine, over a blank file.
@@ -321,7 +332,7 @@ impl UnderTest {
     }
 
     /// Nothing at all is left below `machines`, and no file of an unfinished write anywhere in the home.
-    async fn assert_nothing_left(&self) {
+    pub(crate) async fn assert_nothing_left(&self) {
         // A dropped handle ends its process in the background.
         let end = tokio::time::Instant::now() + Duration::from_secs(10);
         loop {
