@@ -37,6 +37,10 @@ pub struct Observed {
     pub manifest: Digest,
     /// Layers and config as the host verified them: (digest, bytes).
     pub blobs: Vec<(Digest, u64)>,
+    /// The earlier attempt whose image this one names again, because everything that decides the result was the same. Then nothing
+    /// ran: there is no template, no head and no egress here, and that attempt's record tells how the image was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repeats: Option<AttemptId>,
     /// Start and end, milliseconds since the Unix epoch, by the host's clock.
     pub started_unix_ms: u64,
     /// See `started_unix_ms`.

@@ -113,6 +113,35 @@ pub async fn rebase(overlay: &Path, backing: &Path, format: DiskFormat) -> Resul
     .await
 }
 
+/// Writes another name of the backing file into an overlay, and nothing else: the name is not looked at, and no content is compared. A
+/// relative name counts from the overlay's own folder, wherever that is when the overlay is opened.
+///
+/// # Errors
+/// When `qemu-img` fails.
+pub async fn name_backing(
+    overlay: &Path,
+    name: &Path,
+    format: DiskFormat,
+) -> Result<(), DiskError> {
+    let head = [
+        "rebase",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-F",
+        format_name(format),
+        "-b",
+    ];
+    run(
+        "renaming of the backing file",
+        overlay,
+        &head,
+        &[name.as_os_str(), overlay.as_os_str()],
+    )
+    .await
+}
+
 /// Copies a disk and everything below it into one qcow2 file without a backing file.
 ///
 /// # Errors

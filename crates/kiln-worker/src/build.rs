@@ -18,7 +18,7 @@ use kiln_network::gateway::proxy::ProxyConfig;
 use kiln_network::gateway::{Gateway, GatewayConfig};
 use kiln_network::record::{EgressLog, EgressSummary};
 use kiln_proto::Session;
-use kiln_proto::msg::{Exit, Order, Place, PutTree};
+use kiln_proto::msg::{Order, Place, PutTree};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
@@ -27,13 +27,16 @@ use crate::buildkit;
 use crate::commit;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
+use crate::fork;
 use crate::host::{Host, now_unix_ms};
 use crate::joblog::JobLog;
 use crate::orders;
 use crate::phases::Phases;
 use crate::publish::{self, Published};
 use crate::registry::RegistryAccess;
+use crate::repeat::{self, EarlierResult, Results, Surroundings};
 use crate::solve::Solve;
+use crate::solve_failure;
 use crate::templates::Purpose;
 
 /// Longest time to send the source.
@@ -104,6 +107,9 @@ pub struct BuildReport {
     pub template: Option<String>,
     /// Head the build forked, and the one it committed.
     pub head: (Option<String>, Option<String>),
+    /// The earlier job whose image this is, when everything that decides the result was the same and nothing had to be built.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub same_as: Option<String>,
     /// Hosts reached and refused.
     pub egress: EgressSummary,
 }
@@ -201,6 +207,90 @@ impl Job<'_> {
         phases: &mut Phases,
         cancel: &CancellationToken,
     ) -> Result<(BuildReport, Observed), Failure> {
+        let key = self.repeat_key();
+        if let Some(key) = &key
+            && let Some(done) = self.repeat(registry, phases, key).await?
+        {
+            return Ok(done);
+        }
+        let done = self.anew(registry, phases, cancel).await?;
+        if let Some(key) = key {
+            self.remember(&key, &done.1).await;
+        }
+        Ok(done)
+    }
+
+    fn repeat_key(&self) -> Option<Digest> {
+        let around = Surroundings {
+            machine_image: &self.host.image.name,
+            buildkit: &self.host.image.buildkit,
+            ca_bundle: self.input.ca_bundle.as_deref(),
+            step_env: &self.input.step_env,
+        };
+        repeat::key(&self.input.request, &around)
+    }
+
+    /// Names the image of an earlier, equal build again; `None` when there is none, or it must be built.
+    async fn repeat(
+        &self,
+        registry: &RegistryAccess,
+        phases: &mut Phases,
+        key: &Digest,
+    ) -> Result<Option<(BuildReport, Observed)>, Failure> {
+        let results = Results::below(&self.host.home.data);
+        if self.build.no_cache {
+            return Ok(None);
+        }
+        let Some(earlier) = results.find(key) else {
+            return Ok(None);
+        };
+        phases.begin("verify").await;
+        let image = (&earlier.repository, earlier.manifest);
+        let named =
+            publish::name_again(registry, &self.host.leases, &self.lease, &self.build, image);
+        let Some(published) = named.await? else {
+            results.forget(key);
+            return Ok(None);
+        };
+        let (mut report, mut observed) =
+            self.report(None, None, published, &Solve::default(), None);
+        report.same_as = Some(earlier.attempt.job.to_string());
+        observed.repeats = Some(earlier.attempt);
+        Ok(Some((report, observed)))
+    }
+
+    /// Remembers what this build gave. A failure here does not fail the build.
+    async fn remember(&self, key: &Digest, observed: &Observed) {
+        let Some(repository) = self
+            .build
+            .tags
+            .first()
+            .and_then(|tag| tag.repository.parse().ok())
+        else {
+            return;
+        };
+        let result = EarlierResult {
+            schema: repeat::SCHEMA,
+            repository,
+            manifest: observed.manifest,
+            attempt: self.lease.attempt.clone(),
+            built_unix_ms: observed.ended_unix_ms,
+        };
+        if let Err(error) = Results::below(&self.host.home.data).remember(key, &result) {
+            self.events
+                .warn(format!(
+                    "the result is not remembered for an unchanged build: {error}"
+                ))
+                .await;
+        }
+    }
+
+    async fn anew(
+        &self,
+        registry: &RegistryAccess,
+        phases: &mut Phases,
+        cancel: &CancellationToken,
+    ) -> Result<(BuildReport, Observed), Failure> {
         phases.begin("queue").await;
         let limits = self.input.request.limits;
         let memory = crate::templates::size_class(limits.memory);
@@ -214,7 +304,13 @@ impl Job<'_> {
             )
             .await?;
         phases.begin("machine").await;
-        let head = self.fork()?;
+        let head = fork::head(
+            self.host,
+            &self.lease.tenant,
+            self.build.no_cache,
+            &self.events,
+        )
+        .await?;
         let pin = self
             .host
             .heads
@@ -254,26 +350,7 @@ impl Job<'_> {
         attempt.destroy(&self.events).await;
         drop(pin);
         let ((published, solve), committed) = done?;
-        Ok(self.report(&head, template, published, &solve, committed))
-    }
-
-    /// The head to fork; `--no-cache` starts from the shared one, which holds only bases.
-    fn fork(&self) -> Result<Head, Failure> {
-        let tenant = self.lease.tenant.as_str();
-        let scope = if self.build.no_cache {
-            kiln_image::heads::SHARED
-        } else {
-            tenant
-        };
-        let head = self.host.heads.to_fork(scope, &self.host.image.buildkit);
-        head.map_err(|error| Failure::infrastructure(&error))?
-            .ok_or_else(|| {
-                Failure::new(
-                    FailureClass::Infrastructure,
-                    "there are no runtime bases yet",
-                )
-                .hint("run `kiln setup` once")
-            })
+        Ok(self.report(Some(&head), template, published, &solve, committed))
     }
 
     fn gateway(&self, registry: &RegistryAccess) -> Gateway {
@@ -301,7 +378,8 @@ impl Job<'_> {
         let paths = self.send_source(session).await?;
         phases.begin("build").await;
         let submitted_ms = self.submitted.elapsed();
-        let mut solve = self.solve(attempt, &paths).await?;
+        let solved = self.solve(attempt, &paths).await;
+        let mut solve = solved.map_err(|failure| room_failure(failure, registry))?;
         let pushed = solve.push_seconds();
         phases.split("push", pushed);
         solve.submitted_ms = u64::try_from(submitted_ms.as_millis()).unwrap_or(u64::MAX);
@@ -318,8 +396,14 @@ impl Job<'_> {
         Ok((published, solve))
     }
 
-    /// CA bundle, environment of RUN steps, secrets: all in guest memory.
+    /// Bound of the disk; CA bundle, environment of RUN steps, secrets, all of them in guest memory.
     async fn provide_settings(&self, session: &Session) -> Result<(), Failure> {
+        let limits = Order::SetLimits {
+            memory_max: 0,
+            pids_max: 0,
+            disk_bytes_max: self.input.request.limits.disk.0,
+        };
+        orders::call_done(session, "take its limits", &limits, orders::ORDER_TIMEOUT).await?;
         let bundle = self.input.ca_bundle.as_deref().unwrap_or_default();
         orders::put_file(session, "take the CA bundle", Place::CaBundle, bundle).await?;
         let env = self.input.step_env.clone();
@@ -395,53 +479,15 @@ impl Job<'_> {
                 return Ok(solve);
             }
             pushes += 1;
-            if pushes < PUSHES_MAX && lost_its_upload(&solve) {
+            if pushes < PUSHES_MAX && solve_failure::lost_its_upload(&solve) {
                 self.events
                     .note("the kiln process that served the registry ended; pushing again")
                     .await;
                 continue;
             }
-            return Err(self.build_failure(attempt, &solve, &exit));
+            let oom_kills = attempt.services.oom_kills();
+            return Err(solve_failure::classify(&solve, &exit, oom_kills));
         }
-    }
-
-    fn build_failure(&self, attempt: &Attempt, solve: &Solve, exit: &Exit) -> Failure {
-        let words = solve.other_lines.join("\n");
-        let all = format!(
-            "{words}\n{}",
-            solve
-                .failed()
-                .map(|(_, step)| step.error.clone())
-                .unwrap_or_default()
-        );
-        let killed = all.contains("exit code: 137") || all.contains("signal: killed");
-        // BuildKit's words for a step whose cgroup had a process killed for memory.
-        let said_so = all.contains("did not complete successfully: cannot allocate memory");
-        if said_so || (attempt.services.oom_kills() > 0 && (killed || exit.oom)) {
-            return Failure::new(
-                FailureClass::OutOfMemory,
-                step_message(solve, "ran out of memory"),
-            )
-            .hint("give the build more with --memory");
-        }
-        if all.contains("no space left on device") {
-            return Failure::new(FailureClass::User, step_message(solve, "filled the machine's disk"))
-                .hint("the disk of a build is bounded; the operator's limit is limits.disk_max in kiln.toml");
-        }
-        if let Some((_, step)) = solve.failed() {
-            let why = step.error.lines().next().unwrap_or("it failed").to_owned();
-            return Failure::new(FailureClass::User, step_message(solve, &why));
-        }
-        let last = solve
-            .other_lines
-            .iter()
-            .rev()
-            .find(|line| line.contains("error"))
-            .cloned();
-        Failure::new(
-            FailureClass::User,
-            last.unwrap_or_else(|| format!("BuildKit ended with {:?}", exit.code)),
-        )
     }
 
     fn buildctl(&self, paths: &TreePaths) -> Vec<String> {
@@ -490,7 +536,7 @@ impl Job<'_> {
 
     fn report(
         &self,
-        head: &Head,
+        head: Option<&Head>,
         template: Option<String>,
         published: Published,
         solve: &Solve,
@@ -508,10 +554,11 @@ impl Job<'_> {
             policy: Digest::of(&policy),
             machine_image: self.host.image.name.clone(),
             template: template.clone(),
-            head: Some(head.id.clone()),
+            head: head.map(|head| head.id.clone()),
             egress: self.egress.snapshot().events,
             manifest: published.manifest,
             blobs: published.blobs.clone(),
+            repeats: None,
             started_unix_ms: self.started_unix_ms,
             ended_unix_ms: now_unix_ms(),
         };
@@ -535,34 +582,28 @@ impl Job<'_> {
             first_run_ms,
             cached: solve.cache_hits(),
             template,
-            head: (Some(head.id.clone()), committed),
+            head: (head.map(|head| head.id.clone()), committed),
+            same_as: None,
             egress: EgressSummary::default(),
         };
         (report, observed)
     }
 }
 
+/// A push that failed while the host's own disk has no room is the host's failure, not the build's.
+fn room_failure(failure: Failure, registry: &RegistryAccess) -> Failure {
+    let push = failure.class == FailureClass::User && failure.message.contains("failed to push");
+    if !push || !registry.host.is_full() {
+        return failure;
+    }
+    let message = "the host's disk is full: the registry could not take the image";
+    Failure::new(FailureClass::Infrastructure, message)
+        .hint("free some space (`kiln cache prune`) and try again")
+}
+
 struct TreePaths {
     context: String,
     dockerfile: String,
-}
-
-/// The registry's own words for an upload whose session ended with the process that held it.
-fn lost_its_upload(solve: &Solve) -> bool {
-    let lost =
-        |text: &str| text.contains("failed to push") && text.contains("upload session is unknown");
-    solve.steps().iter().any(|step| lost(&step.error))
-        || solve.other_lines.iter().any(|line| lost(line))
-}
-
-fn step_message(solve: &Solve, what: &str) -> String {
-    match solve.failed() {
-        Some((number, step)) => format!(
-            "step #{number} {} {what}",
-            step.name.lines().next().unwrap_or_default()
-        ),
-        None => format!("the build {what}"),
-    }
 }
 
 /// Build arguments that BuildKit treats as its own and that must not be set by a request.

@@ -7,6 +7,7 @@ use kiln_proto::msg::{BuildkitConfig, ExecRequest, Exit, Order, Place, PutTree};
 use tokio::sync::mpsc;
 
 use crate::event::Event;
+use crate::joblog;
 use crate::orders::{self, CallError, ExecIo};
 use crate::solve::{self, Solve};
 
@@ -14,6 +15,8 @@ use crate::solve::{self, Solve};
 pub const BUILDKIT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Processes of all RUN steps of one build together.
 pub const STEP_PIDS_MAX: u64 = 4096;
+/// How much more of a step's output the guest passes on than the job's log keeps, bytes.
+const STEP_LOG_SLACK: u64 = 1 << 20;
 /// Where it listens in the machine.
 const ADDRESS: &str = "--addr=unix:///run/buildkit/buildkitd.sock";
 
@@ -24,6 +27,8 @@ const ADDRESS: &str = "--addr=unix:///run/buildkit/buildkitd.sock";
 pub async fn start(session: &Session) -> Result<(), CallError> {
     let config = BuildkitConfig {
         step_pids_max: STEP_PIDS_MAX,
+        // More than is kept, so that it is the host that cuts, and says so.
+        step_log_bytes_max: joblog::STEP_BYTES_MAX + STEP_LOG_SLACK,
         ..BuildkitConfig::default()
     };
     orders::call_done(
@@ -136,6 +141,7 @@ pub async fn solve(
     let read = async {
         while let Some((_, bytes)) = chunks.recv().await {
             for line in lines.push(&bytes) {
+                tracing::trace!(target: "kiln::solve", line);
                 for event in solve.line(&line) {
                     each(event).await;
                 }

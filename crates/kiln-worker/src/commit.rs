@@ -31,9 +31,14 @@ pub async fn commit(
     } else {
         parent.clone()
     };
+    let disk_failure = |error: disk::DiskError| Failure::infrastructure(&error);
     disk::rebase(&overlay, &host.heads.disk(&below), DiskFormat::Qcow2)
         .await
-        .map_err(|error| Failure::infrastructure(&error))?;
+        .map_err(disk_failure)?;
+    let name = host.heads.name_below(&below);
+    disk::name_backing(&overlay, &name, DiskFormat::Qcow2)
+        .await
+        .map_err(disk_failure)?;
     let heads = host.heads.clone();
     let (scope, parent) = (lease.tenant.to_string(), parent.clone());
     let written_by = lease.attempt.to_string();

@@ -5,7 +5,7 @@ use kiln_core::job::ImageBuild;
 use kiln_core::{AttemptId, Digest, FailureClass, ImageRef, Lease};
 use kiln_store::host::Publish;
 use kiln_store::image::{VerifiedImage, Verify, VerifyError, verify};
-use kiln_store::registry::{Reference, RepoName};
+use kiln_store::registry::{AttemptAuthority, Reference, RepoName};
 
 use crate::build::QUARANTINE_TAG;
 use crate::failure::Failure;
@@ -71,25 +71,71 @@ pub async fn verify_and_tag(
         .await
         .map_err(|error| verify_failure(&error))?;
     check_base(registry, build, &image).await?;
-    let authority = registry.authority(lease, leases);
-    for tag in &build.tags {
-        let to: RepoName = tag
+    name_it(
+        registry,
+        &registry.authority(lease, leases),
+        &repo,
+        manifest,
+        &build.tags,
+    )
+    .await?;
+    Ok(published(manifest, &image, build))
+}
+
+/// Gives the image of an earlier attempt the names this build asks for, when it is still there and every digest is right.
+///
+/// # Errors
+/// The registry failed. An image that is gone or damaged is `None`: it has to be built.
+pub async fn name_again(
+    registry: &RegistryAccess,
+    leases: &std::sync::Arc<kiln_store::registry::LeaseTable>,
+    lease: &Lease,
+    build: &ImageBuild,
+    (from, manifest): (&RepoName, Digest),
+) -> Result<Option<Published>, Failure> {
+    let asked = Verify::image(from.clone(), manifest);
+    let Ok(image) = read_image(registry, &asked).await else {
+        return Ok(None);
+    };
+    name_it(
+        registry,
+        &registry.authority(lease, leases),
+        from,
+        manifest,
+        &build.tags,
+    )
+    .await?;
+    Ok(Some(published(manifest, &image, build)))
+}
+
+async fn name_it(
+    registry: &RegistryAccess,
+    authority: &AttemptAuthority,
+    from: &RepoName,
+    manifest: Digest,
+    names: &[ImageRef],
+) -> Result<(), Failure> {
+    for name in names {
+        let to: RepoName = name
             .repository
             .parse()
             .map_err(|error| Failure::infrastructure(&error))?;
-        let tags = vec![tag.tag.clone().unwrap_or_else(|| "latest".to_owned())];
         let publish = Publish {
-            from: repo.clone(),
+            from: from.clone(),
             manifest,
             to,
-            tags,
+            tags: vec![name.tag.clone().unwrap_or_else(|| "latest".to_owned())],
         };
         registry
             .host
-            .publish(&publish, Some(&authority))
+            .publish(&publish, Some(authority))
             .await
             .map_err(|error| Failure::infrastructure(&error))?;
     }
+    Ok(())
+}
+
+fn published(manifest: Digest, image: &VerifiedImage, build: &ImageBuild) -> Published {
     let layers: Vec<_> = image
         .layers
         .iter()
@@ -97,13 +143,13 @@ pub async fn verify_and_tag(
         .collect();
     let mut blobs = vec![image.config_blob];
     blobs.extend(layers.iter().copied());
-    Ok(Published {
+    Published {
         manifest,
         tags: build.tags.clone(),
         layers,
         blobs,
         size: image.total_size,
-    })
+    }
 }
 
 /// Reads an image in full. The process that owns the registry may end in the middle; its successor has the same bytes.

@@ -175,15 +175,17 @@ fn show(report: &BuildReport, egress: &str, screen: Screen) {
         let total: u64 = report.phases_ms.iter().map(|(_, ms)| ms).sum();
         let layers: Vec<String> =
             report.layers.iter().map(|(digest, size)| format!("  layer {} {:>9}", digest.short(12), size_text(*size))).collect();
+        let steps = match &report.same_as {
+            Some(job) => format!("unchanged since job {job}: the same image, nothing was built"),
+            None => format!("{} of {} steps from the cache", report.cached.0, report.cached.1),
+        };
         format!(
-            "built {}\n  digest {}\n  size {} in {} layers\n{}\n  {} of {} steps from the cache; {:.1}s in all: {}\n  {egress}",
+            "built {}\n  digest {}\n  size {} in {} layers\n{}\n  {steps}; {:.1}s in all: {}\n  {egress}",
             report.reference,
             report.digest,
             size_text(report.size),
             report.layers.len(),
             layers.join("\n"),
-            report.cached.0,
-            report.cached.1,
             seconds(total),
             phases.join(", "),
         )

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::sync::PoisonError;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::support::{HEAD, Kiln, app, free_port, get, kiln, path, root, until};
 
@@ -24,7 +25,7 @@ fn answers(kiln: &Kiln, image: &str, guest_port: u16, target: &str, want: &str) 
     assert_eq!(said.code, 130, "{said:?}");
 }
 
-fn copy(name: &str) -> tempfile::TempDir {
+pub(crate) fn copy(name: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("temp dir");
     copy_tree(&root().join(name), dir.path());
     dir
@@ -51,6 +52,14 @@ fn example(name: &str, file: &str, from: &str, to: &str, guest_port: u16) {
     };
     let dir = copy(&format!("examples/{name}"));
     let tag = format!("it-{name}");
+    // A home that has seen this test before must not know the source already.
+    let comment = if file.ends_with(".js") { "//" } else { "#" };
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .expect("a clock");
+    let text = fs::read_to_string(dir.path().join(file)).expect("source");
+    let text = format!("{text}\n{comment} {}\n", now.as_nanos());
+    fs::write(dir.path().join(file), text).expect("write");
     let first = kiln.build(dir.path(), &tag, &[]);
     answers(&kiln, &tag, guest_port, "/", "version 1");
     let text = fs::read_to_string(dir.path().join(file)).expect("source");
@@ -63,7 +72,14 @@ fn example(name: &str, file: &str, from: &str, to: &str, guest_port: u16) {
         "a source change reinstalls nothing: {second}"
     );
     answers(&kiln, &tag, guest_port, "/", "version 2");
-    let again = kiln.build(dir.path(), &tag, &[]);
+    // Nothing at all changed: the host knows the result, and starts no machine for it.
+    let same = kiln.build(dir.path(), &format!("{tag}-same"), &[]);
+    assert_eq!(second["digest"], same["digest"]);
+    assert_eq!(second["job"], same["same_as"], "{same}");
+    assert!(same["template"].is_null(), "no machine was started: {same}");
+    // An argument that no step reads makes it another build, whose steps are all in the cache.
+    let again = kiln.build(dir.path(), &tag, &["--build-arg", "UNREAD=1"]);
+    assert!(again["same_as"].is_null(), "{again}");
     assert_eq!(
         second["digest"], again["digest"],
         "the same source gives the same image"
@@ -74,6 +90,14 @@ fn example(name: &str, file: &str, from: &str, to: &str, guest_port: u16) {
             .is_some_and(Vec::is_empty),
         "nothing is fetched again: {again}"
     );
+    // A result whose image was removed has to be built again.
+    for name in [format!("{tag}-same"), tag.clone()] {
+        kiln.run(&["registry", "rm", &format!("{name}:latest")])
+            .exits(0);
+    }
+    let anew = kiln.build(dir.path(), &tag, &[]);
+    assert!(anew["same_as"].is_null(), "{anew}");
+    assert_eq!(second["digest"], anew["digest"]);
 }
 
 #[test]

@@ -16,6 +16,7 @@ use kiln_store::host::HostRegistry;
 use kiln_store::records::{KEEP_DEFAULT, RecordState, Records};
 use kiln_store::registry::{GRACE_DEFAULT, Reference, RepoName};
 use kiln_worker::home::Home;
+use kiln_worker::repeat::Results;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -53,6 +54,12 @@ pub(super) async fn prune(operator: &Operator, forget_heads: bool, screen: Scree
     let mut removed = Vec::new();
     if home.heads().is_dir() {
         removed.push(prune_heads(&home.heads(), forget_heads)?);
+        if forget_heads {
+            // Who forgets the cache wants the next build to run, also when nothing changed.
+            Results::below(&home.data)
+                .forget_all()
+                .or_infrastructure()?;
+        }
     }
     if let Some(store) = template::open(home)? {
         let report = template::prune(home, &store, false)?;
