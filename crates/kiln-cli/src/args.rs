@@ -16,7 +16,8 @@ use kiln_core::{AllowRule, ByteSize, ImageRef};
 )]
 #[command(
     after_help = "Exit codes: 0 success, 1 your build or command failed, 2 usage or configuration, 3 infrastructure,\n\
-4 refused by policy, 5 guest fault, 124 timeout, 130 cancelled. `kiln run` passes on the command's own code."
+4 refused by policy, 5 guest fault, 124 timeout, 130 cancelled. `kiln run` passes on the command's own code.\n\n\
+Examples:\n  kiln setup\n  kiln build examples/node-express --tag hello\n  kiln run --image hello -p 8080:3000\n  kiln run -- uname -a"
 )]
 pub(crate) struct Cli {
     /// Print data as JSON, one object a line
@@ -69,11 +70,15 @@ pub(crate) enum Command {
     /// Remove everything kiln keeps on this machine
     Uninstall(UninstallArgs),
     /// Print a completion script
+    #[command(
+        after_help = "Examples:\n  kiln completions bash > ~/.local/share/bash-completion/completions/kiln\n  kiln completions zsh > ~/.zfunc/_kiln"
+    )]
     Completions {
         /// For which shell
         shell: clap_complete::Shell,
     },
     /// Write man pages into a folder
+    #[command(after_help = "Examples:\n  kiln man ~/.local/share/man/man1")]
     Man {
         /// The folder
         dir: PathBuf,
@@ -181,6 +186,9 @@ pub(crate) struct LimitArgs {
 
 /// Options of `kiln plan`.
 #[derive(Args, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln plan .\n  kiln plan examples/python-flask --dockerfile\n  kiln plan . --json"
+)]
 pub(crate) struct PlanArgs {
     /// The folder
     #[arg(default_value = ".")]
@@ -201,6 +209,9 @@ pub(crate) struct PlanArgs {
 
 /// Options of `kiln doctor`.
 #[derive(Args, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln doctor\n  kiln doctor --json | jq 'select(.level != \"pass\")'\n  kiln doctor --scrub\n\nExit codes: 0 all works (it may be slower or less isolated than it could be), 3 something must be mended."
+)]
 pub(crate) struct DoctorArgs {
     /// Read every stored byte again and compare digests
     #[arg(long)]
@@ -209,6 +220,9 @@ pub(crate) struct DoctorArgs {
 
 /// Verbs of `kiln job`.
 #[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln job list\n  kiln job show\n  kiln job logs --follow b1m7"
+)]
 pub(crate) enum JobCommand {
     /// List jobs, newest first
     List {
@@ -233,6 +247,7 @@ pub(crate) enum JobCommand {
 
 /// Verbs of `kiln template`.
 #[derive(Subcommand, Debug)]
+#[command(after_help = "Examples:\n  kiln template prepare\n  kiln template list")]
 pub(crate) enum TemplateCommand {
     /// Make the templates that builds and runs start from, also for your current cache head
     Prepare,
@@ -248,6 +263,9 @@ pub(crate) enum TemplateCommand {
 
 /// Verbs of `kiln machine-image`.
 #[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln machine-image bake --recipe machine-image\n  kiln machine-image show --packages\n  kiln machine-image verify"
+)]
 pub(crate) enum ImageCommand {
     /// Make the machine image
     Bake {
@@ -279,27 +297,37 @@ pub(crate) enum ImageCommand {
 
 /// Verbs of `kiln bases`.
 #[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln bases list\n  kiln bases add golang:1.24 && kiln bases pull\n  kiln bases add alpine:3.20@sha256:0123..."
+)]
 #[expect(clippy::large_enum_variant, reason = "made once, read once")]
 pub(crate) enum BasesCommand {
     /// List base images and where they come from
     List,
-    /// Let Dockerfiles use an image, pinned by digest
+    /// Let Dockerfiles use an image of another registry, pinned by digest
     #[command(
-        after_help = "Examples:\n  kiln bases add golang:1.24@sha256:0123...\n  \
-kiln bases add golang:1.24 docker.io/library/golang@sha256:0123...\n  \
+        after_help = "Examples:\n  kiln bases add golang:1.24\n  kiln bases add golang:1.24@sha256:0123...\n  \
+kiln bases add golang:1.24 registry.example.org/mirror/golang:1.24\n  \
 kiln bases add node:22 example.org/node-build@sha256:0123... --run example.org/node-run@sha256:4567..."
     )]
     Add {
-        /// The name Dockerfiles use, for example golang:1.24; with its digest it also is what it stands for
+        /// The name Dockerfiles use, for example golang:1.24; alone it also is what it stands for, at Docker Hub
         #[arg(value_name = "NAME[@DIGEST]")]
         name: String,
-        /// What it stands for: a reference with a digest
+        /// What it stands for; a tag is looked up now and its digest kept
         reference: Option<ImageRef>,
         /// Slim image to run on: NAME (RUNTIME:VERSION) becomes a version that plans can choose
         #[arg(long, value_name = "REFERENCE")]
         run: Option<ImageRef>,
     },
-    /// Make the bases, the shared cache head and its templates
+    /// Take an image out of bases.toml again
+    Rm {
+        /// The name Dockerfiles use
+        name: String,
+    },
+    /// Pull what bases.toml names from other registries; builds can stand on it then
+    Pull,
+    /// Pull and make the bases, then the shared cache head and its templates, so that builds need not unpack them
     Bake {
         /// The recipe's folder
         #[arg(long, default_value = "machine-image")]
@@ -309,6 +337,7 @@ kiln bases add node:22 example.org/node-build@sha256:0123... --run example.org/n
 
 /// Verbs of `kiln registries`.
 #[derive(Subcommand, Debug)]
+#[command(after_help = "Examples:\n  kiln registries discover --dry-run\n  kiln registries show")]
 pub(crate) enum RegistriesCommand {
     /// Ask this host's package managers and write registries.toml; what you edited stays
     Discover {
@@ -322,6 +351,9 @@ pub(crate) enum RegistriesCommand {
 
 /// Verbs of `kiln registry`.
 #[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln registry serve\n  kiln registry login && skopeo inspect --tls-verify=false docker://127.0.0.1:5080/t/local/hello\n  kiln registry list\n  kiln registry rm hello:latest"
+)]
 pub(crate) enum RegistryCommand {
     /// Serve the registry on loopback until interrupted
     Serve {
@@ -362,6 +394,7 @@ pub(crate) enum RegistryCommand {
 
 /// Verbs of `kiln cache`.
 #[derive(Subcommand, Debug)]
+#[command(after_help = "Examples:\n  kiln cache show\n  kiln cache prune")]
 pub(crate) enum CacheCommand {
     /// Show what is kept and how much it takes
     Show,
@@ -375,6 +408,7 @@ pub(crate) enum CacheCommand {
 
 /// Options of `kiln bench`.
 #[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  kiln bench\n  kiln bench clone run --samples 20")]
 pub(crate) struct BenchArgs {
     /// Which benchmarks; all without
     pub names: Vec<String>,
@@ -385,6 +419,9 @@ pub(crate) struct BenchArgs {
 
 /// Options of `kiln setup`.
 #[derive(Args, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln setup\n  kiln setup --recipe my-recipe --guest ./kiln-guest\n\nWhat is there already is kept. It may be stopped at any time: the next run goes on where it was."
+)]
 pub(crate) struct SetupArgs {
     /// The recipe's folder
     #[arg(long, default_value = "machine-image")]
@@ -396,6 +433,9 @@ pub(crate) struct SetupArgs {
 
 /// Options of `kiln uninstall`.
 #[derive(Args, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln uninstall\n  kiln uninstall --yes\n\nRemoves images, build caches, job records and settings: what lies below kiln's XDG directories or KILN_HOME."
+)]
 pub(crate) struct UninstallArgs {
     /// Do not ask
     #[arg(long)]

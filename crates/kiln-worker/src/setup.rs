@@ -253,18 +253,10 @@ impl BlobSink for RegistrySink {
     }
 }
 
-/// References of all baked images, to be unpacked on the shared head.
+/// References of all baked and pulled images, to be unpacked on the shared head.
 #[must_use]
 pub fn images_of(bases: &Bases) -> Vec<ImageRef> {
-    let mut images = Vec::new();
-    for base in &bases.bases {
-        for image in [&base.build, &base.run] {
-            if image.digest.is_some() && !images.contains(image) {
-                images.push(image.clone());
-            }
-        }
-    }
-    images
+    bases.shared_images()
 }
 
 /// Makes the shared head when there is none for exactly these bases and this BuildKit.

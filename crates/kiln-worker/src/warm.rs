@@ -27,6 +27,9 @@ const MEMORY: ByteSize = ByteSize::gib(2);
 /// Longest time to unpack one base.
 const BASE_TIMEOUT_MS: u64 = 600_000;
 
+/// Repositories of images that were pulled from other registries.
+pub const PULLED_TREE: &str = "shared/from/";
+
 /// Makes the shared head from these bases.
 ///
 /// # Errors
@@ -111,10 +114,15 @@ async fn fill(
     .map_err(|error| Failure::infrastructure(&error))
 }
 
-/// A build of one step on the base, whose result nobody wants: BuildKit pulls and unpacks it for that.
+/// A build of one step on the base, whose result nobody wants: BuildKit pulls and unpacks it for that. The step runs no
+/// program, because an image of another registry may have none.
 async fn unpack(session: &Session, base: &ImageRef) -> Result<(), Failure> {
     const NAME: &str = "warm";
-    let text = format!("FROM {base}\nRUN [\"/bin/sh\", \"-c\", \":\"]\n");
+    let step = match base.repository.starts_with(PULLED_TREE) {
+        true => "WORKDIR /.kiln",
+        false => "RUN [\"/bin/sh\", \"-c\", \":\"]",
+    };
+    let text = format!("FROM {base}\n{step}\n");
     let path = buildkit::send_dockerfile(session, NAME, text).await?;
     let argv = buildkit::command(&path, &path);
     let (exit, solve) = buildkit::solve(session, argv, BASE_TIMEOUT_MS, async |_| {}).await?;

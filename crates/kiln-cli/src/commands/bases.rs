@@ -1,12 +1,13 @@
-//! `kiln bases`: which images a `FROM` may mean, and the runtime bases made here.
+//! `kiln bases`: which images a `FROM` may mean, the runtime bases made here, and those pulled from other registries.
+
+mod pull;
 
 use std::fs;
 use std::io;
 use std::path::Path;
 
 use kiln_core::ImageRef;
-use kiln_core::network::REGISTRY_HOST;
-use kiln_image::bases::{Base, Bases, PinnedImage};
+use kiln_image::bases::{Base, Bases, PinnedImage, is_own};
 use kiln_worker::event::Events;
 use kiln_worker::setup::{generated_bases, operator_bases};
 use serde_json::json;
@@ -33,7 +34,7 @@ pub(super) async fn run(
             reference,
             run,
         } => {
-            let addition = Addition::of(&name, reference.as_ref(), run.as_ref())?;
+            let addition = add(&operator, &name, reference, run).await?;
             let path = operator_bases(&operator.home);
             let existing = read(&path)?;
             let text = added(existing.as_deref(), &addition, &path)?;
@@ -42,14 +43,26 @@ pub(super) async fn run(
             screen.data(&value, || {
                 format!("{} is in {}", addition.name(), path.display())
             });
-            for note in addition.notes() {
-                screen.note(&note);
+            if let Some(note) = addition.note() {
+                screen.note(note);
             }
         }
-        BasesCommand::Bake { recipe } => {
+        BasesCommand::Rm { name } => {
+            let path = operator_bases(&operator.home);
+            let text = removed(&read(&path)?.unwrap_or_default(), &name, &path)?;
+            write(&path, &text)?;
+            let value = json!({ "name": name, "path": path });
+            screen.data(&value, || {
+                format!("{name} is no longer in {}", path.display())
+            });
+        }
+        BasesCommand::Pull | BasesCommand::Bake { .. } => {
             let (events, receiver) = Events::channel();
             let follow = tokio::spawn(screen.follow(receiver));
-            let done = bake(&operator, &recipe, &events, &cancel).await;
+            let done = match verb {
+                BasesCommand::Bake { recipe } => bake(&operator, &recipe, &events, &cancel).await,
+                _ => pull::all(&operator, &pull::own(&operator)?, &events, &cancel).await,
+            };
             drop(events);
             let _screen_ended = follow.await;
             done?;
@@ -65,19 +78,15 @@ async fn bake(
     events: &Events,
     cancel: &CancellationToken,
 ) -> Result<()> {
+    // First what can fail for reasons of the operator's own.
+    pull::all(operator, &pull::own(operator)?, events, cancel).await?;
     setup::bases(operator, recipe, events, cancel).await?;
     setup::shared_head_and_templates(operator, events, cancel).await
 }
 
 fn list(operator: &Operator, screen: Screen) -> Result<()> {
     let all = operator.bases()?;
-    let path = operator_bases(&operator.home);
-    let own = match read(&path)? {
-        Some(text) => {
-            Bases::parse_toml(&text, &path).map_err(|error| CliError::usage(chain(&error)))?
-        }
-        None => Bases::default(),
-    };
+    let own = pull::own(operator)?;
     let written = |base: &Base| {
         own.bases
             .iter()
@@ -91,12 +100,22 @@ fn list(operator: &Operator, screen: Screen) -> Result<()> {
             );
         }
         for image in &all.images {
-            screen.data(&json!({ "image": image, "operator": true }), String::new);
+            let ready = is_own(image.image());
+            let value =
+                json!({ "image": image, "operator": true, "ready": ready, "pulled": image.pulled });
+            screen.data(&value, String::new);
         }
         return Ok(());
     }
     screen.text(&tables(&all, written));
-    if !all.bases.iter().all(is_ready) {
+    let foreign = all.images.iter().any(|image| !is_own(image.image()))
+        || all
+            .bases
+            .iter()
+            .any(|base| written(base) && !is_ready(base));
+    if foreign {
+        screen.note("`kiln bases pull` fetches those that are not pulled yet");
+    } else if !all.bases.iter().all(is_ready) {
         screen.note(&format!(
             "`kiln setup` makes those that are missing ({})",
             generated_bases(&operator.home).display()
@@ -106,7 +125,7 @@ fn list(operator: &Operator, screen: Screen) -> Result<()> {
 }
 
 fn is_ready(base: &Base) -> bool {
-    base.build.digest.is_some() && base.run.digest.is_some()
+    is_own(&base.build) && is_own(&base.run)
 }
 
 fn tables(all: &Bases, written: impl Fn(&Base) -> bool) -> String {
@@ -119,7 +138,8 @@ fn tables(all: &Bases, written: impl Fn(&Base) -> bool) -> String {
     ]);
     for base in &all.bases {
         let state = match (written(base), is_ready(base)) {
-            (true, _) => "bases.toml",
+            (true, true) => "bases.toml",
+            (true, false) => "not pulled",
             (false, true) => "baked",
             (false, false) => "not baked",
         };
@@ -134,7 +154,7 @@ fn tables(all: &Bases, written: impl Fn(&Base) -> bool) -> String {
     }
     let mut text = table.render();
     if !all.images.is_empty() {
-        let mut table = Table::new(&[left("FROM"), wide("MEANS"), left("DIGEST")]);
+        let mut table = Table::new(&[left("FROM"), wide("MEANS"), left("DIGEST"), left("STATE")]);
         for image in &all.images {
             let digest = image
                 .reference
@@ -145,12 +165,48 @@ fn tables(all: &Bases, written: impl Fn(&Base) -> bool) -> String {
                 digest: None,
                 ..image.reference.clone()
             };
-            table.row([image.name.clone(), named.to_string(), digest]);
+            let state = match (&image.pulled, is_own(&image.reference)) {
+                (Some(_), _) => "pulled",
+                (None, true) => "here",
+                (None, false) => "not pulled",
+            };
+            table.row([
+                image.name.clone(),
+                named.to_string(),
+                digest,
+                state.to_owned(),
+            ]);
         }
         text.push('\n');
         text.push_str(&table.render());
     }
     text
+}
+
+/// The addition, every image of it with its digest: a registry is asked where a tag alone was given.
+async fn add(
+    operator: &Operator,
+    name: &str,
+    reference: Option<ImageRef>,
+    run: Option<ImageRef>,
+) -> Result<Addition> {
+    // A name that is not legal is told before any registry is asked.
+    let reference = match reference {
+        Some(reference) => reference,
+        None => parsed(name)?,
+    };
+    parsed(name)?;
+    let reference = pull::pinned(operator, &reference).await?;
+    let run = match run {
+        Some(run) => Some(pull::pinned(operator, &run).await?),
+        None => None,
+    };
+    Addition::of(name, reference, run)
+}
+
+fn parsed(name: &str) -> Result<ImageRef> {
+    name.parse()
+        .map_err(|error: kiln_core::image_ref::ParseRefError| CliError::usage(error.to_string()))
 }
 
 /// What `kiln bases add` was asked for.
@@ -161,29 +217,19 @@ enum Addition {
 }
 
 impl Addition {
-    /// `NAME@DIGEST`, or `NAME REFERENCE`; with a run image, a version of a runtime that plans can choose.
-    fn of(name: &str, reference: Option<&ImageRef>, run: Option<&ImageRef>) -> Result<Self> {
-        let parsed: ImageRef =
-            name.parse()
-                .map_err(|error: kiln_core::image_ref::ParseRefError| {
-                    CliError::usage(error.to_string())
-                })?;
-        let reference = match reference {
-            Some(reference) => reference.clone(),
-            None => parsed.clone(),
-        };
-        pinned(&reference)?;
+    /// A name for an image; with a run image, a version of a runtime that plans can choose.
+    fn of(name: &str, reference: ImageRef, run: Option<ImageRef>) -> Result<Self> {
         let name = ImageRef {
             digest: None,
-            ..parsed
+            ..parsed(name)?
         };
         let Some(run) = run else {
             return Ok(Self::Image(PinnedImage {
                 name: name.to_string(),
                 reference,
+                pulled: None,
             }));
         };
-        pinned(run)?;
         let (None, Some(version)) = (&name.registry, &name.tag) else {
             return Err(
                 CliError::usage(format!("{name} is not a version of a runtime"))
@@ -194,7 +240,7 @@ impl Addition {
             name: name.repository.clone(),
             version: version.clone(),
             build: reference,
-            run: run.clone(),
+            run,
             aliases: vec![name.to_string()],
             tools: std::collections::BTreeMap::new(),
         }))
@@ -207,32 +253,21 @@ impl Addition {
         }
     }
 
-    /// What is still to be done. Machines reach kiln's own registry and no other.
-    fn notes(&self) -> Vec<String> {
-        let images = match self {
-            Self::Image(image) => vec![&image.reference],
-            Self::Runtime(base) => vec![&base.build, &base.run],
+    /// What is still to be done.
+    fn note(&self) -> Option<&'static str> {
+        let here = match self {
+            Self::Image(image) => is_own(&image.reference),
+            Self::Runtime(base) => is_ready(base),
         };
-        let mut notes = Vec::new();
-        for elsewhere in images
-            .into_iter()
-            .filter(|image| image.registry.as_deref() != Some(REGISTRY_HOST))
-        {
-            let name = elsewhere.repository.rsplit('/').next().unwrap_or("base");
-            let digest = elsewhere
-                .digest
-                .map(|digest| format!("@{digest}"))
-                .unwrap_or_default();
-            notes.push(format!(
-                "machines pull from kiln's own registry alone. While `kiln registry serve` runs, copy the image there once: \
-                 skopeo copy --preserve-digests --dest-tls-verify=false docker://{elsewhere} docker://127.0.0.1:5080/t/local/{name}:base; \
-                 then add it as {REGISTRY_HOST}/t/local/{name}{digest}"
-            ));
+        match (here, self) {
+            (false, _) => Some(
+                "`kiln bases pull` fetches it; `kiln bases bake` also unpacks it, so that builds need not",
+            ),
+            (true, Self::Runtime(_)) => {
+                Some("`kiln bases bake` unpacks it, so that builds need not")
+            }
+            (true, Self::Image(_)) => None,
         }
-        if let (Self::Runtime(_), true) = (self, notes.is_empty()) {
-            notes.push("`kiln bases bake` unpacks it, so that builds need not".to_owned());
-        }
-        notes
     }
 
     fn put_into(&self, bases: &mut Bases) {
@@ -261,15 +296,6 @@ impl Addition {
         let at = text.find("[[").unwrap_or(0);
         Ok(text[at..].to_owned())
     }
-}
-
-fn pinned(reference: &ImageRef) -> Result<()> {
-    if reference.digest.is_some() {
-        return Ok(());
-    }
-    Err(CliError::usage(format!("{reference} has no digest, so it could mean another image tomorrow")).hint(format!(
-        "add one: {reference}@sha256:...  (`skopeo inspect --format '{{{{.Digest}}}}' docker://{reference}` tells it)"
-    )))
 }
 
 fn read(path: &Path) -> Result<Option<String>> {
@@ -329,6 +355,41 @@ fn added(existing: Option<&str>, addition: &Addition, path: &Path) -> Result<Str
     .hint("change it with an editor"))
 }
 
+/// The file's text without an image, or without a version of a runtime. Comments within its section go with it.
+fn removed(text: &str, name: &str, path: &Path) -> Result<String> {
+    let parse =
+        |text: &str| Bases::parse_toml(text, path).map_err(|error| CliError::usage(chain(&error)));
+    let before = parse(text)?;
+    let mut after = before.clone();
+    after.images.retain(|image| image.name != name);
+    after
+        .bases
+        .retain(|base| format!("{}:{}", base.name, base.version) != name);
+    if after == before {
+        return Err(
+            CliError::usage(format!("{} does not name {name}", path.display()))
+                .hint("`kiln bases list` shows what it names"),
+        );
+    }
+    let mut starts: Vec<usize> = text
+        .match_indices("[[")
+        .map(|(at, _)| at)
+        .filter(|at| *at == 0 || text.as_bytes()[at - 1] == b'\n')
+        .collect();
+    starts.push(text.len());
+    for section in starts.windows(2) {
+        let tried = format!("{}{}", &text[..section[0]], &text[section[1]..]);
+        if parse(&tried).is_ok_and(|bases| bases == after) {
+            return Ok(tried);
+        }
+    }
+    Err(CliError::usage(format!(
+        "{} names {name} in a way that cannot be changed automatically",
+        path.display()
+    ))
+    .hint("change it with an editor"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -342,14 +403,14 @@ mod tests {
         format!("docker.io/library/golang@{}", Digest::of(what.as_bytes()))
     }
 
-    fn add(existing: Option<&str>, name: &str, to: &str) -> Result<String> {
-        let addition = Addition::of(name, Some(&reference(to)), None)?;
+    fn put(existing: Option<&str>, name: &str, to: &str) -> Result<String> {
+        let addition = Addition::of(name, reference(to), None)?;
         added(existing, &addition, Path::new("bases.toml"))
     }
 
     #[test]
     fn additions_keep_comments_and_replace_in_place() {
-        let one = add(None, "golang:1.24", &pin("a")).expect("adds");
+        let one = put(None, "golang:1.24", &pin("a")).expect("adds");
         assert_eq!(
             one,
             format!(
@@ -358,19 +419,19 @@ mod tests {
             )
         );
         let commented = format!("# ours\n{one}# end");
-        let two = add(Some(&commented), "golang:1.25", &pin("b")).expect("adds");
+        let two = put(Some(&commented), "golang:1.25", &pin("b")).expect("adds");
         assert!(
             two.starts_with(&commented) && two.contains("golang:1.25"),
             "{two}"
         );
-        let changed = add(Some(&two), "golang:1.24", &pin("c")).expect("changes");
+        let changed = put(Some(&two), "golang:1.24", &pin("c")).expect("changes");
         assert_eq!(changed, two.replace(&pin("a"), &pin("c")));
         assert_eq!(
-            add(Some(&changed), "golang:1.24", &pin("c")).expect("same"),
+            put(Some(&changed), "golang:1.24", &pin("c")).expect("same"),
             changed
         );
         assert_eq!(
-            add(Some("[[imag"), "a:1", &pin("c"))
+            put(Some("[[imag"), "a:1", &pin("c"))
                 .expect_err("broken")
                 .exit_code(),
             2
@@ -378,50 +439,75 @@ mod tests {
     }
 
     #[test]
-    fn digests_are_needed_and_one_word_is_enough() {
+    fn what_was_added_is_removed_again() {
+        let path = Path::new("bases.toml");
+        let one = put(None, "golang:1.24", &pin("a")).expect("adds");
+        let two = put(Some(&one), "golang:1.25", &pin("b")).expect("adds");
         assert_eq!(
-            Addition::of("golang:1.24", None, None)
-                .expect_err("no digest")
-                .exit_code(),
-            2
+            removed(&two, "golang:1.25", path).expect("removes").trim(),
+            one.trim()
         );
+        let rest = removed(&two, "golang:1.24", path).expect("removes");
+        assert!(rest.contains("1.25") && !rest.contains("1.24"), "{rest}");
+        let error = removed(&one, "golang:1.25", path).expect_err("not there");
+        assert_eq!((error.exit_code(), error.hints.len()), (2, 1));
+    }
+
+    fn operator() -> (tempfile::TempDir, Operator) {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let operator = Operator {
+            home: kiln_worker::home::Home::below(dir.path()),
+            config: crate::config::Config::default(),
+            registries: None,
+        };
+        (dir, operator)
+    }
+
+    #[tokio::test]
+    async fn one_word_with_a_digest_is_enough() {
+        let (_dir, operator) = operator();
         let word = format!("golang:1.24@{}", Digest::of(b"x"));
-        let Addition::Image(image) = Addition::of(&word, None, None).expect("legal") else {
+        let added = add(&operator, &word, None, None).await.expect("legal");
+        let Addition::Image(image) = &added else {
             panic!("an image")
         };
         assert_eq!(
             (image.name.as_str(), image.reference.to_string()),
-            ("golang:1.24", word.clone())
+            ("golang:1.24", format!("docker.io/library/{word}"))
         );
-        let run = reference(&pin("run"));
-        let Addition::Runtime(base) =
-            Addition::of("node:22", Some(&reference(&pin("b"))), Some(&run)).expect("legal")
-        else {
+        assert!(added.note().is_some_and(|note| note.contains("fetches it")));
+        let run = Some(reference(&pin("run")));
+        let build = Some(reference(&pin("b")));
+        let added = add(&operator, "node:22", build.clone(), run.clone()).await;
+        let Addition::Runtime(base) = added.expect("legal") else {
             panic!("a runtime")
         };
         assert_eq!((base.name.as_str(), base.version.as_str()), ("node", "22"));
-        let text = added(None, &Addition::Runtime(base), Path::new("bases.toml")).expect("adds");
+        let text = super::added(None, &Addition::Runtime(base), Path::new("bases.toml"));
+        let text = text.expect("adds");
         assert!(
             text.starts_with("[[base]]\nname = \"node\"\nversion = \"22\"\n"),
             "{text}"
         );
-        assert!(Addition::of("node", Some(&run), Some(&run)).is_err());
+        assert!(add(&operator, "node", build, run).await.is_err());
+        let own = format!("registry.kiln.internal/t/local/go@{}", Digest::of(b"x"));
+        let own = add(&operator, "go:1", Some(reference(&own)), None).await;
+        assert_eq!(own.expect("legal").note(), None);
     }
 
-    #[test]
-    fn images_of_other_registries_are_to_be_copied_first() {
-        let notes = |to: &str| {
-            Addition::of("golang:1.24", Some(&reference(to)), None)
-                .expect("legal")
-                .notes()
-        };
-        let digest = Digest::of(b"a");
-        let far = notes(&pin("a"));
-        assert!(
-            far[0].ends_with(&format!("registry.kiln.internal/t/local/golang@{digest}")),
-            "{far:?}"
+    #[tokio::test]
+    async fn a_tag_that_nobody_knows_is_usage() {
+        let (_dir, operator) = operator();
+        let absent = Some(reference("registry.kiln.internal/t/local/go:1"));
+        let error = add(&operator, "go:1", absent, None).await;
+        assert_eq!(error.expect_err("not there").exit_code(), 2);
+        assert_eq!(
+            add(&operator, "Not:legal", None, None)
+                .await
+                .expect_err("illegal")
+                .exit_code(),
+            2
         );
-        assert!(notes(&format!("registry.kiln.internal/t/local/golang@{digest}")).is_empty());
     }
 
     #[test]
@@ -432,6 +518,7 @@ mod tests {
         all.images.push(PinnedImage {
             name: "golang:1.24".to_owned(),
             reference: reference(&pin("a")),
+            pulled: None,
         });
         let text = tables(&all, |_| false);
         let lines: Vec<&str> = text.lines().collect();
@@ -443,11 +530,14 @@ mod tests {
             lines[2].starts_with("python   3.13     -      baked "),
             "{text}"
         );
-        assert_eq!(lines[4], "FROM         MEANS                     DIGEST");
+        assert_eq!(
+            lines[4],
+            "FROM         MEANS                     DIGEST        STATE"
+        );
         assert_eq!(
             lines[5],
             format!(
-                "golang:1.24  docker.io/library/golang  {}",
+                "golang:1.24  docker.io/library/golang  {}  not pulled",
                 Digest::of(b"a").short(12)
             )
         );

@@ -10,7 +10,8 @@ use kiln_store::HostRegistry;
 use kiln_store::image::VerifiedImage;
 use kiln_store::registry::RepoName;
 use kiln_store::remote::{
-    CredentialSources, ProxyServer, PushEvent, RemoteConfig, RemoteError, RemoteRegistry, Target,
+    CertificateSources, CredentialSources, ProxyServer, PushEvent, RemoteConfig, RemoteError,
+    RemoteRegistry, Target,
 };
 
 use super::operator::Operator;
@@ -32,25 +33,8 @@ pub(super) async fn push(
     screen: Screen,
 ) -> Result<()> {
     let target = Target::new(target).map_err(|error| shown(&error))?;
-    let env = environment::all().into_iter().collect();
-    let credential = CredentialSources::from_env(&env)
-        .find(&target)
-        .await
-        .map_err(|source| RemoteError::Credentials {
-            registry: target.registry().to_owned(),
-            source,
-        })
-        .map_err(|error| shown(&error))?;
-    let proxy = operator.proxy()?;
-    let config = RemoteConfig {
-        ca_bundle: operator.ca_bundle()?,
-        proxy: Some(Arc::new(move |host: &str, port: u16| {
-            proxy_for(&proxy, host, port)
-        })),
-    };
+    let remote = remote(operator, &target).await?;
     screen.note(&format!("pushing to {target}"));
-    let remote =
-        RemoteRegistry::new(&config, target.clone(), credential).map_err(|error| shown(&error))?;
     let tell = move |event: PushEvent| tell(&event, screen);
     let pushed = remote
         .push(registry, repo, image, tell)
@@ -68,6 +52,33 @@ pub(super) async fn push(
         )
     });
     Ok(())
+}
+
+/// The way to another registry, as this host's user goes it: login, proxy, certificates.
+///
+/// # Errors
+/// When a login or a certificate that should be there cannot be read.
+pub(super) async fn remote(operator: &Operator, target: &Target) -> Result<RemoteRegistry> {
+    let env = environment::all().into_iter().collect();
+    let credential = CredentialSources::from_env(&env)
+        .find(target)
+        .await
+        .map_err(|source| RemoteError::Credentials {
+            registry: target.registry().to_owned(),
+            source,
+        })
+        .map_err(|error| shown(&error))?;
+    let proxy = operator.proxy()?;
+    let ca_bundle = CertificateSources::from_env(&env)
+        .bundle_for(target, operator.ca_bundle()?)
+        .map_err(|error| shown(&error))?;
+    let config = RemoteConfig {
+        ca_bundle,
+        proxy: Some(Arc::new(move |host: &str, port: u16| {
+            proxy_for(&proxy, host, port)
+        })),
+    };
+    RemoteRegistry::new(&config, target.clone(), credential).map_err(|error| shown(&error))
 }
 
 fn tell(event: &PushEvent, screen: Screen) {
@@ -91,7 +102,8 @@ fn tell(event: &PushEvent, screen: Screen) {
     }
 }
 
-fn shown(error: &RemoteError) -> CliError {
+/// A failure of another registry, as the user is told.
+pub(super) fn shown(error: &RemoteError) -> CliError {
     let class = match error {
         RemoteError::Cancelled => FailureClass::Cancelled,
         error if error.is_usage() => FailureClass::Usage,

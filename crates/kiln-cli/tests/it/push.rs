@@ -1,10 +1,11 @@
-//! `kiln build --push`: to Debian's docker-registry with a password that docker's own configuration holds.
+//! `kiln build --push`: to Debian's docker-registry with a password that docker's own configuration holds; and what lies there
+//! as a base: `kiln bases add|pull`.
 
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use crate::support::{app, kiln, path, said};
+use crate::support::{Kiln, app, kiln, path, said};
 
 /// bcrypt of `s3cret pass` for the user `ann`.
 const HTPASSWD: &str = "ann:$2y$04$t7qJCqxbH07rkQpyu1CVou6dzm1dJTC.aAMRNeHIvO//KyZbFY5gO\n";
@@ -110,4 +111,50 @@ fn an_image_is_pushed_with_dockers_login() {
             && !pushed.err.contains("s3cret")
             && !pushed.err.contains(LOGIN)
     );
+    stands_on_it(&kiln, &target, digest.trim(), empty.path());
+}
+
+/// The image that was pushed, as the base of another, pinned by the digest its tag has.
+fn stands_on_it(kiln: &Kiln, pushed: &str, digest: &str, logins: &Path) {
+    const NAME: &str = "it-foreign:1";
+    let bases = |args: &[&str], logins: &Path| {
+        let mut command = kiln.command(&[&["bases"], args].concat());
+        command
+            .env("DOCKER_CONFIG", logins)
+            .env_remove("REGISTRY_AUTH_FILE");
+        said(command)
+    };
+    let source = app(&[
+        ("Dockerfile", "FROM it-foreign:1\nCOPY more /more\n"),
+        ("more", "words\n"),
+    ]);
+    let build = || kiln.run(&["build", path(source.path()), "--tag", "it-on-foreign"]);
+    build().exits(4).says("kiln bases add it-foreign:1");
+    let nobody = tempfile::tempdir().expect("temp dir");
+    bases(&["add", NAME, pushed], nobody.path())
+        .exits(2)
+        .says("wants a login");
+    bases(&["add", NAME, pushed], logins).exits(0);
+    build().exits(4).says("kiln bases pull");
+    let listed = bases(&["list", "--json"], logins).exits(0);
+    let line = listed.out.lines().find(|line| line.contains(NAME));
+    let line = line.expect("listed");
+    assert!(
+        line.contains(digest) && line.contains("\"ready\":false"),
+        "{line}"
+    );
+    bases(&["pull"], nobody.path())
+        .exits(2)
+        .says("wants a login");
+    bases(&["pull"], logins).exits(0);
+    build().exits(0);
+    // A digest that the registry does not have.
+    let wrong = format!("{}@sha256:{}", pushed.replace(":1.0", ""), "5".repeat(64));
+    bases(&["add", NAME, &wrong], logins).exits(0);
+    bases(&["pull"], logins).exits(2).says("has no repository");
+    bases(&["rm", NAME], logins).exits(0);
+    bases(&["pull"], logins).exits(0);
+    let all = kiln.run(&["registry", "list", "--all"]).exits(0);
+    assert!(!all.out.contains("shared/from/"), "{}", all.out);
+    build().exits(4);
 }

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use kiln_core::ImageRef;
 use serde::{Deserialize, Serialize};
 
+use super::pulled::is_own;
+
 /// Where kiln's own bases live, as machines see it.
 pub const SHARED_PREFIX: &str = "registry.kiln.internal/shared";
 
@@ -65,6 +67,17 @@ pub struct PinnedImage {
     /// What it means: an image by digest.
     #[serde(rename = "ref")]
     pub reference: ImageRef,
+    /// Where it lies in kiln's own registry, when it is another registry's and was pulled.
+    #[serde(skip)]
+    pub pulled: Option<ImageRef>,
+}
+
+impl PinnedImage {
+    /// The image that builds stand on, or, not pulled yet, the one of another registry.
+    #[must_use]
+    pub fn image(&self) -> &ImageRef {
+        self.pulled.as_ref().unwrap_or(&self.reference)
+    }
 }
 
 /// All bases of this host.
@@ -165,18 +178,34 @@ impl Bases {
         self.bases.iter().filter(move |base| base.name == name)
     }
 
-    /// What a name in `FROM` means. `None` when nothing names it, or when what names it has no digest yet.
+    /// What a name in `FROM` means. `None` when nothing names it, or when what names it is not in kiln's own registry yet.
     #[must_use]
     pub fn resolve_from(&self, name: &str) -> Option<ImageRef> {
         let found = self.find(name)?;
-        found.digest.is_some().then(|| found.clone())
+        is_own(found).then(|| found.clone())
+    }
+
+    /// The run base of the runtime whose build base a public name means.
+    #[must_use]
+    pub fn run_of_alias(&self, name: &str) -> Option<ImageRef> {
+        let wanted = familiar(name);
+        if self
+            .images
+            .iter()
+            .any(|image| familiar(&image.name) == wanted)
+        {
+            return None;
+        }
+        let mut bases = self.bases.iter();
+        let base = bases.find(|base| base.aliases.iter().any(|alias| familiar(alias) == wanted))?;
+        base.run.digest.is_some().then(|| base.run.clone())
     }
 
     fn find(&self, name: &str) -> Option<&ImageRef> {
         let wanted = familiar(name);
         let image = self.images.iter().find(|i| familiar(&i.name) == wanted);
         if let Some(image) = image {
-            return Some(&image.reference);
+            return Some(image.image());
         }
         if let Some(base) = self
             .bases
@@ -185,20 +214,23 @@ impl Bases {
         {
             return Some(&base.build);
         }
-        let own = self.bases.iter().flat_map(|base| [&base.build, &base.run]);
-        let mut all = own.chain(self.images.iter().map(|image| &image.reference));
-        all.find(|reference| means(reference, &wanted))
+        let mut own = self.bases.iter().flat_map(|base| [&base.build, &base.run]);
+        own.find(|reference| means(reference, &wanted)).or_else(|| {
+            let named = |image: &&PinnedImage| {
+                means(&image.reference, &wanted) || means(image.image(), &wanted)
+            };
+            self.images.iter().find(named).map(PinnedImage::image)
+        })
     }
 
     /// The command that would make a name known, or that gives a known one its digest.
     #[must_use]
     pub fn line_to_add(&self, name: &str) -> String {
-        if self.find(name).is_some() {
-            return "kiln bases bake".to_owned();
-        }
-        match name.contains('@') {
-            true => format!("kiln bases add {name}"),
-            false => format!("kiln bases add {name}@sha256:DIGEST"),
+        match self.find(name) {
+            // One of kiln's own, without a digest: not made yet.
+            Some(image) if image.digest.is_none() => "kiln bases bake".to_owned(),
+            Some(_) => "kiln bases pull".to_owned(),
+            None => format!("kiln bases add {name} && kiln bases pull"),
         }
     }
 }

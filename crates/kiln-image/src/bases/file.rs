@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::config::{Base, Bases};
+use super::pulled::Pulled;
 
 /// Largest `bases.toml` or `bases.lock.json`, bytes.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
@@ -47,6 +48,7 @@ impl Bases {
         if let Some(text) = read(operator)? {
             bases.merge(Self::parse_toml(&text, operator)?);
         }
+        bases.use_pulled(&Pulled::load(&Pulled::path(generated))?);
         Ok(bases)
     }
 
@@ -90,13 +92,7 @@ impl Bases {
     /// # Errors
     /// [`BasesError::Io`]; the old file is then still there.
     pub fn save_generated(&self, path: &Path) -> Result<(), BasesError> {
-        let text = serde_json::to_string_pretty(self).map_err(io::Error::other);
-        let result = text.and_then(|text| replace(path, &(text + "\n")));
-        result.map_err(|source| BasesError::Io {
-            action: "write",
-            path: path.to_owned(),
-            source,
-        })
+        save_json(self, path)
     }
 
     /// Writes the operator's file (`kiln bases add`): whole or not at all. Comments of an older file are lost, so
@@ -161,7 +157,18 @@ fn check_base(base: &Base) -> Result<(), (String, String)> {
     Ok(())
 }
 
-fn read(path: &Path) -> Result<Option<String>, BasesError> {
+/// Writes a value as JSON: whole or not at all.
+pub(super) fn save_json(value: &impl serde::Serialize, path: &Path) -> Result<(), BasesError> {
+    let text = serde_json::to_string_pretty(value).map_err(io::Error::other);
+    let result = text.and_then(|text| replace(path, &(text + "\n")));
+    result.map_err(|source| BasesError::Io {
+        action: "write",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+pub(super) fn read(path: &Path) -> Result<Option<String>, BasesError> {
     let error = |source| BasesError::Io {
         action: "read",
         path: path.to_owned(),

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use kiln_core::Digest;
 
-use super::{Bases, BasesError};
+use super::{Bases, BasesError, Pulled, PulledImage};
 
 fn toml(text: &str) -> Result<Bases, BasesError> {
     Bases::parse_toml(text, Path::new("bases.toml"))
@@ -92,4 +92,73 @@ fn what_is_written_is_read() {
     let again = toml(&std::fs::read_to_string(&path).expect("reads")).expect("legal");
     assert_eq!(again, bases);
     assert_eq!(std::fs::read_dir(dir.path()).expect("lists").count(), 1);
+}
+
+#[test]
+fn images_of_other_registries_are_used_once_they_are_pulled() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (lock, conf) = (dir.path().join("bases.json"), dir.path().join("bases.toml"));
+    let (index, image) = (Digest::of(b"index"), one("pulled"));
+    let (build, run) = (Digest::of(b"build"), Digest::of(b"run"));
+    let text = format!(
+        "[[image]]\nname = \"alpine:3.20\"\nref = \"docker.io/library/alpine:3.20@{index}\"\n\n\
+         [[base]]\nname = \"node\"\nversion = \"22\"\nbuild = \"r.example.org/b@{build}\"\nrun = \"r.example.org/r@{run}\"\n"
+    );
+    std::fs::write(&conf, text).expect("writes");
+    let names = [
+        "alpine:3.20".to_owned(),
+        "docker.io/library/alpine:3.20".to_owned(),
+        format!("alpine@{index}"),
+        format!("docker.io/library/alpine:3.20@{index}"),
+    ];
+    let bases = Bases::load(&lock, &conf).expect("reads");
+    for name in &names {
+        assert_eq!(bases.resolve_from(name), None, "{name}");
+        assert_eq!(bases.line_to_add(name), "kiln bases pull");
+    }
+    assert_eq!(bases.foreign().len(), 3);
+    assert_eq!(bases.shared_images(), []);
+    assert_eq!(
+        bases.line_to_add("busybox"),
+        "kiln bases add busybox && kiln bases pull"
+    );
+
+    let mut pulled = Pulled::default();
+    for (from, image) in [
+        (
+            format!("docker.io/library/alpine:3.20@{index}"),
+            image.clone(),
+        ),
+        (format!("r.example.org/b@{build}"), one("b")),
+        (format!("r.example.org/r@{run}"), one("r")),
+    ] {
+        let (from, image) = (from.parse().expect("legal"), image.parse().expect("legal"));
+        pulled.images.push(PulledImage {
+            from,
+            image,
+            bytes: 1,
+        });
+    }
+    let path = Pulled::path(&lock);
+    pulled.save(&path).expect("writes");
+    let bases = Bases::load(&lock, &conf).expect("reads");
+    for name in names.iter().chain([&image]) {
+        let found = bases.resolve_from(name).map(|found| found.to_string());
+        assert_eq!(found.as_ref(), Some(&image), "{name}");
+    }
+    let node = bases.of_runtime("node").find(|base| base.version == "22");
+    assert_eq!(node.expect("there").build.to_string(), one("b"));
+    assert_eq!(bases.shared_images().len(), 3);
+    let own = toml(&std::fs::read_to_string(&conf).expect("reads")).expect("legal");
+    assert_eq!(
+        own.foreign().len(),
+        3,
+        "what the operator wrote stays known"
+    );
+
+    std::fs::write(&path, "{\"schema\":2,\"images\":[]}").expect("writes");
+    assert!(matches!(
+        Bases::load(&lock, &conf),
+        Err(BasesError::Invalid { .. })
+    ));
 }
