@@ -190,7 +190,7 @@ pub(crate) async fn start(guest: &Arc<Guest>, order: BuildkitConfig) -> Result<(
     }
     set_up(guest, &order)?;
     let words = Words::default();
-    let daemon = launch(guest, &words)?;
+    let daemon = launch(guest, &words, order.step_log_bytes_max)?;
     let mut ended = daemon.ended.clone();
     *running = Some(daemon);
     let answer = tokio::select! {
@@ -214,7 +214,15 @@ pub(crate) async fn start(guest: &Arc<Guest>, order: BuildkitConfig) -> Result<(
     Ok(())
 }
 
-fn launch(guest: &Arc<Guest>, words: &Words) -> Result<Running, SysError> {
+/// How BuildKit is told the most bytes of a step's output it passes on.
+fn log_size(bytes_max: u64) -> String {
+    match bytes_max {
+        0 => "-1".to_owned(),
+        bytes => bytes.to_string(),
+    }
+}
+
+fn launch(guest: &Arc<Guest>, words: &Words, log_bytes_max: u64) -> Result<Running, SysError> {
     let what = || "start BuildKit".to_owned();
     let (read, write) = pipe_with(PipeFlags::CLOEXEC).context(what)?;
     let mut command = Command::new(DAEMON);
@@ -226,9 +234,9 @@ fn launch(guest: &Arc<Guest>, words: &Words) -> Result<Running, SysError> {
         .env("PATH", tool::PATH)
         .env("HOME", "/root")
         .env("SSL_CERT_FILE", tree::CA_BUNDLE);
-    // The host bounds logs, and says where it cut.
+    // The host bounds logs, and says where it cut: what it would cut anyway need not cross the channel.
     command
-        .env("BUILDKIT_STEP_LOG_MAX_SIZE", "-1")
+        .env("BUILDKIT_STEP_LOG_MAX_SIZE", log_size(log_bytes_max))
         .env("BUILDKIT_STEP_LOG_MAX_SPEED", "-1");
     command.env("OTEL_SDK_DISABLED", "true");
     command

@@ -179,6 +179,15 @@ impl Cgroup {
         remove_below(&self.path, 0)
     }
 
+    /// The cgroups in it.
+    pub(crate) fn children(&self) -> Vec<Self> {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        entries
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .map(|entry| Self { path: entry.path() })
+            .collect()
+    }
+
     /// OOM kills inside it and below, by the path of the cgroup where they happened, relative to this one.
     pub(crate) fn oom_kills(&self) -> Vec<(String, u64)> {
         let mut found = Vec::new();

@@ -65,7 +65,7 @@ impl Drop for Leash {
     }
 }
 
-/// Waits for the end of what was killed and removes the cgroup.
+/// Waits for the end of what was killed and removes the cgroup. What is to be known of it must have been read.
 async fn clear(group: &Cgroup) {
     let emptied = group.emptied(KILL_WAIT).await;
     if let Err(error) = emptied.and_then(|()| group.remove()) {
@@ -78,6 +78,7 @@ pub(crate) async fn serve(guest: Arc<Guest>, request: ExecRequest, stream: Strea
     let (reader, mut writer) = tokio::io::split(stream);
     let group = guest.workload.child(&format!("exec-{}", guest.next_exec()));
     let leash = Leash(group.clone());
+    let kills_before = guest.memory.kills(&guest.workload);
     let started = match start(&guest, &request, &group) {
         Ok(started) => started,
         Err(error) => {
@@ -109,7 +110,12 @@ pub(crate) async fn serve(guest: Arc<Guest>, request: ExecRequest, stream: Strea
         () = until_host_is_gone => return,
     };
     let Ok(dropped) = dropped else { return };
-    let exit = exit(ended, timed_out, dropped, &group);
+    // Told from here, so that the host knows of a kill before it knows of the end, and before the group goes.
+    guest.memory.tell(&guest.workload);
+    let short = guest.memory.was_short(&group)
+        || (request.trusted && guest.memory.kills(&guest.workload) > kills_before);
+    guest.memory.forget(&group);
+    let exit = exit(ended, (timed_out, short), dropped, &group);
     let body = serde_json::to_vec(&exit).unwrap_or_default();
     let _host_gone = codec::write_chunk(&mut writer, chunk::EXIT, &body).await;
     let _host_gone = writer.shutdown().await;
@@ -117,7 +123,7 @@ pub(crate) async fn serve(guest: Arc<Guest>, request: ExecRequest, stream: Strea
     drop(leash);
 }
 
-fn exit(ended: Ended, timed_out: bool, output_dropped: u64, group: &Cgroup) -> Exit {
+fn exit(ended: Ended, (timed_out, oom): (bool, bool), output_dropped: u64, group: &Cgroup) -> Exit {
     let (code, signal) = match ended {
         Ended::Code(code) => (Some(code), None),
         Ended::Signal(signal) => (None, Some(signal)),
@@ -125,7 +131,7 @@ fn exit(ended: Ended, timed_out: bool, output_dropped: u64, group: &Cgroup) -> E
     Exit {
         code,
         signal,
-        oom: group.value("memory.events", "oom_kill") > 0,
+        oom,
         timed_out,
         user_ms: group.value("cpu.stat", "user_usec") / 1000,
         system_ms: group.value("cpu.stat", "system_usec") / 1000,

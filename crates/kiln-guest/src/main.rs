@@ -14,6 +14,7 @@ mod exec;
 mod fd;
 mod identity;
 mod log;
+mod memory;
 mod modules;
 mod mounts;
 mod net;

@@ -168,6 +168,32 @@ pub(crate) async fn state_bytes_free(guest: &Guest) -> u64 {
     space(STATE).map_or(0, |space| space.bytes_free)
 }
 
+/// Bounds what may be written to the state disk from now on. The kernel sets the rest aside, for root too, until the disk is
+/// unmounted; nothing of it is kept on the disk.
+pub(crate) async fn bound_state(guest: &Guest, bytes_max: u64) -> Result<(), GuestError> {
+    let mounts = guest.mounts.lock().await;
+    let entry = mounts.at(STATE).filter(|entry| !entry.read_only);
+    let device = entry.and_then(|entry| entry.node.as_deref()?.file_name());
+    // Kernel documentation, admin-guide/ext4: "reserved_clusters".
+    let file = match device {
+        Some(device) => Path::new("/sys/fs/ext4")
+            .join(device)
+            .join("reserved_clusters"),
+        None => return Err(invalid("no state disk is mounted for writing")),
+    };
+    blocking(move || {
+        let stat = statvfs(STATE).context(|| format!("look at {STATE}"))?;
+        let kept = aside(stat.f_bfree, stat.f_frsize, bytes_max);
+        fs::write(&file, kept.to_string()).context(|| format!("write {}", file.display()))
+    })
+    .await
+}
+
+/// Blocks to set aside so that at most this many bytes can be written.
+fn aside(blocks_free: u64, block_bytes: u64, bytes_max: u64) -> u64 {
+    blocks_free.saturating_sub(bytes_max.div_ceil(block_bytes.max(1)))
+}
+
 /// Bytes the filesystem at `path` has.
 pub(crate) fn bytes_total(path: &str) -> Result<u64, SysError> {
     space(path).map(|space| space.bytes_total)
@@ -335,6 +361,13 @@ fn released(node: &Path, read_only: bool) -> Result<(), SysError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_set_aside_leaves_what_is_allowed() {
+        assert_eq!(aside(1000, 4096, 4096 * 10), 990);
+        assert_eq!(aside(1000, 4096, 1), 999);
+        assert_eq!(aside(10, 4096, 1 << 40), 0);
+    }
 
     #[test]
     fn content_is_told_by_the_superblock() {

@@ -5,12 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kiln_core::DiskRole;
-use kiln_proto::msg::{
-    CallResult, GuestError, GuestEvent, MachineStats, Order, OrderReply, Quiesced,
-};
+use kiln_proto::msg::{CallResult, GuestError, MachineStats, Order, OrderReply, Quiesced};
 use rustix::system::{RebootCommand, reboot, sysinfo};
 
-use crate::cgroup::{Cgroup, Watch};
 use crate::error::{SysError, chain, invalid};
 use crate::state::Guest;
 use crate::{buildkit, container, exec, identity, log, mounts, oci_wrapper, tree};
@@ -41,8 +38,12 @@ pub(crate) async fn carry_out(guest: Arc<Guest>, order: Order) -> CallResult {
         Order::SetLimits {
             memory_max,
             pids_max,
+            disk_bytes_max,
         } => {
             bound_workload(&guest, memory_max, pids_max)?;
+            if disk_bytes_max > 0 {
+                mounts::bound_state(&guest, disk_bytes_max).await?;
+            }
             Ok(OrderReply::Done)
         }
         Order::Mount(mount) => mounts::mount_disk(&guest, mount)
@@ -136,29 +137,8 @@ async fn stats(guest: &Guest) -> MachineStats {
         memory_bytes: workload.number("memory.current"),
         memory_peak: workload.number("memory.peak"),
         cpu_ms: usage(guest) / 1000,
-        oom_kills: workload.value("memory.events", "oom_kill"),
+        oom_kills: guest.memory.kills(workload),
         state_bytes_free: mounts::state_bytes_free(guest).await,
-    }
-}
-
-/// Tells the host about every OOM kill in the workload, for ever.
-pub(crate) async fn watch_memory(workload: Cgroup) {
-    let mut watch = match Watch::new(&workload.path().join("memory.events")) {
-        Ok(watch) => watch,
-        Err(error) => return log::error(&chain(&error)),
-    };
-    let mut told: Vec<(String, u64)> = Vec::new();
-    while watch.changed().await.is_ok() {
-        let now = workload.oom_kills();
-        for (cgroup, count) in &now {
-            if !told.contains(&(cgroup.clone(), *count)) {
-                log::emit(GuestEvent::OomKill {
-                    cgroup: cgroup.clone(),
-                    count: *count,
-                });
-            }
-        }
-        told = now;
     }
 }
 

@@ -22,7 +22,7 @@ use crate::cgroup;
 use crate::channel::{self, Port, PortIo};
 use crate::error::{Context, SysError, chain, invalid};
 use crate::state::Guest;
-use crate::{boot, exec, identity, log, net, orders, tree, uevent};
+use crate::{boot, exec, identity, log, memory, net, orders, tree, uevent};
 
 /// Threads for work that blocks.
 const BLOCKING_THREADS_MAX: usize = 16;
@@ -58,7 +58,7 @@ async fn serve() -> Result<Infallible, SysError> {
             boot::die(&chain(&error));
         }
     });
-    tokio::spawn(orders::watch_memory(guest.workload.clone()));
+    tokio::spawn(memory::watch(Arc::clone(&guest)));
     net::start(&guest)?;
     tokio::spawn(prepare(Arc::clone(&guest)));
     let class = Path::new("/sys/class/virtio-ports");

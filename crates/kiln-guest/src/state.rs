@@ -8,6 +8,7 @@ use kiln_proto::msg::feature;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
+use crate::memory::Memory;
 use crate::mounts::Mounts;
 use crate::net::Net;
 use crate::reaper::Reaper;
@@ -23,6 +24,8 @@ pub(crate) struct Guest {
     pub(crate) reaper: Reaper,
     /// Everything that is not the guest itself.
     pub(crate) workload: Cgroup,
+    /// Kills for memory.
+    pub(crate) memory: Memory,
     /// A secret was given to this machine.
     pub(crate) secret_issued: AtomicBool,
     /// A job's command ran in this machine.
@@ -46,6 +49,7 @@ impl Guest {
         Self {
             reaper: Reaper::default(),
             workload: Cgroup::at(WORKLOAD),
+            memory: Memory::default(),
             secret_issued: AtomicBool::new(false),
             job_ran: AtomicBool::new(false),
             frozen_usage: AtomicU64::new(0),

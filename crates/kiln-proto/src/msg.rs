@@ -133,8 +133,11 @@ pub enum Order {
     SetLimits {
         /// Bytes of memory for everything under the workload cgroup; 0 means what the machine has less a reserve.
         memory_max: u64,
-        /// Processes and threads.
+        /// Processes and threads; 0 means what is usual.
         pids_max: u64,
+        /// Bytes that may be written to the state disk from now on, until it is unmounted; 0 means all that are free.
+        #[serde(default)]
+        disk_bytes_max: u64,
     },
     /// Environment that every RUN step gets unless it sets the same name itself: registry settings of
     /// package managers. Replaces what was set before.
@@ -266,6 +269,9 @@ pub struct BuildkitConfig {
     pub step_pids_max: u64,
     /// Bytes BuildKit may keep on its disk; 0 means three quarters of it.
     pub cache_bytes_max: u64,
+    /// Bytes of each step's output that are passed on; 0 means all. The rest is read and dropped in the guest.
+    #[serde(default)]
+    pub step_log_bytes_max: u64,
 }
 
 /// Places a tree or file may be put. Never a path of the host's or the tenant's choosing.
@@ -410,7 +416,8 @@ pub struct Exit {
     pub code: Option<i32>,
     /// Signal, when one ended it.
     pub signal: Option<i32>,
-    /// The kernel killed a process of it for memory.
+    /// A process of it was killed because memory ran out; for a trusted command, also one of what it set to work meanwhile
+    /// (BuildKit's steps).
     pub oom: bool,
     /// Its deadline had passed.
     pub timed_out: bool,

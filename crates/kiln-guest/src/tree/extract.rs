@@ -26,6 +26,10 @@ const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// How extended attributes are named in PAX headers.
 const XATTR: &str = "SCHILY.xattr.";
+/// Time of last modification in PAX headers, with a fraction.
+const MTIME: &str = "mtime";
+/// How GNU tar marks a sparse file in PAX headers. Its content is a map and pieces, which no image tool writes.
+const SPARSE: &str = "GNU.sparse.";
 /// Most bytes of one extended attribute.
 const XATTR_MAX: usize = 64 * 1024;
 /// Bytes copied at once.
@@ -74,6 +78,37 @@ struct Meta {
     owner: Option<(Uid, Gid)>,
     times: Timestamps,
     xattrs: Vec<(String, Vec<u8>)>,
+}
+
+/// What only PAX headers say.
+#[derive(Default)]
+struct Extras {
+    time: Option<Timespec>,
+    xattrs: Vec<(String, Vec<u8>)>,
+}
+
+/// Seconds since 1970 with an optional fraction; `None` for anything else.
+fn pax_time(value: &[u8]) -> Option<Timespec> {
+    let text = std::str::from_utf8(value).ok()?;
+    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
+    if !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let whole: i64 = seconds.parse().ok()?;
+    let nanos: i64 = format!("{:0<9.9}", fraction).parse().ok()?;
+    let before_1970 = seconds.starts_with('-') && nanos > 0;
+    Some(Timespec {
+        tv_sec: if before_1970 {
+            whole.checked_sub(1)?
+        } else {
+            whole
+        },
+        tv_nsec: if before_1970 {
+            1_000_000_000 - nanos
+        } else {
+            nanos
+        },
+    })
 }
 
 /// Unpacks `source` below `root`.
@@ -184,38 +219,18 @@ impl Extractor {
     }
 
     fn meta<R: Read>(&self, entry: &mut Entry<'_, R>, raw: &[u8]) -> Result<Meta, GuestError> {
-        let mut xattrs = Vec::new();
-        if self.is_layer() {
-            let extensions = entry
-                .pax_extensions()
-                .map_err(|e| system(e, "read the headers of", raw))?;
-            for extension in extensions.into_iter().flatten().flatten() {
-                let Some(name) = extension.key().ok().and_then(|key| key.strip_prefix(XATTR))
-                else {
-                    continue;
-                };
-                if extension.value_bytes().len() <= XATTR_MAX
-                    && !name.starts_with("trusted.overlay.")
-                {
-                    xattrs.push((name.to_owned(), extension.value_bytes().to_vec()));
-                }
-            }
-        }
+        let extras = self.extras(entry, raw)?;
         let header = entry.header();
-        let number =
-            |value: io::Result<u64>| value.map_err(|e| system(e, "read the header of", raw));
+        let wrong = |error: io::Error| system(error, "read the header of", raw);
         let id = |value: u64| u32::try_from(value).unwrap_or(u32::MAX - 1);
-        let bits = header
-            .mode()
-            .map_err(|e| system(e, "read the header of", raw))?;
-        let seconds = header.mtime().unwrap_or(0);
-        let time = Timespec {
-            tv_sec: i64::try_from(seconds).unwrap_or(0),
+        let bits = header.mode().map_err(wrong)?;
+        let time = extras.time.unwrap_or_else(|| Timespec {
+            tv_sec: i64::try_from(header.mtime().unwrap_or(0)).unwrap_or(0),
             tv_nsec: 0,
-        };
+        });
         let owner = if self.is_layer() {
-            let (uid, gid) = (id(number(header.uid())?), id(number(header.gid())?));
-            Some((Uid::from_raw(uid), Gid::from_raw(gid)))
+            let (uid, gid) = (header.uid().map_err(wrong)?, header.gid().map_err(wrong)?);
+            Some((Uid::from_raw(id(uid)), Gid::from_raw(id(gid))))
         } else {
             None
         };
@@ -226,8 +241,33 @@ impl Extractor {
                 last_access: time,
                 last_modification: time,
             },
-            xattrs,
+            xattrs: extras.xattrs,
         })
+    }
+
+    /// Reads the PAX headers of an entry as far as the header proper does not say it.
+    fn extras<R: Read>(&self, entry: &mut Entry<'_, R>, raw: &[u8]) -> Result<Extras, GuestError> {
+        let mut extras = Extras::default();
+        let extensions = entry
+            .pax_extensions()
+            .map_err(|e| system(e, "read the headers of", raw))?;
+        for extension in extensions.into_iter().flatten().flatten() {
+            let Ok(key) = extension.key() else { continue };
+            let value = extension.value_bytes();
+            if key == MTIME {
+                extras.time = pax_time(value);
+            } else if key.starts_with(SPARSE) {
+                let message = format!("{}: sparse files in PAX form are refused", shown(raw));
+                return Err(failure(GuestErrorCode::Invalid, message));
+            } else if let Some(name) = key.strip_prefix(XATTR)
+                && self.is_layer()
+                && value.len() <= XATTR_MAX
+                && !name.starts_with("trusted.overlay.")
+            {
+                extras.xattrs.push((name.to_owned(), value.to_vec()));
+            }
+        }
+        Ok(extras)
     }
 
     fn root_entry(&mut self, kind: EntryType, meta: &Meta, raw: &[u8]) -> Result<(), GuestError> {
@@ -421,6 +461,13 @@ impl Extractor {
         let at = self.walker.open(parent, true)?;
         let make = || linkat(&from, target_name, at, name, AtFlags::empty());
         let made = match make() {
+            // The same file by another way (`bin/x` and `usr/bin/x`): making room would remove it.
+            Err(Errno::EXIST)
+                if statat(at, name, AtFlags::SYMLINK_NOFOLLOW)
+                    .is_ok_and(|own| (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino)) =>
+            {
+                Ok(())
+            }
             Err(Errno::EXIST) => {
                 clear_way(at, name, self.rules.content).map_err(|e| system(e, "replace", raw))?;
                 make()

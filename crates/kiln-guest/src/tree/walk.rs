@@ -1,14 +1,15 @@
 //! Opens directories below a root so that no path leads out of it.
 //!
 //! Two ways, for two kinds of trees. In a *plain* tree no directory on the way may be a symlink: each component is
-//! opened from the one before, without following. In an image *layer* a lower layer's symlinks are part of the
-//! filesystem (`/bin -> usr/bin`) and are followed as the finished root would: by openat2(2) with `RESOLVE_IN_ROOT`.
+//! opened from the one before, without following. In an image *layer* symlinks are part of the filesystem
+//! (`/bin -> usr/bin`, `/var/run -> /run`) and are followed as the finished root would, also to a directory that is yet to
+//! be made. The kernel never follows one here: each is read, and its target walked from the root like any other path.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kiln_proto::msg::{GuestError, GuestErrorCode};
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, readlinkat, unlinkat};
 use rustix::io::Errno;
 
 use crate::error::{Context, failure};
@@ -17,6 +18,8 @@ use crate::error::{Context, failure};
 const COMPONENT_MAX: usize = 255;
 /// Most components of one path.
 const DEPTH_MAX: usize = 2048;
+/// Most symlinks followed on one path, as in the kernel.
+const LINKS_MAX: usize = 40;
 
 /// How directories on the way are opened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -131,17 +134,7 @@ impl Walker {
             .count();
         self.stack.truncate(kept);
         for depth in kept..path.len() {
-            let opened = match self.step(path, depth) {
-                Err(Errno::NOENT) if create => {
-                    let at = self
-                        .stack
-                        .last()
-                        .map_or(self.root.as_fd(), |(_, fd)| fd.as_fd());
-                    mkdirat(at, &path[depth][..], Mode::from_raw_mode(0o755))
-                        .and_then(|()| self.step(path, depth))
-                }
-                other => other,
-            };
+            let opened = self.step(path, depth, create);
             let opened = opened.map_err(|error| refused(path, error))?;
             self.stack.push((path[depth].clone(), opened));
         }
@@ -151,26 +144,72 @@ impl Walker {
             .map_or(self.root.as_fd(), |(_, fd)| fd.as_fd()))
     }
 
-    fn step(&self, path: &[Vec<u8>], depth: usize) -> Result<OwnedFd, Errno> {
+    fn step(&self, path: &[Vec<u8>], depth: usize, create: bool) -> Result<OwnedFd, Errno> {
         let at = self
             .stack
             .last()
             .map_or(self.root.as_fd(), |(_, fd)| fd.as_fd());
-        let name = &path[depth][..];
-        match openat(at, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty()) {
+        match enter(at, &path[depth], create) {
             Err(Errno::NOTDIR | Errno::LOOP) if self.links == Links::InRoot => {
-                // A symlink of a lower layer: let the kernel resolve the whole path inside the root.
-                let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-                openat2(
-                    &self.root,
-                    path[..=depth].join(&b'/'),
-                    DIRECTORY,
-                    Mode::empty(),
-                    resolve,
-                )
+                self.follow(&path[..=depth], create)
             }
             other => other,
         }
+    }
+
+    /// Opens a directory whose way leads over symlinks, as if the tree were `/`. `..` goes back to the directory that
+    /// the last step came from, so nothing leads above the root.
+    fn follow(&self, path: &[Vec<u8>], create: bool) -> Result<OwnedFd, Errno> {
+        let mut left: Vec<Vec<u8>> = path.iter().rev().cloned().collect();
+        let mut way: Vec<OwnedFd> = Vec::new();
+        let mut links = 0;
+        while let Some(name) = left.pop() {
+            if name == b".." {
+                way.pop();
+                continue;
+            }
+            let here = way.last().map_or(self.root.as_fd(), |fd| fd.as_fd());
+            match enter(here, &name, create) {
+                Err(Errno::NOTDIR | Errno::LOOP) => {
+                    links += 1;
+                    let target = match readlinkat(here, &name[..], Vec::new()) {
+                        Ok(_) if links > LINKS_MAX => return Err(Errno::LOOP),
+                        Ok(target) => target.into_bytes(),
+                        Err(Errno::INVAL) => return Err(Errno::NOTDIR),
+                        Err(error) => return Err(error),
+                    };
+                    if target.starts_with(b"/") {
+                        way.clear();
+                    }
+                    let parts = target.split(|byte| *byte == b'/').rev();
+                    left.extend(
+                        parts
+                            .filter(|part| !matches!(*part, b"" | b"."))
+                            .map(<[u8]>::to_vec),
+                    );
+                }
+                opened => way.push(opened?),
+            }
+            if left.len() + way.len() > 2 * DEPTH_MAX {
+                return Err(Errno::NAMETOOLONG);
+            }
+        }
+        match way.pop() {
+            Some(fd) => Ok(fd),
+            None => rustix::io::fcntl_dupfd_cloexec(&self.root, 0),
+        }
+    }
+}
+
+/// Opens a directory in another one, without following; a missing one is made when `create` is true.
+fn enter(at: BorrowedFd<'_>, name: &[u8], create: bool) -> Result<OwnedFd, Errno> {
+    let open = || openat(at, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty());
+    match open() {
+        Err(Errno::NOENT) if create => {
+            mkdirat(at, name, Mode::from_raw_mode(0o755))?;
+            open()
+        }
+        other => other,
     }
 }
 

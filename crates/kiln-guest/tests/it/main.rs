@@ -1,6 +1,6 @@
 //! The guest in real machines, driven over the real channel.
 //!
-//! Needs `KILN_TEST_VM`: a machine image's directory (`kernel`, `initrd`, `root.img`); and `KILN_TEST_GUEST`: the static
+//! Needs `KILN_TEST_IMAGE`: a machine image's directory (`kernel`, `initrd`, `root.img`); and `KILN_TEST_GUEST`: the static
 //! guest program. Without them every test here says so and passes, as there is nothing it could run in.
 
 #![expect(
@@ -12,7 +12,9 @@
 
 mod buildkit;
 mod host;
+mod hostile;
 mod machine;
+mod memory;
 mod network;
 mod trees;
 mod vm;

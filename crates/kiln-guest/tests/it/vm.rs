@@ -16,13 +16,28 @@ use tempfile::TempDir;
 /// Longest boot.
 const BOOT: Duration = Duration::from_secs(60);
 
+/// Names the machine image's directory (`kernel`, `initrd`, `root.img`), or a file that holds the name of one beside it.
+const IMAGE: &str = "KILN_TEST_IMAGE";
+/// Names the static guest.
+const GUEST: &str = "KILN_TEST_GUEST";
+/// When set, a machine that is not tested is a failure.
+const REQUIRE: &str = "KILN_TEST_REQUIRE_TOOLS";
+
 /// Where the parts of a machine lie; `None` (and a word) when they are not given.
 pub(crate) fn parts() -> Option<(PathBuf, PathBuf)> {
-    let parts = std::env::var_os("KILN_TEST_VM").zip(std::env::var_os("KILN_TEST_GUEST"));
-    if parts.is_none() {
-        println!("skipped: KILN_TEST_VM and KILN_TEST_GUEST are not set");
+    let parts = std::env::var_os(IMAGE).zip(std::env::var_os(GUEST));
+    let Some((image, guest)) = parts else {
+        let required = std::env::var_os(REQUIRE).is_some();
+        assert!(!required, "{IMAGE} and {GUEST} are not set");
+        println!("skipped: {IMAGE} and {GUEST} are not set");
+        return None;
+    };
+    let image = PathBuf::from(image);
+    if image.is_dir() {
+        return Some((image, guest.into()));
     }
-    parts.map(|(vm, guest)| (vm.into(), guest.into()))
+    let name = fs::read_to_string(&image).unwrap();
+    Some((image.with_file_name(name.trim()), guest.into()))
 }
 
 /// A running machine; killed when dropped.
@@ -216,6 +231,11 @@ impl Vm {
     /// What the console said.
     pub(crate) fn console(&self) -> String {
         fs::read_to_string(self.dir.path().join("console")).unwrap_or_default()
+    }
+
+    /// True if QEMU ended by itself.
+    pub(crate) fn try_ended(&mut self) -> bool {
+        self.qemu.try_wait().unwrap().is_some()
     }
 
     /// Waits for QEMU to end by itself.

@@ -299,6 +299,279 @@ fn layers_keep_modes_and_replace_kinds() {
     assert!(dir.path().join("was-dir").is_file() && dir.path().join("was-file").is_dir());
 }
 
+#[test]
+fn links_to_what_is_not_there_yet_are_followed_inside_the_root() {
+    let dir = tempfile::tempdir().unwrap();
+    let outside = tempfile::tempdir().unwrap();
+    let out = outside.path().to_str().unwrap();
+    fs::create_dir(dir.path().join("var")).unwrap();
+    symlink("/run", dir.path().join("var/run")).unwrap();
+    symlink("../../var/./run/lock", dir.path().join("var/lock")).unwrap();
+    symlink(out, dir.path().join("outside")).unwrap();
+    let tar = Tar::default()
+        .file("var/run/pid", "1")
+        .file("var/lock/deep/x", "2")
+        .link(EntryType::Symlink, "bin", "usr/bin")
+        .file("bin/sh", "3")
+        .file("outside/y", "4")
+        .file("run/late", "5")
+        .end();
+    unpack(&dir, &tar, LAYER).unwrap();
+    let inside = format!("{}/y", out.trim_start_matches('/'));
+    for (file, text) in [
+        ("run/pid", "1"),
+        ("run/lock/deep/x", "2"),
+        ("usr/bin/sh", "3"),
+        (inside.as_str(), "4"),
+        ("run/late", "5"),
+    ] {
+        let read = fs::read_to_string(dir.path().join(file));
+        assert_eq!(read.ok().as_deref(), Some(text), "{file}");
+    }
+    for link in ["var/run", "var/lock", "bin", "outside"] {
+        assert!(dir.path().join(link).is_symlink(), "{link}");
+    }
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn links_that_lead_nowhere_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    symlink("two", dir.path().join("one")).unwrap();
+    symlink("one", dir.path().join("two")).unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    symlink("file", dir.path().join("to-file")).unwrap();
+    for name in ["one/x", "to-file/x", "file/x"] {
+        let tar = Tar::default().file(name, "").end();
+        assert_eq!(
+            code(unpack(&dir, &tar, LAYER)),
+            GuestErrorCode::UnsafePath,
+            "{name}"
+        );
+    }
+    // A hard link's target is looked for and never made.
+    symlink("missing", dir.path().join("dangling")).unwrap();
+    let tar = Tar::default()
+        .link(EntryType::Link, "hard", "dangling/x")
+        .end();
+    assert_eq!(code(unpack(&dir, &tar, LAYER)), GuestErrorCode::NotFound);
+    assert!(!dir.path().join("missing").exists());
+}
+
+#[test]
+fn hard_links_of_a_merged_directory_keep_their_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let tar = Tar::default()
+        .link(EntryType::Symlink, "bin", "usr/bin")
+        .file("usr/bin/perl", "x")
+        .link(EntryType::Link, "bin/perl5", "usr/bin/perl")
+        .link(EntryType::Link, "bin/perl", "usr/bin/perl")
+        .link(EntryType::Link, "usr/bin/perl", "bin/perl5")
+        .end();
+    unpack(&dir, &tar, LAYER).unwrap();
+    let perl = fs::metadata(dir.path().join("usr/bin/perl")).unwrap();
+    assert_eq!((perl.nlink(), perl.len()), (2, 1));
+    // A later layer replaces one name of it, and the other keeps the old content.
+    let tar = Tar::default().file("bin/perl", "new").end();
+    unpack(&dir, &tar, LAYER).unwrap();
+    let read = |name: &str| fs::read_to_string(dir.path().join("usr/bin").join(name)).unwrap();
+    assert_eq!(
+        (read("perl").as_str(), read("perl5").as_str()),
+        ("new", "x")
+    );
+}
+
+#[test]
+fn pax_headers_carry_long_names_times_and_attributes() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = format!("{}/{}", "n".repeat(150), "m".repeat(200));
+    let target = "t".repeat(300);
+    let mut builder = Builder::new(Vec::new());
+    let mut add = |pax: &[(&str, &[u8])], kind: EntryType| {
+        builder.append_pax_extensions(pax.iter().copied()).unwrap();
+        let mut plain = header(kind, 0, 0o755);
+        plain.set_path("short").unwrap();
+        plain.set_cksum();
+        builder.append(&plain, &b""[..]).unwrap();
+    };
+    let xattr = format!("{XATTR}user.kiln");
+    let mut pax: Vec<(&str, &[u8])> = vec![
+        ("path", name.as_bytes()),
+        ("mtime", b"1700000000.25"),
+        (&xattr, b"a=b"),
+    ];
+    let capability = format!("{XATTR}security.capability");
+    // cap_net_bind_service=ep, as setcap(8) writes it.
+    let value = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let is_root = rustix::process::getuid().is_root();
+    if is_root {
+        pax.push((&capability, &value));
+    }
+    add(&pax, EntryType::Regular);
+    add(
+        &[("path", b"link"), ("linkpath", target.as_bytes())],
+        EntryType::Symlink,
+    );
+    unpack(&dir, &builder.into_inner().unwrap(), LAYER).unwrap();
+    let path = dir.path().join(&name);
+    let meta = fs::metadata(&path).unwrap();
+    assert_eq!(
+        (meta.mtime(), meta.mtime_nsec()),
+        (1_700_000_000, 250_000_000)
+    );
+    let link = dir.path().join("link");
+    assert_eq!(
+        fs::read_link(&link).unwrap().to_str(),
+        Some(target.as_str())
+    );
+    assert_eq!(fs::symlink_metadata(&link).unwrap().mtime(), 1_000_000_000);
+    let mut room = [0; 64];
+    match rustix::fs::getxattr(&path, "user.kiln", &mut room) {
+        Ok(len) => assert_eq!(&room[..len], b"a=b"),
+        Err(error) => assert_eq!(error, Errno::OPNOTSUPP),
+    }
+    if is_root {
+        let len = rustix::fs::getxattr(&path, "security.capability", &mut room).unwrap();
+        assert_eq!(room[..len], value);
+    }
+}
+
+#[test]
+fn times_of_pax_are_read_or_left_out() {
+    let time = |text: &str| pax_time(text.as_bytes()).map(|t| (t.tv_sec, t.tv_nsec));
+    assert_eq!(time("12"), Some((12, 0)));
+    assert_eq!(time("12.5"), Some((12, 500_000_000)));
+    assert_eq!(time("12.1234567899"), Some((12, 123_456_789)));
+    assert_eq!(time("-1.25"), Some((-2, 750_000_000)));
+    for bad in ["", ".", "x", "1.x", "1.-5", "1e3", "99999999999999999999"] {
+        assert_eq!(time(bad), None, "{bad}");
+    }
+}
+
+#[test]
+fn sparse_files_have_their_holes() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut sparse = header(EntryType::GNUSparse, 3, 0o644);
+    let gnu = sparse.as_gnu_mut().unwrap();
+    let octal = |field: &mut [u8; 12], value: u64| {
+        field.copy_from_slice(format!("{value:011o}\0").as_bytes());
+    };
+    octal(&mut gnu.realsize, 1024 + 3);
+    octal(&mut gnu.sparse[0].offset, 1024);
+    octal(&mut gnu.sparse[0].numbytes, 3);
+    let tar = Tar::default().raw(sparse, b"holes", b"", b"end").end();
+    unpack(&dir, &tar, LAYER).unwrap();
+    let bytes = fs::read(dir.path().join("holes")).unwrap();
+    assert_eq!(bytes.len(), 1027);
+    assert!(bytes[..1024].iter().all(|byte| *byte == 0) && bytes.ends_with(b"end"));
+
+    let mut builder = Builder::new(Vec::new());
+    let pax: [(&str, &[u8]); 1] = [("GNU.sparse.major", b"1")];
+    builder.append_pax_extensions(pax).unwrap();
+    let mut plain = header(EntryType::Regular, 0, 0o644);
+    plain.set_path("x").unwrap();
+    plain.set_cksum();
+    builder.append(&plain, &b""[..]).unwrap();
+    let refused = unpack(&dir, &builder.into_inner().unwrap(), LAYER).unwrap_err();
+    assert!(refused.message.contains("sparse"), "{refused:?}");
+}
+
+#[test]
+fn devices_and_owners_are_for_root_and_arrive() {
+    if !rustix::process::getuid().is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut null = header(EntryType::Char, 0, 0o666);
+    null.set_device_major(1).unwrap();
+    null.set_device_minor(3).unwrap();
+    let mut su = header(EntryType::Regular, 0, 0o6755);
+    su.set_uid(1234);
+    su.set_gid(4321);
+    let mut sticky = header(EntryType::Directory, 0, 0o1777);
+    sticky.set_uid(7);
+    let tar = Tar::default()
+        .raw(null, b"dev/null", b"", b"")
+        .raw(su, b"su", b"", b"")
+        .raw(sticky, b"tmp", b"", b"")
+        .file("tmp/in", "")
+        .end();
+    unpack(&dir, &tar, LAYER).unwrap();
+    let meta = |path: &str| fs::symlink_metadata(dir.path().join(path)).unwrap();
+    assert_eq!(meta("dev/null").rdev(), makedev(1, 3));
+    assert_eq!(meta("dev/null").mode() & 0o170_777, 0o020_666);
+    let su = meta("su");
+    assert_eq!(
+        (su.mode() & 0o7777, su.uid(), su.gid()),
+        (0o6755, 1234, 4321)
+    );
+    let tmp = meta("tmp");
+    assert_eq!((tmp.mode() & 0o7777, tmp.uid()), (0o1777, 7));
+    assert_eq!(
+        tmp.mtime(),
+        1_000_000_000,
+        "what was put into it does not change its time"
+    );
+}
+
+/// What lies beside the root of a tree: nothing of it may change.
+fn beside(dir: &TempDir) -> Vec<(String, u64, u32, String)> {
+    let mut found = Vec::new();
+    for name in ["", "outside", "outside/victim"] {
+        let path = dir.path().join(name);
+        let meta = fs::symlink_metadata(&path).unwrap();
+        let inside = match meta.is_dir() {
+            true => {
+                let mut names: Vec<_> = fs::read_dir(&path)
+                    .unwrap()
+                    .map(|entry| entry.unwrap().file_name())
+                    .collect();
+                names.sort();
+                format!("{names:?}")
+            }
+            false => fs::read_to_string(&path).unwrap(),
+        };
+        found.push((name.to_owned(), meta.nlink(), meta.mode(), inside));
+    }
+    found
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+    #[test]
+    fn no_archive_leads_out_of_its_root(
+        steps in prop::collection::vec((0..7_u8, 0..9_usize, 0..9_usize, any::<bool>()), 1..12),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("outside")).unwrap();
+        fs::create_dir_all(dir.path().join("root")).unwrap();
+        fs::write(dir.path().join("outside/victim"), "safe").unwrap();
+        let before = beside(&dir);
+        let absolute = dir.path().join("outside").to_str().unwrap().to_owned();
+        let names = ["a", "b", "c", "a/b", "a/b/c", "b/victim", "b/../../outside/x", "/a/victim", "c/b"];
+        let targets = ["..", "../..", "/", "a", "b", "../outside", "/../outside", &absolute, "b/../../outside/victim"];
+        for content in [Content::Plain, Content::Layer] {
+            // One archive for each step: a refusal of one must not keep the others from being tried.
+            for (kind, name, target, plain_whiteout) in &steps {
+                let (name, target) = (names[*name], targets[*target]);
+                let (parent, last) = name.rsplit_once('/').map_or((".", name), |(parent, last)| (parent, last));
+                let tar = match kind {
+                    0 | 1 => Tar::default().file(name, "bad"),
+                    2 => Tar::default().dir(name),
+                    3 | 4 => Tar::default().link(EntryType::Symlink, name, target),
+                    5 => Tar::default().link(EntryType::Link, name, target),
+                    _ if *plain_whiteout => Tar::default().file(&format!("{parent}/.wh.{last}"), ""),
+                    _ => Tar::default().file(&format!("{name}/.wh..wh..opq"), ""),
+                };
+                let flags = OFlags::PATH | OFlags::DIRECTORY;
+                let root = openat(rustix::fs::CWD, dir.path().join("root"), flags, Mode::empty()).unwrap();
+                let _either = extract(&tar.end()[..], root, Rules { content, ..PLAIN });
+                prop_assert_eq!(&beside(&dir), &before, "{} {} {}", kind, name, target);
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
