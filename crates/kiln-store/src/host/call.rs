@@ -171,6 +171,8 @@ pub(crate) enum WireAuthority {
     Attempt {
         lease: Lease,
         pull: Vec<String>,
+        #[serde(default)]
+        sources: Vec<RepoName>,
         bytes_max: u64,
     },
     User(UserAuthority),
@@ -195,6 +197,7 @@ impl From<&Authority> for WireAuthority {
             Authority::Attempt(attempt) => Self::Attempt {
                 lease: attempt.lease().clone(),
                 pull: attempt.pull_trees().to_vec(),
+                sources: attempt.sources().to_vec(),
                 bytes_max: attempt.bytes_max(),
             },
             Authority::User(user) => Self::User(user.clone()),
@@ -210,10 +213,12 @@ impl From<WireAuthority> for Authority {
             WireAuthority::Attempt {
                 lease,
                 pull,
+                sources,
                 bytes_max,
             } => Self::Attempt(
                 AttemptAuthority::new(lease, Arc::new(CheckedThere))
                     .with_pull(pull.into_iter().skip(1))
+                    .with_sources(sources)
                     .with_bytes_max(bytes_max),
             ),
             WireAuthority::User(user) => Self::User(user),

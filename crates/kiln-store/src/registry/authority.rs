@@ -85,8 +85,12 @@ pub struct AttemptAuthority {
     check: Arc<dyn LeaseCheck>,
     push: RepoName,
     pull: Vec<String>,
+    sources: Vec<RepoName>,
     bytes_max: u64,
 }
+
+/// Repositories at most that an attempt's blobs are looked for in.
+pub const SOURCES_MAX: usize = 64;
 
 impl AttemptAuthority {
     /// Push to `quarantine/<job>/<attempt>` only; pull from there, `shared/` and the tenant's `t/<tenant>/`.
@@ -103,6 +107,7 @@ impl AttemptAuthority {
             check,
             push,
             pull,
+            sources: Vec::new(),
             bytes_max: ATTEMPT_BYTES_MAX,
         }
     }
@@ -120,6 +125,20 @@ impl AttemptAuthority {
         self.pull.truncate(1);
         self.pull.extend(trees);
         self
+    }
+
+    /// Sets the repositories whose blobs need not be pushed again: when the guest asks whether one of them is in its quarantine, it is
+    /// mounted there first. Those it may not read count for nothing; no more than [`SOURCES_MAX`] are looked at.
+    #[must_use]
+    pub fn with_sources(mut self, sources: impl IntoIterator<Item = RepoName>) -> Self {
+        self.sources = sources.into_iter().take(SOURCES_MAX).collect();
+        self
+    }
+
+    /// See [`Self::with_sources`].
+    #[must_use]
+    pub fn sources(&self) -> &[RepoName] {
+        &self.sources
     }
 
     /// The lease this guest works under.

@@ -105,11 +105,16 @@ impl Store {
         }
         self.note_linked(&digest);
         let (mut file, temp) = self.durable.temp_file()?;
-        std::io::Write::write_all(&mut file, bytes)
+        let put = std::io::Write::write_all(&mut file, bytes)
             .and_then(|()| file.sync_all())
-            .map_err(StoreError::io("write", &temp))?;
-        authority.check(Action::Push, repo)?;
-        self.put_content(&digest, &file, &temp)?;
+            .map_err(StoreError::io("write", &temp))
+            .and_then(|()| authority.check(Action::Push, repo))
+            .and_then(|()| self.put_content(&digest, &file, &temp));
+        if put.is_err() {
+            // Best effort: what stays is reaped on the next open.
+            let _ = std::fs::remove_file(&temp);
+        }
+        put?;
         self.link_manifest(repo, &digest, &manifest, bytes.len() as u64)?;
         if let Reference::Tag(tag) = reference {
             self.write_tag(repo, tag, &digest)?;

@@ -49,6 +49,51 @@ async fn a_guest_cannot_read_or_write_beyond_its_trees() -> Result<()> {
 }
 
 #[tokio::test]
+async fn what_lies_in_a_source_is_there_when_a_guest_asks_and_nothing_else_is() -> Result<()> {
+    let room = Room::new()?;
+    let mut operator = room.operator().await?;
+    operator.push_blob("shared/node", b"base").await?;
+    operator.push_blob("t/local/app", b"layer").await?;
+    operator.push_blob("t/local/not-a-source", b"other").await?;
+    operator.push_blob("t/other/app", b"secret").await?;
+    let sources =
+        ["shared/node", "t/local/app", "t/other/app"].map(|name| name.parse().expect("a name"));
+    let authority = room.guest("b1").with_sources(sources);
+    let mut guest = room.connect(Authority::Attempt(authority)).await?;
+    let path = |content: &[u8]| format!("/v2/quarantine/b1/1/blobs/{}", Digest::of(content));
+    // Reading alone mounts nothing.
+    assert_eq!(
+        guest.get(&path(b"base")).await?.status(),
+        StatusCode::NOT_FOUND
+    );
+    for (content, status) in [
+        (b"base".as_slice(), StatusCode::OK),
+        (b"layer", StatusCode::OK),
+        (b"other", StatusCode::NOT_FOUND),
+        (b"secret", StatusCode::NOT_FOUND),
+        (b"nowhere", StatusCode::NOT_FOUND),
+    ] {
+        let asked = guest.send(Method::HEAD, &path(content), &[], b"").await?;
+        assert_eq!(
+            asked.status(),
+            status,
+            "{}",
+            String::from_utf8_lossy(content)
+        );
+    }
+    assert_eq!(guest.get(&path(b"base")).await?.body().as_ref(), b"base");
+    // Elsewhere than in its quarantine asking changes nothing, and without a live lease it is refused.
+    let shared = format!("/v2/shared/node/blobs/{}", Digest::of(b"layer"));
+    let asked = guest.send(Method::HEAD, &shared, &[], b"").await?;
+    assert_eq!(asked.status(), StatusCode::NOT_FOUND);
+    operator.push_blob("shared/node", b"later").await?;
+    room.leases.end(&lease("b1", 1).attempt);
+    let asked = guest.send(Method::HEAD, &path(b"later"), &[], b"").await?;
+    assert_eq!(asked.status(), StatusCode::FORBIDDEN);
+    Ok(())
+}
+
+#[tokio::test]
 async fn writes_end_with_the_lease_even_between_chunk_and_commit() -> Result<()> {
     let room = Room::new()?;
     let authority = room.guest("b1");

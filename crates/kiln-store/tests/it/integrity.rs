@@ -81,6 +81,122 @@ async fn a_truncated_blob_and_a_corrupt_manifest_are_found() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn whatever_happens_to_a_file_is_named_and_healed_by_a_push() -> Result<()> {
+    type Harm = fn(&std::path::Path) -> Result<()>;
+    let harms: [(&str, Harm); 4] = [
+        ("a flipped byte", rot),
+        ("a shorter file", |path| {
+            Ok(std::fs::File::options()
+                .write(true)
+                .open(path)?
+                .set_len(3)?)
+        }),
+        ("a longer file", |path| {
+            use std::io::Write;
+            Ok(std::fs::File::options()
+                .append(true)
+                .open(path)?
+                .write_all(b"more")?)
+        }),
+        ("no file", |path| Ok(std::fs::remove_file(path)?)),
+    ];
+    for (what, harm) in harms {
+        for manifest_too in [false, true] {
+            let room = Room::new()?;
+            let mut client = room.operator().await?;
+            let image = manifest(b"{}", &[b"layer"]);
+            let push = async |client: &mut crate::client::Client| -> Result<()> {
+                client.push_blob("a", b"layer").await?;
+                client.push_blob("a", b"{}").await?;
+                let put = client.push_manifest("a", "v1", &image).await?;
+                assert_eq!(put.status(), StatusCode::CREATED, "{}", code(&put));
+                Ok(())
+            };
+            push(&mut client).await?;
+            let (digest, path) = match manifest_too {
+                true => (digest_of(&image), "/v2/a/manifests/v1".to_owned()),
+                false => {
+                    let digest = Digest::of(b"layer");
+                    (digest, format!("/v2/a/blobs/{digest}"))
+                }
+            };
+            assert_eq!(client.get(&path).await?.status(), StatusCode::OK);
+            harm(&content(&room, &digest))?;
+            let report = room.store.scrub()?;
+            let set_aside = what != "no file";
+            assert_eq!(report.corrupt.contains(&digest), set_aside, "{what}");
+            assert_eq!(report.broken, [("a".parse()?, digest_of(&image))], "{what}");
+            let got = client.get(&path).await?;
+            assert_eq!(got.status(), StatusCode::NOT_FOUND, "{what}");
+            push(&mut client).await?;
+            let report = room.store.scrub()?;
+            assert!(
+                report.corrupt.is_empty() && report.broken.is_empty(),
+                "{what}"
+            );
+            assert_eq!(client.get(&path).await?.status(), StatusCode::OK, "{what}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_full_disk_is_told_and_leaves_nothing() -> Result<()> {
+    for step in [
+        "create",
+        "write unsynced",
+        "write blob",
+        "sync blob",
+        "mark",
+        "rename",
+        "write",
+    ] {
+        let full = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let switch = full.clone();
+        let room = Room::with(StoreConfig {
+            fault: Some(Arc::new(move |at| {
+                match at == step && switch.load(std::sync::atomic::Ordering::SeqCst) {
+                    true => Err(std::io::ErrorKind::StorageFull.into()),
+                    false => Ok(()),
+                }
+            })),
+            ..StoreConfig::default()
+        })?;
+        let mut client = room.operator().await?;
+        client.push_blob("a", b"{}").await?;
+        full.store(true, std::sync::atomic::Ordering::SeqCst);
+        let refused = client.push_blob("a", b"layer").await?;
+        if step != "write" {
+            assert_eq!(refused.status(), StatusCode::INSUFFICIENT_STORAGE, "{step}");
+            assert!(String::from_utf8_lossy(refused.body()).contains("disk is full"));
+            let path = format!("/v2/a/blobs/{}", Digest::of(b"layer"));
+            assert_eq!(client.get(&path).await?.status(), StatusCode::NOT_FOUND);
+        }
+        let put = client
+            .push_manifest("a", "v1", &manifest(b"{}", &[]))
+            .await?;
+        assert!(
+            matches!(put.status().as_u16(), 201 | 507),
+            "{step}: {put:?}"
+        );
+        full.store(false, std::sync::atomic::Ordering::SeqCst);
+        assert_eq!(entries(&room.path().join("uploads")), 0, "{step}");
+        assert_eq!(entries(&room.path().join("tmp")), 0, "{step}");
+        let pushed = client.push_blob("a", b"layer").await?;
+        assert_eq!(pushed.status(), StatusCode::CREATED, "{step}");
+        assert_eq!(room.store.scrub()?.corrupt, []);
+    }
+    // The bound on free space, before any byte is written.
+    let room = Room::with(StoreConfig {
+        free_bytes_min: u64::MAX,
+        ..StoreConfig::default()
+    })?;
+    let refused = room.operator().await?.push_blob("a", b"layer").await?;
+    assert_eq!(refused.status(), StatusCode::INSUFFICIENT_STORAGE);
+    Ok(())
+}
+
 #[test]
 fn a_scrub_reads_what_the_boots_table_would_believe() -> Result<()> {
     let room = Room::new()?;

@@ -7,12 +7,14 @@
 )]
 
 mod client;
+mod conformance;
 mod crash;
 mod guest;
 mod host_api;
 mod image;
 mod integrity;
 mod loopback;
+mod podman;
 mod pull;
 mod push_pull;
 mod records;

@@ -126,7 +126,7 @@ pub(crate) struct Distribution {
     clippy::disallowed_methods,
     reason = "the test's own switch is read from the environment"
 )]
-fn program(name: &str) -> Result<Option<PathBuf>> {
+pub(crate) fn program(name: &str) -> Result<Option<PathBuf>> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path)
         .map(|dir| dir.join(name))

@@ -1,0 +1,119 @@
+//! The real podman, a client of docker's kind, against the real door: login, pull by tag and by digest, anonymous pull.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use kiln_core::Digest;
+use kiln_store::registry::Reference;
+use kiln_store::registry::manifest::OCI_MANIFEST;
+use serde_json::json;
+use tokio::process::Command;
+
+use crate::client::manifest;
+use crate::loopback::Door;
+use crate::remote::program;
+
+/// An empty tar: two blocks of zeros.
+const TAR: [u8; 1024] = [0; 1024];
+const NAME: &str = "t/local/app";
+
+async fn put_image(door: &Door) -> Result<Digest> {
+    let repo = NAME.parse()?;
+    let config = serde_json::to_vec(&json!({
+        "architecture": "amd64", "os": "linux", "config": {"Cmd": ["/hello"]},
+        "rootfs": {"type": "layers", "diff_ids": [Digest::of(&TAR)]}
+    }))?;
+    for bytes in [&TAR[..], &config] {
+        let content = std::io::Cursor::new(bytes.to_vec());
+        door.host.put_blob(&repo, content, None).await?;
+    }
+    let bytes = serde_json::to_vec(&manifest(&config, &[&TAR]))?;
+    let tag = Reference::Tag("v1".to_owned());
+    Ok(door
+        .host
+        .put_manifest(&repo, &tag, OCI_MANIFEST, bytes)
+        .await?)
+}
+
+/// podman with everything it writes below `dir`.
+struct Podman<'a>(&'a Path, std::path::PathBuf);
+
+impl Podman<'_> {
+    async fn run(&self, args: &[&str]) -> Result<(bool, String)> {
+        let dir = |name: &str| self.0.join(name);
+        let output = Command::new(&self.1)
+            .arg("--root")
+            .arg(dir("root"))
+            .arg("--runroot")
+            .arg(dir("run"))
+            .args(["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs"])
+            .args(args)
+            .env("REGISTRY_AUTH_FILE", dir("auth.json"))
+            .env("HOME", self.0)
+            .env("XDG_RUNTIME_DIR", self.0)
+            .output()
+            .await?;
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        Ok((output.status.success(), text))
+    }
+}
+
+/// Whether podman can keep images at all on this host, apart from kiln.
+async fn works(podman: &Podman<'_>) -> Result<bool> {
+    let (works, text) = podman.run(&["images"]).await?;
+    if !works {
+        eprintln!(
+            "SKIPPED: podman does not work on this host: {}",
+            text.trim()
+        );
+    }
+    Ok(works)
+}
+
+#[tokio::test]
+async fn podman_pulls() -> Result<()> {
+    let Some(program) = program("podman")? else {
+        return Ok(());
+    };
+    let dir = tempfile::tempdir()?;
+    std::fs::write(dir.path().join("auth.json"), "{}")?;
+    let podman = Podman(dir.path(), program);
+    if !works(&podman).await? {
+        return Ok(());
+    }
+    let door = Door::open(&[]).await?;
+    let digest = put_image(&door).await?;
+    let name = format!("{}/{NAME}", door.address);
+    let pull = ["pull", "--tls-verify=false"];
+    let by_tag = format!("{name}:v1");
+    let (pulled, text) = podman.run(&[&pull[..], &[&by_tag]].concat()).await?;
+    assert!(!pulled && text.contains("unauthorized"), "{text}");
+    let (user, secret) = door.host.credentials()?;
+    let address = door.address.to_string();
+    let login = [
+        "login",
+        "--tls-verify=false",
+        "-u",
+        user,
+        "-p",
+        secret.reveal(),
+        &address,
+    ];
+    let (logged_in, text) = podman.run(&login).await?;
+    assert!(logged_in, "{text}");
+    for reference in [by_tag.clone(), format!("{name}@{digest}")] {
+        let (pulled, text) = podman.run(&[&pull[..], &[&reference]].concat()).await?;
+        assert!(pulled, "{text}");
+    }
+    let inspect = ["inspect", "--format", "{{.Digest}}", &by_tag];
+    let (_, text) = podman.run(&inspect).await?;
+    assert_eq!(text.trim(), digest.to_string());
+
+    let open = Door::open(&["t/local"]).await?;
+    put_image(&open).await.context("image")?;
+    let reference = format!("{}/{NAME}:v1", open.address);
+    let (pulled, text) = podman.run(&[&pull[..], &[&reference]].concat()).await?;
+    assert!(pulled, "anonymous: {text}");
+    Ok(())
+}
