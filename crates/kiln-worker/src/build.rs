@@ -358,7 +358,15 @@ impl Job<'_> {
         let mut config = GatewayConfig::new(policy, Arc::clone(&self.egress) as _);
         config.exceptions.clone_from(&self.input.exceptions);
         config.proxy = self.input.proxy.clone();
-        config.services = registry.services_for(&self.lease, &self.host.leases);
+        // Layers of the bases, and of the images that get another tag now, lie in the registry already.
+        let known = self
+            .build
+            .bases
+            .iter()
+            .map(|(_, base)| base)
+            .chain(&self.build.tags);
+        let sources = known.filter_map(|image| image.repository.parse().ok());
+        config.services = registry.services_for(&self.lease, &self.host.leases, sources.collect());
         Gateway::new(config)
     }
 

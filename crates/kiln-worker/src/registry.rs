@@ -43,10 +43,15 @@ impl GuestService for AttemptDoor {
 }
 
 impl RegistryAccess {
-    /// kiln's own names as one attempt sees them.
+    /// kiln's own names as one attempt sees them. What lies in `sources` it need not push again.
     #[must_use]
-    pub fn services_for(&self, lease: &Lease, leases: &Arc<LeaseTable>) -> Services {
-        let authority = self.authority(lease, leases);
+    pub fn services_for(
+        &self,
+        lease: &Lease,
+        leases: &Arc<LeaseTable>,
+        sources: Vec<RepoName>,
+    ) -> Services {
+        let authority = self.authority(lease, leases).with_sources(sources);
         self.services_as(Authority::Attempt(authority))
     }
 
