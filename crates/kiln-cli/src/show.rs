@@ -3,8 +3,6 @@
 //! On a terminal the last line shows what runs now; elsewhere every event is one plain line. With `--json` every event
 //! is one JSON object a line on standard output. Colour never carries meaning and obeys `NO_COLOR`.
 
-#![expect(clippy::print_stderr, reason = "this module is the screen")]
-
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -17,6 +15,8 @@ use crate::error::CliError;
 
 /// How often the running line is drawn again.
 const REDRAW: Duration = Duration::from_millis(200);
+/// Where no line is drawn again, something that says nothing for this long is said to go on.
+const STILL: Duration = Duration::from_secs(15);
 /// Widest line drawn on a terminal, in characters, when its width is unknown.
 const WIDTH_DEFAULT: usize = 100;
 
@@ -65,7 +65,7 @@ impl Screen {
     /// A remark on standard error.
     pub(crate) fn note(self, text: &str) {
         if !self.json {
-            eprintln!("{}", printable(text));
+            err_line(&printable(text));
         }
     }
 
@@ -79,9 +79,12 @@ impl Screen {
             return;
         }
         let (red, bold, off) = self.paint("31", "1");
-        eprintln!("{red}{bold}error:{off} {}", printable(&error.message));
+        err_line(&format!(
+            "{red}{bold}error:{off} {}",
+            printable(&error.message)
+        ));
         for hint in &error.hints {
-            eprintln!("{bold}hint:{off} {}", printable(hint));
+            err_line(&format!("{bold}hint:{off} {}", printable(hint)));
         }
     }
 
@@ -108,10 +111,21 @@ impl Screen {
                     let Some(event) = event else { break };
                     self.event(&event, &mut running);
                 }
-                _ = redraw.tick(), if self.live => self.draw(&mut running),
+                _ = redraw.tick(), if !self.json => self.tick(&mut running),
             }
         }
         self.wipe(&mut running);
+    }
+
+    fn tick(self, running: &mut Running) {
+        if self.live {
+            self.draw(running);
+        } else if running.said.elapsed() >= STILL
+            && let Some(line) = running.line()
+        {
+            running.said = Instant::now();
+            err_line(&format!("   still: {}", printable(&line)));
+        }
     }
 
     /// As [`Screen::follow`], but phases and notes are shown only where they explain a wait: a command's own output
@@ -144,12 +158,13 @@ impl Screen {
         }
         self.wipe(running);
         let (dim, bold, off) = self.paint("2", "1");
+        running.said = Instant::now();
         match event {
             Event::Phase { name } => {
                 running.what = format!("{name} ...");
                 running.since = Some(Instant::now());
                 if !self.live {
-                    eprintln!("== {name}");
+                    err_line(&format!("== {name}"));
                 }
             }
             Event::Progress { what, detail } => {
@@ -158,18 +173,23 @@ impl Screen {
                 } else {
                     format!("{what}: {detail}")
                 };
-                if self.live {
-                    if running.what != line {
-                        running.since.get_or_insert_with(Instant::now);
-                    }
-                    running.what = line;
-                } else if running.last_plain != *what {
+                if running.last_plain != *what {
                     running.last_plain.clone_from(what);
-                    eprintln!("   {}", printable(&line));
+                    running.since = Some(Instant::now());
+                    if !self.live {
+                        err_line(&format!("   {}", printable(&line)));
+                    }
                 }
+                running.what = line;
             }
-            Event::Note { text } => eprintln!("   {}", printable(text)),
-            Event::Warning { text } => eprintln!("{bold}warning:{off} {}", printable(text)),
+            Event::Note { text } => {
+                // What went on has an end; what comes next says so itself.
+                running.what.clear();
+                err_line(&format!("   {}", printable(text)));
+            }
+            Event::Warning { text } => {
+                err_line(&format!("{bold}warning:{off} {}", printable(text)))
+            }
             Event::Step {
                 number,
                 name,
@@ -178,8 +198,10 @@ impl Screen {
             } => {
                 self.step(*number, name, *state, *seconds, running);
             }
-            Event::Log { step: 0, text, .. } => eprintln!("{}", printable(text)),
-            Event::Log { step, text, .. } => eprintln!("{dim}#{step} | {off}{}", printable(text)),
+            Event::Log { step: 0, text, .. } => err_line(&printable(text)),
+            Event::Log { step, text, .. } => {
+                err_line(&format!("{dim}#{step} | {off}{}", printable(text)))
+            }
         }
     }
 
@@ -207,7 +229,7 @@ impl Screen {
                 .steps
                 .insert(number, (one_line(name), Instant::now()));
             if !self.live {
-                eprintln!("#{number} {}", one_line(name));
+                err_line(&format!("#{number} {}", one_line(name)));
             }
             return;
         }
@@ -218,59 +240,83 @@ impl Screen {
         } else {
             String::new()
         };
-        eprintln!(
+        err_line(&format!(
             "#{number} {label}{}{paint}{word}{time}{off}",
             if label.is_empty() { "" } else { " " }
-        );
+        ));
     }
 
     fn draw(self, running: &mut Running) {
         self.wipe(running);
-        let line = match running.steps.iter().next() {
-            Some((number, (name, since))) => {
-                let more = running.steps.len() - 1;
-                let more = if more > 0 {
-                    format!(" (+{more})")
-                } else {
-                    String::new()
-                };
-                format!(
-                    "#{number} {name} {:.0}s{more}",
-                    since.elapsed().as_secs_f64()
-                )
-            }
-            None if !running.what.is_empty() => {
-                let seconds = running
-                    .since
-                    .map_or(0.0, |since| since.elapsed().as_secs_f64());
-                format!("{} {seconds:.0}s", running.what)
-            }
-            None => return,
-        };
+        let Some(line) = running.line() else { return };
         let width = crate::environment::terminal_width()
             .unwrap_or(WIDTH_DEFAULT)
             .saturating_sub(1);
         let line: String = printable(&line).chars().take(width).collect();
-        eprint!("{line}");
-        let _flushed = std::io::stderr().flush();
+        err(&line);
         running.drawn = true;
     }
 
     fn wipe(self, running: &mut Running) {
         if running.drawn {
-            eprint!("\r\x1b[K");
+            err("\r\x1b[K");
             running.drawn = false;
         }
     }
 }
 
-#[derive(Default)]
+/// What goes on now.
 struct Running {
     steps: BTreeMap<usize, (String, Instant)>,
     what: String,
     since: Option<Instant>,
     last_plain: String,
     drawn: bool,
+    /// When something was last shown.
+    said: Instant,
+}
+
+impl Default for Running {
+    fn default() -> Self {
+        Self {
+            steps: BTreeMap::new(),
+            what: String::new(),
+            since: None,
+            last_plain: String::new(),
+            drawn: false,
+            said: Instant::now(),
+        }
+    }
+}
+
+impl Running {
+    /// One line with the seconds it has taken so far.
+    fn line(&self) -> Option<String> {
+        if let Some((number, (name, since))) = self.steps.iter().next() {
+            let more = match self.steps.len() - 1 {
+                0 => String::new(),
+                more => format!(" (+{more})"),
+            };
+            let seconds = since.elapsed().as_secs_f64();
+            return Some(format!("#{number} {name} {seconds:.0}s{more}"));
+        }
+        let seconds = self
+            .since
+            .map_or(0.0, |since| since.elapsed().as_secs_f64());
+        (!self.what.is_empty()).then(|| format!("{} {seconds:.0}s", self.what))
+    }
+}
+
+/// A terminal that was closed is no reason to fail either: what was started must still be ended.
+fn err(text: &str) {
+    let mut stderr = std::io::stderr().lock();
+    let _reader_gone = stderr
+        .write_all(text.as_bytes())
+        .and_then(|()| stderr.flush());
+}
+
+fn err_line(text: &str) {
+    err(&format!("{text}\n"));
 }
 
 /// A reader that went away (`kiln job list | head`) is no error.
@@ -308,6 +354,27 @@ fn one_line(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_running_line_tells_what_takes_time() {
+        let screen = Screen {
+            json: false,
+            live: false,
+            color: false,
+        };
+        let mut running = Running::default();
+        assert_eq!(running.line(), None);
+        let progress = |detail: &str| Event::Progress {
+            what: "bake root".to_owned(),
+            detail: detail.to_owned(),
+        };
+        screen.event(&progress("a"), &mut running);
+        screen.event(&progress("b"), &mut running);
+        assert_eq!(running.line().as_deref(), Some("bake root: b 0s"));
+        let text = "baked root".to_owned();
+        screen.event(&Event::Note { text }, &mut running);
+        assert_eq!(running.line(), None);
+    }
 
     #[test]
     fn guest_text_cannot_drive_the_terminal() {

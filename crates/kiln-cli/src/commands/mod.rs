@@ -26,14 +26,18 @@ mod template;
 mod uninstall;
 mod when;
 
+use kiln_worker::home::Home;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Command;
-use crate::error::Result;
+use crate::error::{CliError, Result, chain};
 use crate::show::Screen;
 
 /// Runs a verb; gives the exit code.
 pub(crate) async fn run(command: Command, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+    if touches_home(&command) {
+        refuse_other_layouts()?;
+    }
     match command {
         Command::Build(args) => build::run(*args, screen, cancel).await,
         Command::Run(args) => run::run(*args, screen, cancel).await,
@@ -51,6 +55,27 @@ pub(crate) async fn run(command: Command, screen: Screen, cancel: CancellationTo
         Command::Uninstall(args) => uninstall::run(&args, screen).await,
         Command::Completions { shell } => meta::completions(shell, screen),
         Command::Man { dir } => meta::man(&dir, screen),
+    }
+}
+
+/// Whether a verb reads or writes what kiln keeps. The doctor says what is wrong with it, and uninstalling removes it.
+fn touches_home(command: &Command) -> bool {
+    !matches!(
+        command,
+        Command::Doctor(_)
+            | Command::Uninstall(_)
+            | Command::Completions { .. }
+            | Command::Man { .. }
+    )
+}
+
+/// What another kiln wrote is neither used nor changed.
+fn refuse_other_layouts() -> Result<()> {
+    let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
+    match home.check_layout() {
+        Ok(_) => Ok(()),
+        Err(error) => Err(CliError::usage(chain(&error))
+            .hint("use the kiln that wrote it, or set KILN_HOME to another directory")),
     }
 }
 

@@ -9,7 +9,7 @@ use kiln_network::registries::{
     Discovery, MergeError, Registries, Runtime, ask_argv, discover, merge,
 };
 use kiln_worker::ask::ask_base;
-use kiln_worker::event::Events;
+use kiln_worker::event::{Event, Events};
 use kiln_worker::home::Home;
 use serde::Serialize;
 
@@ -31,7 +31,7 @@ pub(super) async fn run(verb: RegistriesCommand, screen: Screen) -> Result<u8> {
             screen.data(&registries, || text);
         }
         RegistriesCommand::Discover { dry_run: false } => {
-            let mut registries = discover_and_write(&home, screen).await?;
+            let mut registries = discover_and_write(&home, Some(screen)).await?;
             if !registries.needing_base().is_empty() {
                 let (events, receiver) = Events::channel();
                 let follow = tokio::spawn(screen.follow(receiver));
@@ -94,13 +94,15 @@ fn show(screen: Screen) -> Result<()> {
 type Answers = BTreeMap<Runtime, String>;
 
 /// Asks this host's package managers, joins the answer with what the operator has, writes `registries.toml`. Runtimes that
-/// nothing on this host knows stay open: see [`ask_bases`].
+/// nothing on this host knows stay open: see [`ask_bases`]; with a screen they are told.
 ///
 /// # Errors
 /// When the present file is not legal or cannot be written; it is unchanged then.
-pub(super) async fn discover_and_write(home: &Home, screen: Screen) -> Result<Registries> {
+pub(super) async fn discover_and_write(home: &Home, screen: Option<Screen>) -> Result<Registries> {
     let (registries, notes) = write_discovered(home, Answers::new()).await?;
-    tell(&notes, screen);
+    if let Some(screen) = screen {
+        tell(&notes, screen);
+    }
     Ok(registries)
 }
 
@@ -127,10 +129,10 @@ pub(super) async fn ask_bases(operator: &Operator, events: &Events) -> Result<Re
         let mut of = of.filter(|base| runtime == Runtime::Debian || base.name == runtime.name());
         let Some(base) = of.next() else { continue };
         events
-            .note(format!(
-                "asking the {} base which registry it uses",
-                base.name
-            ))
+            .tell(Event::Progress {
+                what: format!("asking the {} base which registry it uses", base.name),
+                detail: String::new(),
+            })
             .await;
         match ask_base(&host, &access, &base.build, ask_argv(runtime), size, events).await {
             Ok(answer) => drop(answers.insert(runtime, answer)),

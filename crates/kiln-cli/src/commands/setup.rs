@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use kiln_core::ByteSize;
+use kiln_core::{ByteSize, FailureClass};
 use kiln_network::registries::Runtime;
-use kiln_worker::event::Events;
+use kiln_worker::event::{Event, Events};
 use kiln_worker::setup;
 use tokio_util::sync::CancellationToken;
 
@@ -17,12 +17,24 @@ pub(super) async fn run(args: SetupArgs, screen: Screen, cancel: CancellationTok
     let (events, receiver) = Events::channel();
     let follow = tokio::spawn(screen.follow(receiver));
     let done = tokio::select! {
-        done = all(&args, screen, &events, &cancel) => done,
-        () = stopped(&cancel) => Err(CliError::new(kiln_core::FailureClass::Cancelled, "cancelled; run it again to go on")),
+        done = all(&args, &events, &cancel) => done,
+        () = stopped(&cancel) => Err(cancelled()),
     };
     drop(events);
     let _screen_ended = follow.await;
-    done.map(|()| 0)
+    match done {
+        Ok(()) => Ok(0),
+        Err(error) if error.class == FailureClass::Cancelled => Err(cancelled()),
+        Err(error) => Err(error.hint("what is finished is kept: run it again to go on")),
+    }
+}
+
+/// What a person who pressed Ctrl-C wants to know.
+fn cancelled() -> CliError {
+    CliError::new(
+        FailureClass::Cancelled,
+        "cancelled; what is finished is kept: run it again to go on",
+    )
 }
 
 /// A bake ends its programs first; this is the last word when something does not.
@@ -31,12 +43,7 @@ async fn stopped(cancel: &CancellationToken) {
     tokio::time::sleep(crate::interrupt::CANCEL_DEADLINE).await;
 }
 
-async fn all(
-    args: &SetupArgs,
-    screen: Screen,
-    events: &Events,
-    cancel: &CancellationToken,
-) -> Result<()> {
+async fn all(args: &SetupArgs, events: &Events, cancel: &CancellationToken) -> Result<()> {
     let mut operator = Operator::load()?;
     machine_image(
         &operator,
@@ -48,9 +55,13 @@ async fn all(
     .await?;
     if operator.registries.is_none() {
         events
-            .note("asking this host's package managers which registries they use")
+            .tell(Event::Progress {
+                what: "asking this host's package managers which registries they use".to_owned(),
+                detail: String::new(),
+            })
             .await;
-        super::registries::discover_and_write(&operator.home, screen).await?;
+        // What nobody on this host knows is asked of the bases below.
+        super::registries::discover_and_write(&operator.home, None).await?;
         operator = Operator::load()?;
     }
     bases(&operator, &args.recipe, events, cancel).await?;
@@ -140,7 +151,7 @@ pub(super) async fn shared_head_and_templates(
     };
     tokio::select! {
         done = work => done,
-        () = cancel.cancelled() => Err(CliError::new(kiln_core::FailureClass::Cancelled, "cancelled; run it again to go on")),
+        () = cancel.cancelled() => Err(cancelled()),
     }
 }
 

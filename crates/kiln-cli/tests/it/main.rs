@@ -7,6 +7,8 @@ mod build;
 mod faults;
 mod git;
 mod input;
+mod ordinary_user;
 mod push;
 mod run;
 mod support;
+mod terminal;

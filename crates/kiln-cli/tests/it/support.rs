@@ -139,11 +139,18 @@ pub(crate) struct Started {
 }
 
 impl Started {
+    /// Sends `INT`, `TERM`, `HUP` or `KILL`.
     pub(crate) fn signal(&self, name: &str) {
-        let status = Command::new("kill")
-            .args([&format!("-{name}"), &self.child.id().to_string()])
-            .status();
-        assert!(status.expect("kill runs").success());
+        use rustix::process::{Pid, Signal, kill_process};
+        let signal = match name {
+            "INT" => Signal::INT,
+            "TERM" => Signal::TERM,
+            "HUP" => Signal::HUP,
+            "KILL" => Signal::KILL,
+            other => panic!("no signal {other:?}"),
+        };
+        let pid = i32::try_from(self.child.id()).expect("a pid");
+        kill_process(Pid::from_raw(pid).expect("a pid"), signal).expect("kill");
     }
 
     pub(crate) fn end(mut self) -> Said {

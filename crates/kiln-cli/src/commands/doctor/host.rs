@@ -136,16 +136,53 @@ fn disk_verdict(free: ByteSize, at: &Path) -> Check {
     }
 }
 
+/// Kernel switches that keep ordinary users from user namespaces; `None` where this kernel has no such switch.
+#[derive(Debug, Default)]
+struct Switches {
+    /// `kernel.unprivileged_userns_clone` (Debian): 0 is off.
+    clone: Option<u64>,
+    /// `user.max_user_namespaces`: 0 is off.
+    max: Option<u64>,
+    /// `kernel.apparmor_restrict_unprivileged_userns`: 1 is off for programs without a profile.
+    apparmor: Option<u64>,
+}
+
+impl Switches {
+    /// From sysctl(8)'s directory, `/proc/sys` but in tests.
+    fn read(sysctl: &Path) -> Self {
+        let value = |name: &str| {
+            let text = fs::read_to_string(sysctl.join(name)).ok()?;
+            text.trim().parse().ok()
+        };
+        Self {
+            clone: value("kernel/unprivileged_userns_clone"),
+            max: value("user/max_user_namespaces"),
+            apparmor: value("kernel/apparmor_restrict_unprivileged_userns"),
+        }
+    }
+
+    /// The setting that would turn them on.
+    fn missing(&self) -> Option<&'static str> {
+        if self.clone == Some(0) {
+            Some("kernel.unprivileged_userns_clone=1")
+        } else if self.max == Some(0) {
+            Some("user.max_user_namespaces=10000")
+        } else if self.apparmor == Some(1) {
+            Some("kernel.apparmor_restrict_unprivileged_userns=0")
+        } else {
+            None
+        }
+    }
+}
+
 /// Whether an ordinary user can bake: a user namespace with subordinate ids, tried for real.
 async fn user_namespaces() -> Check {
-    let name = "user-namespaces";
-    if let Err(why) = sub_ids() {
-        return warn(
-            name,
-            why,
-            "only bakes need it: have root add your name to /etc/subuid and /etc/subgid (usermod --add-subuids)",
-        );
-    }
+    let switches = Switches::read(Path::new("/proc/sys"));
+    namespaces_verdict(&switches, sub_ids(), try_namespace().await)
+}
+
+/// Whether a program ran as root of its own user namespace; else why not.
+async fn try_namespace() -> Result<(), String> {
     let mut command = tokio::process::Command::new("unshare");
     command.args(["--map-auto", "--map-root-user", "--", "true"]);
     command
@@ -154,31 +191,45 @@ async fn user_namespaces() -> Check {
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     match tokio::time::timeout(TRY_TIMEOUT, command.output()).await {
-        Ok(Ok(output)) if output.status.success() => pass(name, "work, with subordinate ids"),
+        Ok(Ok(output)) if output.status.success() => Ok(()),
         Ok(Ok(output)) => {
             let said = String::from_utf8_lossy(&output.stderr);
-            let said: String = said
-                .lines()
-                .next()
-                .unwrap_or("unshare failed")
-                .chars()
-                .take(200)
-                .collect();
-            warn(
-                name,
-                format!("this host does not let users make them: {said}"),
-                "only bakes need it: run `kiln setup` as root, or allow it (sysctl kernel.unprivileged_userns_clone=1; package uidmap)",
-            )
+            let first = said.lines().next().unwrap_or("unshare failed");
+            Err(first.chars().take(200).collect())
         }
-        Ok(Err(error)) => warn(
+        Ok(Err(error)) => Err(format!("unshare: {error}")),
+        Err(_elapsed) => Err(format!("unshare did not end within {TRY_TIMEOUT:?}")),
+    }
+}
+
+fn namespaces_verdict(
+    switches: &Switches,
+    sub_ids: Result<(), String>,
+    tried: Result<(), String>,
+) -> Check {
+    let name = "user-namespaces";
+    let as_root = "only bakes need them: run `kiln setup` as root";
+    if let (Err(said), Some(setting)) = (&tried, switches.missing()) {
+        return warn(
             name,
-            format!("unshare: {error}"),
-            "only bakes need it: install util-linux and uidmap",
+            format!("this host does not let users make them: {said}"),
+            format!("{as_root}, or have root allow them: sysctl -w {setting}"),
+        );
+    }
+    match (sub_ids, tried) {
+        (Err(why), _) => warn(
+            name,
+            why,
+            format!(
+                "{as_root}, or have root give you subordinate ids (package uidmap): \
+                 usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER"
+            ),
         ),
-        Err(_elapsed) => warn(
+        (Ok(()), Ok(())) => pass(name, "work, with subordinate ids"),
+        (Ok(()), Err(said)) => warn(
             name,
-            format!("unshare did not end within {TRY_TIMEOUT:?}"),
-            "only bakes need it: run `kiln setup` as root",
+            format!("this host does not let users make them: {said}"),
+            format!("{as_root}, or install util-linux and uidmap and allow them"),
         ),
     }
 }
@@ -335,6 +386,33 @@ mod tests {
         for bad in ["", "me:100000:100", "you:100000:65536", "me:1"] {
             assert!(!has_range(bad, "me", "1000"), "{bad}");
         }
+    }
+
+    #[test]
+    fn user_namespaces_that_are_off_name_the_switch() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        fs::create_dir(dir.path().join("kernel")).expect("make");
+        fs::create_dir(dir.path().join("user")).expect("make");
+        let switch =
+            |name: &str, value: &str| fs::write(dir.path().join(name), value).expect("write");
+        let refused = || Err("unshare failed: Operation not permitted".to_owned());
+        let hint = |sub_ids, tried| {
+            let check = namespaces_verdict(&Switches::read(dir.path()), sub_ids, tried);
+            assert_eq!(check.level, CheckLevel::Warn, "{check:?}");
+            check.hint.expect("a hint")
+        };
+        assert!(hint(Ok(()), refused()).contains("uidmap"));
+        let none = || Err("/etc/subuid gives me no range of 65536 ids".to_owned());
+        assert!(hint(none(), refused()).contains("--add-subuids"));
+        switch("kernel/apparmor_restrict_unprivileged_userns", "1\n");
+        assert!(hint(Ok(()), refused()).contains("apparmor_restrict_unprivileged_userns=0"));
+        switch("user/max_user_namespaces", "0\n");
+        assert!(hint(none(), refused()).contains("user.max_user_namespaces="));
+        switch("kernel/unprivileged_userns_clone", "0\n");
+        assert!(hint(Ok(()), refused()).contains("unprivileged_userns_clone=1"));
+        // What was tried counts, not what a switch seems to say.
+        let works = namespaces_verdict(&Switches::read(dir.path()), Ok(()), Ok(()));
+        assert_eq!(works.level, CheckLevel::Pass);
     }
 
     #[test]
