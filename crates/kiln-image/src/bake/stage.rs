@@ -383,6 +383,8 @@ pub(super) fn sync_tree(path: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
+mod resume;
+#[cfg(test)]
 mod tests {
     use super::*;
 
