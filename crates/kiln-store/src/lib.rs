@@ -4,6 +4,8 @@
 //! lets only those read or write whom the wiring named. Read next: [`host`] (the interface of the worker
 //! and the command line), [`registry`] (what is behind it).
 
+#[doc(hidden)]
+pub mod fuzz;
 pub mod host;
 pub mod image;
 pub mod load;

@@ -196,6 +196,11 @@ fn credential(parts: &Parts) -> Credential {
             false => Credential::None,
         };
     };
+    credential_of(text)
+}
+
+/// Reads an `Authorization` header.
+fn credential_of(text: &str) -> Credential {
     if text.len() > CREDENTIAL_BYTES_MAX {
         return Credential::Other;
     }
@@ -215,6 +220,16 @@ fn credential(parts: &Parts) -> Credential {
             password: password.to_owned(),
         },
         None => Credential::Other,
+    }
+}
+
+/// For the fuzz targets: a login round trips or is none.
+pub(crate) fn fuzz_credential(text: &str) {
+    if let Credential::Basic { user, password } = credential_of(text) {
+        assert!(!user.contains(':'));
+        let again = format!("Basic {}", STANDARD.encode(format!("{user}:{password}")));
+        let same = matches!(credential_of(&again), Credential::Basic { user: u, password: p } if u == user && p == password);
+        assert!(same || again.len() > CREDENTIAL_BYTES_MAX);
     }
 }
 

@@ -158,10 +158,6 @@ impl LoginFile {
             path: path.to_owned(),
             source,
         };
-        let malformed = |why: String| CredentialsError::Malformed {
-            path: path.to_owned(),
-            why,
-        };
         let file = match File::open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other.map_err(failed)?,
@@ -170,6 +166,14 @@ impl LoginFile {
         file.take(FILE_BYTES_MAX + 1)
             .read_to_end(&mut text)
             .map_err(failed)?;
+        Self::parse(path, &text)
+    }
+
+    fn parse(path: &Path, text: &[u8]) -> Result<Option<Self>, CredentialsError> {
+        let malformed = |why: String| CredentialsError::Malformed {
+            path: path.to_owned(),
+            why,
+        };
         if text.len() as u64 > FILE_BYTES_MAX {
             return Err(malformed(format!(
                 "it is larger than {FILE_BYTES_MAX} bytes"
@@ -179,7 +183,7 @@ impl LoginFile {
             return Ok(None);
         }
         // serde_json's own words may quote the file: only the place is told.
-        let parsed = serde_json::from_slice(&text);
+        let parsed = serde_json::from_slice(text);
         let parsed =
             parsed.map_err(|e| malformed(format!("line {}, column {}", e.line(), e.column())))?;
         Ok(Some(parsed))
@@ -234,6 +238,17 @@ fn names(key: &str, target: &Target) -> Option<usize> {
     }
     let repository = target.repository().strip_prefix(path)?;
     (repository.is_empty() || repository.starts_with('/')).then_some(path.len())
+}
+
+/// For the fuzz targets: any file is read or refused, and what is found has no NUL at its end.
+pub(super) fn fuzz_logins(bytes: &[u8], target: &Target) {
+    let path = Path::new("config.json");
+    if let Ok(Some(file)) = LoginFile::parse(path, bytes)
+        && let Some(login) = best(file.auths.iter(), target)
+        && let Ok(Some(Credential::Basic { password, .. })) = login.credential(path)
+    {
+        assert!(login.auth.is_none() || !password.ends_with('\0'));
+    }
 }
 
 impl Login {

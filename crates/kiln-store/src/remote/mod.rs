@@ -24,3 +24,19 @@ pub use http::{ProxyServer, RemoteConfig};
 pub use pull::{PULL_BYTES_MAX, PullEvent, Pulled};
 pub use push::{PushEvent, Pushed, RemoteRegistry};
 pub use target::Target;
+
+/// For the fuzz targets: challenges, locations and files of logins.
+pub(crate) fn fuzz_remote(text: &str, bytes: &[u8]) {
+    let _any = challenge::choose([text].into_iter());
+    let from = ureq::http::Uri::from_static("https://r.example.org/v2/a/blobs/uploads/");
+    if let Some(uri) = http::located(&from, text) {
+        assert_eq!(
+            uri.scheme_str(),
+            Some("https"),
+            "never from TLS to plain HTTP"
+        );
+    }
+    if let Ok(reference) = "r.example.org/team/app:1".parse() {
+        credentials::fuzz_logins(bytes, &Target::source(&reference));
+    }
+}

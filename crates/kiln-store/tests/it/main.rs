@@ -7,6 +7,7 @@
 )]
 
 mod client;
+mod clients;
 mod conformance;
 mod crash;
 mod guest;
@@ -14,7 +15,6 @@ mod host_api;
 mod image;
 mod integrity;
 mod loopback;
-mod podman;
 mod pull;
 mod push_pull;
 mod records;

@@ -108,7 +108,6 @@ impl Owned {
 /// Not a test of its own: what a child process runs until it is killed.
 #[tokio::test]
 #[ignore = "run by the tests of this file in a process of its own"]
-#[expect(clippy::print_stdout, reason = "its parent waits for the word")]
 async fn owner_child() -> Result<()> {
     if !Path::new("own-this").exists() {
         return Ok(());

@@ -1,4 +1,5 @@
-//! The real podman, a client of docker's kind, against the real door: login, pull by tag and by digest, anonymous pull.
+//! Other real clients against the real door. podman, a client of docker's kind: login, pull by tag and by digest, anonymous
+//! pull. crane, where it is installed (Debian does not have it): push, pull, list, validate.
 
 use std::path::Path;
 
@@ -115,5 +116,61 @@ async fn podman_pulls() -> Result<()> {
     let reference = format!("{}/{NAME}:v1", open.address);
     let (pulled, text) = podman.run(&[&pull[..], &[&reference]].concat()).await?;
     assert!(pulled, "anonymous: {text}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn crane_pushes_pulls_and_validates() -> Result<()> {
+    let Ok(version) = Command::new("crane").arg("version").output().await else {
+        eprintln!("SKIPPED: crane is not installed");
+        return Ok(());
+    };
+    assert!(version.status.success());
+    let dir = tempfile::tempdir()?;
+    let door = Door::open(&[]).await?;
+    let digest = put_image(&door).await?;
+    let crane = async |args: &[&str]| -> Result<(bool, String)> {
+        let output = Command::new("crane")
+            .args(args)
+            .arg("--insecure")
+            .env("DOCKER_CONFIG", dir.path())
+            .output()
+            .await?;
+        let text = [output.stdout, output.stderr].concat();
+        Ok((
+            output.status.success(),
+            String::from_utf8_lossy(&text).into_owned(),
+        ))
+    };
+    let (name, address) = (format!("{}/{NAME}", door.address), door.address.to_string());
+    let (asked, _) = crane(&["digest", &format!("{name}:v1")]).await?;
+    assert!(!asked, "without a login");
+    let (user, secret) = door.host.credentials()?;
+    let login = ["auth", "login", &address, "-u", user, "-p", secret.reveal()];
+    let (done, text) = crane(&login).await?;
+    assert!(done, "{text}");
+    let (_, text) = crane(&["digest", &format!("{name}:v1")]).await?;
+    assert_eq!(text.trim(), digest.to_string());
+    let archive = dir.path().join("image.tar");
+    let archive = archive.to_str().context("path")?;
+    let copy = format!("{}/t/local/copy", door.address);
+    for args in [
+        &["pull", &format!("{name}:v1"), archive][..],
+        &["push", archive, &format!("{copy}:v2")],
+        &["copy", &format!("{name}:v1"), &format!("{copy}:v3")],
+        &["tag", &format!("{copy}:v3"), "v4"],
+        // It takes compressed layers for granted here; what it pushed itself has them.
+        &["validate", "--remote", &format!("{copy}:v2")],
+    ] {
+        let (done, text) = crane(args).await?;
+        assert!(done, "{args:?}: {text}");
+    }
+    let (_, text) = crane(&["ls", &copy]).await?;
+    assert_eq!(
+        text.split_whitespace().collect::<Vec<_>>(),
+        ["v2", "v3", "v4"]
+    );
+    let (done, text) = crane(&["delete", &format!("{copy}@{digest}")]).await?;
+    assert!(done, "{text}");
     Ok(())
 }

@@ -1,0 +1,8 @@
+//! Manifests, indexes and image configurations: read within bounds or refused.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|input: &[u8]| {
+    kiln_store::fuzz::manifest(input);
+});
