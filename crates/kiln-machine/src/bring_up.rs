@@ -335,7 +335,7 @@ async fn make_ready(
     let fresh = identity::fresh(&spec.name).map_err(BringUpError::False)?;
     let order = Order::Reidentify(fresh.clone());
     let reply = ordered(&session, "reidentify", &order, order_deadline).await?;
-    identity::check(&fresh, &reply).map_err(BringUpError::False)?;
+    identity::check(&fresh, &reply, began.elapsed()).map_err(BringUpError::False)?;
     timings.identity = began.elapsed();
     let began = Instant::now();
     done(&ordered(&session, "thaw", &Order::Thaw, order_deadline).await?)?;

@@ -29,6 +29,8 @@ use crate::templates::{self, Chosen, Purpose};
 pub const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest wait for a plugged disk to appear and mount.
 pub const MOUNT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Lines of the console that a failure shows.
+const CONSOLE_LINES: usize = 12;
 /// Longest wait for a guest to power itself off.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -162,6 +164,14 @@ async fn start_as(
     bring_up::start(&*host.driver, &spec, &start, Deadlines::default()).await
 }
 
+/// The lines of a console that tell most of an end: from the kernel's panic on, else the last ones.
+fn last_words(console: &str) -> Vec<&str> {
+    let lines: Vec<&str> = console.lines().collect();
+    let panic = lines.iter().position(|line| line.contains("Kernel panic"));
+    let from = panic.unwrap_or_else(|| lines.len().saturating_sub(CONSOLE_LINES));
+    lines.into_iter().skip(from).take(CONSOLE_LINES).collect()
+}
+
 impl Drop for Attempt {
     /// An attempt whose future was dropped (a deadline, a cancel) ends its session; the last handle of the machine kills it.
     fn drop(&mut self) {
@@ -276,13 +286,12 @@ impl Attempt {
         if let Ok(state) = stopped {
             let explained = failure.explained_by(state);
             let console = self.machine.console_tail();
-            let last = console.lines().rev().take(12).collect::<Vec<_>>();
+            let last = last_words(&console);
             if last.is_empty() {
                 return explained;
             }
-            let tail: Vec<&str> = last.into_iter().rev().collect();
             return Failure {
-                message: format!("{}\nconsole:\n{}", explained.message, tail.join("\n")),
+                message: format!("{}\nconsole:\n{}", explained.message, last.join("\n")),
                 ..explained
             };
         }
@@ -299,5 +308,21 @@ impl Attempt {
         for leak in report.leaks {
             events.warn(format!("left behind: {leak}")).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_shown_from_its_beginning() {
+        let many: String = (0..40).map(|n| format!("line {n}\n")).collect();
+        assert_eq!(last_words(&many).first(), Some(&"line 28"));
+        let panic = format!("before\nKernel panic - not syncing: x\n{many}");
+        let shown = last_words(&panic);
+        assert_eq!(shown[..2], ["Kernel panic - not syncing: x", "line 0"]);
+        assert_eq!(shown.len(), CONSOLE_LINES);
+        assert!(last_words("").is_empty());
     }
 }

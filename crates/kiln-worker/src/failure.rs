@@ -7,6 +7,11 @@ use kiln_proto::msg::GuestErrorCode;
 
 use crate::orders::{CallError, chain};
 
+/// What the system says of a full disk.
+const DISK_FULL: &str = "No space left on device";
+/// What to do about one.
+pub(crate) const ROOM_HINT: &str = "free some space (`kiln cache prune`) and try again";
+
 /// A job's failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
@@ -35,7 +40,12 @@ impl Failure {
     /// kiln's or the host's failure, with its causes.
     #[must_use]
     pub fn infrastructure(error: &dyn std::error::Error) -> Self {
-        Self::new(FailureClass::Infrastructure, chain(error))
+        let failure = Self::new(FailureClass::Infrastructure, chain(error));
+        // However deep it happened, the way out is the same.
+        match failure.message.contains(DISK_FULL) {
+            true => failure.hint(ROOM_HINT),
+            false => failure,
+        }
     }
 
     /// Somebody asked to stop.
@@ -77,7 +87,7 @@ impl Failure {
             StopReason::HostIo => (
                 FailureClass::Infrastructure,
                 "the host's disk failed or is full".to_owned(),
-                Some("free some space (`kiln cache prune`) and try again".to_owned()),
+                Some(ROOM_HINT.to_owned()),
             ),
             StopReason::VmmDied => (
                 FailureClass::Infrastructure,
@@ -143,9 +153,7 @@ impl From<LaunchError> for Failure {
     fn from(error: LaunchError) -> Self {
         let failure = Self::infrastructure(&error);
         match error {
-            LaunchError::DiskFull(_) => {
-                failure.hint("free some space (`kiln cache prune`) and try again")
-            }
+            LaunchError::DiskFull(_) => failure.hint(ROOM_HINT),
             LaunchError::Vmm { .. } => {
                 failure.hint("`kiln doctor` says how to install what is missing")
             }

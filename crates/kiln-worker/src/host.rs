@@ -1,7 +1,7 @@
 //! What one host has ready: machine image, driver, templates, heads, ledger, registry. Stages 2-4 in their thin form.
 
-use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_core::lease::Epoch;
 use kiln_core::{AttemptId, ByteSize, JobId, Lease, TenantName, WorkerId};
@@ -54,6 +54,16 @@ pub fn now_unix_ms() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// Milliseconds since the Unix epoch as this process counts them: the wall clock when it is first asked, and from then on the time
+/// that truly went by. Leases are counted in it, so that a wall clock that jumps neither ends nor prolongs one.
+#[must_use]
+pub fn steady_unix_ms() -> u64 {
+    static START: OnceLock<(u64, Instant)> = OnceLock::new();
+    let (wall, since) = START.get_or_init(|| (now_unix_ms(), Instant::now()));
+    let passed = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+    wall.saturating_add(passed)
+}
+
 /// A fresh job id.
 ///
 /// # Errors
@@ -91,7 +101,7 @@ impl Host {
                 .map_err(|e| infrastructure(&e))?,
             heads: HeadStore::open(&home.heads()).map_err(|e| infrastructure(&e))?,
             ledger: Self::open_ledger(home).map_err(|e| infrastructure(&e))?,
-            leases: Arc::new(LeaseTable::new(now_unix_ms)),
+            leases: Arc::new(LeaseTable::new(steady_unix_ms)),
             worker: "local".parse().map_err(|e| infrastructure(&e))?,
             home: home.clone(),
         };
@@ -127,7 +137,7 @@ impl Host {
                 incarnation: 1,
                 count: 1,
             },
-            deadline_unix_ms: now_unix_ms()
+            deadline_unix_ms: steady_unix_ms()
                 .saturating_add(timeout_ms)
                 .saturating_add(3_600_000),
         };

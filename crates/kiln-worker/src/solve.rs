@@ -1,4 +1,4 @@
-//! Reads BuildKit's progress as `buildctl --progress=rawjson` prints it: one JSON object a line.
+//! Reads BuildKit's progress as its client in the machine prints it: one `SolveStatus` as a JSON object a line.
 //!
 //! Format: `client.SolveStatus` of BuildKit 0.33 (client/graph.go). Everything in it comes out of a machine and is a
 //! claim: it is shown, bounded and counted, never trusted. The pushed digest it names is compared with the registry.
@@ -16,6 +16,8 @@ pub const LINE_BYTES_MAX: usize = 8 * 1024 * 1024;
 pub const STEPS_MAX: usize = 10_000;
 /// Longest text of one step name that is kept, bytes.
 pub const NAME_BYTES_MAX: usize = 1024;
+/// What the C library says of ENOSPC.
+const DISK_FULL: &[u8] = b"No space left on device";
 /// Longest partial log line that waits for its end, bytes.
 pub const PARTIAL_LINE_BYTES_MAX: usize = 16 * 1024;
 
@@ -72,6 +74,8 @@ pub struct Step {
     pub seconds: f64,
     /// BuildKit's error text.
     pub error: String,
+    /// Whether its output had the words of a full disk.
+    pub disk_full: bool,
     /// Whether an event told of it yet.
     told: bool,
 }
@@ -262,6 +266,7 @@ impl Solve {
             return;
         };
         let stream = if log.stream == 2 { 2 } else { 1 };
+        self.steps[index].disk_full |= bytes.windows(DISK_FULL.len()).any(|w| w == DISK_FULL);
         let partial = self.partial.entry((index, stream)).or_default();
         for byte in bytes {
             if byte == b'\n' || partial.len() >= PARTIAL_LINE_BYTES_MAX {
@@ -311,6 +316,7 @@ impl Solve {
             state: StepState::Running,
             seconds: 0.0,
             error: String::new(),
+            disk_full: false,
             told: false,
         });
         Some(index)

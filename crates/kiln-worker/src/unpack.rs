@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use kiln_core::machine::{DiskAccess, DiskFormat};
 use kiln_core::{ByteSize, Digest, DiskRole, DiskSlot, FailureClass, JobId};
+use kiln_image::sealed;
 use kiln_network::gateway::{Gateway, GatewayConfig};
 use kiln_network::record::EgressLog;
 use kiln_proto::msg::{Order, Place, PutTree};
@@ -32,6 +33,8 @@ pub const LAYER_ENTRIES_MAX: u64 = 1_000_000;
 const OWNERS_MAX: u32 = 5;
 /// Virtual size of an image disk; only what is written takes space.
 const DISK_SIZE: ByteSize = ByteSize::gib(24);
+/// Name of the note of what was seen of a disk.
+const NOTE: &str = "seen.json";
 /// Version of `meta.json` beside a disk.
 const SCHEMA: u32 = 1;
 
@@ -77,7 +80,9 @@ pub async fn ensure(
     .await
     .map_err(|error| Failure::infrastructure(&error))?
     .map_err(io)?;
-    if let Some(disk) = sound(&dir, image.manifest) {
+    let (looked, manifest) = (dir.clone(), image.manifest);
+    let sound = tokio::task::spawn_blocking(move || sound(&looked, manifest)).await;
+    if let Some(disk) = sound.map_err(|error| Failure::infrastructure(&error))? {
         // The time of the last use, for pruning; a store that cannot be written still serves.
         let _read_only = File::open(dir.join("meta.json"))
             .and_then(|file| file.set_modified(std::time::SystemTime::now()));
@@ -126,6 +131,7 @@ pub async fn ensure(
         fs::rename(&made, partial.join("disk"))?;
         fs::set_permissions(partial.join("disk"), fs::Permissions::from_mode(0o444))?;
         fs::write(partial.join("meta.json"), serde_json::to_vec(&meta)?)?;
+        sealed::remember(&partial.join("disk"), meta.disk, &partial.join(NOTE));
         if dir.exists() {
             fs::remove_dir_all(&dir)?;
         }
@@ -137,12 +143,21 @@ pub async fn ensure(
     })
 }
 
-/// The disk, when its record fits it. A record that does not fit means it is made again.
+/// The disk, when it is what its record says: read in full at the first use after the host booted. One that is not is made again.
 fn sound(dir: &std::path::Path, manifest: Digest) -> Option<PathBuf> {
     let meta: Meta = serde_json::from_slice(&fs::read(dir.join("meta.json")).ok()?).ok()?;
     let disk = dir.join("disk");
     let bytes = fs::metadata(&disk).ok()?.len();
-    (meta.schema == SCHEMA && meta.manifest == manifest && meta.bytes == bytes).then_some(disk)
+    if meta.schema != SCHEMA || meta.manifest != manifest || meta.bytes != bytes {
+        return None;
+    }
+    match sealed::check(&disk, meta.disk, &dir.join(NOTE)) {
+        Ok(()) => Some(disk),
+        Err(error) => {
+            tracing::warn!(disk = %disk.display(), %error, "an unpacked image is damaged and is made again");
+            None
+        }
+    }
 }
 
 async fn make(

@@ -117,12 +117,17 @@ fn unix_ns() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Compares everything the guest read back.
-pub(super) fn check(given: &Identity, reply: &OrderReply) -> Result<(), FalseAnswer> {
+/// Compares everything the guest read back. It was asked `asked` ago, by a clock that does not jump.
+pub(super) fn check(
+    given: &Identity,
+    reply: &OrderReply,
+    asked: Duration,
+) -> Result<(), FalseAnswer> {
     let OrderReply::Reidentified(said) = reply else {
         return Err(FalseAnswer::WrongReply);
     };
-    compare(given, said, unix_ns())?;
+    let passed = u64::try_from(asked.as_nanos()).unwrap_or(u64::MAX);
+    compare(given, said, given.wall_unix_ns.saturating_add(passed))?;
     remember_sample(&said.sample)
 }
 
@@ -248,15 +253,32 @@ mod tests {
             assert!(compare(&given, &said, now).is_err(), "{what}");
         }
         let reply = OrderReply::Reidentified(honest(&given));
-        assert_eq!(check(&given, &reply), Ok(()));
+        assert_eq!(check(&given, &reply, Duration::ZERO), Ok(()));
         assert!(
-            matches!(check(&given, &reply), Err(FalseAnswer::Sample(_))),
+            matches!(
+                check(&given, &reply, Duration::ZERO),
+                Err(FalseAnswer::Sample(_))
+            ),
             "twice the same"
         );
         assert_eq!(
-            check(&given, &OrderReply::Done),
+            check(&given, &OrderReply::Done, Duration::ZERO),
             Err(FalseAnswer::WrongReply)
         );
+    }
+
+    #[test]
+    fn the_hosts_wall_clock_may_jump_while_the_guest_answers() {
+        let name = "b01-1-build".parse().unwrap();
+        for jump_s in [-3600, 3600] {
+            // What was given came from a clock that has been set since.
+            let mut given = fresh(&name).unwrap();
+            given.wall_unix_ns = given
+                .wall_unix_ns
+                .saturating_add_signed(jump_s * 1_000_000_000);
+            let reply = OrderReply::Reidentified(honest(&given));
+            assert_eq!(check(&given, &reply, Duration::from_millis(5)), Ok(()));
+        }
     }
 
     #[test]

@@ -104,6 +104,7 @@ pub(crate) async fn live(host: &Host) -> Result<(), (Step, Failed)> {
     let limits = Order::SetLimits {
         memory_max: 0,
         pids_max: 100,
+        disk_bytes_max: 1 << 30,
     };
     order(Step::SetLimits, limits).await?;
     order(Step::SetStepEnv, Order::SetStepEnv { env: Vec::new() }).await?;
