@@ -10,6 +10,7 @@ mod expand;
 mod flags;
 mod lines;
 mod pin;
+mod slim;
 mod spelled;
 mod syntax;
 

@@ -8,6 +8,7 @@
 mod custom;
 mod detect;
 mod error;
+mod files;
 mod folder;
 mod locate;
 mod lockfiles;

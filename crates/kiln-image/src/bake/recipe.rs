@@ -308,10 +308,35 @@ pub struct BasesRecipe {
 pub struct UserRecipe {
     /// Name of user and group.
     pub name: String,
+    /// Other names of the same user and group: those that Dockerfiles written for public images use.
+    #[serde(default)]
+    pub also: Vec<String>,
     /// Number of user and group.
     pub id: u32,
     /// Working directory of run images, owned by the user.
     pub directory: String,
+}
+
+impl UserRecipe {
+    /// All its names, the first one first.
+    pub(super) fn names(&self) -> impl Iterator<Item = &String> {
+        [&self.name].into_iter().chain(&self.also)
+    }
+
+    /// The lines that make it known, by the file they belong to.
+    pub(super) fn accounts(&self) -> [(&'static str, String); 4] {
+        let (id, home) = (self.id, &self.name);
+        let each = |line: &dyn Fn(&String) -> String| self.names().map(line).collect::<String>();
+        [
+            (
+                "etc/passwd",
+                each(&|name| format!("{name}:x:{id}:{id}::/home/{home}:/bin/sh\n")),
+            ),
+            ("etc/group", each(&|name| format!("{name}:x:{id}:\n"))),
+            ("etc/shadow", each(&|name| format!("{name}:!::::::\n"))),
+            ("etc/gshadow", each(&|name| format!("{name}:!::\n"))),
+        ]
+    }
 }
 
 /// `[common]` of `runtimes.toml`.
@@ -391,7 +416,8 @@ pub struct RuntimeRecipe {
 impl BasesRecipe {
     fn check(&self) -> Result<(), String> {
         check_head(self.schema, &self.suite, &self.architecture)?;
-        check_word("user", &self.user.name)?;
+        let mut names = self.user.names();
+        names.try_for_each(|name| check_word("user", name))?;
         if self.user.id < 1000 {
             return Err("the user's id must be 1000 or more".to_owned());
         }

@@ -253,17 +253,7 @@ fn complete(
         tree.insert("etc/apt/apt.conf.d/90kiln", Node::text(&options));
     }
     let user = &recipe.user;
-    let (name, id) = (&user.name, user.id);
-    let lines = [
-        (
-            "etc/passwd",
-            format!("{name}:x:{id}:{id}::/home/{name}:/bin/sh\n"),
-        ),
-        ("etc/group", format!("{name}:x:{id}:\n")),
-        ("etc/shadow", format!("{name}:!::::::\n")),
-        ("etc/gshadow", format!("{name}:!::\n")),
-    ];
-    for (path, line) in lines {
+    for (path, lines) in user.accounts() {
         let Some(node) = tree.get(path).cloned() else {
             continue;
         };
@@ -273,16 +263,16 @@ fn complete(
         let mut bytes = content
             .bytes()
             .map_err(BakeError::io("read", Path::new(path)))?;
-        bytes.extend_from_slice(line.as_bytes());
+        bytes.extend_from_slice(lines.as_bytes());
         let body = Body::File(super::tree::Content::Bytes(bytes.into()));
         tree.insert(path, Node { body, ..node });
     }
     let owned = Node {
-        uid: id.into(),
-        gid: id.into(),
+        uid: user.id.into(),
+        gid: user.id.into(),
         ..Node::directory()
     };
-    tree.insert(&format!("home/{name}"), owned.clone());
+    tree.insert(&format!("home/{}", user.name), owned.clone());
     tree.insert(&user.directory, owned);
     Ok(tree)
 }

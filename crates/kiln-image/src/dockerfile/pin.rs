@@ -13,6 +13,7 @@ use super::error::{DockerfileError, UnknownImage};
 use super::expand::expand;
 use super::flags::{Flag, take_flags};
 use super::lines::{Instruction, split};
+use super::slim::{Slim, Stage, is_slim};
 use super::spelled::Spelled;
 use super::syntax;
 use crate::bases::Bases;
@@ -92,6 +93,8 @@ struct Walk<'a> {
     /// Global arguments: name to value, `None` when declared without one.
     arguments: BTreeMap<String, Option<String>>,
     all_stages: Vec<Option<String>>,
+    /// What is known of the stage that is read.
+    stage: Stage,
     seen: usize,
     uses: Vec<BaseUse>,
     unknown: Vec<UnknownImage>,
@@ -130,6 +133,7 @@ impl<'a> Walk<'a> {
             bases,
             arguments,
             all_stages: Vec::new(),
+            stage: Stage::default(),
             seen: 0,
             uses: Vec::new(),
             unknown: Vec::new(),
@@ -165,6 +169,7 @@ impl<'a> Walk<'a> {
     }
 
     fn instruction(&mut self, instruction: &Instruction) -> Result<(), DockerfileError> {
+        self.stage.instruction(instruction);
         match instruction.keyword.as_str() {
             "arg" if self.seen == 0 => self.global_argument(instruction),
             "from" => self.from(instruction),
@@ -222,9 +227,17 @@ impl<'a> Walk<'a> {
         let above = &self.all_stages[..self.seen];
         self.seen += 1;
         if name == SCRATCH || has_stage(above, &name) {
+            self.stage = Stage::default();
             return Ok(());
         }
         let span = parts.image.span();
+        let run = is_slim(&name)
+            .then(|| self.bases.run_of_alias(&name))
+            .flatten();
+        self.stage = run.map_or_else(Stage::default, |run| {
+            let (span, image) = (span.clone(), self.uses.len());
+            Stage::slim(Slim { span, image, run })
+        });
         self.image(instruction.line, written, &name, span, |reference| {
             reference.to_owned()
         })
@@ -362,10 +375,29 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    fn finish(self, text: &str) -> Result<Pinned, DockerfileError> {
+    /// A slim last stage that only starts stands on the run base.
+    fn settle_slim(&mut self) {
+        if self.options.target.is_some() {
+            return;
+        }
+        let Some(slim) = std::mem::take(&mut self.stage).only_starts() else {
+            return;
+        };
+        let edit = self
+            .edits
+            .iter_mut()
+            .find(|(span, _)| Some(span) == slim.span.as_ref());
+        if let (Some((_, text)), Some(used)) = (edit, self.uses.get_mut(slim.image)) {
+            *text = slim.run.to_string();
+            used.reference = slim.run;
+        }
+    }
+
+    fn finish(mut self, text: &str) -> Result<Pinned, DockerfileError> {
         if !self.unknown.is_empty() {
             return Err(DockerfileError::UnknownBases(self.unknown));
         }
+        self.settle_slim();
         let mut out = String::with_capacity(text.len() + self.edits.len() * 80);
         let mut at = 0;
         for (span, replacement) in &self.edits {

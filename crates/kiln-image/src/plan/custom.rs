@@ -1,11 +1,13 @@
 //! The user's own Dockerfile.
 
+use kiln_core::ImageRef;
+
 use super::PlanError;
 use super::folder::Folder;
 use super::types::{DockerfileChoice, Evidence, Options, Plan, PlannedBase, RuntimeKind};
 use crate::bases::Bases;
 use crate::build_config::BuildConfig;
-use crate::dockerfile::{DOCKERFILE_BYTES_MAX, DockerfileError, PinOptions, pin, split};
+use crate::dockerfile::{DOCKERFILE_BYTES_MAX, DockerfileError, PinOptions, Pinned, pin, split};
 
 /// Names that are looked for, in this order.
 const NAMES: [&str; 3] = ["Dockerfile", "dockerfile", "Containerfile"];
@@ -92,6 +94,10 @@ pub(super) fn plan(
         let what = format!("{} is {}", base.name, base.reference);
         evidence.push(Evidence::at(what, &found.name, Some(base.line)));
     }
+    let notes = match request.target {
+        None => smaller(&pinned, &found.name, bases).into_iter().collect(),
+        Some(_) => Vec::new(),
+    };
     let registries = registries(&pinned.text, &found.name, &mut evidence);
     let uses = pinned.bases.into_iter().map(|base| PlannedBase {
         written: base.written,
@@ -111,7 +117,7 @@ pub(super) fn plan(
         port: pinned.ports.first().copied(),
         static_site: None,
         evidence,
-        notes: Vec::new(),
+        notes,
         dockerfile_path: Some(found.name),
         dockerfile: pinned.text,
         bases: uses.collect(),
@@ -120,6 +126,26 @@ pub(super) fn plan(
         registries,
         extra_ignores: Vec::new(),
     })
+}
+
+/// That the last stage stands on a build base: public names, `-slim` ones too, mean it, because Dockerfiles install on them.
+fn smaller(pinned: &Pinned, file: &str, bases: &Bases) -> Option<Evidence> {
+    let instructions = split(&pinned.text).ok()?;
+    let last = instructions.iter().rfind(|i| i.keyword == "from")?;
+    let used = pinned.bases.iter().find(|base| base.line == last.line)?;
+    let base = bases
+        .bases
+        .iter()
+        .find(|base| base.build == used.reference)?;
+    let run = ImageRef {
+        digest: None,
+        ..base.run.clone()
+    };
+    let what = format!(
+        "{} has package managers and compilers here; an image that installs nothing more is smaller FROM {run}, which starts as an unprivileged user",
+        used.name
+    );
+    Some(Evidence::at(what, file, Some(used.line)))
 }
 
 /// Commands, and the registries they need.

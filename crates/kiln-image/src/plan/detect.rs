@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::folder::{Folder, Name};
 use super::types::{Evidence, Options, Plan, RuntimeKind};
-use super::{PlanError, custom, node, python};
+use super::{PlanError, custom, files, node, python};
 use crate::bases::Bases;
 use crate::build_config::{BUILD_CONFIG_FILE, BuildConfig, BuildConfigError};
 
@@ -50,7 +50,18 @@ pub fn plan(dir: &Path, options: &Options, bases: &Bases) -> Result<Plan, PlanEr
         None => None,
     };
     let folder = inner.as_ref().unwrap_or(&outer);
-    let mut plan = plan_folder(folder, &config, &config_text, options, bases)?;
+    let found = plan_folder(folder, &config, &config_text, options, bases);
+    let mut plan = match (found, &config.subfolder) {
+        (Err(PlanError::NoLockfile { manifest, .. }), Some(sub))
+            if node::has_member(&outer, sub) =>
+        {
+            let hint = format!(
+                "{sub} is a member of the workspace around it, whose lockfile freezes it: remove subfolder from kiln.toml and say there how it starts, below [build]: start = \"cd {sub} && …\""
+            );
+            return Err(PlanError::NoLockfile { manifest, hint });
+        }
+        (found, _) => found?,
+    };
     if let Some(sub) = &config.subfolder {
         plan.root = sub.trim_matches('/').to_owned();
     }
@@ -87,6 +98,7 @@ fn plan_folder(
     };
     match runtime(&request)? {
         RuntimeKind::Node => node::plan(&request),
+        RuntimeKind::Static => files::plan(&request),
         _ => python::plan(&request),
     }
 }
@@ -108,10 +120,11 @@ fn runtime(request: &Request<'_>) -> Result<RuntimeKind, PlanError> {
     match request.config.runtime.as_deref() {
         Some("node") => return Ok(RuntimeKind::Node),
         Some("python") => return Ok(RuntimeKind::Python),
+        Some("static") => return Ok(RuntimeKind::Static),
         Some(other) => {
             return Err(PlanError::Config(BuildConfigError {
                 line: request.config_says("runtime").line.unwrap_or(1),
-                what: format!("runtime {other:?} is not known; there are node and python"),
+                what: format!("runtime {other:?} is not known; there are node, python and static"),
             }));
         }
         None => {}
@@ -134,6 +147,12 @@ fn runtime(request: &Request<'_>) -> Result<RuntimeKind, PlanError> {
     let found: Vec<_> = request.names.iter().filter(meaningful).collect();
     if found.is_empty() {
         return Err(PlanError::Empty(request.folder.display().to_owned()));
+    }
+    let other = OTHERS
+        .iter()
+        .any(|(file, _)| found.iter().any(|n| n.text == *file));
+    if request.has(files::INDEX) && !other {
+        return Ok(RuntimeKind::Static);
     }
     Err(unknown(&found))
 }
@@ -223,7 +242,7 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 /// Manifests of runtimes that need a Dockerfile.
-const OTHERS: [(&str, &str); 9] = [
+const OTHERS: [(&str, &str); 8] = [
     ("go.mod", "Go"),
     ("Cargo.toml", "Rust"),
     ("Gemfile", "Ruby"),
@@ -232,7 +251,6 @@ const OTHERS: [(&str, &str); 9] = [
     ("build.gradle.kts", "Java"),
     ("composer.json", "PHP"),
     ("deno.json", "Deno"),
-    ("index.html", "static site"),
 ];
 
 /// Most names that a message lists.

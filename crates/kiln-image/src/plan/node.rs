@@ -11,6 +11,9 @@ mod manifest;
 mod site;
 mod workspaces;
 
+pub(super) use site::{SITE, serve_site};
+pub(super) use workspaces::has_member;
+
 use super::PlanError;
 use super::detect::Request;
 use super::lockfiles;
@@ -55,7 +58,7 @@ pub(super) fn plan(request: &Request<'_>) -> Result<Plan, PlanError> {
     let manager = Manager::find(request, &manifest, &base, &members, &mut notes)?;
     evidence.push(manager.why.clone());
     let build = build_command(request, &manifest, &manager);
-    let entry = Entry::find(request, &manifest, build.is_some(), &mut notes)?;
+    let entry = Entry::find(request, &manifest, &members, build.is_some(), &mut notes)?;
     evidence.extend(entry.evidence.iter().cloned());
     if let Some(npmrc) = request.folder.read(".npmrc")? {
         let literal = |line: &str| line.contains("_authToken=") && !line.contains("${");

@@ -40,6 +40,8 @@ pub enum RuntimeKind {
     Node,
     /// A generated Dockerfile for Python.
     Python,
+    /// A generated Dockerfile for a folder of files with an `index.html`.
+    Static,
     /// The user's own Dockerfile.
     Dockerfile,
 }
@@ -51,6 +53,7 @@ impl RuntimeKind {
         match self {
             Self::Node => "node",
             Self::Python => "python",
+            Self::Static => "static",
             Self::Dockerfile => "dockerfile",
         }
     }

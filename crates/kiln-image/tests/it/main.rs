@@ -2,3 +2,4 @@
 
 mod near_misses;
 mod plans;
+mod site;

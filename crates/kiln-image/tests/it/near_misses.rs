@@ -412,3 +412,156 @@ fn the_users_dockerfile_is_used_and_pinned() {
 fn plan_with(dir: &tempfile::TempDir, options: &Options) -> Result<Plan, PlanError> {
     plan(dir.path(), options, &baked())
 }
+
+#[test]
+fn a_folder_with_an_index_page_is_a_site() {
+    let site = [("index.html", "<h1>x</h1>"), ("style.css", "")];
+    let plan = of(&site);
+    assert_eq!(plan.runtime, RuntimeKind::Static);
+    assert_eq!((plan.port, plan.registries.len()), (Some(3000), 0));
+    assert!(plan.install.is_empty() && plan.build.is_empty());
+    has(
+        &plan.dockerfile,
+        &[
+            "node:20-run@sha256:",
+            "COPY --link . /app/site\n",
+            "USER 10001:10001\n",
+            "\"/app/serve.mjs\"",
+        ],
+    );
+    assert!(!plan.dockerfile.contains("-build@"), "nothing is built");
+    assert!(plan.extra_ignores.iter().any(|one| one == "kiln.toml"));
+    let config = (
+        "kiln.toml",
+        "[build]\nport = 80\nenvironment = { TZ = \"UTC\" }\n",
+    );
+    has(&of(&[site[0], config]).dockerfile, &["PORT=80", "TZ=UTC"]);
+    let config = ("kiln.toml", "[build]\n\nbuild = \"hugo\"\n");
+    has(
+        &refused(&[site[0], config]),
+        &["kiln.toml, line 3", "folder of files", "Dockerfile"],
+    );
+    // Said by the owner, also where there is a package.json.
+    let config = ("kiln.toml", "[build]\nruntime = \"static\"\n");
+    let json = ("package.json", r#"{"devDependencies": {"prettier": "3"}}"#);
+    assert_eq!(of(&[site[0], json, config]).runtime, RuntimeKind::Static);
+    has(&refused(&[("x.txt", ""), config]), &["index.html"]);
+    // Another runtime's page is not a site.
+    has(
+        &refused(&[site[0], ("go.mod", "module x")]),
+        &["Go", "Dockerfile"],
+    );
+}
+
+#[test]
+fn bun_says_what_to_do_instead() {
+    let lock = "npm install --package-lock-only";
+    has(
+        &refused(&[("package.json", APP), ("bun.lock", "")]),
+        &["bun.lock", "Bun is not supported", lock],
+    );
+    has(
+        &refused(&[
+            ("package.json", r#"{"packageManager": "bun@1.2.3"}"#),
+            ("bun.lock", ""),
+        ]),
+        &[
+            "package.json, line 1",
+            "bun is not supported",
+            "npm, pnpm or yarn",
+            "Dockerfile",
+        ],
+    );
+    let start = r#"{"scripts": {"start": "bun run index.ts"}}"#;
+    has(
+        &refused(&[("package.json", start), ("package-lock.json", LOCK)]),
+        &["runs bun", "start with node", "Dockerfile"],
+    );
+}
+
+const ROOT: &str = r#"{"private": true, "workspaces": ["apps/*", "libs/*"]}"#;
+
+#[test]
+fn workspaces_install_together_or_say_what_is_missing() {
+    let members = [
+        ("package-lock.json", LOCK),
+        (
+            "apps/api/package.json",
+            r#"{"name": "api", "scripts": {"start": "node server.js"}}"#,
+        ),
+        ("apps/api/server.js", ""),
+        (
+            "libs/log/package.json",
+            r#"{"name": "log", "main": "index.js"}"#,
+        ),
+    ];
+    // Which member starts is nowhere said.
+    let root = ("package.json", ROOT);
+    let mut files = vec![root];
+    files.extend(members);
+    has(
+        &refused(&files),
+        &[
+            "workspace",
+            "kiln.toml",
+            r#"start = "cd apps/api && node server.js""#,
+            "--workspaces",
+        ],
+    );
+    let config = (
+        "kiln.toml",
+        "[build]\nstart = \"cd apps/api && node server.js\"\n",
+    );
+    files.push(config);
+    let plan = of(&files);
+    has(
+        &plan.dockerfile,
+        &[
+            "COPY apps/api/package.json ./apps/api/\n",
+            "COPY libs/log/package.json ./libs/log/\n",
+            "npm ci",
+            "cd apps/api && node server.js",
+        ],
+    );
+    // A member is not an app of its own: its lockfile is the workspace's.
+    files.pop();
+    files.push(("kiln.toml", "[build]\nsubfolder = \"apps/api\"\n"));
+    files[2].1 =
+        r#"{"name": "api", "dependencies": {"x": "1"}, "scripts": {"start": "node server.js"}}"#;
+    has(
+        &refused(&files),
+        &[
+            "no lockfile",
+            "apps/api is a member of the workspace",
+            "remove subfolder",
+        ],
+    );
+    // Without a lockfile there is nothing to install from.
+    has(
+        &refused(&[root, members[1], members[2]]),
+        &["lockfile", "npm install --package-lock-only"],
+    );
+}
+
+#[test]
+fn public_names_are_build_bases_and_the_plan_says_what_is_smaller() {
+    let slim = "FROM python:3.13-slim\nRUN pip install flask\nCMD [\"flask\", \"run\"]\n";
+    let plan = of(&[("Dockerfile", slim)]);
+    has(&plan.dockerfile, &["python:3.13-build@sha256:"]);
+    let note = plan.notes.first().expect("a note");
+    assert_eq!(note.line, Some(1));
+    has(
+        &note.what,
+        &[
+            "python:3.13-slim",
+            "FROM registry.kiln.internal/shared/python:3.13-run",
+        ],
+    );
+    let own = "FROM node:20-slim AS deps\nRUN npm ci\nFROM registry.kiln.internal/shared/node:20-run\nCOPY --from=deps /x /x\n";
+    let plan = of(&[("Dockerfile", own)]);
+    has(
+        &plan.dockerfile,
+        &["node:20-build@sha256:", "node:20-run@sha256:"],
+    );
+    assert_eq!(plan.notes, []);
+}

@@ -113,3 +113,19 @@ fn names_of_bases_carry_the_digests_that_were_made() {
     let found = bases.resolve_from("node:20").expect("it has a digest");
     assert_eq!(found.digest, Some(made.bases[0].build.digest));
 }
+
+#[test]
+fn the_user_has_the_names_that_public_dockerfiles_use() {
+    let recipe = RecipeFiles::built_in().bases().expect("a recipe");
+    let [passwd, group, ..] = recipe.user.accounts();
+    assert_eq!(passwd.0, "etc/passwd");
+    for name in ["app", "node"] {
+        let line = format!("{name}:x:10001:10001::/home/app:/bin/sh\n");
+        assert!(passwd.1.contains(&line), "{}", passwd.1);
+        assert!(
+            group.1.contains(&format!("{name}:x:10001:\n")),
+            "{}",
+            group.1
+        );
+    }
+}

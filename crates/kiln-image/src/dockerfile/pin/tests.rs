@@ -17,6 +17,7 @@ fn bases() -> Bases {
         reference: format!("registry.kiln.internal/shared/debian@{}", Digest::of(b"d"))
             .parse()
             .expect("legal"),
+        pulled: None,
     });
     bases
 }
@@ -130,10 +131,7 @@ fn unknown_images_are_policy_and_say_what_to_add() {
         "{text}"
     );
     let hint = error.hint().expect("a hint");
-    assert!(
-        hint.contains("kiln bases add golang:1.24@sha256:"),
-        "{hint}"
-    );
+    assert!(hint.contains("kiln bases add golang:1.24 "), "{hint}");
     // Known, but not baked: another command.
     let bare = pin("FROM node:20\n", &PinOptions::default(), &Bases::builtin());
     assert_eq!(
@@ -233,4 +231,70 @@ proptest! {
     fn arbitrary_bytes_never_panic(text in r"\PC{0,200}(\n\PC{0,100}){0,5}") {
         let _ = run(&text);
     }
+}
+
+/// The last image of a Dockerfile: `build` or `run`.
+fn last_base(text: &str, options: &PinOptions) -> &'static str {
+    let pinned = pin(text, options, &bases()).expect(text);
+    let last = &pinned.bases.last().expect("an image").reference;
+    assert!(pinned.text.contains(&format!("FROM {last}")), "{text}");
+    let all = bases();
+    match all
+        .bases
+        .iter()
+        .find(|base| [&base.build, &base.run].contains(&last))
+    {
+        Some(base) if base.run == *last => "run",
+        Some(_) => "build",
+        None => panic!("{last}"),
+    }
+}
+
+#[test]
+fn a_slim_last_stage_that_only_starts_stands_on_the_run_base() {
+    let first = "FROM node:20 AS build\nRUN npm ci\n";
+    let of = |stage: &str| last_base(&format!("{first}{stage}"), &PinOptions::default());
+    let slim = "FROM node:20-slim\nCOPY --from=build /app /app\n";
+    assert_eq!(
+        of(&format!("{slim}USER node\nCMD [\"node\", \"x.js\"]\n")),
+        "run"
+    );
+    assert_eq!(
+        of(&format!(
+            "{slim}USER 1000:1000\nENTRYPOINT [\"node\"]\nCMD [\"x.js\"]\n"
+        )),
+        "run"
+    );
+    assert_eq!(
+        of(
+            "FROM python:3.13-slim\nUSER app\nHEALTHCHECK CMD python ok.py\nCMD gunicorn app:app -b :$PORT\n"
+        ),
+        "run"
+    );
+    for more in [
+        // It runs something, as root, without saying what, or starts what is not there.
+        "RUN mkdir /data\nUSER node\nCMD [\"node\", \"x.js\"]\n",
+        "CMD [\"node\", \"x.js\"]\n",
+        "USER root\nCMD [\"node\", \"x.js\"]\n",
+        "USER node\n",
+        "USER node\nCMD [\"npm\", \"start\"]\n",
+        "USER node\nENTRYPOINT [\"./start.sh\"]\nCMD [\"node\"]\n",
+        "USER node\nHEALTHCHECK CMD curl localhost\nCMD [\"node\", \"x.js\"]\n",
+        "USER node\nCMD [\"node\", \"x.js\"]\nFROM build\nUSER node\nCMD [\"node\", \"x.js\"]\n",
+    ] {
+        let text = format!("{first}{slim}{more}");
+        let pinned = run(&text).expect("legal");
+        assert!(!pinned.text.contains("20-run"), "{more}");
+    }
+    // Not slim: what its name says.
+    assert_eq!(
+        of("FROM node:20\nUSER node\nCMD [\"node\", \"x.js\"]\n"),
+        "build"
+    );
+    let target = PinOptions {
+        target: Some("build".to_owned()),
+        build_args: BTreeMap::new(),
+    };
+    let text = format!("{first}{slim}USER node\nCMD [\"node\", \"x.js\"]\n");
+    assert_eq!(last_base(&text, &target), "build");
 }

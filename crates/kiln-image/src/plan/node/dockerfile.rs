@@ -9,16 +9,13 @@ use std::collections::BTreeMap;
 use super::App;
 use super::manager::{TOOLS_PATH, npm_cache};
 use super::manifest::FILE;
-use super::site::{SERVER, SERVER_TEXT, SITE};
+use super::site::{SITE, serve_site};
 use crate::bases::Base;
 use crate::plan::PlanError;
 use crate::plan::detect::Request;
 use crate::plan::system_packages;
 use crate::plan::types::{Command, Evidence};
 use crate::plan::write::{APP_USER, Text, json};
-
-/// Ends the file server's text.
-pub(super) const HEREDOC: &str = "KILN_END_OF_FILE";
 
 /// Removes the app's own install scripts from the manifests: they would run before the source is there.
 const STRIP: &str = "const fs = require('fs'); for (const f of process.argv.slice(1)) { const p = JSON.parse(fs.readFileSync(f)); for (const s of ['preinstall', 'install', 'postinstall', 'prepare']) if (p.scripts) delete p.scripts[s]; fs.writeFileSync(f, JSON.stringify(p)); }";
@@ -273,9 +270,7 @@ impl Writer<'_> {
         self.text.env(&environment);
         let own = format!("COPY --link --chown={APP_USER}");
         if let Some(site) = site {
-            self.text
-                .line(format!("COPY --link <<'{HEREDOC}' {SERVER}"));
-            self.text.line(SERVER_TEXT.trim_end()).line(HEREDOC);
+            serve_site(&mut self.text);
             let folder = &site.folder;
             self.text
                 .line(format!("COPY --link --from=build /app/{folder} {SITE}"));

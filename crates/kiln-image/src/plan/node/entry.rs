@@ -1,7 +1,7 @@
 //! How the app starts, in an image that has Node and no package manager.
 
 use super::manifest::{FILE, Manifest};
-use super::site;
+use super::{site, workspaces};
 use crate::plan::PlanError;
 use crate::plan::detect::Request;
 use crate::plan::procfile;
@@ -20,6 +20,8 @@ const ENTRY_FILES: [&str; 7] = [
     "app.js",
     "main.js",
 ];
+/// Programs of start scripts that are runtimes of their own.
+const OTHER_RUNTIMES: [&str; 3] = ["bun", "bunx", "deno"];
 /// Frameworks by the package that tells them, most telling first.
 const FRAMEWORKS: [(&str, &str); 16] = [
     ("next", "next"),
@@ -56,6 +58,7 @@ impl Entry {
     pub(super) fn find(
         request: &Request<'_>,
         manifest: &Manifest,
+        members: &[String],
         builds: bool,
         notes: &mut Vec<Evidence>,
     ) -> Result<Self, PlanError> {
@@ -87,13 +90,13 @@ impl Entry {
             entry.cmd = Cmd::of_line(&command.line);
             entry.why = command.why;
         } else if let Some(found) = site::find(request, manifest, builds)? {
-            entry.cmd = Cmd::Exec(["node", site::SERVER].map(str::to_owned).to_vec());
+            entry.cmd = site::server_command();
             entry.why = found.why;
             entry.site = Some(found.site);
         } else if let Some(script) = manifest.script("start") {
             entry.script(manifest, script, notes)?;
         } else {
-            entry.file(request, manifest, builds)?;
+            entry.file(request, manifest, members, builds)?;
         }
         Ok(entry)
     }
@@ -115,6 +118,16 @@ impl Entry {
         let line = manifest.line(&["scripts", "start"]);
         let plain = without_package_manager(manifest, script, 0)?;
         let first = first_program(&plain);
+        if let Some(other) = OTHER_RUNTIMES.iter().find(|other| **other == first) {
+            return Err(PlanError::Unsupported {
+                file: FILE.to_owned(),
+                line,
+                what: format!("scripts.start runs {other}, which is not in the image"),
+                hint:
+                    "start with node (`node server.js`), or write a Dockerfile for another runtime"
+                        .to_owned(),
+            });
+        }
         if manifest.needs_for_development(first) {
             return Err(PlanError::Unsupported {
                 file: FILE.to_owned(),
@@ -140,6 +153,7 @@ impl Entry {
         &mut self,
         request: &Request<'_>,
         manifest: &Manifest,
+        members: &[String],
         builds: bool,
     ) -> Result<(), PlanError> {
         if self.framework.as_deref() == Some("next") {
@@ -169,6 +183,9 @@ impl Entry {
             self.cmd = Cmd::Exec(vec!["node".to_owned(), (*file).to_owned()]);
             self.why = Evidence::at("the usual name of an entry file", file, None);
             return Ok(());
+        }
+        if let Some(hint) = workspaces::start_hint(request.folder, members)? {
+            return Err(PlanError::NoStart { hint });
         }
         Err(PlanError::NoStart {
             hint: "add a start script to package.json (\"scripts\": {\"start\": \"node server.js\"}), a Procfile with `web: …`, or [build] start in kiln.toml"

@@ -3,14 +3,30 @@
 use super::manifest::{FILE, Manifest};
 use crate::plan::PlanError;
 use crate::plan::detect::Request;
+use crate::plan::start::Cmd;
 use crate::plan::types::{Evidence, StaticSite};
+use crate::plan::write::Text;
 
 /// The file server's path in the image.
-pub(super) const SERVER: &str = "/app/serve.mjs";
+const SERVER: &str = "/app/serve.mjs";
 /// The file server.
-pub(super) const SERVER_TEXT: &str = include_str!("static_server.mjs");
+const SERVER_TEXT: &str = include_str!("static_server.mjs");
+/// Ends the file server's text.
+const HEREDOC: &str = "KILN_END_OF_FILE";
 /// Where the site lies in the image.
-pub(super) const SITE: &str = "/app/site";
+pub(in crate::plan) const SITE: &str = "/app/site";
+
+/// Puts the file server into the image; gives the command that starts it.
+pub(in crate::plan) fn serve_site(text: &mut Text) -> Cmd {
+    text.line(format!("COPY --link <<'{HEREDOC}' {SERVER}"));
+    text.line(SERVER_TEXT.trim_end()).line(HEREDOC);
+    server_command()
+}
+
+/// Starts the file server.
+pub(super) fn server_command() -> Cmd {
+    Cmd::Exec(["node", SERVER].map(str::to_owned).to_vec())
+}
 
 pub(super) struct Found {
     pub(super) site: StaticSite,
@@ -166,11 +182,7 @@ mod tests {
 
     #[test]
     fn the_server_can_stand_in_a_here_document() {
-        assert!(
-            !SERVER_TEXT
-                .lines()
-                .any(|line| line == super::super::dockerfile::HEREDOC)
-        );
+        assert!(!SERVER_TEXT.lines().any(|line| line == HEREDOC));
         assert!(SERVER_TEXT.ends_with('\n'));
     }
 }

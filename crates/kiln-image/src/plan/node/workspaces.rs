@@ -1,11 +1,15 @@
 //! Workspace members: their `package.json` files belong to the install step.
 
+use serde_json::Value;
+
 use super::manifest::{FILE, Manifest};
 use crate::plan::PlanError;
 use crate::plan::folder::Folder;
 
 /// Deepest folder that is looked into for members.
 const DEPTH_MAX: usize = 5;
+/// Most members that a message shows.
+const STARTS_SHOWN_MAX: usize = 4;
 /// Most members.
 const MEMBERS_MAX: usize = 500;
 
@@ -55,6 +59,31 @@ pub(super) fn members(folder: &Folder, manifest: &Manifest) -> Result<Vec<String
         ))),
         None => Ok(found),
     }
+}
+
+/// Whether a folder is a workspace with a member there.
+pub(in crate::plan) fn has_member(folder: &Folder, member: &str) -> bool {
+    let found = Manifest::read(folder).and_then(|manifest| members(folder, &manifest));
+    found.is_ok_and(|found| found.iter().any(|one| one == member.trim_matches('/')))
+}
+
+/// What to write into `kiln.toml` when the root of a workspace says no start and members do; `None` when none does.
+pub(super) fn start_hint(folder: &Folder, members: &[String]) -> Result<Option<String>, PlanError> {
+    let mut starts = Vec::new();
+    for member in members {
+        let manifest = Manifest::read(&folder.sub(member)?)?;
+        if let Some(script) = manifest.script("start") {
+            let line = format!("cd {member} && {script}");
+            starts.push(format!("start = {}", Value::from(line)));
+        }
+    }
+    if starts.is_empty() {
+        return Ok(None);
+    }
+    let shown = starts[..starts.len().min(STARTS_SHOWN_MAX)].join(", or ");
+    Ok(Some(format!(
+        "this is a workspace: say in kiln.toml which member starts, below [build]: {shown} (build = \"npm run build --workspaces --if-present\" builds all members)"
+    )))
 }
 
 fn unsupported(what: String) -> PlanError {
