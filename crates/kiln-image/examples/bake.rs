@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use kiln_image::bake::{
-    BakeEvent, BasesBake, Cancel, MachineImageBake, MachineImages, OciLayout, RecipeFiles,
+    BakeEvent, BasesBake, Cancel, MachineImageBake, MachineImages, OciLayout, RecipeFiles, Updates,
     bake_bases, bake_machine_image,
 };
 
@@ -40,6 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 cache: &Path::new(directory).join("cache"),
                 images: &images,
                 used: &[],
+                updates: Updates::Take,
                 progress: &show,
                 cancel: &cancel,
             };
@@ -51,6 +52,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 files: &files,
                 cache: &Path::new(directory).join("cache"),
                 npm_registry: None,
+                updates: Updates::Take,
                 progress: &show,
                 cancel: &cancel,
             };

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use kiln_core::{ByteSize, Digest, FailureClass, ImageRef};
 use kiln_image::bake::{
     BakeError, BakeEvent, BakedBases, BasesBake, BlobSink, Cancel, MachineImageBake,
-    MachineImageManifest, MachineImages, RecipeFiles, bake_bases, bake_machine_image,
+    MachineImageManifest, MachineImages, RecipeFiles, Updates, bake_bases, bake_machine_image,
 };
 use kiln_image::bases::Bases;
 use kiln_image::heads::{Head, SHARED};
@@ -45,7 +45,7 @@ pub fn load_bases(home: &Home) -> Result<Bases, Failure> {
     })
 }
 
-/// Bakes the machine image, or finds that it is there.
+/// Bakes the machine image, or finds that it is there. Whether updated packages count is for `updates` to say.
 ///
 /// # Errors
 /// When a stage fails; the old image stays current.
@@ -53,6 +53,7 @@ pub async fn machine_image(
     home: &Home,
     recipe: &Path,
     guest: &Path,
+    updates: Updates,
     events: &Events,
     cancel: &CancellationToken,
 ) -> Result<MachineImageManifest, Failure> {
@@ -66,6 +67,7 @@ pub async fn machine_image(
             cache: &cache,
             images: &images,
             used: &[],
+            updates,
             progress,
             cancel: stop,
         })
@@ -82,6 +84,7 @@ pub async fn bases(
     recipe: &Path,
     registry: &RegistryAccess,
     npm_registry: Option<String>,
+    updates: Updates,
     events: &Events,
     cancel: &CancellationToken,
 ) -> Result<Bases, Failure> {
@@ -97,6 +100,7 @@ pub async fn bases(
             files: &files,
             cache: &cache,
             npm_registry,
+            updates,
             progress,
             cancel: stop,
         })?;

@@ -7,6 +7,7 @@ use std::io;
 use std::path::Path;
 
 use kiln_core::ImageRef;
+use kiln_image::bake::Updates;
 use kiln_image::bases::{Base, Bases, PinnedImage, is_own};
 use kiln_worker::event::Events;
 use kiln_worker::setup::{generated_bases, operator_bases};
@@ -80,7 +81,7 @@ async fn bake(
 ) -> Result<()> {
     // First what can fail for reasons of the operator's own.
     pull::all(operator, &pull::own(operator)?, events, cancel).await?;
-    setup::bases(operator, recipe, events, cancel).await?;
+    setup::bases(operator, recipe, Updates::Take, events, cancel).await?;
     setup::shared_head_and_templates(operator, events, cancel).await
 }
 

@@ -2,7 +2,7 @@
 
 use kiln_core::ByteSize;
 use kiln_image::bake::images::{ImagesError, KEEP};
-use kiln_image::bake::{ImageSummary, MachineImageManifest, MachineImages, VerifyDepth};
+use kiln_image::bake::{ImageSummary, MachineImageManifest, MachineImages, Updates, VerifyDepth};
 use kiln_worker::event::Events;
 use kiln_worker::host::now_unix_ms;
 use serde::Serialize;
@@ -26,8 +26,15 @@ pub(super) async fn run(
         ImageCommand::Bake { recipe, guest } => {
             let (events, receiver) = Events::channel();
             let follow = tokio::spawn(screen.follow(receiver));
-            let done =
-                setup::machine_image(&operator, &recipe, guest.as_deref(), &events, &cancel).await;
+            let done = setup::machine_image(
+                &operator,
+                &recipe,
+                guest.as_deref(),
+                Updates::Take,
+                &events,
+                &cancel,
+            )
+            .await;
             drop(events);
             let _screen_ended = follow.await;
             done?;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use kiln_core::{ByteSize, FailureClass};
+use kiln_image::bake::Updates;
 use kiln_network::registries::Runtime;
 use kiln_worker::event::{Event, Events};
 use kiln_worker::setup;
@@ -49,6 +50,7 @@ async fn all(args: &SetupArgs, events: &Events, cancel: &CancellationToken) -> R
         &operator,
         &args.recipe,
         args.guest.as_deref(),
+        Updates::Leave,
         events,
         cancel,
     )
@@ -64,18 +66,20 @@ async fn all(args: &SetupArgs, events: &Events, cancel: &CancellationToken) -> R
         super::registries::discover_and_write(&operator.home, None).await?;
         operator = Operator::load()?;
     }
-    bases(&operator, &args.recipe, events, cancel).await?;
+    bases(&operator, &args.recipe, Updates::Leave, events, cancel).await?;
     shared_head_and_templates(&operator, events, cancel).await?;
     // A host without npm or pip knows its registries only by what the tools in the bases say.
     super::registries::ask_bases(&Operator::load()?, events).await?;
     Ok(())
 }
 
-/// Bakes the machine image with the guest beside this program, or the one that is named.
+/// Bakes the machine image with the guest beside this program, or the one that is named. One of the same recipe and guest is kept unless
+/// newer packages are wanted.
 pub(super) async fn machine_image(
     operator: &Operator,
     recipe: &Path,
     guest: Option<&Path>,
+    updates: Updates,
     events: &Events,
     cancel: &CancellationToken,
 ) -> Result<()> {
@@ -90,7 +94,7 @@ pub(super) async fn machine_image(
             CliError::usage("the guest program is not known")
                 .hint("name it with --guest; `make guest` builds it")
         })?;
-    let image = setup::machine_image(&operator.home, recipe, &guest, events, cancel)
+    let image = setup::machine_image(&operator.home, recipe, &guest, updates, events, cancel)
         .await
         .map_err(CliError::from_failure)?;
     events
@@ -109,6 +113,7 @@ fn guest_beside_us() -> Option<PathBuf> {
 pub(super) async fn bases(
     operator: &Operator,
     recipe: &Path,
+    updates: Updates,
     events: &Events,
     cancel: &CancellationToken,
 ) -> Result<()> {
@@ -118,9 +123,17 @@ pub(super) async fn bases(
         .as_ref()
         .and_then(|registries| registries.index(Runtime::Node))
         .map(str::to_owned);
-    let bases = setup::bases(&operator.home, recipe, &registry, npm, events, cancel)
-        .await
-        .map_err(CliError::from_failure)?;
+    let bases = setup::bases(
+        &operator.home,
+        recipe,
+        &registry,
+        npm,
+        updates,
+        events,
+        cancel,
+    )
+    .await
+    .map_err(CliError::from_failure)?;
     for base in &bases.bases {
         events
             .note(format!("base {} {} is ready", base.name, base.version))

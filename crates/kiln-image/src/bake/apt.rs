@@ -147,13 +147,14 @@ impl HostApt {
         Ok(Self { sources, options })
     }
 
-    /// Bytes that change when the archives of `release` changed: what their index files say now.
+    /// Bytes that change when packages of `release` changed: what the index files of its archives say of them now.
     ///
     /// # Errors
     /// When an index of the release or of its security updates cannot be fetched into `scratch`.
     pub fn state(
         &self,
         release: &str,
+        architecture: &str,
         scratch: &Path,
         context: &RunContext<'_>,
     ) -> Result<Vec<u8>, AptError> {
@@ -166,7 +167,7 @@ impl HostApt {
                 source.uri.trim_end_matches('/')
             );
             download(&uri, &path, None, context)?;
-            state.extend(read_bounded(&path)?.into_bytes());
+            state.extend(package_lists(&read_bounded(&path)?, architecture).into_bytes());
         }
         // It is scratch: the next download or the end of the stage removes it.
         let _ = fs::remove_file(&path);
@@ -216,6 +217,26 @@ pub fn download(
         program = program.arg(format!("SHA512:{hex}"));
     }
     program.run(context).map_err(AptError::Ask)
+}
+
+/// The lines of an `InRelease` with sizes and digests of the package lists of `main`. The rest changes with every signature, several
+/// times a day. All of it when there are no such lines.
+fn package_lists(text: &str, architecture: &str) -> String {
+    let lists = [architecture, "all"].map(|name| format!("main/binary-{name}/Packages"));
+    let is_list = |line: &&str| {
+        let file = line.split_whitespace().nth(2);
+        file.is_some_and(|file| lists.iter().any(|list| file.starts_with(list.as_str())))
+    };
+    let kept: String = text
+        .lines()
+        .filter(is_list)
+        .map(|line| format!("{line}\n"))
+        .collect();
+    if kept.is_empty() {
+        text.to_owned()
+    } else {
+        kept
+    }
 }
 
 fn kept_options(dump: &str) -> Vec<String> {
@@ -405,6 +426,21 @@ mod tests {
             fs::write(dir.path().join("etc/apt").join(name), text).expect("writable");
         }
         dir
+    }
+
+    #[test]
+    fn only_changed_packages_change_the_state() {
+        let release = |date: &str, digest: &str| {
+            format!(
+                "Date: {date}\nSHA256:\n {digest} 120 main/binary-amd64/Packages.xz\n aa 5 main/binary-arm64/Packages.xz\n \
+                 bb 7 contrib/binary-amd64/Packages\n cc 9 main/binary-all/Packages\n"
+            )
+        };
+        let monday = package_lists(&release("Monday", "d1"), "amd64");
+        assert_eq!(monday.lines().count(), 2);
+        assert_eq!(monday, package_lists(&release("Tuesday", "d1"), "amd64"));
+        assert_ne!(monday, package_lists(&release("Monday", "d2"), "amd64"));
+        assert_eq!(package_lists("flat", "amd64"), "flat");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::apt::{AptError, HostApt};
+use super::archives::{Updates, root_key};
 use super::buildkit::{self, BuildkitError};
 use super::disk::{DiskError, make_disk};
 use super::dpkg::{DpkgError, PackageVersion, Packages};
@@ -129,6 +130,8 @@ pub struct MachineImageBake<'a> {
     pub images: &'a MachineImages,
     /// Images in use by templates or machines, which pruning leaves alone.
     pub used: &'a [String],
+    /// What to do about updated packages.
+    pub updates: Updates,
     /// Told what happens.
     pub progress: &'a dyn BakeProgress,
     /// Stops it.
@@ -239,7 +242,7 @@ fn run_stages(
     })
 }
 
-/// The raw Debian root. Its key has the state of the archives, so that a new bake takes new updates.
+/// The raw Debian root. Its key has the state of the archives, so that a bake that wants updates takes them.
 fn root_stage(
     bake: &MachineImageBake<'_>,
     recipe: &ImageRecipe,
@@ -247,13 +250,18 @@ fn root_stage(
 ) -> Result<PathBuf, BakeError> {
     let context = cache.context("root");
     let apt = HostApt::read(Path::new("/"), &context)?;
-    let state = apt.state(&recipe.suite, cache.directory(), &context)?;
-    let key = StageKey::new(1)
+    let inputs = StageKey::new(1)
         .with("suite", recipe.suite.as_bytes())
         .with("packages", recipe.root.packages.join(" ").as_bytes())
-        .with("kernel", recipe.kernel.package.as_bytes())
-        .with("archives", &state)
-        .digest();
+        .with("kernel", recipe.kernel.package.as_bytes());
+    let key = root_key(bake.updates, "root", &inputs, cache, || {
+        apt.state(
+            &recipe.suite,
+            &recipe.architecture,
+            cache.directory(),
+            &context,
+        )
+    })?;
     let debs = bake.cache.join("debs-machine");
     let spec = RootSpec {
         suite: &recipe.suite,

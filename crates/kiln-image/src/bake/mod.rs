@@ -10,6 +10,7 @@
 //! Read next: [`recipe`] (the inputs), [`stage`] (the cache), [`machine_image`] and [`runtime_bases`] (the two bakes).
 
 pub mod apt;
+pub mod archives;
 pub mod buildkit;
 pub mod cpio;
 pub mod disk;
@@ -30,6 +31,7 @@ pub mod runtime_bases;
 pub mod stage;
 pub mod tree;
 
+pub use archives::Updates;
 pub use images::{ImageSummary, MachineImages, VerifyDepth};
 pub use machine_image::{BakeError, MachineImageBake, bake_machine_image};
 pub use manifest::MachineImageManifest;

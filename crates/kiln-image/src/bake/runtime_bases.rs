@@ -12,6 +12,7 @@ use kiln_core::{Digest, ImageRef};
 use serde::{Deserialize, Serialize};
 
 use super::apt::HostApt;
+use super::archives::{Updates, root_key};
 use super::dpkg::{PackageVersion, Packages};
 use super::machine_image::{BakeError, write_json};
 use super::npm;
@@ -46,6 +47,8 @@ pub struct BasesBake<'a> {
     pub cache: &'a Path,
     /// npm registry of the host's settings, when the caller found one.
     pub npm_registry: Option<&'a str>,
+    /// What to do about updated packages.
+    pub updates: Updates,
     /// Told what happens.
     pub progress: &'a dyn BakeProgress,
     /// Stops it.
@@ -181,13 +184,18 @@ fn root_stage(
         .flat_map(|runtime| runtime.byte_compile.iter().cloned())
         .collect();
     let context = cache.context("bases-root");
-    let state = apt.state(&recipe.suite, cache.directory(), &context)?;
-    let key = StageKey::new(1)
+    let inputs = StageKey::new(1)
         .with("suite", recipe.suite.as_bytes())
         .with("packages", packages.join(" ").as_bytes())
-        .with("byte code", byte_compile.join(" ").as_bytes())
-        .with("archives", &state)
-        .digest();
+        .with("byte code", byte_compile.join(" ").as_bytes());
+    let key = root_key(bake.updates, "bases-root", &inputs, cache, || {
+        apt.state(
+            &recipe.suite,
+            &recipe.architecture,
+            cache.directory(),
+            &context,
+        )
+    })?;
     let debs = bake.cache.join("debs-bases");
     let spec = RootSpec {
         suite: &recipe.suite,
