@@ -42,4 +42,7 @@ bench: setup ## Measure what PROMISES.md promises
 .PHONY: uninstall
 uninstall: ## Remove what kiln keeps on this machine and the build output (system packages stay)
 	@if [ -x $(KILN) ]; then $(KILN) uninstall --yes; fi
+	@if [ -s $(TARGET)/installed-packages ]; then \
+	  echo "Packages that set-up installed stay. To remove them too (as root):"; \
+	  echo "  apt-get purge --autoremove $$(sort -u $(TARGET)/installed-packages | tr '\n' ' ')"; fi
 	rm -rf $(TARGET)

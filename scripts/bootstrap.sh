@@ -124,15 +124,21 @@ use_backports() {
   updated=''
 }
 
-if [ "${#missing[@]}" -gt 0 ] || ! qemu_new_enough || ! rust_ok || ! go_ok; then
+# Before the first package is installed.
+begun=''
+begin() {
+  [ -z "$begun" ] || return 0
+  begun=yes
   root true
   trap cleanup EXIT
   trap 'exit 130' INT TERM HUP
   : >"$log"
   # A run that was stopped in the middle of an installation left packages half-way.
   root dpkg --configure -a >>"$log" 2>&1 </dev/null || true
-fi
+}
+
 if [ "${#missing[@]}" -gt 0 ] || ! qemu_new_enough; then
+  begin
   say "installing ${missing[*]:-a newer QEMU} (about a minute; $log has apt's words)"
   if [ "$VERSION_CODENAME" = bookworm ] && ! qemu_new_enough; then use_backports; fi
   if [ "${1:-}" = --test ] && [ ! -e /usr/sbin/policy-rc.d ]; then
@@ -153,12 +159,24 @@ qemu_new_enough || fail "QEMU 8.2 or newer is needed; found: $(qemu-system-x86_6
 
 if ! rust_ok; then
   say "Rust 1.95 or newer is not on PATH: installing Debian's rustc-web and cargo-web"
+  begin
   release=()
   install_packages rustc-web cargo-web || fail "no new enough Rust: install it with rustup (https://rustup.rs), then run this again"
   rust_ok || fail "rustc $(rust_version) is too old: install Rust 1.95 or newer with rustup"
 fi
+if [ "${1:-}" = --test ] && ! { cargo fmt --version && cargo clippy --version; } >/dev/null 2>&1; then
+  case "$(command -v rustc)" in
+    /usr/bin/rustc)
+      say "installing Debian's rustfmt-web and rust-web-clippy"
+      begin
+      install_packages rustfmt-web rust-web-clippy || fail "rustfmt and clippy could not be installed (above)"
+      ;;
+    *) fail "the tests need rustfmt and clippy: rustup component add rustfmt clippy" ;;
+  esac
+fi
 if ! go_ok; then
   say "Go 1.21 or newer is not on PATH: installing Debian's (it fetches the exact toolchain as a module)"
+  begin
   [ "$VERSION_CODENAME" != bookworm ] || use_backports
   install_packages golang-go || fail "no new enough Go: install Go 1.21 or newer"
   go_ok || fail "no new enough Go: install Go 1.21 or newer"
