@@ -356,6 +356,9 @@ pub(crate) enum RegistriesCommand {
 )]
 pub(crate) enum RegistryCommand {
     /// Serve the registry on loopback until interrupted
+    #[command(
+        after_help = "Examples:\n  kiln registry serve\n  kiln registry serve --listen 127.0.0.1:5000 --anonymous-pull"
+    )]
     Serve {
         /// Address to listen on
         #[arg(long, default_value = "127.0.0.1:5080")]
@@ -365,6 +368,9 @@ pub(crate) enum RegistryCommand {
         anonymous_pull: bool,
     },
     /// Write a token where docker, podman and skopeo look for it
+    #[command(
+        after_help = "Examples:\n  kiln registry login\n  kiln registry login --address 127.0.0.1:5000 && podman pull --tls-verify=false 127.0.0.1:5000/t/local/hello"
+    )]
     Login {
         /// Address the registry is served on
         #[arg(long, default_value = "127.0.0.1:5080")]
@@ -373,21 +379,24 @@ pub(crate) enum RegistryCommand {
     /// Remove kiln's tokens from where login wrote them
     Logout,
     /// List images
+    #[command(after_help = "Examples:\n  kiln registry list\n  kiln registry list --json | jq -r .repository")]
     List {
         /// Also what unfinished jobs pushed
         #[arg(long)]
         all: bool,
     },
     /// Remove images
+    #[command(after_help = "Examples:\n  kiln registry rm hello:latest && kiln registry gc --grace 0s")]
     Rm {
         /// Which: NAME:TAG, or NAME@DIGEST for the image with all its tags
         #[arg(required = true, value_name = "NAME[:TAG]")]
         references: Vec<ImageRef>,
     },
-    /// Remove blobs that no image needs
+    /// Remove blobs that no image needs, and uploads that nobody went on with
+    #[command(after_help = "Examples:\n  kiln registry gc\n  kiln registry gc --grace 0s")]
     Gc {
-        /// Keep blobs younger than this
-        #[arg(long, default_value = "1h", value_parser = parse_duration)]
+        /// Keep blobs younger than this; 0s only while nobody pushes
+        #[arg(long, default_value = "1h", value_parser = parse_grace)]
         grace: Duration,
     },
 }
@@ -415,6 +424,12 @@ pub(crate) struct BenchArgs {
     /// Samples of each
     #[arg(long, default_value_t = 10)]
     pub samples: usize,
+    /// For `bake`: the recipe's folder
+    #[arg(long, default_value = "machine-image")]
+    pub recipe: PathBuf,
+    /// For `bake`: the static kiln-guest binary; else the one beside this program
+    #[arg(long, value_name = "PATH")]
+    pub guest: Option<PathBuf>,
 }
 
 /// Options of `kiln setup`.
@@ -449,6 +464,14 @@ pub(crate) enum Color {
     Auto,
     /// Never.
     Never,
+}
+
+/// As [`parse_duration`], and none at all.
+fn parse_grace(text: &str) -> Result<Duration, String> {
+    match text {
+        "0" | "0s" => Ok(Duration::ZERO),
+        text => parse_duration(text),
+    }
 }
 
 /// `90`, `90s`, `10m`, `2h`.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kiln_core::{ByteSize, FailureClass, ImageRef, TenantName};
 use kiln_store::host::{HostConfig, HostRegistry, LoopbackState};
-use kiln_store::registry::{LoopbackConfig, Reference, RepoName, UserAuthority};
+use kiln_store::registry::{ErrorKind, LoopbackConfig, Reference, RepoName, UserAuthority};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -58,14 +58,17 @@ pub(super) async fn run(
                 .gc(grace)
                 .await
                 .or_infrastructure()?;
-            screen.data(&collected, || match collected.contents + collected.links {
-                0 => "nothing to remove".to_owned(),
-                _ => format!(
-                    "removed {} blobs and {} links, {} freed",
-                    collected.contents,
-                    collected.links,
-                    ByteSize(collected.bytes)
-                ),
+            screen.data(&collected, || {
+                match collected.contents + collected.links + collected.uploads {
+                    0 => "nothing to remove".to_owned(),
+                    _ => format!(
+                        "removed {} blobs, {} links and {} unfinished uploads, {} freed",
+                        collected.contents,
+                        collected.links,
+                        collected.uploads,
+                        ByteSize(collected.bytes)
+                    ),
+                }
             });
         }
     }
@@ -226,7 +229,7 @@ async fn list(operator: &Operator, all: bool, screen: Screen) -> Result<()> {
         let host = operator.registry().await?.host;
         for repository in host.list_repositories(None).await.or_infrastructure()? {
             if all || !repository.is_under("quarantine") {
-                images.extend(images_of(&host, repository).await?);
+                images.extend(images_of(&host, repository, screen).await?);
             }
         }
     }
@@ -242,7 +245,11 @@ async fn list(operator: &Operator, all: bool, screen: Screen) -> Result<()> {
     Ok(())
 }
 
-async fn images_of(host: &HostRegistry, repository: RepoName) -> Result<Vec<Image>> {
+async fn images_of(
+    host: &HostRegistry,
+    repository: RepoName,
+    screen: Screen,
+) -> Result<Vec<Image>> {
     let mut images = Vec::new();
     let tags = match host.list_tags(&repository).await {
         Ok(tags) => tags,
@@ -265,6 +272,10 @@ async fn images_of(host: &HostRegistry, repository: RepoName) -> Result<Vec<Imag
                 });
             }
             Err(error) if error.is_not_found() => {}
+            // The others are still to be seen.
+            Err(error) if error.kind() == ErrorKind::Corrupt => screen.note(&format!(
+                "{repository}:{tag} is damaged: build or push it again, or remove it; `kiln doctor --scrub` reads the rest"
+            )),
             Err(error) => return Err(CliError::infrastructure(&error)),
         }
     }

@@ -298,6 +298,53 @@ async fn a_lease_that_ends_during_a_forwarded_body_stops_its_commit() -> Result<
     Ok(())
 }
 
+/// Runs as another user and says what the private socket answered.
+const STRANGER: &str = r#"
+    my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or do { print "closed: $!\n"; exit };
+    $s->print("POST /_kiln/call HTTP/1.1\r\nhost: x\r\nkiln-authority: \"operator\"\r\ncontent-length: 16\r\n\r\n{\"call\":\"stats\"}");
+    print "answer: ", join("", <$s>), "\n";
+"#;
+
+#[tokio::test]
+async fn the_private_socket_turns_other_users_away() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    const NOBODY: u32 = 65534;
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: only root can act as another user");
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("registry");
+    let host = open(&path).await?;
+    assert!(host.is_owner().await);
+    let ask = async || -> Result<String> {
+        let output = tokio::process::Command::new("perl")
+            .args(["-MIO::Socket::UNIX", "-e", STRANGER])
+            .arg(path.join("host.sock"))
+            .uid(NOBODY)
+            .gid(NOBODY)
+            .output()
+            .await?;
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    };
+    let said = ask().await?;
+    assert!(
+        said.starts_with("closed: "),
+        "the directory is closed: {said}"
+    );
+    // Even with every file open to all, the peer's user decides.
+    for (path, mode) in [
+        (dir.path().to_owned(), 0o755),
+        (path.clone(), 0o755),
+        (path.join("host.sock"), 0o666),
+    ] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    }
+    assert_eq!(ask().await?, "answer:");
+    assert_eq!(host.stats().await?.contents, 0);
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_newer_layout_is_refused_clearly() -> Result<()> {
     let dir = tempfile::tempdir()?;
