@@ -14,14 +14,16 @@ use kiln_store::host::HostConfig;
 use kiln_store::registry::manifest::{OCI_INDEX, OCI_MANIFEST};
 use kiln_store::registry::{Reference, RepoName};
 use kiln_store::remote::{
-    CertificateSources, Credential, PullEvent, Pulled, RemoteConfig, RemoteError, RemoteRegistry,
-    Target,
+    CertificateSources, Credential, ProxyServer, PullEvent, Pulled, RemoteConfig, RemoteError,
+    RemoteRegistry, Target,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
 
 use crate::client::{Client, manifest};
+use crate::loopback::Door;
 use crate::remote::{Distribution, Image, PASSWORD, USER, certificate, login};
 
 /// Where pulled images go.
@@ -206,6 +208,155 @@ async fn a_login_and_a_private_authority_are_needed_where_they_are() -> Result<(
     here.has_nothing().await?;
     let (pulled, _) = here.pull(&name, login(USER, PASSWORD), &config).await?;
     assert_eq!(pulled.named, image.image.manifest);
+    Ok(())
+}
+
+/// A proxy that knows one way, and tells how it was asked.
+async fn proxy(to: String) -> Result<(ProxyServer, Arc<Mutex<Vec<String>>>)> {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let port = listener.local_addr()?.port();
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let told = Arc::clone(&asked);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (to, told) = (to.clone(), Arc::clone(&told));
+            tokio::spawn(async move {
+                let mut stream = BufReader::new(stream);
+                let mut head = String::new();
+                while !head.ends_with("\r\n\r\n") && stream.read_line(&mut head).await? > 0 {}
+                told.lock().unwrap().push(head);
+                let mut far = TcpStream::connect(to).await?;
+                stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await?;
+                tokio::io::copy_bidirectional(&mut stream, &mut far).await?;
+                Ok::<_, std::io::Error>(())
+            });
+        }
+    });
+    let server = ProxyServer {
+        host: "127.0.0.1".to_owned(),
+        port,
+        login: Some(("ann".to_owned(), "proxy pass".to_owned())),
+    };
+    Ok((server, asked))
+}
+
+#[tokio::test]
+async fn the_hosts_proxy_leads_to_a_registry_that_it_alone_can_reach() -> Result<()> {
+    let keys = tempfile::tempdir()?;
+    let Some((certificate, key)) = certificate(keys.path()).await? else {
+        return Ok(());
+    };
+    let Some(registry) = Distribution::start(true, Some((&certificate, &key))).await? else {
+        return Ok(());
+    };
+    let (server, asked) = proxy(registry.address.clone()).await?;
+    let config = RemoteConfig {
+        ca_bundle: Some(std::fs::read(&certificate)?),
+        proxy: Some(Arc::new(move |host: &str, port: u16| {
+            assert_eq!((host, port), ("registry.example.org", 443));
+            Some(server.clone())
+        })),
+    };
+    let name = "registry.example.org/team/app:v1";
+    let image = Image::new().await?;
+    image.push(name, login(USER, PASSWORD), &config).await?;
+    let here = Here::new().await?;
+    let (pulled, _) = here.pull(name, login(USER, PASSWORD), &config).await?;
+    assert_eq!(pulled.named, image.image.manifest);
+    let asked = asked.lock().unwrap();
+    assert!(!asked.is_empty());
+    for head in asked.iter() {
+        assert!(
+            head.starts_with("CONNECT registry.example.org:443 "),
+            "{head}"
+        );
+        // base64 of ann:proxy pass; the registry's login is not for the proxy.
+        assert!(
+            head.to_lowercase().contains("proxy-authorization: basic"),
+            "{head}"
+        );
+        assert!(head.contains("YW5uOnByb3h5IHBhc3M="), "{head}");
+        assert!(!head.to_lowercase().contains("\nauthorization"), "{head}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_token_server_hands_out_what_a_pull_needs() -> Result<()> {
+    let door = Door::open(&["shared"]).await?;
+    let image = Image::new().await?;
+    let (user, secret) = door.host.credentials()?;
+    let right = login(user, secret.reveal());
+    let name = format!("{}/t/local/copy:v1", door.address);
+    image
+        .push(&name, right.clone(), &RemoteConfig::default())
+        .await?;
+    let here = Here::new().await?;
+    for credential in [None, login(user, "guess")] {
+        let error = here.refusal(&name, credential).await;
+        assert!(error.to_string().contains("wants a login"), "{error}");
+    }
+    let (pulled, _) = here.pull(&name, right, &RemoteConfig::default()).await?;
+    assert_eq!(pulled.named, image.image.manifest);
+    // Where anybody may pull, no login is needed.
+    let from = "shared/app".parse()?;
+    door.host
+        .adopt(&"t/local/copy".parse()?, &from, &pulled.named)
+        .await?;
+    let here = Here::new().await?;
+    let open = format!("{}/shared/app@{}", door.address, pulled.named);
+    here.pull(&open, None, &RemoteConfig::default()).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn content_elsewhere_never_sees_the_login() -> Result<()> {
+    async fn serve(router: Router) -> Result<std::net::SocketAddr> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let address = listener.local_addr()?;
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Ok(address)
+    }
+    let config = config("amd64");
+    let image = serde_json::to_vec(&manifest(&config, &[LAYER]))?;
+    let blobs = [config.clone(), LAYER.to_vec()];
+    let elsewhere = serve(Router::new().fallback(move |request: Request| async move {
+        if request.headers().contains_key("authorization") {
+            return StatusCode::IM_A_TEAPOT.into_response();
+        }
+        let path = request.uri().path().to_owned();
+        let mut blobs = blobs.iter();
+        let found = blobs.find(|blob| path.ends_with(&Digest::of(blob).hex()));
+        found.map_or(StatusCode::NOT_FOUND.into_response(), |blob| {
+            blob.clone().into_response()
+        })
+    }))
+    .await?;
+    let registry = serve(Router::new().fallback(move |request: Request| async move {
+        let path = request.uri().path().to_owned();
+        let welcome = request.headers().get("authorization");
+        if welcome.is_none_or(|value| value != "Basic YW5uOnMzY3JldCBwYXNz") {
+            let challenge = [("www-authenticate", "Basic realm=\"x\"")];
+            return (StatusCode::UNAUTHORIZED, challenge).into_response();
+        }
+        match path.rsplit_once("/blobs/sha256:") {
+            Some((_, hex)) => {
+                let to = format!("http://{elsewhere}/content/{hex}");
+                (StatusCode::TEMPORARY_REDIRECT, [("location", to)]).into_response()
+            }
+            None if path.contains("/manifests/") => {
+                ([("content-type", OCI_MANIFEST)], image).into_response()
+            }
+            None => StatusCode::OK.into_response(),
+        }
+    }))
+    .await?;
+    let here = Here::new().await?;
+    let name = format!("{registry}/app:v1");
+    let (pulled, _) = here
+        .pull(&name, login(USER, PASSWORD), &RemoteConfig::default())
+        .await?;
+    assert_eq!(pulled.fetched, (config.len() + LAYER.len()) as u64);
     Ok(())
 }
 

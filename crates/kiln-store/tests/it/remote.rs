@@ -285,7 +285,7 @@ pub(crate) async fn certificate(dir: &Path) -> Result<Option<(PathBuf, PathBuf)>
             "-subj",
             "/CN=test",
             "-addext",
-            "subjectAltName=IP:127.0.0.1",
+            "subjectAltName=IP:127.0.0.1,DNS:registry.example.org",
         ])
         .args(["-addext", "basicConstraints=critical,CA:FALSE"])
         .arg("-keyout")
