@@ -1,10 +1,13 @@
 //! `make demo`: two apps from source to an image that answers HTTP, then one changed line and again.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -150,28 +153,48 @@ fn build(binaries: &Binaries, app: &App, folder: &Path) -> Result<Value> {
     serde_json::from_str(&text).context("the result file is not JSON")
 }
 
-struct Running(Child);
+/// An app that runs. Its words are shown until its page was seen: then it is stopped, which is no news.
+struct Running {
+    child: Child,
+    seen: Arc<AtomicBool>,
+    words: Option<JoinHandle<()>>,
+}
 
 impl Running {
     fn start(binaries: &Binaries, app: &App, reference: &str) -> Result<Self> {
         let publish = format!("{}:{}", app.host_port, app.guest_port);
-        let child = Command::new(&binaries.kiln)
+        let mut child = Command::new(&binaries.kiln)
             .args(["run", "--image", reference, "-p", &publish])
             .stdin(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .context("could not start kiln run")?;
-        Ok(Self(child))
+        let seen = Arc::new(AtomicBool::new(false));
+        let words = child.stderr.take().map(|stderr| {
+            let seen = Arc::clone(&seen);
+            thread::spawn(move || {
+                for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                    if !seen.load(Ordering::Relaxed) {
+                        run::say(&line);
+                    }
+                }
+            })
+        });
+        Ok(Self { child, seen, words })
     }
 
     fn fetch(&mut self, port: u16) -> Result<String> {
         let deadline = Instant::now() + ANSWER_TIMEOUT;
         loop {
             run::go_on()?;
-            if let Some(status) = self.0.try_wait()? {
+            if let Some(status) = self.child.try_wait()? {
                 bail!("kiln run ended before the app answered: {status}");
             }
             match get(port) {
-                Ok(page) => return Ok(page),
+                Ok(page) => {
+                    self.seen.store(true, Ordering::Relaxed);
+                    return Ok(page);
+                }
                 Err(error) if Instant::now() > deadline => {
                     return Err(error.context("the app did not answer in time"));
                 }
@@ -184,16 +207,17 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         // One interrupt, as a person would press Ctrl-C; then the process is waited for.
-        if let Ok(None) = self.0.try_wait() {
-            let asked = i32::try_from(self.0.id())
+        if let Ok(None) = self.child.try_wait() {
+            let asked = i32::try_from(self.child.id())
                 .ok()
                 .and_then(rustix::process::Pid::from_raw)
                 .map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::INT));
             if !matches!(asked, Some(Ok(()))) {
-                let _ended_already = self.0.kill();
+                let _ended_already = self.child.kill();
             }
         }
-        let _status = self.0.wait();
+        let _status = self.child.wait();
+        let _said = self.words.take().map(JoinHandle::join);
     }
 }
 

@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io::{self, IsTerminal as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use kiln_core::{ByteSize, FailureClass};
+use kiln_image::bake::root::scratch_of;
 use kiln_image::bake::stage::remove_tree;
 use kiln_machine::reap::reap_home;
 use kiln_store::registry::{OpenError, Secret, Store, StoreConfig};
@@ -101,6 +103,12 @@ fn doomed(home: &Home) -> Vec<Doomed> {
         } else {
             paths.extend(names.iter().map(|name| dir.join(name)));
         }
+    }
+    // What a killed bake left in the directory for temporary files, if it is ours.
+    let uid = rustix::process::geteuid().as_raw();
+    let scratch = scratch_of(&home.cache.join("bake"));
+    if fs::symlink_metadata(&scratch).is_ok_and(|meta| meta.is_dir() && meta.uid() == uid) {
+        paths.push(scratch);
     }
     let there = paths
         .into_iter()
@@ -302,6 +310,18 @@ mod tests {
         remove(&home, &doomed(&home)).expect("removes");
         assert!(leftovers(&home).is_empty());
         assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 3);
+    }
+
+    #[test]
+    fn what_a_killed_bake_left_goes_too() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let home = Home::below(&dir.path().join("home"));
+        let scratch = scratch_of(&home.cache.join("bake"));
+        fs::create_dir_all(scratch.join("mmdebstrap.x/etc")).expect("make");
+        let all = doomed(&home);
+        assert_eq!(all.len(), 1, "{all:?}");
+        remove(&home, &all).expect("removes");
+        assert!(!scratch.exists());
     }
 
     #[test]

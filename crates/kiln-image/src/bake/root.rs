@@ -169,6 +169,14 @@ pub fn prune_debs(debs: &Path, used: &[PackageVersion], also: &str) -> Result<()
     Ok(())
 }
 
+/// Where bakes of this user with this cache of stages work meanwhile. It is gone when they end, unless they were killed.
+#[must_use]
+pub fn scratch_of(cache: &Path) -> PathBuf {
+    let uid = rustix::process::geteuid().as_raw();
+    let of = Digest::of(cache.to_string_lossy().as_bytes()).short(8);
+    std::env::temp_dir().join(format!("kiln-bake-{uid}-{of}"))
+}
+
 /// A directory that the ids of a user namespace can reach, which a home directory often is not.
 struct Scratch {
     path: PathBuf,
@@ -177,14 +185,8 @@ struct Scratch {
 impl Scratch {
     fn make(work: &Path, context: &RunContext<'_>) -> Result<Self, RootError> {
         let uid = rustix::process::geteuid();
-        let cache = work.parent().unwrap_or(work).to_string_lossy().into_owned();
-        let name = format!(
-            "kiln-bake-{}-{}",
-            uid.as_raw(),
-            Digest::of(cache.as_bytes()).short(8)
-        );
         let scratch = Self {
-            path: std::env::temp_dir().join(name),
+            path: scratch_of(work.parent().unwrap_or(work)),
         };
         match fs::symlink_metadata(&scratch.path) {
             Ok(meta) if !meta.is_dir() || meta.uid() != uid.as_raw() => {
