@@ -223,6 +223,10 @@ fn settings() {
         // Images whose user is not root may serve port 80, as under Docker.
         ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
         ("/proc/sys/fs/inotify/max_user_instances", "1024"),
+        // Its thread would wake up twice a second, in every clone for the first time.
+        ("/proc/sys/vm/compaction_proactiveness", "0"),
+        // Statistics that nobody reads need not be gathered every second.
+        ("/proc/sys/vm/stat_interval", "600"),
     ] {
         match fs::write(path, value) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

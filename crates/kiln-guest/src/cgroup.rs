@@ -124,16 +124,10 @@ impl Cgroup {
         self.wait("cgroup.events", "populated", 0, within).await
     }
 
-    /// Freezes it and waits until the kernel says so.
-    pub(crate) async fn freeze(&self, within: Duration) -> Result<(), SysError> {
-        self.write("cgroup.freeze", "1")?;
-        self.wait("cgroup.events", "frozen", 1, within).await
-    }
-
-    /// Lets it run.
-    pub(crate) async fn thaw(&self, within: Duration) -> Result<(), SysError> {
-        self.write("cgroup.freeze", "0")?;
-        self.wait("cgroup.events", "frozen", 0, within).await
+    /// Waits until the kernel says that everything in it is frozen, or that it is not.
+    pub(crate) async fn frozen(&self, frozen: bool, within: Duration) -> Result<(), SysError> {
+        let wanted = u64::from(frozen);
+        self.wait("cgroup.events", "frozen", wanted, within).await
     }
 
     /// Waits until a line `key value` has the wanted value.

@@ -76,12 +76,17 @@ impl Port {
     pub(crate) async fn connected(&self) {
         while !self.host_is_there() {
             let change = std::future::poll_fn(|cx| self.poll_change(cx));
-            let _looks_again = tokio::time::timeout(LOOK_AGAIN, change).await;
+            // A change that is no hang-up is a host: nothing more is asked.
+            if let Ok(Ok(flags)) = tokio::time::timeout(LOOK_AGAIN, change).await
+                && !flags.contains(epoll::EventFlags::HUP)
+            {
+                return;
+            }
         }
     }
 
-    /// Ready when the port changed since the last call that was not ready.
-    fn poll_change(&self, cx: &mut Cx<'_>) -> Poll<io::Result<()>> {
+    /// Ready when the port changed since the last call that was not ready; with what it is now.
+    fn poll_change(&self, cx: &mut Cx<'_>) -> Poll<io::Result<epoll::EventFlags>> {
         loop {
             let mut ready = ready!(self.changes.poll_read_ready(cx))?;
             let mut events = [const { std::mem::MaybeUninit::<epoll::Event>::uninit() }; 1];
@@ -90,8 +95,8 @@ impl Port {
                 tv_nsec: 0,
             };
             let (seen, _) = epoll::wait(ready.get_inner(), &mut events, Some(&now))?;
-            if !seen.is_empty() {
-                return Poll::Ready(Ok(()));
+            if let Some(event) = seen.first() {
+                return Poll::Ready(Ok(event.flags));
             }
             ready.clear_ready();
         }
@@ -114,7 +119,7 @@ impl AsyncRead for PortIo {
                     buf.advance(count);
                     return Poll::Ready(Ok(()));
                 }
-                Err(Errno::AGAIN) => ready!(self.0.poll_change(cx))?,
+                Err(Errno::AGAIN) => drop(ready!(self.0.poll_change(cx))?),
                 Err(Errno::INTR) => {}
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
@@ -126,7 +131,7 @@ impl AsyncWrite for PortIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Cx<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         loop {
             match rustix::io::write(&self.0.port, bytes) {
-                Err(Errno::AGAIN) => ready!(self.0.poll_change(cx))?,
+                Err(Errno::AGAIN) => drop(ready!(self.0.poll_change(cx))?),
                 Err(Errno::INTR) => {}
                 other => return Poll::Ready(other.map_err(io::Error::from)),
             }

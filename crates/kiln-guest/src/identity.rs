@@ -3,13 +3,15 @@
 //! The kernel's boot id is made when it is first read, and nothing here reads it: a clone's kernel never holds its
 //! template's, and what containers see in their own `/proc` is fresh as well. Over the machine's own one lies a file.
 //!
-//! A clone waits for this, on a processor that has not run any code yet. So [`prepare`] makes every file at boot, and
-//! [`take`] only writes into them.
+//! A clone waits for this, on a processor that has not run any code yet. So [`prepare`] makes every file at boot, [`Files`]
+//! keeps them open, and [`take`] only writes into them.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kiln_proto::msg::{GuestError, Identity, Reidentified};
@@ -18,7 +20,6 @@ use rustix::system::{sethostname, uname};
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
 use crate::error::{Context, SysError, invalid};
-use crate::orders;
 use crate::state::Guest;
 
 /// Bytes of entropy in a seed.
@@ -38,15 +39,86 @@ const MACHINE_ID: &str = "/etc/machine-id";
 const DBUS_MACHINE_ID: &str = "/var/lib/dbus/machine-id";
 const HOSTS: &str = "/etc/hosts";
 const HOSTNAME: &str = "/etc/hostname";
+/// The kernel's generator.
+const RANDOM: &str = "/dev/random";
 /// Longest host name.
 const HOSTNAME_MAX: usize = 63;
+/// Most bytes of one of the files.
+const TEXT_MAX: usize = 256;
 
-/// The boot id this machine was given, or made at boot.
-pub(crate) fn known_boot_id() -> String {
-    fs::read_to_string(OWN_BOOT_ID)
-        .unwrap_or_default()
-        .trim()
-        .to_owned()
+/// The files that hold the identity, open from boot on.
+#[derive(Debug)]
+pub(crate) struct Files {
+    own_boot_id: Kept,
+    /// The boot id as programs see it.
+    boot_id: File,
+    machine_id: Kept,
+    hosts: Kept,
+    hostname: Kept,
+    random: File,
+}
+
+/// A file that is written again as a whole.
+#[derive(Debug)]
+struct Kept {
+    file: File,
+    path: &'static str,
+    len: AtomicU64,
+}
+
+impl Kept {
+    fn open(path: &'static str) -> Result<Self, SysError> {
+        let what = || format!("open {path}");
+        let file = File::options().read(true).write(true).open(path);
+        let file = file.context(what)?;
+        let len = AtomicU64::new(file.metadata().context(what)?.len());
+        Ok(Self { file, path, len })
+    }
+
+    fn write(&self, text: &str) -> Result<(), SysError> {
+        let len = text.len() as u64;
+        let written = self.file.write_all_at(text.as_bytes(), 0).and_then(|()| {
+            match self.len.swap(len, Ordering::Relaxed) > len {
+                true => self.file.set_len(len),
+                false => Ok(()),
+            }
+        });
+        written.context(|| format!("write {}", self.path))
+    }
+
+    fn read(&self) -> Result<String, SysError> {
+        read(&self.file, self.path)
+    }
+}
+
+/// What a small file holds, without the white space around it.
+fn read(file: &File, path: &str) -> Result<String, SysError> {
+    let mut text = [0; TEXT_MAX];
+    let len = file
+        .read_at(&mut text, 0)
+        .context(|| format!("read {path}"))?;
+    Ok(String::from_utf8_lossy(&text[..len]).trim().to_owned())
+}
+
+impl Files {
+    /// Opens what [`prepare`] made.
+    pub(crate) fn open() -> Result<Self, SysError> {
+        let boot_id = File::open(BOOT_ID).context(|| format!("open {BOOT_ID}"))?;
+        let random = File::options().write(true).open(RANDOM);
+        Ok(Self {
+            own_boot_id: Kept::open(OWN_BOOT_ID)?,
+            boot_id,
+            machine_id: Kept::open(MACHINE_ID)?,
+            hosts: Kept::open(HOSTS)?,
+            hostname: Kept::open(HOSTNAME)?,
+            random: random.context(|| format!("open {RANDOM}"))?,
+        })
+    }
+
+    /// The boot id this machine was given, or made at boot.
+    pub(crate) fn known_boot_id(&self) -> String {
+        self.own_boot_id.read().unwrap_or_default()
+    }
 }
 
 /// Bytes of hexadecimal text of exactly that length.
@@ -62,11 +134,12 @@ fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _infallible = write!(text, "{byte:02x}");
-        text
-    })
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |value: u8| char::from(DIGITS[usize::from(value & 15)]);
+    bytes
+        .iter()
+        .flat_map(|byte| [digit(byte >> 4), digit(*byte)])
+        .collect()
 }
 
 fn is_uuid(text: &str) -> bool {
@@ -127,11 +200,7 @@ pub(crate) fn prepare(hostname: &str) -> Result<(), SysError> {
 
 /// Takes the identity. The workload is frozen.
 pub(crate) fn take(guest: &Guest, identity: &Identity) -> Result<Reidentified, GuestError> {
-    let ran = orders::usage(guest).saturating_sub(
-        guest
-            .frozen_usage
-            .load(std::sync::atomic::Ordering::Relaxed),
-    );
+    let ran = guest.freezer.used_since();
     let seed: [u8; SEED_LEN] =
         unhex(&identity.seed).ok_or_else(|| invalid("a seed has 64 hex digits"))?;
     if !is_uuid(&identity.boot_id) {
@@ -143,40 +212,50 @@ pub(crate) fn take(guest: &Guest, identity: &Identity) -> Result<Reidentified, G
     if !is_hostname(&identity.hostname) {
         return Err(invalid("the host name is no label of DNS"));
     }
-    Ok(apply(identity, &seed, ran)?)
+    Ok(apply(&guest.identity, identity, &seed, ran)?)
 }
 
-fn apply(identity: &Identity, seed: &[u8; SEED_LEN], ran: u64) -> Result<Reidentified, SysError> {
-    let (entropy_added, reseeded) = reseed(seed)?;
+fn apply(
+    files: &Files,
+    identity: &Identity,
+    seed: &[u8; SEED_LEN],
+    ran: u64,
+) -> Result<Reidentified, SysError> {
+    let (entropy_added, reseeded) = reseed(&files.random, seed);
     set_clock(identity.wall_unix_ns)?;
-    write(OWN_BOOT_ID, &format!("{}\n", identity.boot_id))?;
-    write(MACHINE_ID, &format!("{}\n", identity.machine_id))?;
+    let line = |text: &str| [text, "\n"].concat();
+    files.own_boot_id.write(&line(&identity.boot_id))?;
+    files.machine_id.write(&line(&identity.machine_id))?;
     sethostname(identity.hostname.as_bytes()).context(|| "set the host name".to_owned())?;
-    write(HOSTS, &hosts(&identity.hostname))?;
-    write(HOSTNAME, &format!("{}\n", identity.hostname))?;
+    files.hosts.write(&hosts(&identity.hostname))?;
+    files.hostname.write(&line(&identity.hostname))?;
     let sample = random()?;
-    let text = |path: &str| {
-        fs::read_to_string(path)
-            .map(|t| t.trim().to_owned())
-            .context(|| format!("read {path}"))
-    };
     Ok(Reidentified {
         entropy_added,
         reseeded,
         sample: hex(&sample),
         wall_unix_ns: wall_ns(),
-        boot_id: text(BOOT_ID)?,
-        machine_id: text(MACHINE_ID)?,
+        boot_id: read(&files.boot_id, BOOT_ID)?,
+        machine_id: files.machine_id.read()?,
         hostname: uname().nodename().to_string_lossy().into_owned(),
         workload_ran: ran,
     })
 }
 
+/// Bytes of the kernel's generator.
+#[expect(unsafe_code, reason = "getrandom(2)")]
 fn random() -> Result<[u8; SAMPLE_LEN], SysError> {
     let mut bytes = [0; SAMPLE_LEN];
-    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
-    read.context(|| "read random bytes".to_owned())?;
-    Ok(bytes)
+    // SAFETY: the buffer has the stated length and outlives the call.
+    let got =
+        unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_INSECURE) };
+    match usize::try_from(got) {
+        Ok(SAMPLE_LEN) => Ok(bytes),
+        _ => Err(SysError {
+            what: "read random bytes".to_owned(),
+            source: std::io::Error::last_os_error(),
+        }),
+    }
 }
 
 fn write(path: &str, text: &str) -> Result<(), SysError> {
@@ -185,7 +264,7 @@ fn write(path: &str, text: &str) -> Result<(), SysError> {
 
 /// Mixes the seed in with credit, then makes the kernel's generator use it. Credit alone does not.
 #[expect(unsafe_code, reason = "rustix has no ioctls of random(4)")]
-fn reseed(seed: &[u8; SEED_LEN]) -> Result<(bool, bool), SysError> {
+fn reseed(random: &File, seed: &[u8; SEED_LEN]) -> (bool, bool) {
     #[repr(C)]
     struct Pool {
         entropy_bits: libc::c_int,
@@ -198,13 +277,11 @@ fn reseed(seed: &[u8; SEED_LEN]) -> Result<(bool, bool), SysError> {
         len,
         seed: *seed,
     };
-    let random = File::options().write(true).open("/dev/random");
-    let random = random.context(|| "open /dev/random".to_owned())?;
     // SAFETY: the structure is rand_pool_info followed by `len` bytes and outlives the call.
     let added = unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const pool) } == 0;
     // SAFETY: this ioctl has no argument.
     let reseeded = unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) } == 0;
-    Ok((added, reseeded))
+    (added, reseeded)
 }
 
 fn wall_ns() -> u64 {

@@ -12,8 +12,6 @@ use crate::error::{SysError, chain, invalid};
 use crate::state::Guest;
 use crate::{buildkit, container, exec, identity, log, mounts, oci_wrapper, tree};
 
-/// How long freezing and thawing may take.
-const FREEZE_WAIT: Duration = Duration::from_secs(10);
 /// Memory that stays outside the workload: the kernel, the guest, its buffers.
 const MEMORY_RESERVE: u64 = 64 * 1024 * 1024;
 /// The reserve is at most this part of all memory.
@@ -28,11 +26,11 @@ pub(crate) async fn carry_out(guest: Arc<Guest>, order: Order) -> CallResult {
     match order {
         Order::Quiesce => quiesce(&guest).await.map(OrderReply::Quiesced),
         Order::Reidentify(identity) => {
-            freeze(&guest).await?;
+            guest.freezer.freeze().await?;
             identity::take(&guest, &identity).map(OrderReply::Reidentified)
         }
         Order::Thaw => {
-            guest.workload.thaw(FREEZE_WAIT).await?;
+            guest.freezer.thaw().await?;
             Ok(OrderReply::Done)
         }
         Order::SetLimits {
@@ -103,28 +101,13 @@ pub(crate) fn bound_workload(guest: &Guest, memory: u64, pids: u64) -> Result<()
         .limit_pids(if pids == 0 { PIDS_MAX } else { pids })
 }
 
-/// Freezes the workload and remembers how much it had run until then.
-async fn freeze(guest: &Guest) -> Result<(), SysError> {
-    if guest.is_frozen() {
-        return Ok(());
-    }
-    guest.workload.freeze(FREEZE_WAIT).await?;
-    guest.frozen_usage.store(usage(guest), Ordering::Relaxed);
-    Ok(())
-}
-
-/// CPU time of the workload, microseconds.
-pub(crate) fn usage(guest: &Guest) -> u64 {
-    guest.workload.value("cpu.stat", "usage_usec")
-}
-
 async fn quiesce(guest: &Arc<Guest>) -> Result<Quiesced, GuestError> {
     guest.prepared().await;
-    freeze(guest).await?;
+    guest.freezer.freeze().await?;
     let synced = tokio::task::spawn_blocking(rustix::fs::sync).await;
     synced.map_err(|error| invalid(error.to_string()))?;
     Ok(Quiesced {
-        frozen: guest.workload.value("cgroup.events", "frozen") == 1,
+        frozen: guest.freezer.kernel_says_frozen(),
         open_streams: guest.open_streams().saturating_sub(1),
         secret_issued: guest.secret_issued.load(Ordering::Relaxed),
         job_ran: guest.job_ran.load(Ordering::Relaxed),
@@ -136,14 +119,14 @@ async fn stats(guest: &Guest) -> MachineStats {
     MachineStats {
         memory_bytes: workload.number("memory.current"),
         memory_peak: workload.number("memory.peak"),
-        cpu_ms: usage(guest) / 1000,
+        cpu_ms: guest.freezer.used() / 1000,
         oom_kills: guest.memory.kills(workload),
         state_bytes_free: mounts::state_bytes_free(guest).await,
     }
 }
 
 async fn shut_down(guest: &Arc<Guest>) -> CallResult {
-    let _already = guest.workload.thaw(FREEZE_WAIT).await;
+    let _already = guest.freezer.thaw().await;
     if let Err(error) = buildkit::stop(guest).await {
         log::warn(&error.message);
     }

@@ -18,11 +18,11 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::task::JoinSet;
 
-use crate::cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::channel::{self, Port, PortIo};
 use crate::error::{Context, SysError, chain, invalid};
-use crate::state::Guest;
-use crate::{boot, exec, identity, log, memory, net, orders, tree, uevent};
+use crate::state::{Guest, WORKLOAD};
+use crate::{boot, exec, log, memory, net, orders, tree, uevent};
 
 /// Threads for work that blocks.
 const BLOCKING_THREADS_MAX: usize = 16;
@@ -49,8 +49,9 @@ pub(crate) fn run() -> Result<Infallible, SysError> {
 }
 
 async fn serve() -> Result<Infallible, SysError> {
-    let guest = Arc::new(Guest::new());
-    cgroup::set_up(&guest.workload)?;
+    let workload = Cgroup::at(WORKLOAD);
+    cgroup::set_up(&workload)?;
+    let guest = Arc::new(Guest::new(workload)?);
     orders::bound_workload(&guest, 0, 0)?;
     let reaping = Arc::clone(&guest);
     tokio::spawn(async move {
@@ -70,15 +71,17 @@ async fn serve() -> Result<Infallible, SysError> {
         "kiln-guest: ready {} ms after power-on",
         log::uptime_ms()
     ));
+    let features = guest.features();
     loop {
+        // Made before anybody waits for it: a template is taken while we wait for a host.
+        let boot_id = guest.identity.known_boot_id();
+        let hello = Hello::new(env!("CARGO_PKG_VERSION"), &boot_id, &features);
+        let hello = hello.prepare().map_err(|error| {
+            SysError::other("prepare the first word to the host", &chain(&error))
+        })?;
         port.connected().await;
-        let hello = Hello::new(
-            env!("CARGO_PKG_VERSION"),
-            &identity::known_boot_id(),
-            &guest.features(),
-        );
         let io = PortIo(Arc::clone(&port));
-        match Session::accept(io, hello, SessionLimits::default()).await {
+        match Session::accept_prepared(io, &hello, SessionLimits::default()).await {
             Ok((session, incoming)) => serve_session(&guest, session, incoming).await,
             Err(SessionError::TransportEnded) => {}
             Err(error) => {

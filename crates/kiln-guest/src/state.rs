@@ -8,11 +8,13 @@ use kiln_proto::msg::feature;
 use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
+use crate::error::SysError;
+use crate::freezer::Freezer;
 use crate::memory::Memory;
 use crate::mounts::Mounts;
 use crate::net::Net;
 use crate::reaper::Reaper;
-use crate::{buildkit, oci_wrapper};
+use crate::{buildkit, identity, oci_wrapper};
 
 /// Name of the workload's cgroup.
 pub(crate) const WORKLOAD: &str = "workload";
@@ -30,8 +32,10 @@ pub(crate) struct Guest {
     pub(crate) secret_issued: AtomicBool,
     /// A job's command ran in this machine.
     pub(crate) job_ran: AtomicBool,
-    /// CPU time of the workload when it was last frozen, microseconds.
-    pub(crate) frozen_usage: AtomicU64,
+    /// Freezes and thaws the workload.
+    pub(crate) freezer: Freezer,
+    /// The files that hold the identity.
+    pub(crate) identity: identity::Files,
     /// Disks that are mounted.
     pub(crate) mounts: tokio::sync::Mutex<Mounts>,
     /// BuildKit, when it was started.
@@ -44,22 +48,23 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// The state right after boot.
-    pub(crate) fn new() -> Self {
-        Self {
+    /// The state right after boot. The workload's cgroup exists.
+    pub(crate) fn new(workload: Cgroup) -> Result<Self, SysError> {
+        Ok(Self {
             reaper: Reaper::default(),
-            workload: Cgroup::at(WORKLOAD),
+            freezer: Freezer::open(&workload)?,
+            identity: identity::Files::open()?,
+            workload,
             memory: Memory::default(),
             secret_issued: AtomicBool::new(false),
             job_ran: AtomicBool::new(false),
-            frozen_usage: AtomicU64::new(0),
             mounts: tokio::sync::Mutex::default(),
             buildkit: tokio::sync::Mutex::default(),
             net: Net::default(),
             streams: AtomicU32::new(0),
             execs: AtomicU64::new(0),
             prepared: watch::channel(false).0,
-        }
+        })
     }
 
     /// A number for the next command.
@@ -91,7 +96,7 @@ impl Guest {
 
     /// True while the workload is frozen or being frozen.
     pub(crate) fn is_frozen(&self) -> bool {
-        self.workload.number("cgroup.freeze") == 1
+        self.freezer.is_frozen()
     }
 
     /// What this guest can do here.

@@ -58,6 +58,14 @@ pub enum HelloError {
     },
 }
 
+/// A [`Hello`] in the form in which it is sent. A guest that was just cloned has it ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PreparedHello {
+    pub(crate) body: Vec<u8>,
+    /// Lowest and highest generation.
+    pub(crate) generations: (u32, u32),
+}
+
 impl Hello {
     /// A Hello of this crate's generations.
     pub fn new(guest_version: &str, boot_id: &str, features: &[&str]) -> Self {
@@ -100,6 +108,17 @@ impl Hello {
             return Err(HelloError::TooLong { field: "features" });
         }
         Ok(body)
+    }
+
+    /// Makes it ready for [`crate::Session::accept_prepared`].
+    ///
+    /// # Errors
+    /// As [`Self::to_body`].
+    pub fn prepare(&self) -> Result<PreparedHello, HelloError> {
+        Ok(PreparedHello {
+            body: self.to_body()?,
+            generations: (self.generation_min, self.generation_max),
+        })
     }
 
     fn check(&self) -> Result<(), HelloError> {

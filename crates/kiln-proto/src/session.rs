@@ -23,7 +23,7 @@
 
 use crate::driver::{Driver, Opening};
 use crate::frame::{Frame, FrameBuffer};
-use crate::hello::{GENERATION_MAX, GENERATION_MIN, Hello, HelloError, negotiate};
+use crate::hello::{GENERATION_MAX, GENERATION_MIN, Hello, HelloError, PreparedHello, negotiate};
 use crate::mux::{CLOSE_NORMAL, Mux, OpenRefusal, ProtocolError, Role};
 use crate::preamble::{Preamble, RunScanner, Scan};
 use crate::stream::{Incoming, Stream};
@@ -53,6 +53,8 @@ pub const CLOSE_FLUSH: Duration = Duration::from_secs(1);
 pub const DISCARD_MAX: u64 = 64 * 1024 * 1024;
 /// Bytes read from the transport at once.
 pub const READ_BUFFER: usize = 256 * 1024;
+/// The same in a guest, which makes this buffer anew while its host waits.
+pub const GUEST_READ_BUFFER: usize = 128 * 1024;
 /// Pause between the first two runs of preambles; it doubles up to [`RUN_PAUSE_MAX`].
 pub const RUN_PAUSE: Duration = Duration::from_millis(20);
 /// Longest pause between two runs of preambles.
@@ -351,15 +353,30 @@ impl Session {
     /// [`SessionError::TransportEnded`] when `io` reads 0 before a host spoke, and the other
     /// [`SessionError`]s that name the guest; `io` is dropped then.
     pub async fn accept<T>(
-        mut io: T,
+        io: T,
         hello: Hello,
         limits: SessionLimits,
     ) -> Result<(Session, Incoming), SessionError>
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let body = hello.to_body().map_err(SessionError::Hello)?;
-        let mut input = FrameBuffer::new(READ_BUFFER);
+        let hello = hello.prepare().map_err(SessionError::Hello)?;
+        Self::accept_prepared(io, &hello, limits).await
+    }
+
+    /// As [`Self::accept`], with a hello that was made before.
+    ///
+    /// # Errors
+    /// As [`Self::accept`].
+    pub async fn accept_prepared<T>(
+        mut io: T,
+        hello: &PreparedHello,
+        limits: SessionLimits,
+    ) -> Result<(Session, Incoming), SessionError>
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let mut input = FrameBuffer::new(GUEST_READ_BUFFER);
         let mut scanner = RunScanner::default();
         let preamble = loop {
             match scanner.scan(input.rest()) {
@@ -379,8 +396,8 @@ impl Session {
             }
         };
         let mut output = preamble.echo().to_vec();
-        Frame::Hello(&body).encode_into(&mut output);
-        let ours = (hello.generation_min, hello.generation_max);
+        Frame::Hello(&hello.body).encode_into(&mut output);
+        let ours = hello.generations;
         let theirs = (preamble.generation_min, preamble.generation_max);
         let Some(generation) = negotiate(ours, theirs) else {
             // The host learns the guest's range from the same answer and says so.

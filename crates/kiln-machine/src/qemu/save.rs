@@ -10,7 +10,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_core::{ByteSize, DiskRole, MachineSpec};
 use rustix::fs::SeekFrom;
@@ -30,6 +30,14 @@ use crate::template::{self, DiskOrigin, TemplateError, first_difference};
 const SCHEMA: u32 = 2;
 /// Longest time in which device state (below a megabyte) is written.
 const SAVE_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a guest may take to come to rest after its host hung up; one that does not is saved as it is.
+const REST_DEADLINE: Duration = Duration::from_secs(3);
+/// Pause between two looks whether it did: nothing tells.
+const REST_LOOK: Duration = Duration::from_millis(200);
+/// At rest is whoever had the CPU for at most this part of the pause ...
+const REST_PART: u32 = 10;
+/// ... so many times in a row: a kernel's usual timers run within half a second.
+const REST_LOOKS: u32 = 3;
 /// Bytes of memory copied at once.
 const COPY_BYTES: usize = 1 << 20;
 /// A page of the guest.
@@ -74,6 +82,7 @@ pub(crate) async fn save(machine: &QemuMachine, target: &TemplateRef) -> Result<
         }
     }
     machine.hang_up();
+    come_to_rest(machine).await;
     write_state(machine, &target.dir.join(STATE_FILE)).await?;
     machine.status.set_reason(StopReason::Saved);
     // Quitting closes the disks in order; an answer may not come any more.
@@ -111,6 +120,31 @@ pub(crate) async fn save(machine: &QemuMachine, target: &TemplateRef) -> Result<
     written
         .await
         .unwrap_or_else(|error| Err(machine_error("write", &target.dir)(io::Error::other(error))))
+}
+
+/// Waits until the guest does nothing any more: what it still has to do when it is saved, every clone does before it hears its host.
+async fn come_to_rest(machine: &QemuMachine) {
+    let end = Instant::now() + REST_DEADLINE;
+    let (mut last, mut quiet) = (cpu_time(machine.body.pid), 0);
+    while let Some(before) = last
+        && quiet < REST_LOOKS
+        && Instant::now() < end
+    {
+        tokio::time::sleep(REST_LOOK).await;
+        last = cpu_time(machine.body.pid);
+        let rests = last.is_some_and(|now| now.saturating_sub(before) <= REST_LOOK / REST_PART);
+        quiet = if rests { quiet + 1 } else { 0 };
+    }
+}
+
+/// CPU time of all threads of a process (proc(5), `schedstat`).
+fn cpu_time(pid: u32) -> Option<Duration> {
+    let mut sum = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
+        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+        sum += text.split(' ').next()?.parse::<u64>().ok()?;
+    }
+    Some(Duration::from_nanos(sum))
 }
 
 async fn write_state(machine: &QemuMachine, path: &Path) -> Result<(), MachineError> {
