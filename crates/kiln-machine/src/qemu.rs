@@ -236,6 +236,7 @@ impl Driver for QemuDriver {
                 ("accelerator".to_owned(), accel.name().to_owned()),
                 ("guest-cpu".to_owned(), accel.cpu_model().to_owned()),
                 ("host-cpu".to_owned(), probe::host_cpu()),
+                ("clock".to_owned(), probe::clock_args(accel).join(" ")),
             ]
         })
     }

@@ -332,7 +332,9 @@ mod tests {
             let mut child = vmm(&dir.process_name());
             wait_ready(&mut child);
             match state {
-                "launching" => dir.set_launching(Path::new("/bin/sh")).expect("update"),
+                "launching" => dir
+                    .set_launching(Path::new("/bin/sh"), &[])
+                    .expect("update"),
                 "running" => dir.set_running(child.id()).expect("update"),
                 "damaged" => fs::write(dir.path("record.json"), "{").expect("write"),
                 _ => {}

@@ -24,7 +24,7 @@ use super::qmp::{Qmp, QmpError};
 use super::save::{self, SavedMachine};
 use super::status::{self, Migration, Status};
 use super::users::OwnUsers;
-use super::{CHANNEL_SOCKET, launch_error, spawn};
+use super::{CHANNEL_SOCKET, launch_error, probe, spawn};
 use crate::cgroup::{CgroupHost, Limits};
 use crate::driver::{CONSOLE_BYTES_MAX, LaunchError, MachineState, Start, StopReason};
 use crate::record::{MachineDir, RecordError};
@@ -133,7 +133,7 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
     };
     let wake = match incoming {
         Some(_) => Wake::Incoming,
-        None => boot(spec, user.is_some(), &mut inherit)?,
+        None => boot(spec, accel, user.is_some(), &mut inherit)?,
     };
     let (near, far) = sockets().map_err(launch_error("make sockets in", dir.dir()))?;
     let listener = listen(&dir_fd, &dir)?;
@@ -159,9 +159,10 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         listener.into(),
     ]);
     inherit.extend(sets.fds.into_iter().map(|(fd, _)| fd));
-    let procs = enter_group(host.cgroups, &dir, spec);
-    dir.set_launching(&host.program.path)
+    let groups = host.cgroups.paths_of(&dir.process_name());
+    dir.set_launching(&host.program.path, &groups)
         .map_err(record_error)?;
+    let procs = enter_group(host.cgroups, &dir, spec);
     let vmm = spawn::Vmm {
         program: host.program.path.clone(),
         args: arguments,
@@ -227,6 +228,7 @@ fn ram_of(memory: ByteSize, saved: Option<&SavedMachine>) -> Result<(OwnedFd, Ra
 
 fn boot(
     spec: &MachineSpec,
+    accel: Accel,
     other_user: bool,
     inherit: &mut Vec<OwnedFd>,
 ) -> Result<Wake, LaunchError> {
@@ -239,7 +241,14 @@ fn boot(
     Ok(Wake::Boot {
         kernel: open(&spec.boot.kernel)?,
         initrd: open(&spec.boot.initrd)?,
-        args: spec.boot.args.clone(),
+        args: spec
+            .boot
+            .args
+            .iter()
+            .map(String::as_str)
+            .chain(probe::clock_args(accel).iter().copied())
+            .map(str::to_owned)
+            .collect(),
     })
 }
 
@@ -280,19 +289,11 @@ fn enter_group(host: &CgroupHost, dir: &MachineDir, spec: &MachineSpec) -> Vec<O
     if host.version().is_none() {
         return Vec::new();
     }
-    let name = dir.process_name();
-    let paths = host.paths_of(&name);
-    let made = dir
-        .update(|record| record.cgroups = paths)
-        .map_err(|error| error.to_string());
     let limits = Limits::of_guest(spec.cpus, spec.memory);
-    let procs = made.and_then(|()| {
-        let group = host
-            .create(&name, &limits)
-            .map_err(|error| error.to_string())?;
-        group.open_procs().map_err(|error| error.to_string())
-    });
-    procs.unwrap_or_else(|why| {
+    let group = host.create(&dir.process_name(), &limits);
+    let procs = group.and_then(|group| group.open_procs());
+    procs.unwrap_or_else(|error| {
+        let why = error.to_string();
         tracing::warn!(machine = %dir.name(), why, "the machine runs without limits on the host");
         Vec::new()
     })

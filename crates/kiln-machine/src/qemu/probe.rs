@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 
+use super::argv::Accel;
 use super::{Program, QemuConfig};
 use crate::driver::{Accelerator, Check, CheckLevel};
 use crate::proc;
@@ -306,6 +307,24 @@ pub(crate) fn host_cpu() -> String {
         .filter(|line| wanted.iter().any(|name| line.starts_with(name)));
     let text: Vec<&str> = lines.collect();
     kiln_core::Digest::of(text.join("\n").as_bytes()).short(16)
+}
+
+/// Where the host says which clock it trusts.
+const HOST_CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+
+/// Words for the guest's kernel about its clock. An emulated CPU's time stamp counter is the host's: when the host trusts it, so may the
+/// guest. Left to itself the guest's kernel compares it with timer ticks that come late under emulation, gives it up, and from then
+/// on every look at the clock is a device access, and in programs a system call.
+pub(crate) fn clock_args(accel: Accel) -> &'static [&'static str] {
+    let host = fs::read_to_string(HOST_CLOCK).unwrap_or_default();
+    clock_args_on(accel, host.trim())
+}
+
+fn clock_args_on(accel: Accel, host_clock: &str) -> &'static [&'static str] {
+    match (accel, host_clock) {
+        (Accel::Tcg, "tsc") => &["tsc=reliable"],
+        _ => &[],
+    }
 }
 
 fn command(program: &Program) -> Command {

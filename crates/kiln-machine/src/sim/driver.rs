@@ -119,7 +119,7 @@ impl SimDriver {
         }
         let memory = make_memory(spec, start, dir.dir())?;
         self.config.reached(Phase::FilesMade);
-        dir.set_launching(Path::new(STAND_IN))
+        dir.set_launching(Path::new(STAND_IN), &[])
             .map_err(launch_error)?;
         self.config.reached(Phase::Launching);
         let stand_in = match self.config.stand_in {

@@ -254,3 +254,11 @@ fn the_probe_s_qemu_has_nothing_but_kvm() {
     );
     assert!(!text.contains("tcg"), "no silent fallback: {text}");
 }
+
+#[test]
+fn an_emulated_guest_trusts_the_counter_that_its_host_trusts() {
+    assert_eq!(clock_args_on(Accel::Tcg, "tsc"), ["tsc=reliable"]);
+    assert_eq!(clock_args_on(Accel::Tcg, "hpet"), [""; 0]);
+    assert_eq!(clock_args_on(Accel::Tcg, ""), [""; 0]);
+    assert_eq!(clock_args_on(Accel::Kvm { set: None }, "tsc"), [""; 0]);
+}
