@@ -2,8 +2,9 @@
 //!
 //! Every raw sample is kept in `<data>/bench/<unix time>.json`; the table is only a view of it. Nothing is warmed up in secret and no sample
 //! is dropped. Builds run as the user's own tenant, so its build cache moves on; their images are removed again. Read next:
-//! [`series`] (samples and promises), [`machines`] (clone, cold, many), [`builds`] (run, build), [`registry`].
+//! [`series`] (samples and promises), [`machines`] (clone, cold, many), [`builds`] (run, build), [`registry`], [`bake`].
 
+mod bake;
 mod builds;
 mod child;
 mod machines;
@@ -33,16 +34,18 @@ enum Name {
     Many,
     Build,
     Registry,
+    Bake,
 }
 
 impl Name {
-    const ALL: [(Self, &str); 6] = [
+    const ALL: [(Self, &str); 7] = [
         (Self::Clone, "clone"),
         (Self::Cold, "cold"),
         (Self::Run, "run"),
         (Self::Many, "many"),
         (Self::Build, "build"),
         (Self::Registry, "registry"),
+        (Self::Bake, "bake"),
     ];
 
     fn parse(word: &str) -> Result<Self> {
@@ -70,6 +73,10 @@ impl Name {
 struct Bench<'a> {
     operator: &'a Operator,
     samples: usize,
+    /// What `bake` bakes.
+    recipe: &'a Path,
+    /// The guest that `bake` puts into its image; else the one beside this program.
+    guest: Option<&'a Path>,
     work: &'a Path,
     screen: Screen,
     cancel: &'a CancellationToken,
@@ -113,6 +120,8 @@ pub(crate) async fn run(
     let bench = Bench {
         operator: &operator,
         samples: args.samples,
+        recipe: &args.recipe,
+        guest: args.guest.as_deref(),
         work: &work.dir,
         screen,
         cancel,
@@ -139,6 +148,7 @@ async fn all(bench: &Bench<'_>, names: &[Name], report: &mut Report) -> Result<(
             Name::Many => machines::many(bench, report).await?,
             Name::Build => builds::build(bench, report).await?,
             Name::Registry => registry::registry(bench, report).await?,
+            Name::Bake => bake::from_nothing(bench, report).await?,
         }
         report.save().or_infrastructure()?;
     }

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use kiln_core::FailureClass;
 use kiln_core::machine::BootSource;
-use kiln_core::{Digest, FailureClass};
-use kiln_image::bake::{MachineImages, VerifyDepth};
+use kiln_image::bake::{MachineImageManifest, MachineImages, VerifyDepth};
 
 use crate::failure::Failure;
 use crate::home::Home;
@@ -44,7 +44,7 @@ impl CurrentImage {
             .path(&manifest.name)
             .map_err(|error| Failure::infrastructure(&error))?;
         Ok(Self {
-            boot: boot_source(&dir, manifest.content),
+            boot: boot_source(&dir, &manifest),
             root: dir.join("root.img"),
             buildkit: manifest.buildkit_version,
             name: manifest.name,
@@ -53,11 +53,12 @@ impl CurrentImage {
     }
 }
 
-fn boot_source(dir: &Path, image: Digest) -> BootSource {
+fn boot_source(dir: &Path, manifest: &MachineImageManifest) -> BootSource {
+    let args = manifest.kernel_args.split_ascii_whitespace();
     BootSource {
         kernel: dir.join("kernel"),
         initrd: dir.join("initrd"),
-        args: Vec::new(),
-        image,
+        args: args.map(str::to_owned).collect(),
+        image: manifest.content,
     }
 }

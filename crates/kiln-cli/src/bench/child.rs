@@ -1,6 +1,6 @@
 //! A kiln command as a person would start it: a process of its own, timed from before its start to after its end.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::Path;
@@ -25,11 +25,24 @@ const WORDS_MAX: u64 = 2048;
 /// # Errors
 /// When it fails, with its last words.
 pub(super) async fn kiln(bench: &Bench<'_>, words: &[&OsStr]) -> Result<Duration> {
+    kiln_with(bench, words, &[]).await
+}
+
+/// As [`kiln`], with these variables in its environment.
+///
+/// # Errors
+/// As [`kiln`].
+pub(super) async fn kiln_with(
+    bench: &Bench<'_>,
+    words: &[&OsStr],
+    env: &[(&str, OsString)],
+) -> Result<Duration> {
     let path = bench.work.join("stderr");
     let stderr = fs::File::create(&path).or_infrastructure()?;
     let began = Instant::now();
     let mut child = Command::new(THIS_PROGRAM)
         .args(words)
+        .envs(env.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(stderr)

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use kiln_core::{ByteSize, Digest};
 use serde::{Deserialize, Serialize};
 
-use super::machine_image::BakeError;
+use super::machine_image::{BakeError, KERNEL_ARGS};
 use super::manifest::{FILE, FileDigest, MachineImageManifest, SCHEMA};
 use super::recipe::RecipeFiles;
 
@@ -267,7 +267,7 @@ impl MachineImages {
         self.show(&name)
     }
 
-    /// The newest image made from this recipe and this guest.
+    /// The newest image made from this recipe and this guest, for machines that boot as this kiln's do.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -277,9 +277,10 @@ impl MachineImages {
         guest: &Digest,
     ) -> Result<Option<MachineImageManifest>, ImagesError> {
         let images = self.list()?.into_iter().map(|image| image.manifest);
-        Ok(images
-            .into_iter()
-            .find(|image| image.recipe == *recipe && image.guest == *guest))
+        Ok(images.into_iter().find(|image| {
+            let inputs = (&image.recipe, &image.guest) == (recipe, guest);
+            inputs && image.kernel_args == KERNEL_ARGS
+        }))
     }
 
     /// The newest image made from these recipe files and this guest binary: when there is one, a bake would only
@@ -453,4 +454,4 @@ pub(super) fn replace_file(path: &Path, content: &[u8]) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -126,11 +126,11 @@ fn elf_interpreter(bytes: &[u8]) -> Option<bool> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// The head of an ELF with one segment of this type.
-    fn elf(segment: u32) -> Vec<u8> {
+    pub(in crate::bake) fn elf(segment: u32) -> Vec<u8> {
         let mut bytes = vec![0_u8; 64 + 56];
         bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
         bytes[18] = 62;

@@ -31,8 +31,8 @@ const STAGES_KEPT: usize = 2;
 /// How long decompressing one module may take.
 const XZ_DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
 /// What every machine boots with: no crypto self tests (-0.45 s under emulation), no patching of SMP
-/// instructions (-0.15 s), and a panic ends the machine.
-const KERNEL_ARGS: &str = "panic=-1 quiet loglevel=0 cryptomgr.notests noreplace-smp";
+/// instructions (-0.15 s), and a panic ends the machine, with its words on the console (level 0 would hide them).
+pub(super) const KERNEL_ARGS: &str = "panic=-1 quiet loglevel=1 cryptomgr.notests noreplace-smp";
 
 /// Why a machine image was not baked.
 #[derive(Debug, thiserror::Error)]
@@ -154,13 +154,22 @@ struct Stages {
     initrd: PathBuf,
 }
 
-/// Bakes, verifies, makes it current and removes old ones. An image with the same content is used as it is.
+/// Bakes, verifies, makes it current and removes old ones. An image with the same content is used as it is; without
+/// [`Updates::Take`] so is a sound one of the same recipe and guest, at once and without asking any archive.
 ///
 /// # Errors
 /// See [`BakeError`]; the current image is then what it was.
 pub fn bake_machine_image(bake: &MachineImageBake<'_>) -> Result<MachineImageManifest, BakeError> {
     let recipe = bake.files.image()?;
     read_guest(bake.guest)?;
+    if bake.updates == Updates::Leave
+        && let Some(image) = bake.images.find_for(bake.files, bake.guest)?
+        // A damaged one is baked again.
+        && let Ok(image) = bake.images.verify(&image.name, VerifyDepth::OncePerBoot)
+    {
+        bake.images.set_current(&image.name)?;
+        return Ok(image);
+    }
     let guest = digest_file(bake.guest).map_err(BakeError::io("read", bake.guest))?;
     let cache = StageCache::open(bake.cache, bake.progress, bake.cancel)?;
     let stages = run_stages(bake, &recipe, &guest, &cache)?;
@@ -501,3 +510,6 @@ pub(super) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(
     let written = bytes.and_then(|bytes| fs::write(path, bytes));
     written.map_err(BakeError::io("write", path))
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,7 @@
 use super::*;
 
 /// An image with one small file, as a bake would leave it.
-fn image(images: &MachineImages, seed: &str, baked_unix_s: u64) -> String {
+pub(in crate::bake) fn image(images: &MachineImages, seed: &str, baked_unix_s: u64) -> String {
     let content = Digest::of(seed.as_bytes());
     let name = format!("ci-{}", content.short(16));
     let directory = images.directory().join(&name);
@@ -18,7 +18,7 @@ fn image(images: &MachineImages, seed: &str, baked_unix_s: u64) -> String {
         guest: Digest::of(seed.as_bytes()),
         root_tree: Digest::of(b"root"),
         kernel_release: "6".to_owned(),
-        kernel_args: String::new(),
+        kernel_args: KERNEL_ARGS.to_owned(),
         modules: Vec::new(),
         buildkit_version: "v0".to_owned(),
         debian: "trixie/amd64".to_owned(),
