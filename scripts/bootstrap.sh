@@ -110,6 +110,8 @@ use_backports() {
   release=(-t bookworm-backports)
   [ -z "$scratch" ] || return 0
   local indexes site
+  # Without lists apt does not say where they come from.
+  apt_update
   indexes=$(apt-get indextargets --format '$(SITE)|$(RELEASE)' 'Created-By: Packages' 2>/dev/null || true)
   if grep -q '|bookworm-backports$' <<<"$indexes"; then return; fi
   site=$(sed -n 's/|bookworm$//p' <<<"$indexes" | head -n 1)
