@@ -8,6 +8,7 @@ mod checkout;
 mod disk_use;
 mod doctor;
 mod job;
+mod load;
 mod machine_image;
 mod meta;
 pub(crate) mod operator;

@@ -1,14 +1,12 @@
 //! Where a built image goes besides kiln's own registry: an archive file, a local engine, another registry.
 
 use std::path::PathBuf;
-use std::process::Stdio;
 
 use kiln_core::ImageRef;
 use kiln_store::image::{ArchiveFormat, Verify, export, verify};
 use kiln_store::registry::RepoName;
 use kiln_worker::build::BuildReport;
 use kiln_worker::failure::Failure;
-use tokio::io::AsyncWriteExt as _;
 use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
@@ -97,7 +95,7 @@ impl Output {
             screen.note(&format!("wrote {}", path.display()));
         }
         if args.load {
-            load(&registry.host, &repo, &image, &reference, screen).await?;
+            super::load::load(&registry.host, &repo, &image, &reference, screen).await?;
         }
         if let Some(target) = &args.push {
             let push = super::push::push(operator, &registry.host, &repo, &image, target, screen);
@@ -111,63 +109,4 @@ impl Output {
         }
         Ok(())
     }
-}
-
-/// Streams a docker-archive into `docker load` or `podman load`.
-async fn load(
-    registry: &kiln_store::HostRegistry,
-    repo: &RepoName,
-    image: &kiln_store::image::VerifiedImage,
-    reference: &ImageRef,
-    screen: Screen,
-) -> Result<()> {
-    let short = ImageRef {
-        repository: reference
-            .repository
-            .trim_start_matches("t/local/")
-            .to_owned(),
-        ..reference.clone()
-    };
-    for engine in ["docker", "podman"] {
-        let child = tokio::process::Command::new(engine)
-            .arg("load")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn();
-        let Ok(mut child) = child else { continue };
-        let mut stdin = child
-            .stdin
-            .take()
-            .ok_or_else(|| CliError::new(kiln_core::FailureClass::Infrastructure, "no pipe"))?;
-        let sent = export(
-            registry,
-            repo,
-            image,
-            std::slice::from_ref(&short),
-            ArchiveFormat::Docker,
-            &mut stdin,
-        )
-        .await;
-        let _closed = stdin.shutdown().await;
-        drop(stdin);
-        let output = child.wait_with_output().await.or_infrastructure()?;
-        if output.status.success() && sent.is_ok() {
-            screen.note(&format!("loaded {short} into {engine}"));
-            return Ok(());
-        }
-        let words: String = String::from_utf8_lossy(&output.stderr)
-            .chars()
-            .take(500)
-            .collect();
-        return Err(CliError::new(
-            kiln_core::FailureClass::Infrastructure,
-            format!("{engine} load failed: {}", words.trim()),
-        )
-        .hint("is the engine running?"));
-    }
-    Err(CliError::usage(
-        "--load: neither docker nor podman is installed",
-    ))
 }

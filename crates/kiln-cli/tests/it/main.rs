@@ -3,7 +3,9 @@
 //! `make test` names the program and a prepared home (`KILN_TEST_BIN`, `KILN_TEST_HOME`); without them these tests say that they
 //! are skipped, and fail when `KILN_TEST_REQUIRE_TOOLS=1`.
 
+mod apps;
 mod build;
+mod engines;
 mod faults;
 mod git;
 mod input;
