@@ -37,7 +37,7 @@ test: ## Set up, then run every check and test
 .PHONY: bench
 bench: setup ## Measure what PROMISES.md promises
 	$(KILN) setup --recipe machine-image --guest $(GUEST)
-	$(KILN) bench
+	$(KILN) bench --recipe machine-image --guest $(GUEST)
 
 .PHONY: uninstall
 uninstall: ## Remove what kiln keeps on this machine and the build output (system packages stay)

@@ -53,6 +53,7 @@ macro_rules! for_drivers {
             flood_and_stuck_reader = super::channel::flood_and_stuck_reader,
             half_close = super::channel::half_close,
             host_replaced_mid_output = super::channel::host_replaced_mid_output,
+            vmm_killed_while_saved = super::crash::vmm_killed_while_saved,
             reap_after_kill_9 = super::crash::reap_after_kill_9,
         ]);)*
     };

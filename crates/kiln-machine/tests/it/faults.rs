@@ -58,6 +58,39 @@ async fn the_end_of_guest_or_vmm_is_noticed_at_every_step() {
     }
 }
 
+/// The same for a clone, on its way to ready: from there on its life is that of any machine.
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_clone_is_noticed_at_every_step_of_its_start() {
+    let sim = Sim::new();
+    let template = sim.template().await;
+    for step in [Step::Boot, Step::Hello, Step::Reidentify, Step::Thaw] {
+        for trouble in [
+            Trouble::Stops(StopReason::GuestPanic),
+            Trouble::Stops(StopReason::VmmDied),
+            Trouble::Stops(StopReason::HostIo),
+            Trouble::Silent,
+        ] {
+            sim.driver.inject(Fault::At(step, trouble.clone()));
+            let start = Start::Template(template.template.clone());
+            let spec = sim.spec("clone");
+            let started = bring_up::start(&sim.driver, &spec, &start, DEADLINES).await;
+            let error = started.expect_err("it did not live");
+            let what = format!("{step:?} {trouble:?}: {error:?}");
+            match (&trouble, &error) {
+                (Trouble::Stops(reason), BringUpError::Stopped { reason: told, .. }) => {
+                    assert_eq!(reason, told, "{what}");
+                }
+                (Trouble::Silent, BringUpError::Hello { .. } | BringUpError::Order { .. }) => {}
+                _ => panic!("{what}"),
+            }
+            assert_eq!(error.class(), FailureClass::Infrastructure, "{what}");
+            let again = !matches!(trouble, Trouble::Stops(StopReason::HostIo));
+            assert_eq!(error.is_worth_a_retry(), again, "{what}");
+            sim.assert_nothing_left();
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_silent_guest_is_given_up_at_every_step() {
     for step in Step::ALL {

@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kiln_machine::driver::TemplateRef;
 use kiln_machine::sim::{Phase, SimConfig};
+use kiln_machine::template::MakeError;
 
 use super::under_test::UnderTest;
 use crate::child::{Role, say, wait_to_be_killed};
@@ -86,6 +88,45 @@ pub(crate) async fn reap_after_kill_9(test: &UnderTest) {
         sim_phases(test).await;
     }
     test.destroy(&*live).await;
+}
+
+/// A VMM that is killed while its machine becomes a template: an error, no template, nothing left.
+pub(crate) async fn vmm_killed_while_saved(test: &UnderTest) {
+    for early in [true, false] {
+        let spec = test.spec("saved");
+        let (machine, host) = test.boot_spec(&spec).await;
+        let key = test.template_key(&spec, "killed").await;
+        let make = async |target: TemplateRef| {
+            host.quiesce().await.expect("quiesced");
+            if early {
+                test.kill_vmm(&*machine);
+                return machine.into_template(&target).await;
+            }
+            // Saving waits for the guest to rest first; a simulated one is saved at once, or dies at once.
+            let (saved, ()) = tokio::join!(machine.into_template(&target), async {
+                tokio::task::yield_now().await;
+                if !machine.state().is_terminal() {
+                    test.kill_vmm(&*machine);
+                }
+            });
+            saved
+        };
+        let store = test.templates();
+        let made = store.get_or_make(&key, &|_| {}, make).await;
+        if test.kind == "qemu" || early {
+            assert!(matches!(made, Err(MakeError::Make(_))), "{made:?}");
+        }
+        drop(made);
+        let end = Instant::now() + test.deadline;
+        while !machine.state().is_terminal() {
+            assert!(Instant::now() < end, "its end was not noticed");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        test.destroy(&*machine).await;
+        if test.kind == "qemu" {
+            assert_eq!(store.list().expect("listed"), []);
+        }
+    }
 }
 
 /// The simulated driver stops exactly at each of its phases.
