@@ -7,7 +7,7 @@ use kiln_core::job::{ImageBuild, TrustClass};
 use kiln_core::{
     Digest, ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, Receipt, TenantName, Verdict,
 };
-use kiln_image::context::{self, Tree};
+use kiln_image::context::{self, ContextError, Tree};
 use kiln_image::plan::{Options, Plan};
 use kiln_network::registries::Runtime;
 use kiln_store::records::NewRecord;
@@ -36,6 +36,7 @@ pub(super) async fn run(args: BuildArgs, screen: Screen, cancel: CancellationTok
         .config
         .limits(&args.limits, true, super::host_cpus())?;
     let secrets = source::secrets(&args.secrets)?;
+    let ssh_agents = source::ssh_agents(&args.ssh)?;
     let source = source::parse(&args.source)?;
     let file = args.file.as_deref();
     let local =
@@ -65,6 +66,7 @@ pub(super) async fn run(args: BuildArgs, screen: Screen, cancel: CancellationTok
         tree: Arc::new(prepared.tree),
         git: local.git(),
         secrets,
+        ssh_agents,
         ca_bundle: operator.ca_bundle()?,
         step_env: operator.step_env(&prepared.runtimes),
         exceptions: operator.exceptions(),
@@ -240,8 +242,17 @@ fn planned(args: &BuildArgs, operator: &Operator, dir: &Path) -> Result<(Plan, T
         &extra,
         context::Limits::default(),
     )
-    .map_err(|error| CliError::usage(crate::error::chain(&error)))?;
+    .map_err(source_error)?;
     Ok((plan, tree))
+}
+
+/// A folder that cannot be a source: whose fault, and what to do.
+fn source_error(error: ContextError) -> CliError {
+    let told = CliError::new(error.class(), crate::error::chain(&error));
+    match error.hint() {
+        Some(hint) => told.hint(hint),
+        None => told,
+    }
 }
 
 /// What the command line says besides the folder.
@@ -266,8 +277,7 @@ impl Prepared {
         plan: &Plan,
         tree: Tree,
     ) -> Result<Self> {
-        let packed =
-            context::digest(&tree).map_err(|error| CliError::usage(crate::error::chain(&error)))?;
+        let packed = context::digest(&tree).map_err(source_error)?;
         let runtimes: Vec<Runtime> = Runtime::ALL
             .into_iter()
             .filter(|runtime| plan.registries.iter().any(|name| name == runtime.name()))

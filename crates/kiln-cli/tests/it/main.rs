@@ -3,14 +3,23 @@
 //! `make test` names the program and a prepared home (`KILN_TEST_BIN`, `KILN_TEST_HOME`); without them these tests say that they
 //! are skipped, and fail when `KILN_TEST_REQUIRE_TOOLS=1`.
 
+mod annex;
 mod apps;
 mod build;
 mod engines;
 mod faults;
+mod faults_disk;
+mod faults_host;
+mod faults_kill;
+mod faults_large;
+mod faults_rot;
 mod git;
 mod input;
 mod ordinary_user;
 mod push;
+mod registry;
+mod room;
 mod run;
+mod ssh;
 mod support;
 mod terminal;

@@ -247,3 +247,39 @@ fn a_file_that_changes_while_it_is_read_ends_the_stream() {
     let error = pack(&tree(dir.path(), None), &mut Grow(dir.path())).expect_err("changed");
     assert!(matches!(error, ContextError::Changed { path } if path == "z"));
 }
+
+/// The most memory this process ever took, in KiB.
+fn high_water() -> u64 {
+    let text = fs::read_to_string("/proc/self/status").expect("status");
+    let line = text.lines().find(|line| line.starts_with("VmHWM:"));
+    let number = line.and_then(|line| line.split_ascii_whitespace().nth(1));
+    number
+        .and_then(|number| number.parse().ok())
+        .expect("VmHWM")
+}
+
+#[test]
+fn gigabytes_and_hundreds_of_thousands_of_files_stream_in_constant_memory() {
+    let dir = tempfile::tempdir_in("/dev/shm")
+        .or_else(|_| tempfile::tempdir())
+        .expect("temp dir");
+    let one = dir.path().join("one");
+    fs::write(&one, "x").expect("write");
+    for number in 0..400_000 {
+        let folder = dir.path().join(format!("d{}", number / 1000));
+        if number % 1000 == 0 {
+            fs::create_dir(&folder).expect("folder");
+        }
+        fs::hard_link(&one, folder.join(number.to_string())).expect("link");
+    }
+    let large = fs::File::create(dir.path().join("large")).expect("create");
+    large.set_len(3 << 30).expect("holes");
+    let before = high_water();
+    let packed = pack(&tree(dir.path(), None), &mut std::io::sink()).expect("packed");
+    assert_eq!(
+        (packed.entries, packed.bytes),
+        (400_402, (3 << 30) + 400_001)
+    );
+    let grown = high_water() - before;
+    assert!(grown < 64 * 1024, "{grown} KiB");
+}

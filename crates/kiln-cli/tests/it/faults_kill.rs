@@ -1,0 +1,154 @@
+//! kill -9 of kiln and of QEMU, and the death of a guest, on real machines. All phases are killed on `sim` in kiln-machine and
+//! kiln-worker; here is one of each.
+
+use std::io::Read as _;
+use std::process::{Command, Stdio};
+
+use crate::annex::Annex;
+use crate::support::{Started, app, path, until};
+
+/// A run that has said it started.
+fn started(annex: &Annex) -> Started {
+    let mut running = annex.start(&["run", "--", "sh", "-c", "echo started; sleep 600"]);
+    let mut first = [0; 8];
+    let stdout = running.child.stdout.as_mut().expect("piped");
+    stdout.read_exact(&mut first).expect("started");
+    running
+}
+
+fn kill(pid: u32) {
+    let killed = Command::new("kill").args(["-9", &pid.to_string()]).status();
+    assert!(killed.expect("kill runs").success());
+}
+
+#[test]
+fn kill_9_of_kiln_leaves_nothing_once_the_next_command_ran() {
+    let Some(annex) = Annex::open() else { return };
+    let running = started(&annex);
+    assert_eq!(annex.vmms().len(), 1);
+    running.signal("KILL");
+    running.end();
+    annex.run(&["run", "--", "true"]).exits(0);
+    annex.is_well();
+}
+
+#[test]
+fn kill_9_of_kiln_in_a_build_leaves_nothing_once_the_next_command_ran() {
+    let Some(annex) = Annex::open() else { return };
+    let building = build_that_hangs(&annex);
+    building.signal("KILL");
+    building.end();
+    // A command that touches no machine reaps none.
+    annex
+        .run(&[
+            "plan",
+            path(&crate::support::root().join("examples/node-express")),
+        ])
+        .exits(0);
+    annex.run(&["run", "--", "true"]).exits(0);
+    annex.is_well();
+}
+
+#[test]
+fn kill_9_of_kiln_while_it_makes_a_template_leaves_nothing_and_the_next_one_makes_it() {
+    let Some(mut annex) = Annex::open() else {
+        return;
+    };
+    let templates = annex.without("templates");
+    let args = ["run", "--cpus", "1", "--memory", "512M", "--", "true"];
+    let making = annex.start(&args);
+    until("a machine that becomes a template", || {
+        (!annex.vmms().is_empty()).then_some(())
+    });
+    making.signal("KILL");
+    making.end();
+    annex.run(&args).exits(0);
+    let names: Vec<String> = std::fs::read_dir(&templates)
+        .expect("list")
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| !name.starts_with(".make"))
+        .collect();
+    assert_eq!(
+        names.len(),
+        1,
+        "one whole template and no part of another: {names:?}"
+    );
+    annex.is_clear();
+}
+
+#[test]
+fn kill_9_of_the_vmm_is_infrastructure_and_not_a_hang() {
+    let Some(annex) = Annex::open() else { return };
+    let running = started(&annex);
+    kill(annex.vmms()[0]);
+    running.end().exits(3).says("QEMU ended unexpectedly");
+    annex.is_well();
+}
+
+#[test]
+fn kill_9_of_the_vmm_in_a_build_is_infrastructure_and_not_a_hang() {
+    let Some(annex) = Annex::open() else { return };
+    let building = build_that_hangs(&annex);
+    kill(annex.vmms()[0]);
+    building.end().exits(3).says("QEMU ended unexpectedly");
+    annex.is_well();
+}
+
+#[test]
+fn a_guest_whose_kernel_panics_is_a_guest_fault() {
+    let Some(annex) = Annex::open() else { return };
+    let crash = "echo c > /proc/sysrq-trigger; sleep 60";
+    annex
+        .run(&["run", "--", "sh", "-c", crash])
+        .exits(5)
+        .says("the kernel inside the machine panicked")
+        .says("Kernel panic");
+    annex.is_well();
+}
+
+#[test]
+fn a_guest_that_powers_off_by_itself_is_a_guest_fault() {
+    let Some(annex) = Annex::open() else { return };
+    let off = "echo o > /proc/sysrq-trigger; sleep 60";
+    annex
+        .run(&["run", "--", "sh", "-c", off])
+        .exits(5)
+        .says("powered itself off");
+    annex.is_well();
+}
+
+/// A build that is in the middle of its step.
+fn build_that_hangs(annex: &Annex) -> Started {
+    let text = "FROM registry.kiln.internal/shared/python:3.13-run\nUSER root\nRUN echo in the step; sleep 600\n";
+    let dir = app(&[("Dockerfile", text)]);
+    let mut command = annex.command(&[
+        "build",
+        path(dir.path()),
+        "--tag",
+        "it-killed",
+        "--no-cache",
+    ]);
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut building = Started {
+        child: child.expect("kiln starts"),
+    };
+    // Read to the step's words, byte by byte: the rest stays for the end.
+    let mut words = Vec::new();
+    let stderr = building.child.stderr.as_mut().expect("piped");
+    for byte in stderr.bytes() {
+        words.push(byte.expect("read"));
+        if words.ends_with(b"| in the step\n") {
+            break;
+        }
+    }
+    assert!(
+        words.ends_with(b"| in the step\n"),
+        "{}",
+        String::from_utf8_lossy(&words)
+    );
+    building
+}
