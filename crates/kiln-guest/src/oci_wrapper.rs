@@ -1,8 +1,8 @@
 //! Stands between BuildKit and runc: what every RUN step gets besides what its Dockerfile says.
 //!
 //! BuildKit calls `kiln-runc run --bundle DIR ...`; this program adds to `DIR/config.json` (OCI runtime specification,
-//! `config.md`) the operator's certificates, the environment the host ordered, and a bound on memory; then it becomes
-//! runc. Certificates appear at a path below `/dev`, a tmpfs that is in no layer: the layer's diff shows nothing of them.
+//! `config.md`) the operator's certificates, the environment the host ordered, and a bound on memory, and takes away
+//! BuildKit's own telemetry; then it becomes runc. Certificates appear at a path below `/dev`, a tmpfs that is in no layer: the layer's diff shows nothing of them.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -38,6 +38,17 @@ const CA_VARIABLES: [&str; 7] = [
     "GIT_SSL_CAINFO",
     "CARGO_HTTP_CAINFO",
 ];
+
+/// BuildKit's own telemetry as it shows in every step. No Dockerfile asks for it, and nobody listens.
+const TELEMETRY_SOCKET: &str = "/dev/otel-grpc.sock";
+/// Variables that come with that socket, with the values that are BuildKit's.
+const TELEMETRY: [&str; 3] = [
+    "OTEL_TRACES_EXPORTER=otlp",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=unix:///dev/otel-grpc.sock",
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL=grpc",
+];
+/// Variables that name the step in BuildKit's traces, anew each time.
+const TRACE_CONTEXT: [&str; 2] = ["TRACEPARENT=", "TRACESTATE="];
 
 /// What every step gets.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -132,8 +143,27 @@ pub(crate) fn add_certificates(config: &mut Value, bundle: &str) {
     }
 }
 
+/// Takes away what BuildKit adds for itself, so that a step sees what its Dockerfile says.
+fn remove_telemetry(config: &mut Value) {
+    let is_socket =
+        |mount: &Value| mount.get("destination").and_then(Value::as_str) == Some(TELEMETRY_SOCKET);
+    let mounts = config.get_mut("mounts").and_then(Value::as_array_mut);
+    let Some(mounts) = mounts.filter(|mounts| mounts.iter().any(is_socket)) else {
+        return;
+    };
+    mounts.retain(|mount| !is_socket(mount));
+    let env = config.pointer_mut("/process/env");
+    if let Some(env) = env.and_then(Value::as_array_mut) {
+        env.retain(|item| {
+            let text = item.as_str().unwrap_or_default();
+            !TELEMETRY.contains(&text) && !TRACE_CONTEXT.iter().any(|name| text.starts_with(name))
+        });
+    }
+}
+
 /// Changes a step's configuration.
 fn edit(config: &mut Value, settings: &Settings, certificates: Option<&str>) {
+    remove_telemetry(config);
     if let Some(bundle) = certificates {
         add_certificates(config, bundle);
     }
@@ -228,6 +258,27 @@ mod tests {
         let once = config.clone();
         edit(&mut config, &settings, Some("/run/ca.pem"));
         assert_eq!(config, once, "twice is once");
+    }
+
+    #[test]
+    fn a_step_sees_nothing_of_buildkits_telemetry() {
+        let mut config = config();
+        let plain = config.clone();
+        edit(&mut config, &Settings::default(), None);
+        let expected = config.clone();
+        let mut traced = plain;
+        let env = traced["process"]["env"].as_array_mut().unwrap();
+        env.extend(TELEMETRY.map(|item| json!(item)));
+        env.push(json!("TRACEPARENT=00-1bdc-fed7-01"));
+        let mounts = traced["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({ "destination": TELEMETRY_SOCKET, "type": "bind" }));
+        edit(&mut traced, &Settings::default(), None);
+        assert_eq!(traced, expected);
+        // What an image says of its own telemetry stays.
+        let own = json!(["OTEL_TRACES_EXPORTER=otlp", "TRACEPARENT=mine"]);
+        traced["process"]["env"] = own.clone();
+        edit(&mut traced, &Settings::default(), None);
+        assert_eq!(traced["process"]["env"], own);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod bridge;
 mod extract;
 mod pack;
+mod reader;
 mod walk;
 
 use std::fs::{self, DirBuilder, File, Permissions};

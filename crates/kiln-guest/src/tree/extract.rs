@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kiln_proto::msg::{GuestError, GuestErrorCode};
@@ -15,8 +15,9 @@ use rustix::fs::{
     utimensat,
 };
 use rustix::io::Errno;
-use tar::{Archive, Entry, EntryType};
+use tar::EntryType;
 
+use super::reader::{Entry, Reader};
 use super::walk::{Links, TreePath, Walker, remove_all, remove_children, shown};
 use crate::error::{Context, failure};
 
@@ -129,15 +130,9 @@ pub(super) fn extract(
         directories: Vec::new(),
         buffer: vec![0; COPY_BUFFER],
     };
-    {
-        let mut archive = Archive::new(&mut source);
-        for entry in archive
-            .entries()
-            .context(|| "read the archive".to_owned())?
-        {
-            let mut entry = entry.context(|| "read the archive".to_owned())?;
-            extractor.entry(&mut entry)?;
-        }
+    let mut reader = Reader::new(&mut source);
+    while let Some(entry) = reader.next().context(|| "read the archive".to_owned())? {
+        extractor.entry(&entry, &mut reader)?;
     }
     extractor.finish()?;
     // Tar pads its end; the sender may still be writing that.
@@ -163,11 +158,7 @@ impl Extractor {
         self.rules.content == Content::Layer
     }
 
-    fn entry<R: Read>(&mut self, entry: &mut Entry<'_, R>) -> Result<(), GuestError> {
-        let kind = entry.header().entry_type();
-        if matches!(kind, EntryType::XGlobalHeader) {
-            return Ok(());
-        }
+    fn entry(&mut self, entry: &Entry, content: &mut dyn Read) -> Result<(), GuestError> {
         self.counts.entries += 1;
         if self.counts.entries > self.rules.entries_max {
             return Err(limit(format!(
@@ -175,65 +166,49 @@ impl Extractor {
                 self.rules.entries_max
             )));
         }
-        let raw = entry.path_bytes().into_owned();
-        let path = TreePath::parse(&raw, self.is_layer())?;
-        let meta = self.meta(entry, &raw)?;
+        let raw = &entry.path[..];
+        let path = TreePath::parse(raw, self.is_layer())?;
+        let meta = self.meta(entry)?;
         let Some((parent, name)) = path.split() else {
-            return self.root_entry(kind, &meta, &raw);
+            return self.root_entry(entry.kind, &meta, raw);
         };
         if self.is_layer() {
             if let Some(hidden) = name.strip_prefix(WHITEOUT) {
-                return self.whiteout(parent, name, hidden, &raw);
+                return self.whiteout(parent, name, hidden, raw);
             }
             self.remember(&path);
         }
-        match kind {
-            EntryType::Directory => self.directory(&path, meta, &raw),
+        match entry.kind {
+            EntryType::Directory => self.directory(&path, meta, raw),
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                self.file(entry, parent, name, &meta, &raw)
+                self.file(entry, content, parent, name, &meta)
             }
-            EntryType::Symlink => {
-                let target = entry
-                    .link_name_bytes()
-                    .map(|t| t.into_owned())
-                    .unwrap_or_default();
-                self.symlink(parent, name, &target, &meta, &raw)
-            }
-            EntryType::Link => {
-                let target = entry
-                    .link_name_bytes()
-                    .map(|t| t.into_owned())
-                    .unwrap_or_default();
-                self.hard_link(parent, name, &target, &raw)
-            }
+            EntryType::Symlink => self.symlink(parent, name, &entry.link, &meta, raw),
+            EntryType::Link => self.hard_link(parent, name, &entry.link, raw),
             EntryType::Char | EntryType::Block | EntryType::Fifo if self.is_layer() => {
-                let major = entry.header().device_major().ok().flatten().unwrap_or(0);
-                let minor = entry.header().device_minor().ok().flatten().unwrap_or(0);
-                self.node(kind, (major, minor), parent, name, &meta, &raw)
+                let major = entry.header.device_major().ok().flatten().unwrap_or(0);
+                let minor = entry.header.device_minor().ok().flatten().unwrap_or(0);
+                self.node(entry.kind, (major, minor), parent, name, &meta, raw)
             }
             other => {
-                let message = format!("{}: entries of type {other:?} are refused", shown(&raw));
+                let message = format!("{}: entries of type {other:?} are refused", shown(raw));
                 Err(failure(GuestErrorCode::Invalid, message))
             }
         }
     }
 
-    fn meta<R: Read>(&self, entry: &mut Entry<'_, R>, raw: &[u8]) -> Result<Meta, GuestError> {
-        let extras = self.extras(entry, raw)?;
-        let header = entry.header();
-        let wrong = |error: io::Error| system(error, "read the header of", raw);
+    fn meta(&self, entry: &Entry) -> Result<Meta, GuestError> {
+        let extras = self.extras(entry)?;
         let id = |value: u64| u32::try_from(value).unwrap_or(u32::MAX - 1);
-        let bits = header.mode().map_err(wrong)?;
+        let bits = entry.header.mode();
+        let bits = bits.map_err(|e| system(e, "read the header of", &entry.path))?;
         let time = extras.time.unwrap_or_else(|| Timespec {
-            tv_sec: i64::try_from(header.mtime().unwrap_or(0)).unwrap_or(0),
+            tv_sec: i64::try_from(entry.header.mtime().unwrap_or(0)).unwrap_or(0),
             tv_nsec: 0,
         });
-        let owner = if self.is_layer() {
-            let (uid, gid) = (header.uid().map_err(wrong)?, header.gid().map_err(wrong)?);
-            Some((Uid::from_raw(id(uid)), Gid::from_raw(id(gid))))
-        } else {
-            None
-        };
+        let owner = self
+            .is_layer()
+            .then(|| (Uid::from_raw(id(entry.uid)), Gid::from_raw(id(entry.gid))));
         Ok(Meta {
             mode: Mode::from_raw_mode(bits & 0o7777),
             owner,
@@ -245,26 +220,25 @@ impl Extractor {
         })
     }
 
-    /// Reads the PAX headers of an entry as far as the header proper does not say it.
-    fn extras<R: Read>(&self, entry: &mut Entry<'_, R>, raw: &[u8]) -> Result<Extras, GuestError> {
+    /// Reads the PAX headers of an entry as far as nobody else does.
+    fn extras(&self, entry: &Entry) -> Result<Extras, GuestError> {
         let mut extras = Extras::default();
-        let extensions = entry
-            .pax_extensions()
-            .map_err(|e| system(e, "read the headers of", raw))?;
-        for extension in extensions.into_iter().flatten().flatten() {
-            let Ok(key) = extension.key() else { continue };
-            let value = extension.value_bytes();
+        for (key, value) in &entry.records {
+            let Ok(key) = std::str::from_utf8(key) else {
+                continue;
+            };
             if key == MTIME {
                 extras.time = pax_time(value);
             } else if key.starts_with(SPARSE) {
-                let message = format!("{}: sparse files in PAX form are refused", shown(raw));
+                let path = shown(&entry.path);
+                let message = format!("{path}: sparse files in PAX form are refused");
                 return Err(failure(GuestErrorCode::Invalid, message));
             } else if let Some(name) = key.strip_prefix(XATTR)
                 && self.is_layer()
                 && value.len() <= XATTR_MAX
                 && !name.starts_with("trusted.overlay.")
             {
-                extras.xattrs.push((name.to_owned(), value.to_vec()));
+                extras.xattrs.push((name.to_owned(), value.clone()));
             }
         }
         Ok(extras)
@@ -367,14 +341,15 @@ impl Extractor {
         Ok(())
     }
 
-    fn file<R: Read>(
+    fn file(
         &mut self,
-        entry: &mut Entry<'_, R>,
+        entry: &Entry,
+        content: &mut dyn Read,
         parent: &[Vec<u8>],
         name: &[u8],
         meta: &Meta,
-        raw: &[u8],
     ) -> Result<(), GuestError> {
+        let raw = &entry.path[..];
         let at = self.walker.open(parent, true)?;
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -387,12 +362,29 @@ impl Extractor {
             other => other,
         };
         let mut file = File::from(fd.map_err(|e| system(e, "make", raw))?);
+        match &entry.sparse {
+            None => self.copy(content, &mut file, raw)?,
+            Some(sparse) => {
+                for (offset, len) in &sparse.pieces {
+                    let at = file.seek(SeekFrom::Start(*offset));
+                    at.map_err(|e| system(e, "write", raw))?;
+                    self.copy(&mut content.take(*len), &mut file, raw)?;
+                }
+                let whole = file.set_len(sparse.size);
+                whole.map_err(|e| system(e, "write", raw))?;
+            }
+        }
+        apply(file.as_fd(), meta).map_err(|e| system(e, "set up", raw))?;
+        futimens(&file, &meta.times).map_err(|e| system(e, "set the times of", raw))
+    }
+
+    fn copy(&mut self, from: &mut dyn Read, to: &mut File, raw: &[u8]) -> Result<(), GuestError> {
         loop {
-            let count = entry
+            let count = from
                 .read(&mut self.buffer)
                 .map_err(|e| system(e, "receive", raw))?;
             if count == 0 {
-                break;
+                return Ok(());
             }
             self.counts.bytes += count as u64;
             if self.counts.bytes > self.rules.bytes_max {
@@ -401,11 +393,9 @@ impl Extractor {
                     self.rules.bytes_max
                 )));
             }
-            file.write_all(&self.buffer[..count])
+            to.write_all(&self.buffer[..count])
                 .map_err(|e| system(e, "write", raw))?;
         }
-        apply(file.as_fd(), meta).map_err(|e| system(e, "set up", raw))?;
-        futimens(&file, &meta.times).map_err(|e| system(e, "set the times of", raw))
     }
 
     fn symlink(

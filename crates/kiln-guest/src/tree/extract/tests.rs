@@ -398,7 +398,7 @@ fn pax_headers_carry_long_names_times_and_attributes() {
     let mut pax: Vec<(&str, &[u8])> = vec![
         ("path", name.as_bytes()),
         ("mtime", b"1700000000.25"),
-        (&xattr, b"a=b"),
+        (&xattr, b"a=\n\0b"),
     ];
     let capability = format!("{XATTR}security.capability");
     // cap_net_bind_service=ep, as setcap(8) writes it.
@@ -427,7 +427,7 @@ fn pax_headers_carry_long_names_times_and_attributes() {
     assert_eq!(fs::symlink_metadata(&link).unwrap().mtime(), 1_000_000_000);
     let mut room = [0; 64];
     match rustix::fs::getxattr(&path, "user.kiln", &mut room) {
-        Ok(len) => assert_eq!(&room[..len], b"a=b"),
+        Ok(len) => assert_eq!(&room[..len], b"a=\n\0b"),
         Err(error) => assert_eq!(error, Errno::OPNOTSUPP),
     }
     if is_root {
