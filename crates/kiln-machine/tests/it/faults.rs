@@ -70,7 +70,7 @@ async fn the_end_of_a_clone_is_noticed_at_every_step_of_its_start() {
             Trouble::Stops(StopReason::HostIo),
             Trouble::Silent,
         ] {
-            sim.driver.inject(Fault::At(step, trouble.clone()));
+            sim.driver.inject(Fault::At(step, trouble));
             let start = Start::Template(template.template.clone());
             let spec = sim.spec("clone");
             let started = bring_up::start(&sim.driver, &spec, &start, DEADLINES).await;
