@@ -95,13 +95,17 @@ pub fn make_root(
 }
 
 fn program(spec: &RootSpec<'_>, apt: &HostApt, scratch: &Path, hook: &Path, tar: &Path) -> Program {
-    let mode = if rustix::process::geteuid().is_root() {
-        "root"
-    } else {
-        "unshare"
-    };
     let debs = spec.debs.display();
-    let mut program = Program::new("mmdebstrap", DEADLINE)
+    // As root mmdebstrap mounts proc, sys and dev where the whole host sees them; in a mount namespace of its own they are
+    // gone with it, also when it is killed. A container without the right to that may still do without mounts.
+    let (program, mode) = if rustix::process::geteuid().is_root() {
+        let alone = "if unshare --mount true 2>/dev/null; then exec unshare --mount -- \"$@\"; fi; exec \"$@\"";
+        let shell = Program::new("sh", DEADLINE);
+        (shell.args(["-c", alone, "sh", "mmdebstrap"]), "root")
+    } else {
+        (Program::new("mmdebstrap", DEADLINE), "unshare")
+    };
+    let mut program = program
         .env("TMPDIR", scratch)
         .env("SOURCE_DATE_EPOCH", super::tree::MTIME.to_string())
         .arg(format!("--mode={mode}"))
