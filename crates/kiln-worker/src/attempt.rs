@@ -217,13 +217,21 @@ impl Attempt {
         };
         if let Purpose::Build { head } = &wanted.purpose
             && !attempt.build_ready
+            && let Err(failure) = attempt.take_head(host, head).await
         {
-            if attempt.template.is_some() {
-                attempt.machine.attach_disk(&state_disk(host, head)).await?;
-            }
-            attempt.mount(DiskRole::State, false, false).await?;
+            let explained = attempt.explain(failure).await;
+            attempt.destroy(events).await;
+            return Err(explained);
         }
         Ok(attempt)
+    }
+
+    /// Plugs a fork of the head in, where the machine does not have it yet, and mounts it.
+    async fn take_head(&self, host: &Host, head: &Head) -> Result<(), Failure> {
+        if self.template.is_some() {
+            self.machine.attach_disk(&state_disk(host, head)).await?;
+        }
+        self.mount(DiskRole::State, false, false).await
     }
 
     /// Mounts a disk of the machine.
