@@ -19,8 +19,8 @@ use crate::life::put;
 
 /// Bytes of the disk that becomes full.
 const FULL: ByteSize = ByteSize::mib(24);
-/// For what a small group's processes do.
-const SOON: Duration = Duration::from_secs(30);
+/// For what a few processes do, emulated on a busy host.
+const SOON: Duration = Duration::from_secs(120);
 
 /// The child's part: a home on a disk of [`FULL`] bytes that it alone sees.
 pub(crate) fn play_full_disk(home: &Path) {
@@ -115,7 +115,7 @@ pub(crate) fn play_cgroup_v2() {
     }
     let token = "0123456789abcdef0123456789abcdef";
     let limits = Limits {
-        cpu_milli: 500,
+        cpu_milli: 2500,
         memory_max: ByteSize::mib(24),
         pids_max: 8,
     };
@@ -125,7 +125,7 @@ pub(crate) fn play_cgroup_v2() {
         panic!("version 2 has one hierarchy: {:?}", group.dirs());
     };
     for (file, want) in [
-        ("cpu.max", "50000 100000"),
+        ("cpu.max", "250000 100000"),
         ("memory.max", "25165824"),
         ("memory.oom.group", "1"),
         ("pids.max", "8"),
