@@ -241,7 +241,8 @@ impl Manager {
         match self.kind {
             Kind::Npm => npm_cache(),
             Kind::Pnpm => cache("pnpm", PNPM_STORE),
-            Kind::Yarn1 => cache("yarn1", YARN1_CACHE),
+            // Two installs at a time break each other's cache.
+            Kind::Yarn1 => cache("yarn1", YARN1_CACHE) + ",sharing=locked",
             Kind::Berry => cache("yarn", "/root/.yarn/berry"),
         }
     }
