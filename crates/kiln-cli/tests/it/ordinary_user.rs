@@ -242,7 +242,7 @@ fn an_ordinary_user_sets_up_builds_runs_and_uninstalls() {
         .flatten()
     {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if ["buildkit-", "bases-", "debs-"]
+        if ["buildkit-", "bases-", "debs-", ".archives-bases-"]
             .iter()
             .any(|kind| name.starts_with(kind))
         {
