@@ -187,6 +187,17 @@ async fn a_full_disk_is_told_and_leaves_nothing() -> Result<()> {
         assert_eq!(pushed.status(), StatusCode::CREATED, "{step}");
         assert_eq!(room.store.scrub()?.corrupt, []);
     }
+    // A disk that takes no writes at all: said in words.
+    let room = Room::with(StoreConfig {
+        fault: Some(Arc::new(|at| match at {
+            "create" => Err(std::io::ErrorKind::ReadOnlyFilesystem.into()),
+            _ => Ok(()),
+        })),
+        ..StoreConfig::default()
+    })?;
+    let refused = room.operator().await?.push_blob("a", b"layer").await?;
+    assert_eq!(refused.status(), StatusCode::INTERNAL_SERVER_ERROR);
+    assert!(String::from_utf8_lossy(refused.body()).contains("read-only"));
     // The bound on free space, before any byte is written.
     let room = Room::with(StoreConfig {
         free_bytes_min: u64::MAX,

@@ -60,8 +60,9 @@ fn bases(operator: &Operator) -> Check {
             );
         }
     };
-    let ready =
-        |base: &&kiln_image::bases::Base| base.build.digest.is_some() && base.run.digest.is_some();
+    let ready = |base: &&kiln_image::bases::Base| {
+        kiln_image::bases::is_own(&base.build) && kiln_image::bases::is_own(&base.run)
+    };
     let (there, missing): (Vec<_>, Vec<_>) = all.bases.iter().partition(ready);
     let words = |bases: &[&kiln_image::bases::Base]| {
         bases
@@ -75,7 +76,7 @@ fn bases(operator: &Operator) -> Check {
         false => fail(
             "bases",
             format!("not made yet: {}", words(&missing)),
-            "run `kiln setup` once; builds need them",
+            "run `kiln setup` once; builds need them (`kiln bases pull`: those of other registries)",
         ),
     }
 }

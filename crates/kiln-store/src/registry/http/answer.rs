@@ -93,6 +93,11 @@ pub(crate) fn store_error(failure: &StoreError) -> Response {
     let (status, code) = failure.status_and_code();
     let message = match failure {
         StoreError::Lease(why) => format!("{failure}: {why}"),
+        StoreError::Io { source, .. }
+            if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem =>
+        {
+            "the registry's file system is read-only".to_owned()
+        }
         StoreError::Io { what, .. } => format!("the registry's host failed to {what} a file"),
         _ => failure.to_string(),
     };
