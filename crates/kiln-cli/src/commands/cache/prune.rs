@@ -334,7 +334,10 @@ fn summary(removed: &[Removed]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kiln_core::Digest;
     use kiln_image::heads::Candidate;
+    use kiln_machine::driver::TemplateRef;
+    use kiln_machine::template::{Held, Purpose, TEMPLATE_FORMAT, TemplateKey, TemplateStore};
     use serde_json::json;
 
     fn operator(root: &Path) -> Operator {
@@ -391,5 +394,62 @@ mod tests {
         assert!(heads.current("local").expect("reads").is_none());
         assert_eq!(heads.list().expect("lists"), [shared]);
         assert_eq!(names_below(&operator.home.heads()), 1);
+    }
+
+    /// A template of a megabyte.
+    async fn template(store: &TemplateStore, name: &str) -> Held {
+        let key = TemplateKey {
+            format: TEMPLATE_FORMAT,
+            purpose: Purpose::Run,
+            preparation: name.to_owned(),
+            machine_image: Digest::of(b"image"),
+            boot_args: Vec::new(),
+            host: Vec::new(),
+            cpus: 1,
+            memory: ByteSize::mib(512),
+            disks: Vec::new(),
+            heads: Vec::new(),
+        };
+        let fill = |at: TemplateRef| async move { fs::write(at.dir.join("ram"), vec![7; 1 << 20]) };
+        store.get_or_make(&key, &|_| {}, fill).await.expect("made")
+    }
+
+    #[tokio::test]
+    async fn over_the_budget_the_least_recently_used_templates_go_unless_they_are_used() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let mut operator = operator(dir.path());
+        let root = operator.home.data.join("templates");
+        let store = TemplateStore::open(&root).expect("open");
+        let ids = |store: &TemplateStore| -> Vec<String> {
+            let listed = store.list().expect("list").into_iter();
+            listed.map(|one| one.id).collect()
+        };
+        let old = template(&store, "old").await;
+        let new = template(&store, "new").await;
+        let hour_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+        fs::File::open(old.template.dir.join("lock"))
+            .and_then(|lock| lock.set_modified(hour_ago))
+            .expect("older");
+        drop(old);
+        let all = budgeted(&survey(&operator).await.expect("looks"));
+        assert!(all > 2 << 20, "{all}");
+        operator.config.cache.budget.0 = ByteSize(all);
+        let quiet = Screen::new(true);
+        assert!(fit(&operator, quiet).await.expect("fits").is_empty());
+        operator.config.cache.budget.0 = ByteSize(all - 1);
+        let removed = fit(&operator, quiet).await.expect("fits");
+        assert_eq!(
+            (removed[0].what, removed[0].count),
+            ("templates over budget", 1)
+        );
+        assert!(removed[0].bytes >= 1 << 20);
+        assert_eq!(ids(&store), [new.template.key.clone()]);
+        // What a machine uses stays, however small the budget is.
+        operator.config.cache.budget.0 = ByteSize(0);
+        fit(&operator, quiet).await.expect("fits");
+        assert_eq!(ids(&store).len(), 1);
+        drop(new);
+        fit(&operator, quiet).await.expect("fits");
+        assert_eq!(ids(&store), [""; 0]);
     }
 }
