@@ -242,13 +242,13 @@ fn planned(args: &BuildArgs, operator: &Operator, dir: &Path) -> Result<(Plan, T
         &extra,
         context::Limits::default(),
     )
-    .map_err(source_error)?;
+    .map_err(|error| source_error(&error))?;
     Ok((plan, tree))
 }
 
 /// A folder that cannot be a source: whose fault, and what to do.
-fn source_error(error: ContextError) -> CliError {
-    let told = CliError::new(error.class(), crate::error::chain(&error));
+fn source_error(error: &ContextError) -> CliError {
+    let told = CliError::new(error.class(), crate::error::chain(error));
     match error.hint() {
         Some(hint) => told.hint(hint),
         None => told,
@@ -277,7 +277,7 @@ impl Prepared {
         plan: &Plan,
         tree: Tree,
     ) -> Result<Self> {
-        let packed = context::digest(&tree).map_err(source_error)?;
+        let packed = context::digest(&tree).map_err(|error| source_error(&error))?;
         let runtimes: Vec<Runtime> = Runtime::ALL
             .into_iter()
             .filter(|runtime| plan.registries.iter().any(|name| name == runtime.name()))
