@@ -443,7 +443,7 @@ mod tests {
             ("templates over budget", 1)
         );
         assert!(removed[0].bytes >= 1 << 20);
-        assert_eq!(ids(&store), [new.template.key.clone()]);
+        assert_eq!(ids(&store), std::slice::from_ref(&new.template.key));
         // What a machine uses stays, however small the budget is.
         operator.config.cache.budget.0 = ByteSize(0);
         fit(&operator, quiet).await.expect("fits");
