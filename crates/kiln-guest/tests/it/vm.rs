@@ -136,7 +136,7 @@ impl Vm {
             .unwrap();
         let log = std::env::var("KILN_TEST_LOG").unwrap_or_else(|_| "info".to_owned());
         let append = format!(
-            "console=ttyS0 panic=-1 quiet loglevel=0 cryptomgr.notests noreplace-smp maxcpus=1 kiln.log={log}"
+            "console=ttyS0 panic=-1 quiet loglevel=0 cryptomgr.notests noreplace-smp no_timer_check maxcpus=1 kiln.log={log}"
         );
         let mut qemu = Command::new("qemu-system-x86_64");
         qemu.args([
