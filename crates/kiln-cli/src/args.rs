@@ -111,6 +111,9 @@ pub(crate) struct BuildArgs {
     /// Secret for RUN --mount=type=secret: id=NAME,src=FILE or id=NAME,env=VARIABLE
     #[arg(long = "secret", value_name = "SPEC")]
     pub secrets: Vec<String>,
+    /// SSH agent for RUN --mount=type=ssh: ID, with the agent of SSH_AUTH_SOCK, or ID=SOCKET
+    #[arg(long = "ssh", value_name = "ID[=SOCKET]")]
+    pub ssh: Vec<String>,
     /// Also let the build reach this host
     #[arg(long = "allow", value_name = "HOST[:PORTS]")]
     pub allow: Vec<AllowRule>,

@@ -12,6 +12,7 @@ mod dns;
 mod names;
 mod relay;
 mod resolver;
+mod ssh_agent;
 mod steer;
 
 use std::net::Ipv4Addr;
@@ -70,5 +71,6 @@ pub(crate) fn start(guest: &Arc<Guest>) -> Result<(), SysError> {
     route.add_local(NETWORK, PREFIX)?;
     relay::start(guest)?;
     resolver::start(guest)?;
+    ssh_agent::start(guest)?;
     identity::replace("/etc/resolv.conf", RESOLV_CONF)
 }

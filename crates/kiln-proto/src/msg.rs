@@ -34,6 +34,9 @@ pub mod kind {
     pub const RESOLVE: u8 = 65;
     /// Guest to host. Empty payload; a sequence of [`super::GuestEvent`] messages for as long as the session lives.
     pub const EVENTS: u8 = 66;
+    /// Guest to host. Payload [`super::SshAgent`]; then raw bytes of the SSH agent protocol. The host resets the stream when
+    /// the job offers no agent in that place.
+    pub const SSH_AGENT: u8 = 67;
 }
 
 /// Tags of chunks on an [`kind::EXEC`] stream.
@@ -458,6 +461,22 @@ pub enum ConnectReply {
         /// One sentence.
         reason: String,
     },
+}
+
+/// Places for SSH agents in a machine.
+pub const SSH_AGENTS_MAX: u8 = 4;
+
+/// Where the guest offers the agent of a place, once BuildKit asks for it. No step sees this path.
+#[must_use]
+pub fn ssh_agent_socket(place: u8) -> String {
+    format!("/run/kiln/ssh/{place}.sock")
+}
+
+/// The guest passes on a connection to an SSH agent.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SshAgent {
+    /// Which of them, below [`SSH_AGENTS_MAX`].
+    pub place: u8,
 }
 
 /// The guest asks whether a name exists.

@@ -4,6 +4,7 @@
 //! What BuildKit says of itself is shown and bounded; what is believed is read back from the registry.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +38,7 @@ use crate::registry::RegistryAccess;
 use crate::repeat::{self, EarlierResult, Results, Surroundings};
 use crate::solve::Solve;
 use crate::solve_failure;
+use crate::ssh_agent::SshAgents;
 use crate::templates::Purpose;
 
 /// Longest time to send the source.
@@ -62,6 +64,8 @@ pub struct BuildInput {
     pub git: Option<GitCommit>,
     /// Secrets by id.
     pub secrets: Vec<(String, Vec<u8>)>,
+    /// Sockets of SSH agents on the host, by id.
+    pub ssh_agents: Vec<(String, PathBuf)>,
     /// The operator's CA bundle, if builds get one.
     pub ca_bundle: Option<Vec<u8>>,
     /// Environment of RUN steps: registry settings of the runtime's tools.
@@ -379,6 +383,7 @@ impl Job<'_> {
     ) -> Result<(Published, Solve), Failure> {
         let session = &attempt.session;
         self.provide_settings(session).await?;
+        attempt.services.lend(self.ssh_agents());
         if !attempt.build_ready {
             buildkit::start(session).await?;
         }
@@ -498,6 +503,10 @@ impl Job<'_> {
         }
     }
 
+    fn ssh_agents(&self) -> SshAgents {
+        SshAgents::new(self.input.ssh_agents.clone())
+    }
+
     fn buildctl(&self, paths: &TreePaths) -> Vec<String> {
         let mut argv = buildkit::command(&paths.context, &paths.dockerfile);
         let mut add = |words: String| argv.push(words);
@@ -509,6 +518,9 @@ impl Job<'_> {
         }
         for (id, _) in &self.input.secrets {
             add(format!("--secret=id={id},src=/run/kiln/secrets/{id}"));
+        }
+        for (id, socket) in self.ssh_agents().in_machine() {
+            add(format!("--ssh={id}={socket}"));
         }
         if self.build.no_cache {
             add("--no-cache".to_owned());

@@ -27,6 +27,7 @@ pub mod services;
 pub mod setup;
 pub mod solve;
 pub mod solve_failure;
+pub mod ssh_agent;
 pub mod templates;
 pub mod unpack;
 pub mod warm;

@@ -3,18 +3,19 @@
 //! Everything arrives on streams the guest opens; each is served by its own task, bounded in number by the
 //! session's limits. A question that breaks the protocol is counted and answered with a reset; the worker ends the job.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use kiln_network::gateway::Gateway;
 use kiln_proto::codec;
-use kiln_proto::msg::{Connect, ConnectReply, GuestEvent, Resolve, ResolveReply, kind};
+use kiln_proto::msg::{Connect, ConnectReply, GuestEvent, Resolve, ResolveReply, SshAgent, kind};
 use kiln_proto::{Inbound, Incoming, Stream};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::event::Events;
+use crate::ssh_agent::SshAgents;
 
 /// Most bytes of one guest event.
 const EVENT_BYTES_MAX: usize = 16 * 1024;
@@ -22,6 +23,8 @@ const EVENT_BYTES_MAX: usize = 16 * 1024;
 const GUEST_LOG_LINES_MAX: u64 = 500;
 /// Reset code for a stream that makes no sense.
 const RESET_PROTOCOL: u16 = 16;
+/// Reset code for a connection to an SSH agent that there is not, or that broke.
+const RESET_NO_AGENT: u16 = 17;
 
 /// Serves one machine's guest until its session ends.
 #[derive(Debug)]
@@ -31,6 +34,7 @@ pub struct Services {
     log_lines: AtomicU64,
     oom_kills: watch::Sender<u64>,
     fault: watch::Sender<Option<String>>,
+    ssh_agents: OnceLock<SshAgents>,
 }
 
 impl Services {
@@ -43,6 +47,7 @@ impl Services {
             log_lines: AtomicU64::new(0),
             oom_kills: watch::Sender::new(0),
             fault: watch::Sender::new(None),
+            ssh_agents: OnceLock::new(),
         })
     }
 
@@ -50,6 +55,11 @@ impl Services {
     #[must_use]
     pub fn gateway(&self) -> &Gateway {
         &self.gateway
+    }
+
+    /// Lends SSH agents to this machine, once; without this there are none.
+    pub fn lend(&self, agents: SshAgents) {
+        let _lent_already = self.ssh_agents.set(agents);
     }
 
     /// Processes the guest's kernel killed for memory, as the guest tells it.
@@ -91,6 +101,10 @@ impl Services {
                 Err(error) => self.broken(stream, &format!("a name question: {error}")),
             },
             kind::EVENTS => self.guest_events(stream).await,
+            kind::SSH_AGENT => match serde_json::from_slice::<SshAgent>(&payload) {
+                Ok(asked) => self.ssh_agent(&asked, stream).await,
+                Err(error) => self.broken(stream, &format!("an agent request: {error}")),
+            },
             other => self.broken(stream, &format!("a stream of unknown kind {other}")),
         }
     }
@@ -110,6 +124,22 @@ impl Services {
                 if codec::write_msg(&mut stream, &reply).await.is_ok() {
                     let _gone = stream.shutdown().await;
                 }
+            }
+        }
+    }
+
+    async fn ssh_agent(&self, asked: &SshAgent, mut stream: Stream) {
+        let served = match self.ssh_agents.get() {
+            Some(agents) => agents.serve(asked.place, &mut stream).await,
+            None => Err(std::io::ErrorKind::NotFound.into()),
+        };
+        match served {
+            Ok(()) => {
+                let _gone = stream.shutdown().await;
+            }
+            Err(error) => {
+                tracing::debug!(place = asked.place, %error, "no connection to an SSH agent");
+                stream.reset(RESET_NO_AGENT, "no SSH agent");
             }
         }
     }

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use kiln_worker::ssh_agent::SshAgents;
+
 use crate::environment;
 use crate::error::{CliError, Result};
 
@@ -122,6 +124,48 @@ pub(crate) fn secrets(words: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
     Ok(secrets)
 }
 
+/// `ID` or `ID=SOCKET`.
+///
+/// # Errors
+/// When a word is malformed, or there is no agent where it says.
+pub(crate) fn ssh_agents(words: &[String]) -> Result<Vec<(String, PathBuf)>> {
+    let mut agents: Vec<(String, PathBuf)> = Vec::new();
+    for word in words {
+        let usage = |why: &str| {
+            CliError::usage(format!("--ssh {word:?}: {why}"))
+                .hint("write --ssh default (with ssh-agent running) or --ssh ID=SOCKET")
+        };
+        let (id, socket) = match word.split_once('=') {
+            Some((id, socket)) => (id, socket.to_owned()),
+            None => {
+                let socket = environment::var("SSH_AUTH_SOCK");
+                (
+                    word.as_str(),
+                    socket.ok_or_else(|| usage("SSH_AUTH_SOCK is not set"))?,
+                )
+            }
+        };
+        let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+        if id.is_empty() || id.len() > 128 || !id.bytes().all(legal) {
+            return Err(usage("ids are letters, digits, '-', '_' and '.'"));
+        }
+        if agents.iter().any(|(seen, _)| seen == id) {
+            return Err(usage("this id is given twice"));
+        }
+        if agents.len() == SshAgents::MAX {
+            return Err(usage(&format!(
+                "a build has at most {} agents",
+                SshAgents::MAX
+            )));
+        }
+        // Said now and not by a step: nobody listens there, or it is a key file.
+        std::os::unix::net::UnixStream::connect(&socket)
+            .map_err(|error| usage(&format!("no agent answers at {socket:?}: {error}")))?;
+        agents.push((id.to_owned(), PathBuf::from(socket)));
+    }
+    Ok(agents)
+}
+
 fn read_secret(path: &str) -> std::result::Result<Vec<u8>, String> {
     use std::io::Read as _;
     let file =
@@ -179,6 +223,20 @@ mod tests {
             assert!(secrets(&[bad.to_owned()]).is_err(), "{bad}");
         }
         assert!(secrets(&[word.clone(), word]).is_err());
+    }
+
+    #[test]
+    fn ssh_agents_answer() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let socket = dir.path().join("agent");
+        let _listens = std::os::unix::net::UnixListener::bind(&socket).expect("binds");
+        let word = format!("default={}", socket.display());
+        let found = ssh_agents(std::slice::from_ref(&word)).expect("valid");
+        assert_eq!(found, [("default".to_owned(), socket)]);
+        for bad in ["default=/dev/null", "default=/nowhere", "=x", "a b=x"] {
+            assert!(ssh_agents(&[bad.to_owned()]).is_err(), "{bad}");
+        }
+        assert!(ssh_agents(&[word.clone(), word]).is_err());
     }
 
     #[test]
