@@ -102,6 +102,9 @@ impl FromStr for AllowRule {
         if text.parse::<Ipv6Addr>().is_ok() {
             return Err(ParseRuleError::Address(text.to_owned()));
         }
+        if text.contains("://") {
+            return Err(ParseRuleError::Host(text.chars().take(260).collect()));
+        }
         let (host, ports) = text.split_once(':').unwrap_or((text, ""));
         let bad_ports = || ParseRuleError::Ports(ports.chars().take(120).collect());
         if text.contains(':') && ports.is_empty() {

@@ -244,7 +244,7 @@ async fn find(registry: &RegistryAccess, full: &ImageRef) -> Result<(RepoName, V
             })?;
     let missing = || {
         CliError::usage(format!("there is no image {full} here"))
-            .hint("`kiln registry list` shows what there is; `kiln build` makes one")
+            .hint("`kiln registry list` shows what there is; `kiln build` makes one; images of other registries are not fetched")
     };
     let digest = match (&full.digest, &full.tag) {
         (Some(digest), _) => *digest,
@@ -325,7 +325,7 @@ async fn listen(words: &[String]) -> Result<Vec<(TcpListener, u16)>> {
             CliError::usage(format!(
                 "--publish {word}: could not listen on {address}: {error}"
             ))
-            .hint("is another program using the port?")
+            .hint("another program may use it: name another port before the colon, for example 8081:3000")
         })?;
         listeners.push((listener, guest));
     }

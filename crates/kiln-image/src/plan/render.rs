@@ -50,7 +50,11 @@ pub fn render(plan: &Plan) -> String {
         row("static site", &site.folder, None);
     }
     if let Some(port) = plan.port {
-        row("port", &format!("{port} (PORT changes it)"), None);
+        let text = match plan.dockerfile_path {
+            None => format!("{port} (PORT changes it)"),
+            Some(_) => port.to_string(),
+        };
+        row("port", &text, None);
     }
     for base in &plan.bases {
         let text = match base.reference.digest.is_some() {
