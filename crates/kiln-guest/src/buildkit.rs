@@ -26,7 +26,7 @@ use crate::error::{Context, SysError, chain, failure, invalid};
 use crate::oci_wrapper::{self, Settings};
 use crate::reaper::Ended;
 use crate::state::{Guest, WORKLOAD};
-use crate::{exec, log, mounts, tool, tree};
+use crate::{exec, log, mounts, solve_client, tool, tree};
 
 /// The daemon in the root disk.
 pub(crate) const DAEMON: &str = "/usr/local/bin/buildkitd";
@@ -163,6 +163,10 @@ fn set_up(guest: &Guest, order: &BuildkitConfig) -> Result<(), GuestError> {
         fs::copy("/proc/self/exe", oci_wrapper::PATH).context(what)?;
         fs::set_permissions(oci_wrapper::PATH, fs::Permissions::from_mode(0o755)).context(what)?;
     }
+    if !Path::new(solve_client::PATH).exists() {
+        let what = || format!("put {} in place", solve_client::PATH);
+        std::os::unix::fs::symlink(oci_wrapper::PATH, solve_client::PATH).context(what)?;
+    }
     tree::ensure_ca_bundle()?;
     Settings::load()?.store()?;
     fs::create_dir_all(SOCKET_DIR).context(|| format!("make {SOCKET_DIR}"))?;
@@ -211,6 +215,60 @@ pub(crate) async fn start(guest: &Arc<Guest>, order: BuildkitConfig) -> Result<(
         let message = format!("{}; its last words: {words}", error.message);
         return Err(failure(error.code, message));
     }
+    if Path::new(solve_client::PROGRAM).exists() {
+        start_client(guest).await?;
+    }
+    Ok(())
+}
+
+/// Starts the client that stays, and waits until it listens. It ends with BuildKit's control group.
+async fn start_client(guest: &Arc<Guest>) -> Result<(), GuestError> {
+    let what = || "start the build client".to_owned();
+    let _none_before = fs::remove_file(solve_client::SOCKET);
+    let mut changes = Watch::directory(Path::new(SOCKET_DIR))?;
+    let mut command = Command::new(solve_client::PROGRAM);
+    command
+        .arg(format!("unix://{SOCKET}"))
+        .arg(solve_client::SOCKET)
+        .env_clear()
+        .env("HOME", "/root")
+        .env("OTEL_SDK_DISABLED", "true")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let door = daemon_group(guest).door()?;
+    exec::prepare(&mut command, &door, false, None);
+    let child = guest.reaper.spawn(&mut command).context(what)?;
+    drop(command);
+    if let Err(error) = fs::write(format!("/proc/{}/oom_score_adj", child.pid), OOM_SCORE) {
+        log::warn(&format!(
+            "the build client is not protected from the OOM killer: {error}"
+        ));
+    }
+    let mut ended = child.ended;
+    let deadline = Instant::now() + READY_WAIT;
+    loop {
+        if UnixStream::connect(solve_client::SOCKET).await.is_ok() {
+            break;
+        }
+        if Instant::now() >= deadline {
+            let late = format!("the build client did not listen within {READY_WAIT:?}");
+            return Err(failure(GuestErrorCode::Timeout, late));
+        }
+        tokio::select! {
+            outcome = &mut ended => {
+                let outcome = outcome.unwrap_or(Ended::Signal(0));
+                let early = format!("the build client ended before it listened: {outcome:?}");
+                return Err(failure(GuestErrorCode::System, early));
+            }
+            _changed = tokio::time::timeout(LOOK_AGAIN, changes.changed()) => {}
+        }
+    }
+    tokio::spawn(async move {
+        let outcome = ended.await.unwrap_or(Ended::Signal(0));
+        log::info(&format!("the build client ended: {outcome:?}"));
+    });
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! PID 1 of a machine: mounts, commands, trees, forwards, DNS and egress.
 //!
-//! One static binary with two names: as PID 1 it boots the machine and serves its channel for ever; called as
-//! [`oci_wrapper::NAME`] it stands between BuildKit and runc. It decides nothing about policy: it asks the host.
+//! One static binary with three names: as PID 1 it boots the machine and serves its channel for ever; called as
+//! [`oci_wrapper::NAME`] it stands between BuildKit and runc, as [`solve_client::NAME`] between the host and BuildKit's client. It decides nothing about policy: it asks the host.
 //! Read next: `boot` (power-on to channel), `serve` (sessions and streams), `orders` (what the host can ask).
 
 mod boot;
@@ -24,6 +24,7 @@ mod oci_wrapper;
 mod orders;
 mod reaper;
 mod serve;
+mod solve_client;
 mod state;
 mod tool;
 mod tree;
@@ -40,11 +41,12 @@ const USAGE: u8 = 64;
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
-    if Path::new(&name)
-        .file_name()
-        .is_some_and(|name| name == oci_wrapper::NAME)
-    {
+    let called = Path::new(&name).file_name().unwrap_or_default();
+    if called == oci_wrapper::NAME {
         return oci_wrapper::main(&arguments.collect::<Vec<_>>());
+    }
+    if called == solve_client::NAME {
+        return solve_client::main(&arguments.collect::<Vec<_>>());
     }
     if rustix::process::getpid() != Pid::INIT {
         log::raw("kiln-guest: this program is PID 1 of a machine and does nothing elsewhere");

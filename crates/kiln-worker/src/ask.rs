@@ -95,7 +95,7 @@ async fn run_step(session: &Session, base: &ImageRef, argv: &[&str]) -> Result<S
     let take = async |event: Event| answer.take(event);
     let (exit, solve) = buildkit::solve(
         session,
-        buildkit::command(&path, &path),
+        &buildkit::request(&path, &path),
         ANSWER_TIMEOUT_MS,
         take,
     )

@@ -24,7 +24,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use crate::attempt::{Attempt, Wanted};
-use crate::buildkit;
+use crate::buildkit::{self, SolveRequest};
 use crate::commit;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
@@ -225,6 +225,10 @@ impl Job<'_> {
     }
 
     fn repeat_key(&self) -> Option<Digest> {
+        // What a lent agent opens is not known here.
+        if !self.input.ssh_agents.is_empty() {
+            return None;
+        }
         let around = Surroundings {
             machine_image: &self.host.image.name,
             buildkit: &self.host.image.buildkit,
@@ -487,7 +491,7 @@ impl Job<'_> {
                 self.events.tell(event).await;
             };
             let (exit, solve) =
-                buildkit::solve(&attempt.session, self.buildctl(paths), 0, tell).await?;
+                buildkit::solve(&attempt.session, &self.request(paths), 0, tell).await?;
             if exit.code == Some(0) {
                 return Ok(solve);
             }
@@ -507,33 +511,35 @@ impl Job<'_> {
         SshAgents::new(self.input.ssh_agents.clone())
     }
 
-    fn buildctl(&self, paths: &TreePaths) -> Vec<String> {
-        let mut argv = buildkit::command(&paths.context, &paths.dockerfile);
-        let mut add = |words: String| argv.push(words);
+    fn request(&self, paths: &TreePaths) -> SolveRequest {
+        let mut request = buildkit::request(&paths.context, &paths.dockerfile);
+        let mut option = |key: String, value: &str| request.options.insert(key, value.to_owned());
         if let Some(target) = &self.build.target {
-            add(format!("--opt=target={target}"));
+            option("target".to_owned(), target);
         }
         for (key, value) in &self.build.build_args {
-            add(format!("--opt=build-arg:{key}={value}"));
-        }
-        for (id, _) in &self.input.secrets {
-            add(format!("--secret=id={id},src=/run/kiln/secrets/{id}"));
-        }
-        for (id, socket) in self.ssh_agents().in_machine() {
-            add(format!("--ssh={id}={socket}"));
+            option(format!("build-arg:{key}"), value);
         }
         if self.build.no_cache {
-            add("--no-cache".to_owned());
+            option("no-cache".to_owned(), "");
         }
+        let secret = |(id, _): &(String, Vec<u8>)| (id.clone(), format!("/run/kiln/secrets/{id}"));
+        request.secrets = self.input.secrets.iter().map(secret).collect();
+        request.ssh = self.ssh_agents().in_machine();
         let repository = publish::quarantine(&self.lease.attempt);
         let name = format!(
             "{}/{repository}:{QUARANTINE_TAG}",
             kiln_core::network::REGISTRY_HOST
         );
-        add(format!(
-            "--output=type=image,name={name},push=true,oci-mediatypes=true,compression=gzip"
-        ));
-        argv
+        request.image = [
+            ("name", name.as_str()),
+            ("push", "true"),
+            ("oci-mediatypes", "true"),
+            ("compression", "gzip"),
+        ]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into();
+        request
     }
 
     /// Commits the machine's overlay as the tenant's next head. A failure here does not fail the build.
@@ -617,8 +623,7 @@ fn room_failure(failure: Failure, registry: &RegistryAccess) -> Failure {
         return failure;
     }
     let message = "the host's disk is full: the registry could not take the image";
-    Failure::new(FailureClass::Infrastructure, message)
-        .hint("free some space (`kiln cache prune`) and try again")
+    Failure::new(FailureClass::Infrastructure, message).hint(crate::failure::ROOM_HINT)
 }
 
 struct TreePaths {

@@ -1,9 +1,11 @@
 //! BuildKit in a machine, as the worker drives it: start, a Dockerfile, one solve with its progress.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use kiln_proto::Session;
-use kiln_proto::msg::{BuildkitConfig, ExecRequest, Exit, Order, Place, PutTree};
+use kiln_proto::msg::{BuildkitConfig, ExecRequest, Exit, GuestErrorCode, Order, Place, PutTree};
+use serde::Serialize;
 use tokio::sync::mpsc;
 
 use crate::event::Event;
@@ -17,8 +19,8 @@ pub const BUILDKIT_TIMEOUT: Duration = Duration::from_secs(60);
 pub const STEP_PIDS_MAX: u64 = 4096;
 /// How much more of a step's output the guest passes on than the job's log keeps, bytes.
 const STEP_LOG_SLACK: u64 = 1 << 20;
-/// Where it listens in the machine.
-const ADDRESS: &str = "--addr=unix:///run/buildkit/buildkitd.sock";
+/// What passes a build to the client that runs beside BuildKit.
+const CLIENT: &str = "/run/kiln/kiln-solve";
 
 /// Starts BuildKit on the mounted state disk.
 ///
@@ -89,46 +91,111 @@ pub async fn send_dockerfile(
     Ok(sent.path)
 }
 
-/// The client's command line for a build of these folders, without outputs.
-#[must_use]
-pub fn command(context: &str, dockerfile: &str) -> Vec<String> {
-    let mut argv: Vec<String> = [
-        "/usr/local/bin/buildctl",
-        ADDRESS,
-        "build",
-        "--progress=rawjson",
-        "--frontend=dockerfile.v0",
-        // The built-in frontend whatever the file's first line says: the host has checked it.
-        "--opt=cmdline=docker/dockerfile:1",
-        "--opt=filename=Dockerfile",
-    ]
-    .map(str::to_owned)
-    .to_vec();
-    argv.push(format!("--local=context={context}"));
-    argv.push(format!("--local=dockerfile={dockerfile}"));
-    argv
+/// One build as the client in the machine takes it: `request` of `machine-image/buildkit/kiln-solve/main.go`. Paths are the machine's.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct SolveRequest {
+    /// Options of the Dockerfile frontend.
+    pub options: BTreeMap<String, String>,
+    /// Folders by the name the frontend asks for.
+    pub folders: BTreeMap<String, String>,
+    /// Files that hold secrets, by id.
+    pub secrets: BTreeMap<String, String>,
+    /// Sockets of SSH agents, by id.
+    pub ssh: BTreeMap<String, String>,
+    /// Attributes of the image to export; nothing is exported without any.
+    pub image: BTreeMap<String, String>,
 }
 
-/// Runs the client until the build ends; `each` sees every event as it comes.
+/// A build of these folders, without outputs.
+#[must_use]
+pub fn request(context: &str, dockerfile: &str) -> SolveRequest {
+    let text = |(key, value): (&str, &str)| (key.to_owned(), value.to_owned());
+    SolveRequest {
+        options: [
+            // The built-in frontend whatever the file's first line says: the host has checked it.
+            ("cmdline", "docker/dockerfile:1"),
+            ("filename", "Dockerfile"),
+        ]
+        .map(text)
+        .into(),
+        folders: [("context", context), ("dockerfile", dockerfile)]
+            .map(text)
+            .into(),
+        ..SolveRequest::default()
+    }
+}
+
+/// Has the client build until it ends; `each` sees every event as it comes.
 ///
 /// # Errors
 /// See [`CallError`]. A build that failed is no error here: see the exit and [`Solve::failed`].
 pub async fn solve(
     session: &Session,
-    argv: Vec<String>,
+    build: &SolveRequest,
     timeout_ms: u64,
     mut each: impl AsyncFnMut(Event),
 ) -> Result<(Exit, Solve), CallError> {
-    let env = vec![
-        (
-            "PATH".to_owned(),
-            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
-        ),
-        ("HOME".to_owned(), "/root".to_owned()),
-    ];
+    let line = serde_json::to_string(build).map_err(|error| CallError::Source(error.into()))?;
+    let argv = vec![CLIENT.to_owned(), line];
+    match solve_with(session, argv, timeout_ms, &mut each).await {
+        // TEMPORARY: machine images of this morning.
+        Err(CallError::Refused { error, .. }) if error.code == GuestErrorCode::NotFound => {
+            solve_with(session, buildctl(build), timeout_ms, &mut each).await
+        }
+        done => done,
+    }
+}
+
+fn buildctl(build: &SolveRequest) -> Vec<String> {
+    let mut argv: Vec<String> = [
+        "/usr/local/bin/buildctl",
+        "--addr=unix:///run/buildkit/buildkitd.sock",
+        "build",
+        "--progress=rawjson",
+        "--frontend=dockerfile.v0",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    argv.extend(build.options.iter().map(|(k, v)| format!("--opt={k}={v}")));
+    argv.extend(
+        build
+            .folders
+            .iter()
+            .map(|(k, v)| format!("--local={k}={v}")),
+    );
+    argv.extend(
+        build
+            .secrets
+            .iter()
+            .map(|(k, v)| format!("--secret=id={k},src={v}")),
+    );
+    argv.extend(build.ssh.iter().map(|(k, v)| format!("--ssh={k}={v}")));
+    if !build.image.is_empty() {
+        let attributes: Vec<_> = build
+            .image
+            .iter()
+            .map(|(k, v)| format!("{k}={v}"))
+            .collect();
+        argv.push(format!("--output=type=image,{}", attributes.join(",")));
+    }
+    argv
+}
+
+async fn solve_with(
+    session: &Session,
+    argv: Vec<String>,
+    timeout_ms: u64,
+    each: &mut impl AsyncFnMut(Event),
+) -> Result<(Exit, Solve), CallError> {
     let request = ExecRequest {
         argv,
-        env,
+        env: vec![
+            (
+                "PATH".to_owned(),
+                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
+            ),
+            ("HOME".to_owned(), "/root".to_owned()),
+        ],
         trusted: true,
         timeout_ms,
         ..ExecRequest::default()

@@ -36,7 +36,7 @@ pub const PREPARE_TIMEOUT: Duration = Duration::from_secs(180);
 /// Templates in a row that are removed because they do not fit the host: one of an earlier place, and the one made then.
 const STALE_MAX: u32 = 2;
 /// Version of what the preparations below do: part of every key.
-const PREPARATION: &str = "3";
+const PREPARATION: &str = "4";
 
 /// What a machine is for.
 #[derive(Clone, Copy, Debug)]
@@ -376,8 +376,8 @@ async fn tiny_build(session: &Session) -> Result<(), Failure> {
     const NAME: &str = "warm";
     let text = "FROM scratch\nCOPY Dockerfile /warm\n".to_owned();
     let path = buildkit::send_dockerfile(session, NAME, text).await?;
-    let argv = buildkit::command(&path, &path);
-    let (exit, solve) = buildkit::solve(session, argv, 120_000, async |_| {}).await?;
+    let request = buildkit::request(&path, &path);
+    let (exit, solve) = buildkit::solve(session, &request, 120_000, async |_| {}).await?;
     if exit.code != Some(0) {
         let words = solve.other_lines.join("\n");
         return Err(Failure::new(

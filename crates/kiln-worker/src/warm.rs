@@ -124,8 +124,8 @@ async fn unpack(session: &Session, base: &ImageRef) -> Result<(), Failure> {
     };
     let text = format!("FROM {base}\n{step}\n");
     let path = buildkit::send_dockerfile(session, NAME, text).await?;
-    let argv = buildkit::command(&path, &path);
-    let (exit, solve) = buildkit::solve(session, argv, BASE_TIMEOUT_MS, async |_| {}).await?;
+    let request = buildkit::request(&path, &path);
+    let (exit, solve) = buildkit::solve(session, &request, BASE_TIMEOUT_MS, async |_| {}).await?;
     if exit.code != Some(0) {
         let words = solve.failed().map_or_else(
             || solve.other_lines.join("\n"),

@@ -45,7 +45,7 @@ pub enum BuildkitError {
 /// When go.mod has none.
 pub fn version(recipe: &BuildkitRecipe, files: &RecipeFiles) -> Result<String, BuildkitError> {
     let text = files
-        .get(&format!("{}/go.mod", recipe.module))
+        .get(&recipe.path("go.mod"))
         .map_err(BuildkitError::Recipe)?;
     let text = String::from_utf8_lossy(text);
     let found = text.lines().find_map(|line| {
@@ -75,11 +75,13 @@ pub fn build(
         move |source| BuildkitError::Io { path, source }
     };
     fs::create_dir(&module).map_err(io_error(&module))?;
-    for name in ["go.mod", "go.sum"] {
+    for name in recipe.files() {
         let content = files
-            .get(&format!("{}/{name}", recipe.module))
+            .get(&recipe.path(name))
             .map_err(BuildkitError::Recipe)?;
-        fs::write(module.join(name), content).map_err(io_error(&module))?;
+        let path = module.join(name);
+        fs::create_dir_all(path.parent().unwrap_or(&module)).map_err(io_error(&path))?;
+        fs::write(&path, content).map_err(io_error(&path))?;
     }
     let bin = work.join("bin");
     fs::create_dir(&bin).map_err(io_error(&bin))?;

@@ -193,15 +193,12 @@ fn run_stages(
     cache: &StageCache<'_>,
 ) -> Result<Stages, BakeError> {
     let root = root_stage(bake, recipe, cache)?;
-    let module = |file: &str| {
-        bake.files
-            .get(&format!("{}/{file}", recipe.buildkit.module))
-    };
-    let buildkit_key = StageKey::new(1)
-        .with("go.mod", module("go.mod")?)
-        .with("go.sum", module("go.sum")?)
-        .with("packages", recipe.buildkit.packages.join(" ").as_bytes())
-        .digest();
+    let packages = recipe.buildkit.packages.join(" ");
+    let mut buildkit_key = StageKey::new(1).with("packages", packages.as_bytes());
+    for file in recipe.buildkit.files() {
+        buildkit_key = buildkit_key.with(file, bake.files.get(&recipe.buildkit.path(file))?);
+    }
+    let buildkit_key = buildkit_key.digest();
     let buildkit = cache.stage("buildkit", &buildkit_key, |work, context| {
         Ok::<_, BakeError>(buildkit::build(
             &recipe.buildkit,

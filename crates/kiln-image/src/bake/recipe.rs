@@ -62,7 +62,7 @@ impl RecipeFiles {
     /// The recipe that was built into this program.
     #[must_use]
     pub fn built_in() -> Self {
-        let files: [(&str, &[u8]); 4] = [
+        let files: [(&str, &[u8]); 5] = [
             (
                 IMAGE_FILE,
                 include_bytes!("../../../../machine-image/recipe.toml"),
@@ -78,6 +78,10 @@ impl RecipeFiles {
             (
                 "buildkit/go.sum",
                 include_bytes!("../../../../machine-image/buildkit/go.sum"),
+            ),
+            (
+                "buildkit/kiln-solve/main.go",
+                include_bytes!("../../../../machine-image/buildkit/kiln-solve/main.go"),
             ),
         ];
         Self(
@@ -96,12 +100,12 @@ impl RecipeFiles {
         let mut files = BTreeMap::new();
         let image_text = read(directory, IMAGE_FILE)?;
         let image: ImageRecipe = parse(IMAGE_FILE, &image_text)?;
-        let module = &image.buildkit.module;
-        for name in [
-            format!("{module}/go.mod"),
-            format!("{module}/go.sum"),
-            BASES_FILE.to_owned(),
-        ] {
+        image.buildkit.check().map_err(|what| RecipeError::Value {
+            file: IMAGE_FILE,
+            what,
+        })?;
+        let names = image.buildkit.files().map(|file| image.buildkit.path(file));
+        for name in names.chain([BASES_FILE.to_owned()]) {
             files.insert(name.clone(), read(directory, &name)?);
         }
         files.insert(IMAGE_FILE.to_owned(), image_text);
@@ -125,13 +129,10 @@ impl RecipeFiles {
     /// # Errors
     /// When the recipe is not one.
     pub fn image_digest(&self) -> Result<Digest, RecipeError> {
-        let module = self.image()?.buildkit.module;
-        let mut key = StageKey::new(SCHEMA);
-        for name in [
-            IMAGE_FILE.to_owned(),
-            format!("{module}/go.mod"),
-            format!("{module}/go.sum"),
-        ] {
+        let buildkit = self.image()?.buildkit;
+        let mut key = StageKey::new(SCHEMA).with(IMAGE_FILE, self.get(IMAGE_FILE)?);
+        for file in buildkit.files() {
+            let name = buildkit.path(file);
             key = key.with(&name, self.get(&name)?);
         }
         Ok(key.digest())
@@ -254,17 +255,51 @@ pub struct KernelRecipe {
 pub struct BuildkitRecipe {
     /// Directory with go.mod and go.sum.
     pub module: String,
+    /// Files of that directory with programs of our own, which are part of the module.
+    #[serde(default)]
+    pub sources: Vec<String>,
     /// Go packages built into programs.
     pub packages: Vec<String>,
     /// Directory of the root disk they go to.
     pub directory: String,
 }
 
+impl BuildkitRecipe {
+    /// Every file of the module, by its path below the module's directory.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        ["go.mod", "go.sum"]
+            .into_iter()
+            .chain(self.sources.iter().map(String::as_str))
+    }
+
+    /// Where a file of the module lies below the recipe's directory.
+    #[must_use]
+    pub fn path(&self, file: &str) -> String {
+        format!("{}/{file}", self.module)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        check_word("module", &self.module)?;
+        let plain = |path: &String| {
+            path.ends_with(".go")
+                && path
+                    .split('/')
+                    .all(|part| !part.is_empty() && !part.starts_with('.'))
+        };
+        match self.sources.iter().find(|path| !plain(path)) {
+            Some(path) => Err(format!(
+                "sources: {path:?} is not a Go file below the module's directory"
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
 impl ImageRecipe {
     fn check(&self) -> Result<(), String> {
         check_head(self.schema, &self.suite, &self.architecture)?;
         check_word("name", &self.name)?;
-        check_word("module", &self.buildkit.module)?;
+        self.buildkit.check()?;
         let packages = self.root.packages.iter().chain([&self.kernel.package]);
         packages
             .chain(&self.kernel.modules)
@@ -509,9 +544,10 @@ mod tests {
     fn a_directory_of_files_gives_the_same_digest_as_the_built_in_ones() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let built_in = RecipeFiles::built_in();
-        fs::create_dir(dir.path().join("buildkit")).expect("writable");
         for (name, bytes) in &built_in.0 {
-            fs::write(dir.path().join(name), bytes).expect("writable");
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().expect("a directory")).expect("writable");
+            fs::write(path, bytes).expect("writable");
         }
         let read = RecipeFiles::from_directory(dir.path()).expect("readable");
         let digest = |files: &RecipeFiles| files.image_digest().expect("a recipe");
@@ -519,6 +555,22 @@ mod tests {
         fs::write(dir.path().join("buildkit/go.sum"), "").expect("writable");
         let changed = RecipeFiles::from_directory(dir.path()).expect("readable");
         assert_ne!(digest(&changed), digest(&built_in));
+        fs::write(
+            dir.path().join("buildkit/go.sum"),
+            built_in.get("buildkit/go.sum").expect("there"),
+        )
+        .expect("writable");
+        fs::write(
+            dir.path().join("buildkit/kiln-solve/main.go"),
+            "package main",
+        )
+        .expect("writable");
+        let changed = RecipeFiles::from_directory(dir.path()).expect("readable");
+        assert_ne!(
+            digest(&changed),
+            digest(&built_in),
+            "our own source decides too"
+        );
     }
 
     #[test]
