@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -30,6 +30,7 @@ struct App {
     /// What the page says before and after.
     says: (&'static str, &'static str),
     guest_port: u16,
+    /// Where the page is shown, unless another program has that port.
     host_port: u16,
 }
 
@@ -119,15 +120,15 @@ fn build_and_ask(
         .context("the build names no image")?;
     run::heading(&format!("{}: run {reference}", app.name));
     let started = Instant::now();
-    let mut machine = Running::start(binaries, app, reference)?;
-    let page = machine.fetch(app.host_port)?;
+    let port = free_port(app.host_port)?;
+    let mut machine = Running::start(binaries, app, reference, port)?;
+    let page = machine.fetch(port)?;
     let answer_ms = started.elapsed().as_millis();
     if !page.contains(want) {
         bail!("the page does not say {want:?}:\n{page}");
     }
     run::say(&format!(
-        "   http://127.0.0.1:{}/ says: {}",
-        app.host_port,
+        "   http://127.0.0.1:{port}/ says: {}",
         page.lines().last().unwrap_or_default()
     ));
     Ok(Row {
@@ -135,6 +136,14 @@ fn build_and_ask(
         built,
         answer_ms,
     })
+}
+
+/// This port, or another one that nobody listens on.
+fn free_port(wanted: u16) -> Result<u16> {
+    let listener = TcpListener::bind(("127.0.0.1", wanted))
+        .or_else(|_taken| TcpListener::bind(("127.0.0.1", 0)))
+        .context("no port is free on 127.0.0.1")?;
+    Ok(listener.local_addr()?.port())
 }
 
 /// Builds with live progress on standard error; the last JSON line on standard output is the result.
@@ -161,8 +170,8 @@ struct Running {
 }
 
 impl Running {
-    fn start(binaries: &Binaries, app: &App, reference: &str) -> Result<Self> {
-        let publish = format!("{}:{}", app.host_port, app.guest_port);
+    fn start(binaries: &Binaries, app: &App, reference: &str, port: u16) -> Result<Self> {
+        let publish = format!("{port}:{}", app.guest_port);
         let mut child = Command::new(&binaries.kiln)
             .args(["run", "--image", reference, "-p", &publish])
             .stdin(Stdio::null())
@@ -273,4 +282,16 @@ fn table(rows: &[Row]) {
     run::say(
         "\nsteps: found in the cache / all. The images are in kiln's own registry: `kiln registry list`.",
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_taken_port_is_passed_over() {
+        let held = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+        let taken = held.local_addr().expect("an address").port();
+        assert_ne!(free_port(taken).expect("another"), taken);
+    }
 }
