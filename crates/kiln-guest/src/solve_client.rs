@@ -26,7 +26,7 @@ const UNREACHABLE: u8 = 125;
 /// `kiln-solve REQUEST`: the request is one line of JSON.
 pub(crate) fn main(arguments: &[OsString]) -> ExitCode {
     let [request] = arguments else {
-        eprintln!("error: kiln-solve takes one request");
+        crate::log::raw("error: kiln-solve takes one request");
         return ExitCode::from(crate::USAGE);
     };
     match pass(
@@ -37,7 +37,7 @@ pub(crate) fn main(arguments: &[OsString]) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("error: the build client does not answer: {error}");
+            crate::log::raw(&format!("error: the build client does not answer: {error}"));
             ExitCode::from(UNREACHABLE)
         }
     }
