@@ -1,13 +1,13 @@
-import Koa from "koa";
-import ms from "ms";
-import { links } from "./links";
+const Koa = require("koa");
+const ms = require("ms");
+const links = require("./links");
 
 const started = Date.now();
 const app = new Koa();
 
 app.use(async (context) => {
   if (context.path === "/") {
-    context.body = { name: "links", up: ms(Date.now() - started), user: process.getuid?.(), links: Object.keys(links) };
+    context.body = { name: "links", up: ms(Date.now() - started), user: process.getuid(), links: Object.keys(links) };
     return;
   }
   const target = links[context.path.slice(1)];
@@ -17,4 +17,4 @@ app.use(async (context) => {
   context.redirect(target);
 });
 
-app.listen(Number(process.env.PORT ?? 3000));
+app.listen(process.env.PORT || 3000);

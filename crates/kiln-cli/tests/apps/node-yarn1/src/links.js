@@ -1,4 +1,4 @@
-export const links: Record<string, string | undefined> = {
+module.exports = {
   home: "https://example.org/",
   docs: "https://example.org/docs",
 };
