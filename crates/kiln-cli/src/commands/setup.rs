@@ -55,7 +55,8 @@ async fn all(args: &SetupArgs, events: &Events, cancel: &CancellationToken) -> R
         cancel,
     )
     .await?;
-    if operator.registries.is_none() {
+    let first = operator.registries.is_none();
+    if first {
         events
             .tell(Event::Progress {
                 what: "asking this host's package managers which registries they use".to_owned(),
@@ -69,7 +70,14 @@ async fn all(args: &SetupArgs, events: &Events, cancel: &CancellationToken) -> R
     bases(&operator, &args.recipe, Updates::Leave, events, cancel).await?;
     shared_head_and_templates(&operator, events, cancel).await?;
     // A host without npm or pip knows its registries only by what the tools in the bases say.
-    super::registries::ask_bases(&Operator::load()?, events).await?;
+    let operator = Operator::load()?;
+    let known = operator
+        .registries
+        .as_ref()
+        .is_some_and(|registries| registries.needing_base().is_empty());
+    if first || !known {
+        super::registries::ask_bases(&operator, events).await?;
+    }
     Ok(())
 }
 
