@@ -300,6 +300,7 @@ async fn a_lease_that_ends_during_a_forwarded_body_stops_its_commit() -> Result<
 
 /// Runs as another user and says what the private socket answered.
 const STRANGER: &str = r#"
+    $SIG{PIPE} = 'IGNORE';
     my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or do { print "closed: $!\n"; exit };
     $s->print("POST /_kiln/call HTTP/1.1\r\nhost: x\r\nkiln-authority: \"operator\"\r\ncontent-length: 16\r\n\r\n{\"call\":\"stats\"}");
     print "answer: ", join("", <$s>), "\n";
