@@ -187,13 +187,14 @@ impl Annex {
     pub(crate) fn own_run_template(&mut self) -> PathBuf {
         self.run(&["run", "--", "true"]).exits(0);
         let listed = self.run(&["template", "list", "--json"]).exits(0);
-        let mut all = listed
+        let all = listed
             .out
             .lines()
             .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-        let one = all.find(|one| {
-            one["current"] == true && one["key"]["purpose"] == "run" && one["key"]["cpus"] == 1
-        });
+        // The one that was used just now: an older kiln may have left another.
+        let one = all
+            .filter(|one| one["key"]["purpose"] == "run" && one["key"]["cpus"] == 1)
+            .max_by_key(|one| one["used_unix_ms"].as_u64());
         let id = one.expect("a template for runs")["id"].clone();
         let id = id.as_str().expect("an id");
         let from = fs::canonicalize(self.home.join("templates")).expect("a link");
