@@ -382,14 +382,18 @@ pub(crate) enum RegistryCommand {
     /// Remove kiln's tokens from where login wrote them
     Logout,
     /// List images
-    #[command(after_help = "Examples:\n  kiln registry list\n  kiln registry list --json | jq -r .repository")]
+    #[command(
+        after_help = "Examples:\n  kiln registry list\n  kiln registry list --json | jq -r .repository"
+    )]
     List {
         /// Also what unfinished jobs pushed
         #[arg(long)]
         all: bool,
     },
     /// Remove images
-    #[command(after_help = "Examples:\n  kiln registry rm hello:latest && kiln registry gc --grace 0s")]
+    #[command(
+        after_help = "Examples:\n  kiln registry rm hello:latest && kiln registry gc --grace 0s"
+    )]
     Rm {
         /// Which: NAME:TAG, or NAME@DIGEST for the image with all its tags
         #[arg(required = true, value_name = "NAME[:TAG]")]
