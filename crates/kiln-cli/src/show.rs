@@ -319,13 +319,26 @@ fn err_line(text: &str) {
     err(&format!("{text}\n"));
 }
 
-/// A reader that went away (`kiln job list | head`) is no error.
+/// A reader that went away (`kiln job list | head`) is no error; any other loss is told when the command ends.
 fn out(text: &str) {
     let mut stdout = std::io::stdout().lock();
-    let _reader_gone = stdout.write_all(text.as_bytes());
+    let mut written = stdout.write_all(text.as_bytes());
     if !text.ends_with('\n') {
-        let _reader_gone = stdout.write_all(b"\n");
+        written = written.and_then(|()| stdout.write_all(b"\n"));
     }
+    if let Err(error) = written.and_then(|()| stdout.flush())
+        && error.kind() != std::io::ErrorKind::BrokenPipe
+    {
+        let _first_one_counts = LOST.set(error);
+    }
+}
+
+/// Why output of this process was lost.
+static LOST: std::sync::OnceLock<std::io::Error> = std::sync::OnceLock::new();
+
+/// The first error of writing to standard output, but for a reader that went away.
+pub(crate) fn lost_output() -> Option<&'static std::io::Error> {
+    LOST.get()
 }
 
 /// Text of a guest or tenant without control characters that would drive the terminal.

@@ -8,6 +8,7 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetat
 use tokio::io::AsyncRead;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 /// Whether both ends are a terminal.
 pub(crate) fn is_interactive() -> bool {
@@ -40,18 +41,30 @@ pub(crate) fn stdin() -> Box<dyn AsyncRead + Send + Unpin> {
     Box::new(tokio::io::stdin())
 }
 
-/// Writes the command's output to this process's own streams until the command ends.
-pub(crate) async fn print(mut chunks: mpsc::Receiver<(u8, Vec<u8>)>) {
+/// Writes the command's output to this process's own streams until the command ends. When that fails, `stop` ends the command, as a pipe
+/// without a reader ends any program that writes to it; gives the first error.
+pub(crate) async fn print(
+    mut chunks: mpsc::Receiver<(u8, Vec<u8>)>,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let mut first = Ok(());
     while let Some((stream, bytes)) = chunks.recv().await {
-        // A reader that went away ends nothing: the command goes on.
-        let _reader_gone = if stream == 1 {
+        if first.is_err() {
+            continue;
+        }
+        let written = if stream == 1 {
             let mut out = io::stdout().lock();
             out.write_all(&bytes).and_then(|()| out.flush())
         } else {
             let mut err = io::stderr().lock();
             err.write_all(&bytes).and_then(|()| err.flush())
         };
+        if written.is_err() {
+            stop.cancel();
+            first = written;
+        }
     }
+    first
 }
 
 /// Tells the command when the window changes.

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use kiln_proto::Session;
-use kiln_proto::msg::{BuildkitConfig, ExecRequest, Exit, GuestErrorCode, Order, Place, PutTree};
+use kiln_proto::msg::{
+    BuildkitConfig, ExecRequest, Exit, GuestError, GuestErrorCode, Order, Place, PutTree,
+};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
@@ -136,66 +138,8 @@ pub async fn solve(
     mut each: impl AsyncFnMut(Event),
 ) -> Result<(Exit, Solve), CallError> {
     let line = serde_json::to_string(build).map_err(|error| CallError::Source(error.into()))?;
-    let argv = vec![CLIENT.to_owned(), line];
-    match solve_with(session, argv, timeout_ms, &mut each).await {
-        // TEMPORARY: machine images of this morning.
-        Err(CallError::Refused { error, .. }) if error.code == GuestErrorCode::NotFound => {
-            solve_with(session, buildctl(build), timeout_ms, &mut each).await
-        }
-        done => done,
-    }
-}
-
-fn buildctl(build: &SolveRequest) -> Vec<String> {
-    let mut argv: Vec<String> = [
-        "/usr/local/bin/buildctl",
-        "--addr=unix:///run/buildkit/buildkitd.sock",
-        "build",
-        "--progress=rawjson",
-        "--frontend=dockerfile.v0",
-    ]
-    .map(str::to_owned)
-    .to_vec();
-    argv.extend(build.options.iter().map(|(k, v)| format!("--opt={k}={v}")));
-    argv.extend(
-        build
-            .folders
-            .iter()
-            .map(|(k, v)| format!("--local={k}={v}")),
-    );
-    argv.extend(
-        build
-            .secrets
-            .iter()
-            .map(|(k, v)| format!("--secret=id={k},src={v}")),
-    );
-    argv.extend(build.ssh.iter().map(|(k, v)| format!("--ssh={k}={v}")));
-    if !build.image.is_empty() {
-        let attributes: Vec<_> = build
-            .image
-            .iter()
-            .map(|(k, v)| format!("{k}={v}"))
-            .collect();
-        argv.push(format!("--output=type=image,{}", attributes.join(",")));
-    }
-    argv
-}
-
-async fn solve_with(
-    session: &Session,
-    argv: Vec<String>,
-    timeout_ms: u64,
-    each: &mut impl AsyncFnMut(Event),
-) -> Result<(Exit, Solve), CallError> {
     let request = ExecRequest {
-        argv,
-        env: vec![
-            (
-                "PATH".to_owned(),
-                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
-            ),
-            ("HOME".to_owned(), "/root".to_owned()),
-        ],
+        argv: vec![CLIENT.to_owned(), line],
         trusted: true,
         timeout_ms,
         ..ExecRequest::default()
@@ -221,7 +165,19 @@ async fn solve_with(
         control,
     };
     let (exit, ()) = tokio::join!(orders::exec(session, "build", &request, io), read);
-    Ok((exit?, solve))
+    Ok((exit.map_err(older_image)?, solve))
+}
+
+/// A machine without the client was made by an earlier kiln.
+fn older_image(error: CallError) -> CallError {
+    match error {
+        CallError::Refused { what, error } if error.code == GuestErrorCode::NotFound => {
+            let message = "its machine image is older than this kiln; run `kiln setup`".to_owned();
+            let error = GuestError { message, ..error };
+            CallError::Refused { what, error }
+        }
+        other => other,
+    }
 }
 
 /// Splits a byte stream into lines of at most [`solve::LINE_BYTES_MAX`] bytes.

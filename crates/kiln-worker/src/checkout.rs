@@ -383,6 +383,14 @@ fn refused(failure: Failure, egress: &EgressSummary) -> Failure {
         return failure;
     };
     let place = format!("{}:{}", refused.host, refused.port);
+    if refused.reason.starts_with("unreachable") {
+        let message = format!(
+            "{place} could not be reached ({})\n{}",
+            refused.reason, failure.message
+        );
+        return Failure::new(failure.class, message)
+            .hint("check the URL's host name, and whether this host reaches it");
+    }
     let message = format!(
         "the checkout machine may not reach {place} ({})\n{}",
         refused.reason, failure.message

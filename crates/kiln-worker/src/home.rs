@@ -2,6 +2,8 @@
 //!
 //! The only module of this room that reads the environment. Nothing is written outside these directories.
 
+use std::cmp::Ordering;
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -28,6 +30,9 @@ pub enum HomeError {
     /// No variable says where it is.
     #[error("neither KILN_HOME nor HOME is set to an absolute path")]
     NoHome,
+    /// A relative path would be another home in each directory.
+    #[error("KILN_HOME is not an absolute path: {0:?}")]
+    Relative(PathBuf),
     /// The filesystem failed.
     #[error("could not {action} {path:?}")]
     Io {
@@ -42,6 +47,16 @@ pub enum HomeError {
     /// The layout is of a newer kiln.
     #[error("{path:?} was written by a newer kiln (layout {found}, this one knows {LAYOUT})")]
     Newer {
+        /// Where.
+        path: PathBuf,
+        /// The version found.
+        found: u32,
+    },
+    /// The layout is of an older kiln, and this build knows no way from it.
+    #[error(
+        "{path:?} was written by an older kiln (layout {found}) that this one cannot upgrade from"
+    )]
+    Older {
         /// Where.
         path: PathBuf,
         /// The version found.
@@ -66,19 +81,31 @@ impl Home {
     /// From the environment: `KILN_HOME`, else `XDG_DATA_HOME`, `XDG_CACHE_HOME`, `XDG_CONFIG_HOME`, else below `HOME`.
     ///
     /// # Errors
-    /// When none of them is an absolute path.
+    /// When none of them is an absolute path, or `KILN_HOME` is a relative one.
     pub fn from_env() -> Result<Self, HomeError> {
-        let absolute = |name: &str| -> Option<PathBuf> {
+        Self::from_variables(|name| {
             #[expect(
                 clippy::disallowed_methods,
                 reason = "the one place that reads these variables"
             )]
-            let value = std::env::var_os(name)?;
-            Some(PathBuf::from(value)).filter(|path| path.is_absolute())
+            std::env::var_os(name)
+        })
+    }
+
+    fn from_variables(var: impl Fn(&str) -> Option<OsString>) -> Result<Self, HomeError> {
+        let set = |name: &str| {
+            var(name)
+                .filter(|value| !value.is_empty())
+                .map(PathBuf::from)
         };
-        if let Some(root) = absolute("KILN_HOME") {
-            return Ok(Self::below(&root));
+        if let Some(root) = set("KILN_HOME") {
+            return match root.is_absolute() {
+                true => Ok(Self::below(&root)),
+                false => Err(HomeError::Relative(root)),
+            };
         }
+        // The XDG base directory specification has relative paths ignored.
+        let absolute = |name: &str| set(name).filter(|path| path.is_absolute());
         let user = absolute("HOME");
         let dir = |name: &str, fallback: &str| {
             absolute(name)
@@ -128,38 +155,53 @@ impl Home {
             path: self.data.clone(),
             source,
         })?;
-        let path = self.data.join("version.json");
-        match fs::read(&path) {
-            Ok(bytes) => {
-                let version: Version =
-                    serde_json::from_slice(&bytes).map_err(|error| HomeError::Damaged {
-                        path: path.clone(),
-                        why: error.to_string(),
-                    })?;
-                if version.layout > LAYOUT {
-                    return Err(HomeError::Newer {
-                        path,
-                        found: version.layout,
-                    });
-                }
-                Ok(())
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let text = format!("{{\"layout\":{LAYOUT}}}\n");
-                let temp = path.with_extension(format!("tmp-{}", std::process::id()));
-                fs::write(&temp, text)
-                    .and_then(|()| fs::rename(&temp, &path))
-                    .map_err(|source| HomeError::Io {
-                        action: "write",
-                        path,
-                        source,
-                    })
-            }
-            Err(source) => Err(HomeError::Io {
-                action: "read",
+        if self.check_layout()? {
+            return Ok(());
+        }
+        let path = self.version_file();
+        let text = format!("{{\"layout\":{LAYOUT}}}\n");
+        let temp = path.with_extension(format!("tmp-{}", std::process::id()));
+        fs::write(&temp, text)
+            .and_then(|()| fs::rename(&temp, &path))
+            .map_err(|source| HomeError::Io {
+                action: "write",
                 path,
                 source,
-            }),
+            })
+    }
+
+    fn version_file(&self) -> PathBuf {
+        self.data.join("version.json")
+    }
+
+    /// Whether there is a layout of this build's version; `false` when there is none yet. Makes nothing.
+    ///
+    /// # Errors
+    /// When the home is of another kiln, or its version cannot be read.
+    pub fn check_layout(&self) -> Result<bool, HomeError> {
+        let path = self.version_file();
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(source) => {
+                return Err(HomeError::Io {
+                    action: "read",
+                    path,
+                    source,
+                });
+            }
+        };
+        let version: Version =
+            serde_json::from_slice(&bytes).map_err(|error| HomeError::Damaged {
+                path: path.clone(),
+                why: error.to_string(),
+            })?;
+        let found = version.layout;
+        match found.cmp(&LAYOUT) {
+            Ordering::Equal => Ok(true),
+            Ordering::Greater => Err(HomeError::Newer { path, found }),
+            // Layout 1 is the first; the way from an older one belongs here.
+            Ordering::Less => Err(HomeError::Older { path, found }),
         }
     }
 
@@ -210,7 +252,36 @@ mod tests {
             home.prepare(),
             Err(HomeError::Newer { found: 99, .. })
         ));
+        fs::write(&version, "{\"layout\":0}").expect("write");
+        assert!(matches!(
+            home.check_layout(),
+            Err(HomeError::Older { found: 0, .. })
+        ));
         fs::write(&version, "x").expect("write");
         assert!(matches!(home.prepare(), Err(HomeError::Damaged { .. })));
+    }
+
+    #[test]
+    fn directories_follow_the_variables_and_kiln_home_wins() {
+        let of = |set: &[(&str, &str)]| {
+            Home::from_variables(|name| {
+                let found = set.iter().find(|(key, _)| *key == name);
+                found.map(|(_, value)| OsString::from(value))
+            })
+        };
+        let home = of(&[("HOME", "/u"), ("XDG_CACHE_HOME", "/c"), ("KILN_HOME", "")]);
+        let home = home.expect("a home");
+        assert_eq!(home.data, Path::new("/u/.local/share/kiln"));
+        assert_eq!(home.cache, Path::new("/c/kiln"));
+        assert_eq!(home.config, Path::new("/u/.config/kiln"));
+        let relative = of(&[("HOME", "/u"), ("XDG_CACHE_HOME", "c")]).expect("a home");
+        assert_eq!(relative.cache, Path::new("/u/.cache/kiln"));
+        let home = of(&[("HOME", "/u"), ("KILN_HOME", "/k")]).expect("a home");
+        assert_eq!(home, Home::below(Path::new("/k")));
+        assert!(matches!(
+            of(&[("HOME", "/u"), ("KILN_HOME", "k")]),
+            Err(HomeError::Relative(_))
+        ));
+        assert!(matches!(of(&[("HOME", "u")]), Err(HomeError::NoHome)));
     }
 }

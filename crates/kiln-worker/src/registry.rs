@@ -1,7 +1,6 @@
 //! The registry as an attempt's guest reaches it, and its quarantine.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use kiln_core::network::REGISTRY_HOST;
 use kiln_core::{AttemptId, Lease};
@@ -11,11 +10,6 @@ use kiln_store::registry::{AttemptAuthority, Authority, LeaseTable, RepoName};
 
 /// Port of kiln's registry inside a guest: plain HTTP, because the channel is the identity.
 pub const REGISTRY_PORT: u16 = 80;
-
-/// Longest wait, at the end of a process that owns the registry, for what others are pushing through it.
-pub const OTHERS_TIMEOUT: Duration = Duration::from_secs(60);
-/// Pause between two looks whether they have finished: the store does not tell.
-const OTHERS_POLL: Duration = Duration::from_millis(100);
 
 /// Access to the host's registry, shared by all attempts of this process.
 #[derive(Clone, Debug)]
@@ -69,20 +63,6 @@ impl RegistryAccess {
     #[must_use]
     pub fn authority(&self, lease: &Lease, leases: &Arc<LeaseTable>) -> AttemptAuthority {
         AttemptAuthority::new(lease.clone(), Arc::clone(leases) as _)
-    }
-
-    /// Before a process that owns the registry ends: waits until nobody uploads through it, because sessions end with
-    /// their owner. Gives up after [`OTHERS_TIMEOUT`]; then the others begin their uploads again.
-    pub async fn let_others_finish(&self) {
-        let idle = async {
-            while self.host.is_owner().await {
-                match self.host.stats().await {
-                    Ok(stats) if stats.uploads > 0 => tokio::time::sleep(OTHERS_POLL).await,
-                    _ => return,
-                }
-            }
-        };
-        let _gave_up = tokio::time::timeout(OTHERS_TIMEOUT, idle).await;
     }
 
     /// Removes what an attempt pushed and nobody published.

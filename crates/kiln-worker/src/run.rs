@@ -372,10 +372,16 @@ fn start_failure(error: orders::CallError) -> Failure {
     match error {
         orders::CallError::Refused { error, .. } => {
             let not_found = error.code == kiln_proto::msg::GuestErrorCode::NotFound;
-            let code = if not_found { 127 } else { 126 };
+            let failure = Failure::new(FailureClass::User, error.message);
+            if !not_found {
+                return Failure {
+                    command_code: Some(126),
+                    ..failure
+                };
+            }
             Failure {
-                command_code: Some(code),
-                ..Failure::new(FailureClass::User, error.message)
+                command_code: Some(127),
+                ..failure.hint("there is no such program in the machine; `--image NAME` runs an image that has it")
             }
         }
         other => Failure::from(other),

@@ -42,8 +42,11 @@ pub fn classify(solve: &Solve, exit: &Exit, oom_kills: u64) -> Failure {
         );
     }
     if let Some((_, step)) = solve.failed() {
-        let why = step.error.lines().next().unwrap_or("it failed").to_owned();
-        return Failure::new(FailureClass::User, step_message(solve, &why));
+        let why = step.error.lines().next().unwrap_or("it failed");
+        return Failure::new(
+            FailureClass::User,
+            step_message(solve, without_command(why)),
+        );
     }
     let last = solve
         .other_lines
@@ -66,12 +69,36 @@ pub fn lost_its_upload(solve: &Solve) -> bool {
         || solve.other_lines.iter().any(|line| lost(line))
 }
 
+/// BuildKit repeats the command that the step's name tells already.
+fn without_command(why: &str) -> &str {
+    const BETWEEN: &str = "\" did not complete successfully: ";
+    match why.split_once(BETWEEN) {
+        Some((before, rest)) if before.starts_with("process \"") && !rest.is_empty() => rest,
+        _ => why,
+    }
+}
+
 fn step_message(solve: &Solve, what: &str) -> String {
     match solve.failed() {
         Some((number, step)) => format!(
-            "step #{number} {} {what}",
+            "step #{number} {}: {what}",
             step.name.lines().next().unwrap_or_default()
         ),
         None => format!("the build {what}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_is_not_told_twice() {
+        let why = "process \"/bin/sh -c echo \\\"a\\\" && false\" did not complete successfully: exit code: 1";
+        assert_eq!(without_command(why), "exit code: 1");
+        assert_eq!(
+            without_command("failed to compute cache key"),
+            "failed to compute cache key"
+        );
     }
 }

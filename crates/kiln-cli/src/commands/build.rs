@@ -105,11 +105,7 @@ async fn work(
         Err(error) => return failed(error),
     };
     let lease = host.lease(&input.request.id, &input.request.tenant, timeout_ms);
-    let end = kiln_worker::build::run(&host, &registry, input, lease, events, cancel).await;
-    if !cancel.is_cancelled() {
-        registry.let_others_finish().await;
-    }
-    end
+    kiln_worker::build::run(&host, &registry, input, lease, events, cancel).await
 }
 
 /// Writes the record, shows the result.

@@ -27,7 +27,7 @@ mod template;
 mod uninstall;
 mod when;
 
-use kiln_worker::home::Home;
+use kiln_worker::home::{Home, HomeError};
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Command;
@@ -75,6 +75,16 @@ fn refuse_other_layouts() -> Result<()> {
     let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
     match home.check_layout() {
         Ok(_) => Ok(()),
+        Err(HomeError::Io { source, .. })
+            if source.kind() == std::io::ErrorKind::PermissionDenied =>
+        {
+            Err(CliError::usage(chain(&HomeError::Io {
+                action: "read",
+                path: home.data,
+                source,
+            }))
+            .hint("it belongs to another user: set KILN_HOME to a directory of your own"))
+        }
         Err(error) => Err(CliError::usage(chain(&error))
             .hint("use the kiln that wrote it, or set KILN_HOME to another directory")),
     }

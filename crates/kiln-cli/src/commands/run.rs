@@ -1,5 +1,6 @@
 //! `kiln run`: a command in a fresh machine, or a container image under runc. Its output and exit code are passed through.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
@@ -28,6 +29,9 @@ use crate::args::RunArgs;
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
 use crate::terminal::{self, RawMode};
+
+/// Exit code when nobody reads the output any more: 128 and SIGPIPE, as a shell has it.
+const READER_GONE: u8 = 141;
 
 pub(super) async fn run(args: RunArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
     if args.image.is_none() && args.command.is_empty() {
@@ -85,13 +89,22 @@ pub(super) async fn run(args: RunArgs, screen: Screen, cancel: CancellationToken
         limits,
         trust: TrustClass::Untrusted,
     };
-    let end = attach(
+    let (end, printed) = attach(
         &operator, &host, request, image, listeners, size, &args, &log, &events, &cancel,
     )
     .await?;
     drop(events);
     let _screen_ended = follow.await;
-    finish(&log, end, &cancel, screen)
+    let ended = finish(&log, end, &cancel, screen);
+    match printed {
+        // Like any program whose reader has gone; one that ended before keeps its own code.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ended.or(Ok(READER_GONE)),
+        Err(error) => Err(CliError::new(
+            FailureClass::Infrastructure,
+            format!("the command's output could not be written: {error}"),
+        )),
+        Ok(()) => ended,
+    }
 }
 
 #[expect(
@@ -109,14 +122,15 @@ async fn attach(
     log: &Arc<JobLog>,
     events: &Events,
     cancel: &CancellationToken,
-) -> Result<RunEnd> {
+) -> Result<(RunEnd, io::Result<()>)> {
     let (output, chunks) = mpsc::channel(64);
     let (control_in, control) = mpsc::channel(16);
     let raw = size
         .map(|_| RawMode::enter())
         .transpose()
         .or_infrastructure()?;
-    let printing = tokio::spawn(terminal::print(chunks));
+    let stop = cancel.child_token();
+    let printing = tokio::spawn(terminal::print(chunks, stop.clone()));
     let resizing = size.map(|_| tokio::spawn(terminal::watch_size(control_in.clone())));
     // A closed control channel would mean nobody can signal the command any more.
     let _control: mpsc::Sender<Control> = control_in;
@@ -135,13 +149,13 @@ async fn attach(
         proxy: operator.proxy()?,
         log: Arc::clone(log),
     };
-    let end = kiln_worker::run::run(host, input, lease, events, cancel).await;
-    let _all_printed = printing.await;
+    let end = kiln_worker::run::run(host, input, lease, events, &stop).await;
+    let printed = printing.await.unwrap_or(Ok(()));
     if let Some(task) = resizing {
         task.abort();
     }
     drop(raw);
-    Ok(end)
+    Ok((end, printed))
 }
 
 /// Ends the record of a run that never started, with the reason its user is told.

@@ -23,7 +23,7 @@ use super::error::HostError;
 use super::socket;
 use crate::registry::http::answer::{self, Answer};
 use crate::registry::http::{header, router, transfer};
-use crate::registry::serve::serve_router;
+use crate::registry::serve::{HEAD_WAIT_MAX, serve_router};
 use crate::registry::{Authority, Secret, Store, loopback};
 
 /// Private connections served at once; more wait.
@@ -125,7 +125,7 @@ async fn accept_all(listener: UnixListener, router: Router) {
         }
         let router = router.clone();
         connections.spawn(async move {
-            if let Err(error) = serve_router(stream, router).await {
+            if let Err(error) = serve_router(stream, router, HEAD_WAIT_MAX).await {
                 tracing::debug!(%error, "private connection ended");
             }
             drop(slot);

@@ -30,7 +30,7 @@ use crate::registry::http::range::chunk;
 use crate::registry::http::route::{Route, query_value};
 use crate::registry::http::transfer::BODY_IDLE_MAX;
 use crate::registry::manifest::MANIFEST_BYTES_MAX;
-use crate::registry::serve::serve_router;
+use crate::registry::serve::{HEAD_WAIT_MAX, serve_router};
 use crate::registry::{Authority, RepoName, StoreError};
 
 /// Headers of a request that mean something to the registry; no others are forwarded.
@@ -48,7 +48,8 @@ pub(super) async fn serve(
     authority: Authority,
 ) -> Result<(), hyper::Error> {
     let proxy = Proxy { host, authority };
-    serve_router(io, Router::new().fallback(handle).with_state(proxy)).await
+    let router = Router::new().fallback(handle).with_state(proxy);
+    serve_router(io, router, HEAD_WAIT_MAX).await
 }
 
 async fn handle(State(proxy): State<Proxy>, mut request: Request) -> Response {

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use kiln_core::{JobId, Outcome, Receipt, TenantName};
+use kiln_core::{FailureClass, JobId, Outcome, Receipt, TenantName, Verdict};
 use serde::{Deserialize, Serialize};
 
 use super::process::ProcessMark;
@@ -61,9 +61,17 @@ impl RecordState {
         match self {
             Self::Running => "running",
             Self::Lost => "lost",
-            Self::Finished { outcome, .. } => match outcome.verdict {
-                kiln_core::Verdict::Passed => "passed",
-                kiln_core::Verdict::Failed { .. } => "failed",
+            Self::Finished { outcome, .. } => match &outcome.verdict {
+                Verdict::Passed => "passed",
+                Verdict::Failed {
+                    class: FailureClass::Cancelled,
+                    ..
+                } => "cancelled",
+                Verdict::Failed {
+                    class: FailureClass::Timeout,
+                    ..
+                } => "timeout",
+                Verdict::Failed { .. } => "failed",
             },
         }
     }

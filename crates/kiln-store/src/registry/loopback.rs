@@ -27,7 +27,7 @@ use super::authority::{Action, Authority, UserAuthority};
 use super::http::answer::{self, Answer};
 use super::http::route::{Route, query_values};
 use super::http::{header, router};
-use super::serve::serve_router;
+use super::serve::{LOOPBACK_HEAD_WAIT_MAX, serve_router};
 use super::store::Store;
 use super::token::{Access, BEARER_LIFE_S, CREDENTIAL_BYTES_MAX, Claims, Secret};
 
@@ -129,7 +129,7 @@ async fn accept_all(listener: &TcpListener, router: &Router) {
                 let _ = stream.set_nodelay(true);
                 let router = router.clone();
                 connections.spawn(async move {
-                    if let Err(error) = serve_router(stream, router).await {
+                    if let Err(error) = serve_router(stream, router, LOOPBACK_HEAD_WAIT_MAX).await {
                         tracing::debug!(%error, "registry connection ended");
                     }
                     drop(slot);
