@@ -32,6 +32,8 @@ struct App {
     comment: &'static str,
     /// Most bytes of its compressed image.
     image_max: f64,
+    /// A public name of its runtime's base.
+    base: &'static str,
 }
 
 /// The examples of this repository, as they were when kiln was compiled.
@@ -55,6 +57,7 @@ const APPS: [App; 2] = [
         source: "server.js",
         comment: "//",
         image_max: 70e6,
+        base: "node:20",
     },
     App {
         name: "python",
@@ -75,6 +78,7 @@ const APPS: [App; 2] = [
         source: "app.py",
         comment: "#",
         image_max: 50e6,
+        base: "python:3.13",
     },
 ];
 
@@ -188,7 +192,7 @@ impl<'a> Building<'a> {
     /// From submission to a RUN step that no cache holds, with the head's template ready.
     async fn run_step(&self, report: &mut Report) -> Result<()> {
         let dockerfile = self.dir.join("Dockerfile");
-        let text = format!("FROM {}\nRUN echo {}\n", self.app.name, now_unix_ms());
+        let text = format!("FROM {}\nRUN echo {}\n", self.app.base, now_unix_ms());
         fs::write(&dockerfile, text).or_infrastructure()?;
         let done = self.command(&[]).await;
         // The next sample is planned from the app's own files again.

@@ -44,6 +44,13 @@ pub(super) async fn run(args: RunArgs, screen: Screen, cancel: CancellationToken
         .limits(&args.limits, false, super::host_cpus())?;
     let env = source::pairs(&args.env, "--env")?;
     let listeners = listen(&args.publish).await?;
+    for (listener, guest) in &listeners {
+        // Also where the system chose the port.
+        let address = listener.local_addr().or_infrastructure()?;
+        screen.note(&format!(
+            "http://{address} leads to port {guest} of the machine"
+        ));
+    }
     let size = wants_terminal(&args).then(terminal::size).flatten();
     let host = operator.host().await?;
     let id = new_job_id('r').map_err(CliError::from_failure)?;

@@ -215,7 +215,15 @@ fn an_ordinary_user_sets_up_builds_runs_and_uninstalls() {
         // The other tests are this one.
         return;
     }
-    let guest = root().join("target/guest/x86_64-unknown-linux-gnu/guest/kiln-guest");
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the suite names the guest it built"
+    )]
+    let named = std::env::var_os("KILN_TEST_GUEST");
+    let guest = named.map_or_else(
+        || root().join("target/guest/x86_64-unknown-linux-gnu/guest/kiln-guest"),
+        PathBuf::from,
+    );
     let world = World::new(&kiln, &guest);
     let (cache, data) = (
         world.user().join(".cache/kiln"),
