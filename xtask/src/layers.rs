@@ -15,6 +15,19 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("kiln-image", &["kiln-core"]),
     ("kiln-store", &["kiln-core"]),
     ("kiln-telemetry", &["kiln-core"]),
+    ("kiln-db", &["kiln-core"]),
+    ("kiln-scheduler", &["kiln-core"]),
+    (
+        "kiln-controller",
+        &[
+            "kiln-core",
+            "kiln-proto",
+            "kiln-db",
+            "kiln-scheduler",
+            "kiln-store",
+            "kiln-telemetry",
+        ],
+    ),
     ("kiln-guest", &["kiln-core", "kiln-proto"]),
     (
         "kiln-worker",
@@ -39,6 +52,8 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "kiln-store",
             "kiln-telemetry",
             "kiln-worker",
+            "kiln-controller",
+            "kiln-db",
         ],
     ),
     ("kiln-testkit", &["kiln-core", "kiln-proto"]),
@@ -48,6 +63,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
 /// Crates a room must never link: purity that the compiler then keeps.
 const MUST_NOT_LINK: &[(&str, &[&str])] = &[
     ("kiln-core", &["tokio", "rustix", "libc", "getrandom"]),
+    ("kiln-scheduler", &["tokio", "rustix", "libc", "getrandom"]),
     ("kiln-guest", &["axum", "ureq", "rustls"]),
 ];
 

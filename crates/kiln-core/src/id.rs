@@ -104,6 +104,35 @@ name_type!(
     MachineName, "machine name", 80
 );
 
+name_type!(
+    /// Named, ordered waiting place with limits.
+    QueueName, "queue", 40
+);
+name_type!(
+    /// A disjoint set of workers that one scheduler decides for.
+    PoolName, "pool", 40
+);
+name_type!(
+    /// The public half of a token: names it in lists and audit rows, opens nothing.
+    TokenId, "token id", 40
+);
+
+impl QueueName {
+    /// Where jobs wait that name no queue.
+    #[must_use]
+    pub fn default_queue() -> Self {
+        Self("default".to_owned())
+    }
+}
+
+impl PoolName {
+    /// The only pool unless the operator makes more.
+    #[must_use]
+    pub fn default_pool() -> Self {
+        Self("default".to_owned())
+    }
+}
+
 impl TenantName {
     /// The only tenant when no server is configured.
     #[must_use]

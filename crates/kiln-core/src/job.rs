@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, Digest, ImageRef, JobId, NetworkPolicy, Outcome, TenantName};
+use crate::{ByteSize, Digest, Dispatch, ImageRef, JobId, NetworkPolicy, Outcome, TenantName};
 
 /// A validated request. Path-free: a source is a digest, a secret is a name.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -21,16 +21,69 @@ pub struct JobRequest {
     pub limits: Limits,
     /// Whether its results may enter the tenant's cache: decided from the token and the verified ref, never by the request.
     pub trust: TrustClass,
+    /// How it is queued.
+    #[serde(default)]
+    pub dispatch: Dispatch,
 }
 
 /// The kinds of job.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum JobKind {
+    /// Source to container image, not planned yet: the host that runs it reads the source, decides how it is built and
+    /// goes on with an [`ImageBuild`].
+    SourceBuild(SourceBuild),
     /// Source to container image.
     ImageBuild(ImageBuild),
     /// A command, in the machine image or in a container image.
     Run(RunCommand),
+}
+
+/// Where a source comes from.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "from")]
+pub enum Source {
+    /// An uploaded tree.
+    Tree {
+        /// Digest of the uploaded archive, computed as it arrived.
+        digest: Digest,
+        /// Its bytes.
+        size: u64,
+    },
+    /// A commit, fetched in a checkout machine by the host that runs the job.
+    Git {
+        /// Where from.
+        url: String,
+        /// Branch, tag or commit; `HEAD` when none was named.
+        reference: String,
+    },
+}
+
+/// A source-to-image job as it is asked for: what the plan will be is decided by the host that runs it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SourceBuild {
+    /// What is built.
+    pub source: Source,
+    /// A short name for lists, and the image's name when no tag is given: the folder's or repository's.
+    pub name: String,
+    /// Path of the Dockerfile in the source; none means the source's own, else the detected runtime's.
+    #[serde(default)]
+    pub dockerfile: Option<String>,
+    /// Stage to build, the last one if none.
+    #[serde(default)]
+    pub target: Option<String>,
+    /// Build arguments.
+    #[serde(default)]
+    pub build_args: BTreeMap<String, String>,
+    /// Names of the secrets it may ask for.
+    #[serde(default)]
+    pub secrets: Vec<String>,
+    /// Where the verified image is tagged, within the tenant; empty means after `name`.
+    #[serde(default)]
+    pub tags: Vec<ImageRef>,
+    /// Neither use nor feed the cache.
+    #[serde(default)]
+    pub no_cache: bool,
 }
 
 /// A source-to-image job.

@@ -5,6 +5,7 @@
 //! Read next: [`job`] (what is asked), [`machine`] (what is started), [`outcome`] (what came out).
 
 pub mod digest;
+pub mod dispatch;
 pub mod id;
 pub mod image_ref;
 pub mod job;
@@ -16,7 +17,8 @@ pub mod outcome;
 pub mod size;
 
 pub use digest::Digest;
-pub use id::{AttemptId, JobId, MachineName, TenantName, WorkerId};
+pub use dispatch::{Assignment, Dispatch, Label, PendingReason, Priority};
+pub use id::{AttemptId, JobId, MachineName, PoolName, QueueName, TenantName, TokenId, WorkerId};
 pub use image_ref::ImageRef;
 pub use job::{JobKind, JobRequest, JobState};
 pub use lease::{Epoch, Lease};

@@ -230,6 +230,7 @@ mod tests {
                 timeout_ms: 1,
             },
             trust: TrustClass::Trusted,
+            dispatch: kiln_core::Dispatch::default(),
         }
     }
 
@@ -327,6 +328,7 @@ mod tests {
         );
         let untrusted = JobRequest {
             trust: TrustClass::Untrusted,
+            dispatch: kiln_core::Dispatch::default(),
             ..request()
         };
         assert_eq!(key(&untrusted, &around()), None);

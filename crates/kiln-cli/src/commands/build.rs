@@ -60,6 +60,7 @@ pub(super) async fn run(args: BuildArgs, screen: Screen, cancel: CancellationTok
         network: prepared.network,
         limits,
         trust: TrustClass::Trusted,
+        dispatch: kiln_core::Dispatch::default(),
     };
     let input = BuildInput {
         request,

@@ -95,6 +95,7 @@ pub(super) async fn run(args: RunArgs, screen: Screen, cancel: CancellationToken
         network: NetworkPolicy::from_rules(args.allow.iter().cloned()),
         limits,
         trust: TrustClass::Untrusted,
+        dispatch: kiln_core::Dispatch::default(),
     };
     let (end, printed) = attach(
         &operator, &host, request, image, listeners, size, &args, &log, &events, &cancel,

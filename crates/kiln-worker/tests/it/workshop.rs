@@ -133,6 +133,7 @@ impl Workshop {
                 timeout_ms,
             },
             trust: TrustClass::Trusted,
+            dispatch: kiln_core::Dispatch::default(),
         };
         let input = BuildInput {
             request,
