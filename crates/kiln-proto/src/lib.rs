@@ -1,4 +1,4 @@
-//! The wire between host and guest: frames, streams, orders and reports.
+//! The wire between host and guest: frames, streams, orders and reports; and [`fleet`], what controller and worker say to each other.
 //!
 //! Host and guest use the same code over one duplex byte stream per machine. It knows nothing of
 //! virtual machines, jobs or files; who opens the transport and who obeys the messages is
@@ -7,6 +7,7 @@
 
 pub mod codec;
 mod driver;
+pub mod fleet;
 pub mod frame;
 pub mod hello;
 pub mod msg;

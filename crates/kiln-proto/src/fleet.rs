@@ -1,0 +1,325 @@
+//! What controller and worker say to each other: JSON bodies of `/worker/v1`.
+//!
+//! The table of requests is in `docs/design/control-plane.md`; versions are in COMPATIBILITY.md. Unknown fields are ignored and new fields have
+//! defaults, so that a worker and a controller one generation apart understand each other.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use kiln_core::dispatch::{Room, WorkerFacts};
+use kiln_core::{
+    AttemptId, Digest, Epoch, ImageRef, JobRequest, Label, Lease, Observed, Outcome, PoolName,
+    Receipt, WorkerId,
+};
+use serde::{Deserialize, Serialize};
+
+/// Generation of these messages. A controller serves its own and the one before.
+pub const GENERATION: u32 = 1;
+/// Header with the generation a worker speaks.
+pub const GENERATION_HEADER: &str = "kiln-generation";
+/// Header with the lease of a request about a job: [`LeaseHeader`].
+pub const LEASE_HEADER: &str = "kiln-lease";
+/// A lease lives this long after the heartbeat that renewed it.
+pub const LEASE_TTL_MS: u64 = 15_000;
+/// Time after a lease's end in which its worker destroys its machines, before the job may be given away.
+pub const LEASE_GRACE_MS: u64 = 5_000;
+/// Time between two heartbeats of a worker.
+pub const HEARTBEAT_MS: u64 = 5_000;
+/// Longest time a poll is held open.
+pub const POLL_MS: u64 = 25_000;
+/// Most leases one worker may hold.
+pub const LEASES_MAX: usize = 256;
+/// Most bytes of one piece of log.
+pub const LOG_PIECE_MAX: usize = 256 * 1024;
+/// Most bytes of any other body here, sources and artifacts excepted.
+pub const BODY_MAX: usize = 4 << 20;
+
+/// Says which lease a request is made under: `worker/attempt-number/incarnation.count`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LeaseHeader {
+    /// Who holds it.
+    pub worker: WorkerId,
+    /// Which attempt of the job that the path names.
+    pub attempt: u32,
+    /// Which claim.
+    pub epoch: Epoch,
+}
+
+/// Why a text is not a lease header.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("not a lease: write worker/attempt/incarnation.count")]
+pub struct ParseLeaseHeader;
+
+impl LeaseHeader {
+    /// Of a lease.
+    #[must_use]
+    pub fn of(lease: &Lease) -> Self {
+        Self {
+            worker: lease.worker.clone(),
+            attempt: lease.attempt.number,
+            epoch: lease.epoch,
+        }
+    }
+}
+
+impl fmt::Display for LeaseHeader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{}", self.worker, self.attempt, self.epoch)
+    }
+}
+
+impl FromStr for LeaseHeader {
+    type Err = ParseLeaseHeader;
+
+    fn from_str(text: &str) -> Result<Self, ParseLeaseHeader> {
+        let mut parts = text.split('/');
+        let (Some(worker), Some(attempt), Some(epoch), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            return Err(ParseLeaseHeader);
+        };
+        let (incarnation, count) = epoch.split_once('.').ok_or(ParseLeaseHeader)?;
+        Ok(Self {
+            worker: worker.parse().map_err(|_| ParseLeaseHeader)?,
+            attempt: number(attempt)?,
+            epoch: Epoch {
+                incarnation: number(incarnation)?,
+                count: number(count)?,
+            },
+        })
+    }
+}
+
+/// Digits only: `parse` alone would also take a sign.
+fn number<T: FromStr>(text: &str) -> Result<T, ParseLeaseHeader> {
+    if !text.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(ParseLeaseHeader);
+    }
+    text.parse().map_err(|_| ParseLeaseHeader)
+}
+
+/// `POST /worker/v1/join`: a single-use token for a certificate.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Join {
+    /// The name the worker wants; the token may fix another.
+    pub worker: WorkerId,
+    /// The token.
+    pub token: String,
+    /// Certificate request, PEM. Empty on the private socket, where the peer's uid is the proof.
+    #[serde(default)]
+    pub csr: String,
+    /// What it is.
+    pub facts: WorkerFacts,
+}
+
+/// Answer to [`Join`] and [`Renew`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Joined {
+    /// Its name from now on.
+    pub worker: WorkerId,
+    /// Its pool.
+    pub pool: PoolName,
+    /// Labels the token fixed.
+    pub labels: BTreeMap<Label, Label>,
+    /// Certificate chain, PEM; empty on the private socket.
+    #[serde(default)]
+    pub certificate: String,
+    /// The controller's authority, PEM; empty on the private socket.
+    #[serde(default)]
+    pub authority: String,
+    /// End of the certificate, milliseconds since the Unix epoch.
+    #[serde(default)]
+    pub expires_unix_ms: u64,
+}
+
+/// `POST /worker/v1/renew`: the next certificate for the same key.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Renew {
+    /// Certificate request, PEM.
+    pub csr: String,
+}
+
+/// `POST /worker/v1/heartbeat`: every lease at once.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// What it is now.
+    pub facts: WorkerFacts,
+    /// Leases it works on.
+    pub held: Vec<HeldLease>,
+    /// The operator asked this worker, on its host, to take no more.
+    #[serde(default)]
+    pub draining: bool,
+}
+
+/// One lease in a heartbeat.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct HeldLease {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// Which claim.
+    pub epoch: Epoch,
+}
+
+/// Answer to [`Heartbeat`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct HeartbeatAnswer {
+    /// How long every lease named alive in `leases` lives from when the heartbeat was *sent*.
+    pub ttl_ms: u64,
+    /// One for each lease asked about, in the same order.
+    pub leases: Vec<LeaseAnswer>,
+    /// Attempts the controller believes this worker holds and the worker did not name: machines of them are orphans when there are any.
+    #[serde(default)]
+    pub unknown: Vec<AttemptId>,
+}
+
+/// What is to become of one lease.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "lease")]
+pub enum LeaseAnswer {
+    /// It lives on.
+    Live {
+        /// Somebody asked to stop the job: cancel it and finish.
+        #[serde(default)]
+        cancel: bool,
+    },
+    /// It does not: destroy what runs for it, say nothing more about it.
+    Gone {
+        /// Why, for the worker's log.
+        why: String,
+    },
+}
+
+/// `POST /worker/v1/poll`: held open until there is work or [`POLL_MS`] have passed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Poll {
+    /// Room it has left.
+    pub free: Room,
+}
+
+/// Answer to [`Poll`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct PollAnswer {
+    /// New leases; each is told once, and again after a poll whose answer got lost.
+    pub leases: Vec<Leased>,
+}
+
+/// One job to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Leased {
+    /// The right to do it.
+    pub lease: Lease,
+    /// How long it lives from when the poll was sent, unless a heartbeat renews it.
+    pub ttl_ms: u64,
+    /// What to do.
+    pub request: JobRequest,
+    /// W3C trace context of whoever asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+}
+
+/// `POST /worker/v1/jobs/{job}/event`: something happened.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct JobEvents {
+    /// Number of the first of these within the attempt, from 0: a repeat is recognised by it.
+    pub from: u64,
+    /// In order. Each is an object with a member `event`; the set of names is open.
+    pub events: Vec<serde_json::Value>,
+    /// The machine is ready: the job counts as running from now on.
+    #[serde(default)]
+    pub started: bool,
+}
+
+/// Answer to a piece of log: `POST /worker/v1/jobs/{job}/log?from=OFFSET`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LogAnswer {
+    /// The next offset that is wanted.
+    pub next: u64,
+    /// The log's limit is reached: more is not kept.
+    #[serde(default)]
+    pub full: bool,
+}
+
+/// `POST /worker/v1/jobs/{job}/image`: name what this attempt pushed into its quarantine.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PublishImage {
+    /// The manifest the worker verified; the controller reads it again.
+    pub manifest: Digest,
+    /// Names within the tenant.
+    pub tags: Vec<ImageRef>,
+}
+
+/// Answer to `POST /worker/v1/jobs/{job}/registry-token`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RegistryToken {
+    /// Where the registry is, `host:port`; empty when worker and controller share one.
+    pub registry: String,
+    /// Bearer token for this attempt's quarantine.
+    pub token: String,
+    /// Its end, milliseconds since the Unix epoch.
+    pub expires_unix_ms: u64,
+}
+
+/// `POST /worker/v1/jobs/{job}/finish`: the end of the attempt.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Finish {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What was stored, when something was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receipt: Option<Receipt>,
+    /// What the host saw.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed: Option<Box<Observed>>,
+    /// What is shown of it: the report of a build, the end of a run. Never decides anything.
+    #[serde(default)]
+    pub details: serde_json::Value,
+}
+
+/// Body of every refusal on these routes.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Refusal {
+    /// Stable short name: `lease_refused`, `unknown_worker`, `generation`, `bad_request`, `unavailable`.
+    pub code: String,
+    /// One sentence.
+    pub message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_lease_header_reads_back() {
+        let header = LeaseHeader {
+            worker: "w1".parse().expect("name"),
+            attempt: 2,
+            epoch: Epoch {
+                incarnation: 3,
+                count: 7,
+            },
+        };
+        assert_eq!(header.to_string(), "w1/2/3.7");
+        assert_eq!(header.to_string().parse(), Ok(header));
+        for bad in [
+            "",
+            "w1/2",
+            "w1/2/3",
+            "w1/+2/3.7",
+            "w1/2/3.7/x",
+            "W/1/1.1",
+            "w/-1/1.1",
+        ] {
+            assert_eq!(bad.parse::<LeaseHeader>(), Err(ParseLeaseHeader), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_header_or_not(text in ".{0,200}") {
+            let _never_panics = text.parse::<LeaseHeader>();
+        }
+    }
+}
