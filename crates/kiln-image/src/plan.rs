@@ -17,6 +17,7 @@ mod procfile;
 mod python;
 mod ranges;
 mod render;
+mod shown;
 mod start;
 mod system_packages;
 mod types;
@@ -28,6 +29,7 @@ pub use error::PlanError;
 pub(crate) use locate::toml_line;
 pub use lockfiles::{HostMention, Lockfile};
 pub use render::render;
+pub use shown::shown;
 pub use types::{
     Command, DockerfileChoice, Evidence, Options, Plan, PlannedBase, RuntimeKind, StaticSite,
     VersionChoice,

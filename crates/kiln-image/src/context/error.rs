@@ -106,7 +106,10 @@ impl std::fmt::Display for Refused {
 }
 
 fn refused(first: &[Refused], total: usize) -> String {
-    let mut text = format!("{total} entries cannot be sent to a build:");
+    let mut text = match total {
+        1 => "1 entry cannot be sent to a build:".to_owned(),
+        _ => format!("{total} entries cannot be sent to a build:"),
+    };
     for one in first {
         text.push_str("\n  ");
         text.push_str(&one.to_string());

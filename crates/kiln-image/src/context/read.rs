@@ -38,6 +38,21 @@ pub fn open_beneath(root: BorrowedFd<'_>, path: &[u8], folder: bool) -> io::Resu
     one_step(at, rest, flags)
 }
 
+/// Opens the file `path` (relative) below `root`, also through symbolic links as long as they stay below it.
+///
+/// # Errors
+/// What the kernel says; `EXDEV` for a link that leads out.
+pub(crate) fn open_inside(root: BorrowedFd<'_>, path: &[u8]) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    loop {
+        return match openat2(root, path, flags, Mode::empty(), resolve) {
+            Err(Errno::INTR | Errno::AGAIN) => continue,
+            result => Ok(result?),
+        };
+    }
+}
+
 fn one_step(at: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
     let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;

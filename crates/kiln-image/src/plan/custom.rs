@@ -21,7 +21,7 @@ pub(super) struct Found {
 pub(super) fn find(folder: &Folder, options: &Options) -> Result<Option<Found>, PlanError> {
     let max = DOCKERFILE_BYTES_MAX as u64;
     let read = |path: &str| -> Result<Option<Found>, PlanError> {
-        Ok(folder.bytes(path, max)?.map(|bytes| Found {
+        Ok(folder.linked_bytes(path, max)?.map(|bytes| Found {
             name: path.to_owned(),
             bytes,
         }))

@@ -60,6 +60,7 @@ pub fn plan(dir: &Path, options: &Options, bases: &Bases) -> Result<Plan, PlanEr
             );
             return Err(PlanError::NoLockfile { manifest, hint });
         }
+        (Err(error), None) => return Err(pointed(error, dir, &outer)),
         (found, _) => found?,
     };
     if let Some(sub) = &config.subfolder {
@@ -146,7 +147,10 @@ fn runtime(request: &Request<'_>) -> Result<RuntimeKind, PlanError> {
         |n: &&Name| !matches!(n.text.as_str(), ".git" | ".gitignore" | ".dockerignore");
     let found: Vec<_> = request.names.iter().filter(meaningful).collect();
     if found.is_empty() {
-        return Err(PlanError::Empty(request.folder.display().to_owned()));
+        return Err(PlanError::Empty {
+            dir: request.folder.display().to_owned(),
+            hint: None,
+        });
     }
     let other = OTHERS
         .iter()
@@ -252,6 +256,82 @@ const OTHERS: [(&str, &str); 8] = [
     ("composer.json", "PHP"),
     ("deno.json", "Deno"),
 ];
+
+/// Files that say how a folder is built.
+const TELLING: [&str; 7] = [
+    "Dockerfile",
+    "Containerfile",
+    "package.json",
+    "requirements.txt",
+    "pyproject.toml",
+    "Pipfile",
+    "setup.py",
+];
+/// Most subfolders that are looked into for an app.
+const SUBFOLDERS_MAX: usize = 200;
+
+/// The error of a folder with no app in it, with the folder nearby that has one.
+fn pointed(error: PlanError, dir: &Path, folder: &Folder) -> PlanError {
+    let known = |(file, _): &(&str, &str)| folder.has(file);
+    match error {
+        PlanError::UnknownRuntime { found, hint } if !OTHERS.iter().any(known) => {
+            let hint = below(folder).or_else(|| above(dir)).unwrap_or(hint);
+            PlanError::UnknownRuntime { found, hint }
+        }
+        PlanError::Empty { dir: name, .. } => PlanError::Empty {
+            dir: name,
+            hint: above(dir),
+        },
+        other => other,
+    }
+}
+
+/// That subfolders look like apps.
+fn below(folder: &Folder) -> Option<String> {
+    let names = folder.names("").ok()?;
+    let folders = names.iter().filter(|name| {
+        name.is_folder && !name.text.starts_with('.') && name.text != "node_modules"
+    });
+    let app = |name: &Name| {
+        let mut files = TELLING.iter().map(|file| format!("{}/{file}", name.text));
+        Some((name.text.clone(), files.find(|file| folder.has(file))?))
+    };
+    let apps: Vec<_> = folders.take(SUBFOLDERS_MAX).filter_map(app).collect();
+    match apps.as_slice() {
+        [] => None,
+        [(name, file)] => Some(format!(
+            "the app seems to be in {name} (there is {file}): build that folder, or say so in kiln.toml: [build] subfolder = {name:?}"
+        )),
+        several => {
+            let names: Vec<_> = several
+                .iter()
+                .take(NAMES_SHOWN_MAX)
+                .map(|(name, _)| name.as_str())
+                .collect();
+            Some(format!(
+                "there seem to be apps in {}: build one of these folders, or name it in kiln.toml: [build] subfolder = \"…\"",
+                names.join(", ")
+            ))
+        }
+    }
+}
+
+/// That the folder around looks like an app; what lies in a folder that everybody writes into means nothing.
+fn above(dir: &Path) -> Option<String> {
+    use std::os::unix::fs::MetadataExt as _;
+    let around = dir.canonicalize().ok()?.parent()?.to_owned();
+    let for_all = around.metadata().ok()?.mode() & 0o002 != 0;
+    if for_all {
+        return None;
+    }
+    let file = TELLING
+        .iter()
+        .find(|file| around.join(file).symlink_metadata().is_ok())?;
+    Some(format!(
+        "there is a {file} one level up: build {}",
+        around.display()
+    ))
+}
 
 /// Most names that a message lists.
 const NAMES_SHOWN_MAX: usize = 8;

@@ -4,6 +4,7 @@ use std::io;
 
 use kiln_core::FailureClass;
 
+use super::shown;
 use crate::build_config::BuildConfigError;
 use crate::dockerfile::DockerfileError;
 
@@ -11,7 +12,7 @@ use crate::dockerfile::DockerfileError;
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
     /// The folder or a file in it cannot be read.
-    #[error("read {path}")]
+    #[error("read {}", shown(.path))]
     Read {
         /// Which.
         path: String,
@@ -19,8 +20,16 @@ pub enum PlanError {
         #[source]
         source: io::Error,
     },
+    /// A file that is a symbolic link.
+    #[error("{} is a symbolic link, and {what}", shown(.path))]
+    Link {
+        /// Which.
+        path: String,
+        /// What is wrong with that.
+        what: &'static str,
+    },
     /// A file is larger than any sensible one.
-    #[error("{file} has more than {max} bytes")]
+    #[error("{} has more than {max} bytes", shown(.file))]
     TooLarge {
         /// Which.
         file: String,
@@ -28,10 +37,15 @@ pub enum PlanError {
         max: u64,
     },
     /// There is nothing in it.
-    #[error("the folder {0} is empty")]
-    Empty(String),
+    #[error("the folder {} is empty", shown(.dir))]
+    Empty {
+        /// Which.
+        dir: String,
+        /// What to do, where more is known.
+        hint: Option<String>,
+    },
     /// Nothing in it is known.
-    #[error("nothing here says how to build it (found {found})")]
+    #[error("nothing here says how to build it (found {})", shown(.found))]
     UnknownRuntime {
         /// Some names that are there.
         found: String,
@@ -39,7 +53,7 @@ pub enum PlanError {
         hint: String,
     },
     /// A file that is nearly one kiln knows.
-    #[error("there is a {found} but no {meant}")]
+    #[error("there is a {} but no {meant}", shown(.found))]
     NearMiss {
         /// What is there.
         found: String,
@@ -49,7 +63,7 @@ pub enum PlanError {
         hint: String,
     },
     /// A manifest without its lockfile.
-    #[error("{manifest} lists dependencies, but there is no lockfile that freezes them")]
+    #[error("{} lists dependencies, but there is no lockfile that freezes them", shown(.manifest))]
     NoLockfile {
         /// The manifest.
         manifest: String,
@@ -65,7 +79,7 @@ pub enum PlanError {
         hint: String,
     },
     /// No base has a version that fits.
-    #[error("{place} asks for {runtime} {wanted}; available here: {}", .available.join(", "))]
+    #[error("{} asks for {runtime} {}; available here: {}", shown(.place), shown(.wanted), .available.join(", "))]
     Version {
         /// Runtime.
         runtime: &'static str,
@@ -77,7 +91,7 @@ pub enum PlanError {
         available: Vec<String>,
     },
     /// A file that is not what its name says.
-    #[error("{file}{}: {what}", line_text(*.line))]
+    #[error("{}{}: {}", shown(.file), line_text(*.line), shown(.what))]
     Broken {
         /// Which.
         file: String,
@@ -87,7 +101,7 @@ pub enum PlanError {
         what: String,
     },
     /// Something kiln understands and does not do.
-    #[error("{file}{}: {what}", line_text(*.line))]
+    #[error("{}{}: {}", shown(.file), line_text(*.line), shown(.what))]
     Unsupported {
         /// Which file asks for it.
         file: String,
@@ -116,7 +130,7 @@ pub enum PlanError {
     #[error("the build configuration is wrong")]
     Config(#[from] BuildConfigError),
     /// The Dockerfile is wrong or refused.
-    #[error("{file} cannot be used")]
+    #[error("{} cannot be used", shown(.file))]
     Dockerfile {
         /// Which.
         file: String,
@@ -150,11 +164,18 @@ impl PlanError {
             | Self::SeveralLockfiles { hint, .. }
             | Self::Unsupported { hint, .. }
             | Self::NoStart { hint }
-            | Self::NoServer { hint, .. } => Some(hint.clone()),
+            | Self::NoServer { hint, .. } => Some(shown(hint)),
+            Self::Empty {
+                hint: Some(hint), ..
+            } => Some(shown(hint)),
+            Self::Link { path, .. } => Some(format!(
+                "put the file itself in place of the link {}; a Dockerfile of elsewhere is named with --file",
+                shown(path)
+            )),
             Self::Version { runtime, .. } => Some(format!(
                 "ask for a version that is there, or add one: kiln bases add {runtime}:VERSION BUILD@sha256:DIGEST --run RUN@sha256:DIGEST"
             )),
-            Self::Empty(_) => Some(
+            Self::Empty { .. } => Some(
                 "a Node app has a package.json, a Python app a requirements.txt or pyproject.toml; anything else needs a Dockerfile"
                     .to_owned(),
             ),

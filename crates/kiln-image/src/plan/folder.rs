@@ -9,7 +9,7 @@ use std::path::Path;
 use rustix::fs::{Dir, FileType, Mode, OFlags, open};
 
 use super::PlanError;
-use crate::context::{open_beneath, read_small};
+use crate::context::{open_beneath, open_inside, read_small};
 
 /// Largest manifest, script or source file that is looked into, bytes.
 const MANIFEST_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -91,7 +91,44 @@ impl Folder {
         let file = match open_beneath(self.root.as_fd(), path.as_bytes(), false) {
             Ok(file) => file,
             Err(e) if is_missing(&e) => return Ok(None),
+            Err(e) if is_link(&e) => {
+                return Err(PlanError::Link {
+                    path: path.to_owned(),
+                    what: "kiln reads no such file through one",
+                });
+            }
             Err(e) => return Err(error(e)),
+        };
+        self.small(path, file, max)
+    }
+
+    /// As [`Self::bytes`], also through a symbolic link whose target is in the folder.
+    pub(super) fn linked_bytes(&self, path: &str, max: u64) -> Result<Option<Vec<u8>>, PlanError> {
+        match self.bytes(path, max) {
+            Err(PlanError::Link { .. }) => {}
+            other => return other,
+        }
+        let file =
+            open_inside(self.root.as_fd(), path.as_bytes()).map_err(|e| PlanError::Link {
+                path: path.to_owned(),
+                what: match e.kind() {
+                    io::ErrorKind::NotFound => "its target is not there",
+                    _ => "its target is not in the folder",
+                },
+            })?;
+        match self.small(path, file, max)? {
+            Some(bytes) => Ok(Some(bytes)),
+            None => Err(PlanError::Link {
+                path: path.to_owned(),
+                what: "its target is not a file",
+            }),
+        }
+    }
+
+    fn small(&self, path: &str, file: OwnedFd, max: u64) -> Result<Option<Vec<u8>>, PlanError> {
+        let error = |source| PlanError::Read {
+            path: path.to_owned(),
+            source,
         };
         let stat = rustix::fs::fstat(&file).map_err(|e| error(e.into()))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
@@ -150,6 +187,10 @@ impl Folder {
         names.sort();
         Ok(names)
     }
+}
+
+fn is_link(e: &io::Error) -> bool {
+    e.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error())
 }
 
 fn is_missing(e: &io::Error) -> bool {

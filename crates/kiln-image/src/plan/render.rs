@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::shown;
 use super::types::{Command, Evidence, Plan};
 
 /// What `kiln plan` prints.
@@ -9,9 +10,9 @@ use super::types::{Command, Evidence, Plan};
 pub fn render(plan: &Plan) -> String {
     let mut out = String::new();
     let mut row = |name: &str, value: &str, place: Option<&Evidence>| {
-        let place = place.map_or_else(String::new, |e| format!("   ({})", e.place()));
+        let place = place.map_or_else(String::new, |e| format!("   ({})", shown(&e.place())));
         // Writing to a String cannot fail.
-        let _ = writeln!(out, "{name:<16}{value}{place}");
+        let _ = writeln!(out, "{name:<16}{}{place}", shown(value));
     };
     let runtime = match &plan.version {
         Some(version) => format!("{} {}", plan.runtime.name(), version.version),
@@ -69,7 +70,12 @@ pub fn render(plan: &Plan) -> String {
     section(&mut out, "Why", &plan.evidence);
     section(&mut out, "Note", &plan.notes);
     let title = plan.dockerfile_path.as_deref().unwrap_or("Dockerfile");
-    let _ = write!(out, "\n# {title}, as it is built\n\n{}", plan.dockerfile);
+    let _ = write!(
+        out,
+        "\n# {}, as it is built\n\n{}",
+        shown(title),
+        plan.dockerfile
+    );
     out
 }
 
@@ -81,8 +87,8 @@ fn section(out: &mut String, title: &str, all: &[Evidence]) {
     for evidence in all {
         let place = match evidence.file.is_empty() {
             true => String::new(),
-            false => format!("   ({})", evidence.place()),
+            false => format!("   ({})", shown(&evidence.place())),
         };
-        let _ = writeln!(out, "  {}{place}", evidence.what);
+        let _ = writeln!(out, "  {}{place}", shown(&evidence.what));
     }
 }

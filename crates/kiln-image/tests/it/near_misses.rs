@@ -59,6 +59,17 @@ fn nothing_to_build() {
         &refused(&[("web/package.json", "{}")]),
         &["web", "subfolder = \"web\""],
     );
+    has(
+        &refused(&[("web/package.json", "{}"), ("api/Dockerfile", "")]),
+        &["apps in api, web", "subfolder"],
+    );
+    let outer = folder(&[("package.json", "{}"), ("src/x.js", ""), ("src/none/a", "")]);
+    for (below, said) in [("src", "one level up"), ("src/none", "add a package.json")] {
+        let bases = baked();
+        let error = plan(&outer.path().join(below), &Options::default(), &bases);
+        let hint = error.expect_err("no app").hint().expect("a hint");
+        has(&hint, &[said]);
+    }
     let gone = plan("/does/not/exist".as_ref(), &Options::default(), &baked());
     assert!(matches!(gone, Err(PlanError::Read { .. })));
 }
@@ -351,6 +362,73 @@ fn what_the_owner_says_wins() {
         ("kiln.toml", "[build]\nruntime = \"node\"\n"),
     ];
     assert_eq!(of(&both).runtime, RuntimeKind::Node);
+}
+
+#[test]
+fn an_install_command_without_dependencies_is_run() {
+    let plan = of(&[
+        ("package.json", r#"{"main": "a.js"}"#),
+        ("a.js", ""),
+        ("setup.sh", ""),
+        ("kiln.toml", "[build]\ninstall = \"sh setup.sh\"\n"),
+    ]);
+    assert_eq!(plan.install.len(), 1);
+    assert_eq!(plan.install[0].line, "sh setup.sh");
+    let at = |text: &str| plan.dockerfile.find(text).expect(text);
+    assert!(
+        at("COPY . .") < at("\"sh setup.sh\""),
+        "{}",
+        plan.dockerfile
+    );
+    assert!(at("\"sh setup.sh\"") < at("--from=build /app ./"));
+    assert!(
+        !plan.dockerfile.contains("npm prune"),
+        "{}",
+        plan.dockerfile
+    );
+}
+
+#[test]
+fn a_dockerfile_may_be_a_link_that_stays_in_the_folder() {
+    use std::os::unix::fs::symlink;
+    let dir = folder(&[("deploy/app", "FROM scratch\nCOPY x /\n"), ("x", "")]);
+    let file = dir.path().join("Dockerfile");
+    symlink("deploy/app", &file).expect("link");
+    let plan = plan_with(&dir, &Options::default()).expect("inside");
+    assert_eq!(plan.dockerfile_path.as_deref(), Some("Dockerfile"));
+    for (target, said) in [
+        ("/etc/hostname", "not in the folder"),
+        ("../x", "not in the folder"),
+        ("gone", "not there"),
+        ("deploy", "not a file"),
+    ] {
+        std::fs::remove_file(&file).expect("removed");
+        symlink(target, &file).expect("link");
+        let error = plan_with(&dir, &Options::default()).expect_err(target);
+        assert_eq!(error.class().exit_code(), 2);
+        has(&error.to_string(), &["Dockerfile is a symbolic link", said]);
+        has(&error.hint().expect("a hint"), &["--file"]);
+    }
+    let dir = folder(&[("p.json", "{}")]);
+    symlink("p.json", dir.path().join("package.json")).expect("link");
+    let error = plan_with(&dir, &Options::default()).expect_err("a manifest");
+    has(&error.to_string(), &["package.json is a symbolic link"]);
+}
+
+#[test]
+fn names_do_not_drive_the_terminal() {
+    let text = refused(&[("a\nhint: rm -rf\x1b[2J", "")]);
+    has(&text, &["a\\nhint: rm -rf\\u{1b}[2J"]);
+    let plan = of(&[
+        (
+            "package.json",
+            "{\"scripts\": {\"start\": \"a\\u001b[2J\\nnode x\"}}",
+        ),
+        ("x.js", ""),
+    ]);
+    let shown = kiln_image::plan::render(&plan);
+    let above = shown.split("as it is built").next().expect("the facts");
+    assert!(!above.contains('\x1b'), "{above}");
 }
 
 #[test]

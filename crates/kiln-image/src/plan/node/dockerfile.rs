@@ -43,11 +43,8 @@ pub(super) fn write(
     };
     let own_scripts = !app.manifest.install_scripts().is_empty();
     let installs = app.manager.lockfile.is_some();
-    let in_place = installs
-        && (own_scripts
-            || !app.members.is_empty()
-            || !app.manager.installs_apart()
-            || request.config.install.is_some());
+    let in_place = request.config.install.is_some()
+        || (installs && (own_scripts || !app.members.is_empty() || !app.manager.installs_apart()));
     writer.tools(base);
     let builds = app.build.is_some() || app.entry.prestart;
     if in_place {
@@ -168,7 +165,14 @@ impl Writer<'_> {
     fn in_place(&mut self) {
         let manager = &self.app.manager;
         self.text.stage("tools", Some("build"));
-        self.inputs();
+        // Without a lockfile the given command installs whatever it likes, maybe from the source.
+        let locked = manager.lockfile.is_some();
+        match locked {
+            true => self.inputs(),
+            false => {
+                self.text.line("COPY . .");
+            }
+        }
         match self.request.config.install.as_deref() {
             Some(given) => {
                 self.text.run_given(
@@ -187,7 +191,9 @@ impl Writer<'_> {
                 self.installs(command);
             }
         }
-        self.text.line("COPY . .");
+        if locked {
+            self.text.line("COPY . .");
+        }
         for script in self.app.manifest.install_scripts() {
             let command = manager.run_script(script);
             self.text.run(&[], &command);
@@ -201,7 +207,7 @@ impl Writer<'_> {
             });
         }
         self.build(&[]);
-        if self.app.entry.site.is_none() {
+        if locked && self.app.entry.site.is_none() {
             let prune = manager.prune();
             self.text.run(
                 &[manager.cache()],
