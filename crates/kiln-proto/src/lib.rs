@@ -13,6 +13,7 @@ pub mod hello;
 pub mod msg;
 pub mod mux;
 pub mod preamble;
+pub mod relay;
 pub mod session;
 pub mod stream;
 

@@ -418,7 +418,7 @@ async fn forward_one(session: &Session, mut client: TcpStream, port: u16) -> std
         .map_err(std::io::Error::other)?;
     if reply == ConnectReply::Connected {
         client.set_nodelay(true)?;
-        tokio::io::copy_bidirectional(&mut client, &mut stream).await?;
+        kiln_proto::relay::relay(&mut stream, &mut client).await?;
     }
     Ok(())
 }

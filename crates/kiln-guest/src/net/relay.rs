@@ -7,7 +7,7 @@ use std::time::Duration;
 use kiln_proto::codec;
 use kiln_proto::msg::{Connect, ConnectReply, Forward, kind};
 use kiln_proto::stream::Stream;
-use tokio::io::{AsyncWriteExt, copy_bidirectional_with_sizes};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
@@ -24,8 +24,6 @@ pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const CONNECT_WAIT: Duration = Duration::from_secs(60);
 /// How long a program in the machine may take to accept the host's connection.
 const FORWARD_WAIT: Duration = Duration::from_secs(5);
-/// Bytes on their way in each direction of a connection.
-const BUFFER: usize = 64 * 1024;
 /// Most bytes of the host's answer.
 const REPLY_MAX: usize = 16 * 1024;
 
@@ -115,9 +113,7 @@ async fn open(guest: &Guest, program: &TcpStream) -> Result<Stream, String> {
 /// Copies both ways, each direction to its own end. False when a side broke off.
 async fn relay(program: &mut TcpStream, host: &mut Stream) -> bool {
     let _delays_stay = program.set_nodelay(true);
-    copy_bidirectional_with_sizes(program, host, BUFFER, BUFFER)
-        .await
-        .is_ok()
+    kiln_proto::relay::relay(host, program).await.is_ok()
 }
 
 /// Makes the close that follows a reset instead of an orderly end.

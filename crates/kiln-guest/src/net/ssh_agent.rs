@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kiln_proto::msg::{SSH_AGENTS_MAX, SshAgent, kind, ssh_agent_socket};
-use tokio::io::copy_bidirectional_with_sizes;
+use kiln_proto::relay::relay;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
@@ -19,8 +19,6 @@ use crate::state::Guest;
 
 /// Connections to all agents at the same time. More wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 16;
-/// Bytes on their way in each direction of a connection.
-const BUFFER: usize = 16 * 1024;
 
 /// Listens in every place from now on.
 pub(super) fn start(guest: &Arc<Guest>) -> Result<(), SysError> {
@@ -74,8 +72,7 @@ async fn carry(guest: &Guest, mut program: UnixStream, place: u8) {
         return;
     };
     if let Ok(mut host) = session.open(kind::SSH_AGENT, &payload).await {
-        let copied = copy_bidirectional_with_sizes(&mut program, &mut host, BUFFER, BUFFER).await;
-        if let Err(error) = copied {
+        if let Err(error) = relay(&mut host, &mut program).await {
             log::debug(&format!("a connection to an SSH agent: {error}"));
         }
     }

@@ -3,5 +3,6 @@
 
 mod hostile;
 mod peer;
+mod relay;
 mod restart;
 mod sessions;
