@@ -1,3 +1,13 @@
-//! Decides which job runs where: `plan(&PoolView)` gives assignments and one reason for every job that stays.
+//! Decides which job runs where: [`plan`] gives assignments and one reason for every job that stays.
 //!
-//! Pure: no clock, no randomness, no runtime. The same view always gives the same plan.
+//! Pure: no clock, no randomness, no runtime. The same view always gives the same plan, in whatever order its lists came.
+//! It keeps nothing between two decisions: the controller reads a [`PoolView`], plans, and claims what the plan says in the
+//! database, which may refuse (then the next view is different). Read next: [`view`], then [`plan`](mod@plan).
+
+pub mod plan;
+pub mod view;
+
+pub use plan::{Estimate, EstimateBasis, Plan, Reservation, Waiting, plan};
+pub use view::{
+    HistoryKey, PendingJob, PoolView, Profile, QueueRule, RunningJob, TenantRule, Typical, Worker,
+};
