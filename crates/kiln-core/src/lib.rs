@@ -4,6 +4,7 @@
 //! arguments. Every other room may know this one; this one knows none.
 //! Read next: [`job`] (what is asked), [`machine`] (what is started), [`outcome`] (what came out).
 
+pub mod access;
 pub mod digest;
 pub mod dispatch;
 pub mod id;
@@ -16,6 +17,7 @@ pub mod observed;
 pub mod outcome;
 pub mod size;
 
+pub use access::{Action, Principal, Role};
 pub use digest::Digest;
 pub use dispatch::{Assignment, Dispatch, Label, PendingReason, Priority};
 pub use id::{AttemptId, JobId, MachineName, PoolName, QueueName, TenantName, TokenId, WorkerId};
