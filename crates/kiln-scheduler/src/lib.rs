@@ -4,7 +4,15 @@
 //! It keeps nothing between two decisions: the controller reads a [`PoolView`], plans, and claims what the plan says in the
 //! database, which may refuse (then the next view is different). Read next: [`view`], then [`plan`](mod@plan).
 
+mod classes;
+mod decide;
+mod fleet;
+mod host_set;
+mod order;
 pub mod plan;
+mod prepare;
+mod room;
+mod timeline;
 pub mod view;
 
 pub use plan::{Estimate, EstimateBasis, Plan, Reservation, Waiting, plan};

@@ -1,9 +1,10 @@
 //! The decision: [`plan`] and what it gives.
 
-use kiln_core::dispatch::{Assignment, PendingReason, Room, WorkerState};
+use kiln_core::dispatch::{Assignment, PendingReason};
 use kiln_core::{JobId, WorkerId};
 use serde::{Deserialize, Serialize};
 
+use crate::prepare;
 use crate::view::PoolView;
 
 /// What to do now, and why the rest waits.
@@ -53,57 +54,10 @@ pub struct Reservation {
     pub from_unix_ms: Option<u64>,
 }
 
-/// Decides. See `docs/concepts/scheduling.md` for the order and the limits.
+/// Decides. `docs/concepts/scheduling.md` tells the order, the limits and the reasons.
 #[must_use]
 pub fn plan(view: &PoolView) -> Plan {
-    let mut order: Vec<_> = view.pending.iter().collect();
-    order.sort_by(|a, b| (a.queued_unix_ms, &a.attempt).cmp(&(b.queued_unix_ms, &b.attempt)));
-    let mut workers: Vec<_> = view.workers.iter().collect();
-    workers.sort_by(|a, b| a.id.cmp(&b.id));
-    let mut held: Vec<Room> = workers.iter().map(|worker| worker.held).collect();
-    let mut plan = Plan::default();
-    for job in order {
-        let due = !view.settling && job.not_before_unix_ms <= view.now_unix_ms;
-        let host = workers.iter().zip(&held).position(|(worker, held)| {
-            let capacity = &worker.facts.capacity;
-            due && worker.state == WorkerState::Active
-                && worker
-                    .tenants
-                    .as_ref()
-                    .is_none_or(|may| may.contains(&job.tenant))
-                && job
-                    .requires
-                    .arch
-                    .as_ref()
-                    .is_none_or(|arch| *arch == worker.facts.arch)
-                && capacity.holds(&plus(held, &job.need))
-        });
-        match host {
-            Some(host) => {
-                held[host] = plus(&held[host], &job.need);
-                plan.assignments.push(Assignment {
-                    attempt: job.attempt.clone(),
-                    worker: workers[host].id.clone(),
-                });
-            }
-            None => {
-                let reason = if view.settling {
-                    PendingReason::Settling
-                } else {
-                    PendingReason::New
-                };
-                plan.reasons.push((job.attempt.job.clone(), reason, None));
-            }
-        }
-    }
-    plan
-}
-
-fn plus(a: &Room, b: &Room) -> Room {
-    Room {
-        cpus: a.cpus.saturating_add(b.cpus),
-        memory: kiln_core::ByteSize(a.memory.0.saturating_add(b.memory.0)),
-        disk: kiln_core::ByteSize(a.disk.0.saturating_add(b.disk.0)),
-        machines: a.machines.saturating_add(b.machines),
-    }
+    let mut decision = prepare::decision(view);
+    decision.run();
+    decision.finish()
 }

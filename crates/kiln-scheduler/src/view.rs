@@ -32,7 +32,8 @@ pub struct PoolView {
     pub queues: BTreeMap<QueueName, QueueRule>,
     /// How long such jobs took before.
     pub history: BTreeMap<HistoryKey, Typical>,
-    /// What the last plan reserved, so that a reservation stays on its host. Empty is right too, only less steady.
+    /// What the last plan reserved, so that a host stays reserved for the job it was reserved for, even before jobs of fairer share. Empty after a
+    /// start; always empty would let a large job of a busy tenant wait longer.
     pub reserved: Vec<Reservation>,
 }
 
