@@ -9,8 +9,9 @@ use axum::response::Response;
 use bytes::Bytes;
 use futures_util::stream;
 use http::header::{CONTENT_LENGTH, CONTENT_RANGE, RANGE};
+use http::response::Parts;
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
-use http_body_util::{BodyExt, Limited};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tower::ServiceExt;
 
 use super::call::WireAuthority;
@@ -24,6 +25,9 @@ use crate::registry::http::header;
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(3600);
 /// As above, where only few bytes are to be written.
 pub(super) const PIECE_WAIT_MAX: Duration = Duration::from_secs(120);
+
+/// Most bytes of an error in the owner's words.
+const ERROR_BYTES_MAX: usize = 64 << 10;
 
 /// A request whose body is in memory.
 #[derive(Clone, Debug)]
@@ -115,24 +119,42 @@ impl HostRegistry {
         }
     }
 
+    /// As [`Self::ask`], the whole answer included: one that its owner could not finish is asked for again of the next.
+    pub(super) async fn ask_whole(
+        &self,
+        authority: &Authority,
+        ask: &Ask,
+        body_max: usize,
+    ) -> Result<(Parts, Bytes), HostError> {
+        for _ in 0..OWNERS_MAX {
+            let (parts, body) = self.ask(authority, ask).await?.into_parts();
+            match Limited::new(body, body_max).collect().await {
+                Ok(body) => return Ok((parts, body.to_bytes())),
+                Err(error) if error.is::<LengthLimitError>() => {
+                    return Err(HostError::Protocol {
+                        what: format!("an answer of more than {body_max} bytes"),
+                    });
+                }
+                Err(_broken) => drop(self.next_owner().await?),
+            }
+        }
+        Err(HostError::OwnerGone { source: None })
+    }
+
     /// As the operator: anything but success is an error, and the whole answer is read.
     pub(super) async fn operate(
         &self,
         ask: &Ask,
         body_max: usize,
     ) -> Result<(HeaderMap, Bytes), HostError> {
-        for _ in 0..OWNERS_MAX {
-            let answer = self.ask(&Authority::Operator, ask).await?;
-            if !answer.status().is_success() {
-                return Err(refusal(answer).await);
-            }
-            let (parts, body) = answer.into_parts();
-            if let Ok(body) = Limited::new(body, body_max).collect().await {
-                return Ok((parts.headers, body.to_bytes()));
-            }
-            self.next_owner().await?;
+        let operator = Authority::Operator;
+        // An error's words are short, whatever is asked for.
+        let body_max = body_max.max(ERROR_BYTES_MAX);
+        let (parts, body) = self.ask_whole(&operator, ask, body_max).await?;
+        if !parts.status.is_success() {
+            return Err(refusal(Response::from_parts(parts, Body::from(body))).await);
         }
-        Err(HostError::OwnerGone { source: None })
+        Ok((parts.headers, body))
     }
 
     /// Reads a blob whose head has been answered, through the ends of its owners: the next one is asked for the

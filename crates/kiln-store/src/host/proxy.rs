@@ -2,7 +2,8 @@
 //!
 //! Attached, this process is the door: it knows who the peer is and whether its lease is live. A
 //! write is forwarded only while it is, and completed only if it still is then. The peer does not notice when
-//! an owner ends: uploads go on at the next one ([`super::relay`]), and so do downloads ([`super::ask`]).
+//! an owner ends: uploads go on at the next one ([`super::relay`]), and so do downloads; everything else is asked again
+//! ([`super::ask`]).
 
 use axum::Router;
 use axum::body::Body;
@@ -35,6 +36,9 @@ use crate::registry::{Authority, RepoName, StoreError};
 
 /// Headers of a request that mean something to the registry; no others are forwarded.
 const FORWARDED: [HeaderName; 4] = [ACCEPT, CONTENT_RANGE, CONTENT_TYPE, RANGE];
+
+/// Most bytes of an answer that is held here until it is whole: manifests and lists of names.
+const ANSWER_BYTES_MAX: usize = 16 << 20;
 
 #[derive(Clone)]
 struct Proxy {
@@ -106,7 +110,8 @@ impl Proxy {
         ask
     }
 
-    /// Everything whose body, if any, is a manifest.
+    /// Everything whose body, if any, is a manifest. All of it may be asked twice: what was done at the first time is found done,
+    /// and a session begun for nobody expires.
     async fn small(&self, parts: &Parts, body: Body) -> Result<Response, Stopped> {
         let writes = !matches!(parts.method, Method::GET | Method::HEAD);
         if writes {
@@ -130,7 +135,9 @@ impl Proxy {
             self.authority.check_live()?;
         }
         let ask = self.ask(parts).body(body);
-        Ok(self.host.ask(&self.authority, &ask).await?)
+        let whole = self.host.ask_whole(&self.authority, &ask, ANSWER_BYTES_MAX);
+        let (head, body) = whole.await?;
+        Ok(Response::from_parts(head, Body::from(body)))
     }
 
     async fn download(&self, parts: &Parts) -> Result<Response, Stopped> {

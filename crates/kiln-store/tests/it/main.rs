@@ -10,6 +10,7 @@ mod client;
 mod clients;
 mod conformance;
 mod crash;
+mod ends;
 mod guest;
 mod host_api;
 mod image;
