@@ -385,6 +385,7 @@ async fn run(
         status::Console {
             ring: console.clone(),
             reader,
+            words: stderr.clone(),
         },
     ));
     let machine = QemuMachine {

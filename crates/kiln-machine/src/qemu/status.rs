@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::process::Child;
+use std::process::{Child, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -116,6 +116,8 @@ impl Status {
 pub(crate) struct Console {
     pub(crate) ring: Ring,
     pub(crate) reader: tokio::task::JoinHandle<()>,
+    /// What the VMM itself said.
+    pub(crate) words: Ring,
 }
 
 /// Watches a VMM until its end. It is the only place where a machine's state becomes final.
@@ -152,7 +154,22 @@ pub(crate) async fn monitor(
     let _ = tokio::time::timeout(LAST_EVENTS, console.reader).await;
     let reason = status.reason().unwrap_or(StopReason::VmmDied);
     let reason = refined(reason, &console.ring.text());
+    if reason == StopReason::VmmDied {
+        let how = reaped.ok().and_then(io::Result::ok);
+        console.ring.push(obituary(how, &console.words).as_bytes());
+    }
     status.advance(MachineState::Stopped(reason));
+}
+
+/// The line of the console that says how a VMM ended which nobody here told to.
+fn obituary(how: Option<ExitStatus>, words: &Ring) -> String {
+    let how = how.map_or_else(|| "unknown".to_owned(), |how| how.to_string());
+    let words = words.text();
+    let words = words.trim();
+    match words.is_empty() {
+        true => format!("\nQEMU ended ({how}) without a word\n"),
+        false => format!("\nQEMU ended ({how}): {words}\n"),
+    }
 }
 
 fn watch_end(status: &Status) -> Ended {
@@ -298,6 +315,39 @@ mod tests {
             (powered_off, false)
         );
         assert_eq!(heeded(MachineState::Saving, &[stop]).await, (None, false));
+    }
+
+    #[tokio::test]
+    async fn how_a_vmm_ended_by_itself_is_the_consoles_last_line() {
+        let child = std::process::Command::new("sh")
+            .args(["-c", "kill -ABRT $$"])
+            .spawn()
+            .unwrap();
+        let pidfd = rustix::process::pidfd_open(
+            rustix::process::Pid::from_child(&child),
+            rustix::process::PidfdFlags::empty(),
+        )
+        .unwrap();
+        let ended = rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN);
+        rustix::event::poll(&mut [ended], None).unwrap();
+        let status = Status::new(pidfd);
+        let (near, far) = tokio::net::UnixStream::pair().unwrap();
+        let (qmp, events) = Qmp::new(near);
+        drop(far);
+        let (ring, words) = (Ring::new(4096), Ring::new(4096));
+        words.push(b"assertion failed: x\n");
+        let console = Console {
+            ring: ring.clone(),
+            reader: tokio::spawn(async {}),
+            words,
+        };
+        monitor(Arc::clone(&status), child, events, Arc::new(qmp), console).await;
+        assert_eq!(status.state(), MachineState::Stopped(StopReason::VmmDied));
+        let text = ring.text();
+        assert!(
+            text.contains("SIGABRT") && text.ends_with("assertion failed: x\n"),
+            "{text}"
+        );
     }
 
     #[test]
