@@ -9,6 +9,7 @@ pub mod fuzz;
 pub mod host;
 pub mod image;
 pub mod load;
+pub mod logs;
 pub mod records;
 pub mod registry;
 pub mod remote;

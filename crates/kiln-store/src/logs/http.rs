@@ -1,0 +1,206 @@
+//! How the object store reaches a bucket: hyper over rustls with ring, the host's certificates, no proxy and no redirects.
+//!
+//! `object_store` brings a client of its own only together with another crypto library; this one uses what kiln links anyway.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use http::Uri;
+use http_body_util::BodyExt as _;
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use object_store::ClientOptions;
+use object_store::client::{
+    HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpRequestBody,
+    HttpResponse, HttpResponseBody, HttpService,
+};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+use super::LogError;
+
+/// Time for the connection to a bucket, TLS included.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time until a bucket's answer has begun.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Most connections that are kept for the next request.
+const IDLE_MAX: usize = 8;
+/// How long they are kept.
+const IDLE_FOR: Duration = Duration::from_secs(60);
+
+/// Makes the client.
+#[derive(Clone, Debug)]
+pub(super) struct Connector {
+    client: S3Client,
+}
+
+impl Connector {
+    /// Trusts the host's certificates and these (PEM).
+    pub(super) fn new(extra_roots: Option<&[u8]>) -> Result<Self, LogError> {
+        let unusable = |why: String| LogError::Target { why };
+        let mut roots = rustls::RootCertStore::empty();
+        // A broken certificate of the host is its operator's matter; without any, TLS says so.
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        for cert in extra_roots
+            .into_iter()
+            .flat_map(CertificateDer::pem_slice_iter)
+        {
+            let cert = cert.map_err(|error| unusable(format!("its certificates: {error}")))?;
+            roots
+                .add(cert)
+                .map_err(|error| unusable(format!("its certificates: {error}")))?;
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .map_err(|error| unusable(error.to_string()))?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let dial = Dial {
+            tls: TlsConnector::from(Arc::new(config)),
+        };
+        let client = Client::builder(TokioExecutor::new())
+            .pool_max_idle_per_host(IDLE_MAX)
+            .pool_idle_timeout(IDLE_FOR)
+            .pool_timer(TokioTimer::new())
+            .build(dial);
+        Ok(Self {
+            client: S3Client { client },
+        })
+    }
+}
+
+impl HttpConnector for Connector {
+    fn connect(&self, _options: &ClientOptions) -> object_store::Result<HttpClient> {
+        Ok(HttpClient::new(self.client.clone()))
+    }
+}
+
+#[derive(Clone, Debug)]
+struct S3Client {
+    client: Client<Dial, HttpRequestBody>,
+}
+
+impl HttpService for S3Client {
+    fn call<'life, 'out>(
+        &'life self,
+        request: HttpRequest,
+    ) -> Pin<Box<dyn Future<Output = Result<HttpResponse, HttpError>> + Send + 'out>>
+    where
+        'life: 'out,
+        Self: 'out,
+    {
+        Box::pin(async move {
+            let asked = self.client.request(request);
+            let answer = tokio::time::timeout(ANSWER_TIMEOUT, asked)
+                .await
+                .map_err(|late| HttpError::new(HttpErrorKind::Timeout, late))?
+                .map_err(|error| {
+                    let kind = if error.is_connect() {
+                        HttpErrorKind::Connect
+                    } else {
+                        HttpErrorKind::Request
+                    };
+                    HttpError::new(kind, error)
+                })?;
+            let (parts, body) = answer.into_parts();
+            let body = body.map_err(|error| HttpError::new(HttpErrorKind::Interrupted, error));
+            Ok(HttpResponse::from_parts(parts, HttpResponseBody::new(body)))
+        })
+    }
+}
+
+/// TCP, and TLS where the URL asks for it.
+#[derive(Clone)]
+struct Dial {
+    tls: TlsConnector,
+}
+
+impl std::fmt::Debug for Dial {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Dial")
+    }
+}
+
+impl tower::Service<Uri> for Dial {
+    type Response = Link;
+    type Error = io::Error;
+    type Future = BoxFuture<'static, io::Result<Link>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let tls = self.tls.clone();
+        Box::pin(async move {
+            tokio::time::timeout(CONNECT_TIMEOUT, dial(tls, &uri))
+                .await
+                .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+        })
+    }
+}
+
+async fn dial(tls: TlsConnector, uri: &Uri) -> io::Result<Link> {
+    let secure = uri.scheme_str() == Some("https");
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
+    let tcp = TcpStream::connect((host, port)).await?;
+    tcp.set_nodelay(true)?;
+    if !secure {
+        return Ok(Link(TokioIo::new(Box::new(tcp))));
+    }
+    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+    Ok(Link(TokioIo::new(Box::new(tls.connect(name, tcp).await?))))
+}
+
+trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+
+/// A connection to a bucket.
+struct Link(TokioIo<Box<dyn Duplex>>);
+
+impl Connection for Link {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl Read for Link {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl Write for Link {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
