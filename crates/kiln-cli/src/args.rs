@@ -17,6 +17,7 @@ use kiln_core::{AllowRule, ByteSize, ImageRef};
 #[command(
     after_help = "Exit codes: 0 success, 1 your build or command failed, 2 usage or configuration, 3 infrastructure,\n\
 4 refused by policy, 5 guest fault, 124 timeout, 130 cancelled. `kiln run` passes on the command's own code.\n\n\
+`kiln help VERB` says what `kiln VERB --help` says.\n\n\
 Examples:\n  kiln setup\n  kiln build examples/node-express --tag hello\n  kiln run --image hello -p 8080:3000\n  kiln run -- uname -a"
 )]
 pub(crate) struct Cli {

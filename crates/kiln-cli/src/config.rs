@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use crate::args::LimitArgs;
 use crate::error::{CliError, Result};
+use crate::show::ShownPath as _;
 
 /// Largest configuration file, bytes.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -120,19 +121,20 @@ impl Config {
             Ok(meta) if meta.len() > CONFIG_BYTES_MAX => {
                 return Err(CliError::usage(format!(
                     "{} is larger than 1 MiB",
-                    path.display()
+                    path.shown()
                 )));
             }
             _ => std::fs::read_to_string(path).map_err(|error| {
-                CliError::usage(format!("could not read {}: {error}", path.display()))
+                CliError::usage(format!("could not read {}: {error}", path.shown()))
             })?,
         };
         toml::from_str(&text).map_err(|error| {
             CliError::usage(format!(
                 "{} is not valid: {}",
-                path.display(),
+                path.shown(),
                 error.to_string().trim()
             ))
+            .hint("correct it; docs/reference names its keys")
         })
     }
 

@@ -25,6 +25,12 @@ pub(crate) fn all() -> Vec<(String, String)> {
         .collect()
 }
 
+/// Columns of the terminal on standard output; `None` when it is none.
+pub(crate) fn output_width() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
+    Some(usize::from(size.ws_col))
+}
+
 /// Columns of the terminal on standard error.
 pub(crate) fn terminal_width() -> Option<usize> {
     let size = rustix::termios::tcgetwinsize(std::io::stderr()).ok()?;

@@ -7,21 +7,28 @@ mod config;
 mod environment;
 mod error;
 mod interrupt;
+mod open_files;
 mod show;
 mod terminal;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::Parser as _;
 use clap::error::{ContextKind, ContextValue};
+use clap::{CommandFactory as _, Parser as _};
 use kiln_telemetry::LogFormat;
 
 fn main() -> ExitCode {
-    let cli = match args::Cli::try_parse() {
+    let words = helped(std::env::args_os().collect());
+    let cli = match args::Cli::try_parse_from(words) {
         Ok(cli) => cli,
         Err(error) => return refused_words(&error),
     };
     let screen = show::Screen::new(cli.json);
+    if let Err(error) = open_files::raise() {
+        screen.error(&error);
+        return ExitCode::from(error.exit_code());
+    }
     let format = if cli.json {
         LogFormat::Json
     } else {
@@ -60,6 +67,27 @@ fn main() -> ExitCode {
     }
 }
 
+/// `kiln help VERB` and `kiln VERB help SUBVERB` mean `--help` of that verb.
+fn helped(words: Vec<OsString>) -> Vec<OsString> {
+    let group = |verb: &OsString| {
+        let known = verb.to_str().and_then(|verb| {
+            let cli = args::Cli::command();
+            cli.find_subcommand(verb)
+                .map(clap::Command::has_subcommands)
+        });
+        known == Some(true)
+    };
+    let at = match words.as_slice() {
+        [_, first, ..] if first == "help" => 1,
+        [_, verb, second, ..] if second == "help" && group(verb) => 2,
+        _ => return words,
+    };
+    let mut words = words;
+    words.remove(at);
+    words.push("--help".into());
+    words
+}
+
 fn lost_output(error: &std::io::Error) -> error::CliError {
     let message = format!("the output could not be written: {error}");
     error::CliError::new(kiln_core::FailureClass::Infrastructure, message)
@@ -80,7 +108,41 @@ fn refused_words(error: &clap::Error) -> ExitCode {
     {
         let (before, after) = words.split_at(command);
         let words = format!("kiln {} -- {}", before.join(" "), after.join(" "));
-        show::Screen::new(false).note(&format!("hint: put `--` before the command: {words}"));
+        let hint = match std::path::Path::new(unknown).is_dir() {
+            true => format!(
+                "{unknown:?} is a folder: `kiln build {unknown} --tag app`, then `kiln run --image app`"
+            ),
+            false => format!("put `--` before the command: {words}"),
+        };
+        show::Screen::new(false).note(&kiln_image::plan::shown(&format!("hint: {hint}")));
     }
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn help_is_a_word_too() {
+        let of = |text: &str| {
+            let words = text.split(' ').map(OsString::from).collect();
+            helped(words)
+                .join(" ".as_ref())
+                .into_string()
+                .expect("UTF-8")
+        };
+        for (given, meant) in [
+            ("kiln help", "kiln --help"),
+            ("kiln help run", "kiln run --help"),
+            ("kiln help job list", "kiln job list --help"),
+            ("kiln job help list", "kiln job list --help"),
+            ("kiln job help", "kiln job --help"),
+            ("kiln build help", "kiln build help"),
+            ("kiln run -- help", "kiln run -- help"),
+            ("kiln", "kiln"),
+        ] {
+            assert_eq!(of(given), meant);
+        }
+    }
 }

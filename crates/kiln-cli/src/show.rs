@@ -57,6 +57,15 @@ impl Screen {
         out(&line);
     }
 
+    /// Most columns of a line of data: the terminal's, and none where no terminal shows it.
+    pub(crate) fn width(self) -> Option<usize> {
+        let columns = crate::environment::output_width()?;
+        Some(match columns {
+            0 => crate::commands::table::WIDTH,
+            columns => columns,
+        })
+    }
+
     /// Prints text as it is on standard output.
     pub(crate) fn text(self, text: &str) {
         out(text);
@@ -352,6 +361,18 @@ pub(crate) fn printable(text: &str) -> String {
             }
         })
         .collect()
+}
+
+/// A path as a person may see it: on one line, nothing in it drives the terminal.
+pub(crate) trait ShownPath {
+    /// See the trait.
+    fn shown(&self) -> String;
+}
+
+impl ShownPath for std::path::Path {
+    fn shown(&self) -> String {
+        kiln_image::plan::shown(&self.to_string_lossy())
+    }
 }
 
 fn one_line(text: &str) -> String {

@@ -34,6 +34,9 @@ pub enum ParseRuleError {
     /// IP addresses are refused: policy is about names.
     #[error("{0:?} is an IP address: rules name hosts, never addresses")]
     Address(String),
+    /// kiln's own services are not a matter of rules.
+    #[error("{0:?} is a name of kiln's own: no rule can admit what ends in kiln.internal")]
+    Internal(String),
     /// The ports part is wrong.
     #[error("{0:?} is not a list of ports (1-65535, at most 16, separated by commas)")]
     Ports(String),
@@ -68,6 +71,9 @@ impl AllowRule {
         let last = host.rsplit('.').next().unwrap_or_default();
         if last.bytes().all(|b| b.is_ascii_digit()) {
             return Err(ParseRuleError::Address(shown()));
+        }
+        if format!(".{host}").ends_with(INTERNAL_SUFFIX) {
+            return Err(ParseRuleError::Internal(host));
         }
         if ports.len() > PORTS_MAX || ports.contains(&0) {
             return Err(ParseRuleError::Ports(format!("{ports:?}")));
@@ -509,10 +515,23 @@ mod tests {
             NameVerdict::HostRefused
         );
         for bad in [
-            "", "*.x.org", "10.0.0.1", "::1", "[::1]:80", "a:", "a:0", "a:70000", "a b", "0x7f.1",
+            "",
+            "*.x.org",
+            "10.0.0.1",
+            "::1",
+            "[::1]:80",
+            "a:",
+            "a:0",
+            "a:70000",
+            "a b",
+            "0x7f.1",
+            "registry.kiln.internal",
+            "kiln.internal:443",
+            "a.KILN.internal.",
         ] {
             assert!(bad.parse::<AllowRule>().is_err(), "{bad}");
         }
+        assert!("notkiln.internal".parse::<AllowRule>().is_ok());
     }
 
     #[test]

@@ -194,7 +194,7 @@ impl Home {
         let version: Version =
             serde_json::from_slice(&bytes).map_err(|error| HomeError::Damaged {
                 path: path.clone(),
-                why: error.to_string(),
+                why: format!("it should say which layout the home has ({error})"),
             })?;
         let found = version.layout;
         match found.cmp(&LAYOUT) {

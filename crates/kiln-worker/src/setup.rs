@@ -39,9 +39,20 @@ pub fn operator_bases(home: &Home) -> PathBuf {
 /// # Errors
 /// When one of the files is damaged.
 pub fn load_bases(home: &Home) -> Result<Bases, Failure> {
-    Bases::load(&generated_bases(home), &operator_bases(home)).map_err(|error| Failure {
-        class: FailureClass::Usage,
-        ..Failure::infrastructure(&error)
+    let (generated, operator) = (generated_bases(home), operator_bases(home));
+    Bases::load(&generated, &operator).map_err(|error| {
+        let failure = Failure {
+            class: FailureClass::Usage,
+            ..Failure::infrastructure(&error)
+        };
+        let path = error.path();
+        failure.hint(if path == operator {
+            "correct it; docs/reference names its keys".to_owned()
+        } else if path == generated {
+            format!("`kiln bases bake` writes it again: remove {path:?} first")
+        } else {
+            format!("`kiln bases pull` writes it again: remove {path:?} first")
+        })
     })
 }
 

@@ -38,6 +38,17 @@ const STALE_MAX: u32 = 2;
 /// Version of what the preparations below do: part of every key.
 const PREPARATION: &str = "4";
 
+/// What this build prepares templates as, on a machine image with this BuildKit. A template that was prepared as anything else is
+/// used by nothing any more.
+#[must_use]
+pub fn preparations(buildkit: &str) -> [String; 3] {
+    [
+        format!("run {PREPARATION}"),
+        format!("plain {PREPARATION} {buildkit}"),
+        format!("head {PREPARATION} {buildkit}"),
+    ]
+}
+
 /// What a machine is for.
 #[derive(Clone, Copy, Debug)]
 pub enum Purpose<'a> {
@@ -86,16 +97,13 @@ impl Variant<'_> {
     }
 
     async fn key(self, host: &Host, spec: &MachineSpec) -> TemplateKey {
+        let [run, plain, on_head] = preparations(&host.image.buildkit);
         let (kind, preparation, heads) = match self {
-            Self::Run => (Kind::Run, format!("run {PREPARATION}"), Vec::new()),
-            Self::PlainBuild => (
-                Kind::Build,
-                format!("plain {PREPARATION} {}", host.image.buildkit),
-                Vec::new(),
-            ),
+            Self::Run => (Kind::Run, run, Vec::new()),
+            Self::PlainBuild => (Kind::Build, plain, Vec::new()),
             Self::OnHead(head) => (
                 Kind::Build,
-                format!("head {PREPARATION} {}", host.image.buildkit),
+                on_head,
                 vec![(DiskRole::State, head.id.clone())],
             ),
         };

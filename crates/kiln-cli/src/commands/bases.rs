@@ -20,7 +20,7 @@ use super::setup;
 use super::table::{Table, left, wide};
 use crate::args::BasesCommand;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
-use crate::show::Screen;
+use crate::show::{Screen, ShownPath as _};
 
 pub(super) async fn run(
     verb: BasesCommand,
@@ -42,7 +42,7 @@ pub(super) async fn run(
             write(&path, &text)?;
             let value = json!({ "name": addition.name(), "path": path });
             screen.data(&value, || {
-                format!("{} is in {}", addition.name(), path.display())
+                format!("{} is in {}", addition.name(), path.shown())
             });
             if let Some(note) = addition.note() {
                 screen.note(note);
@@ -54,7 +54,7 @@ pub(super) async fn run(
             write(&path, &text)?;
             let value = json!({ "name": name, "path": path });
             screen.data(&value, || {
-                format!("{name} is no longer in {}", path.display())
+                format!("{name} is no longer in {}", path.shown())
             });
         }
         BasesCommand::Pull | BasesCommand::Bake { .. } => {
@@ -108,7 +108,7 @@ fn list(operator: &Operator, screen: Screen) -> Result<()> {
         }
         return Ok(());
     }
-    screen.text(&tables(&all, written));
+    screen.text(&tables(&all, written, screen.width()));
     let foreign = all.images.iter().any(|image| !is_own(image.image()))
         || all
             .bases
@@ -119,7 +119,7 @@ fn list(operator: &Operator, screen: Screen) -> Result<()> {
     } else if !all.bases.iter().all(is_ready) {
         screen.note(&format!(
             "`kiln setup` makes those that are missing ({})",
-            generated_bases(&operator.home).display()
+            generated_bases(&operator.home).shown()
         ));
     }
     Ok(())
@@ -129,14 +129,15 @@ fn is_ready(base: &Base) -> bool {
     is_own(&base.build) && is_own(&base.run)
 }
 
-fn tables(all: &Bases, written: impl Fn(&Base) -> bool) -> String {
+fn tables(all: &Bases, written: impl Fn(&Base) -> bool, width: Option<usize>) -> String {
     let mut table = Table::new(&[
         left("RUNTIME"),
         left("VERSION"),
         left("EXACT"),
         left("STATE"),
         wide("ALSO IN FROM AS"),
-    ]);
+    ])
+    .within(width);
     for base in &all.bases {
         let state = match (written(base), is_ready(base)) {
             (true, true) => "bases.toml",
@@ -155,7 +156,8 @@ fn tables(all: &Bases, written: impl Fn(&Base) -> bool) -> String {
     }
     let mut text = table.render();
     if !all.images.is_empty() {
-        let mut table = Table::new(&[left("FROM"), wide("MEANS"), left("DIGEST"), left("STATE")]);
+        let mut table =
+            Table::new(&[left("FROM"), wide("MEANS"), left("DIGEST"), left("STATE")]).within(width);
         for image in &all.images {
             let digest = image
                 .reference
@@ -305,7 +307,7 @@ fn read(path: &Path) -> Result<Option<String>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(CliError::usage(format!(
             "could not read {}: {error}",
-            path.display()
+            path.shown()
         ))),
     }
 }
@@ -313,7 +315,7 @@ fn read(path: &Path) -> Result<Option<String>> {
 fn write(path: &Path, text: &str) -> Result<()> {
     let made = path.parent().map_or(Ok(()), fs::create_dir_all);
     made.and_then(|()| replace(path, text.as_bytes(), 0o644))
-        .map_err(|error| CliError::usage(format!("could not write {}: {error}", path.display())))
+        .map_err(|error| CliError::usage(format!("could not write {}: {error}", path.shown())))
 }
 
 /// The file's text with the addition. What the operator wrote stays as it is, comments too; a name that is there already gets
@@ -350,7 +352,7 @@ fn added(existing: Option<&str>, addition: &Addition, path: &Path) -> Result<Str
     }
     Err(CliError::usage(format!(
         "{} names {} in a way that cannot be changed automatically",
-        path.display(),
+        path.shown(),
         addition.name()
     ))
     .hint("change it with an editor"))
@@ -368,7 +370,7 @@ fn removed(text: &str, name: &str, path: &Path) -> Result<String> {
         .retain(|base| format!("{}:{}", base.name, base.version) != name);
     if after == before {
         return Err(
-            CliError::usage(format!("{} does not name {name}", path.display()))
+            CliError::usage(format!("{} does not name {name}", path.shown()))
                 .hint("`kiln bases list` shows what it names"),
         );
     }
@@ -386,7 +388,7 @@ fn removed(text: &str, name: &str, path: &Path) -> Result<String> {
     }
     Err(CliError::usage(format!(
         "{} names {name} in a way that cannot be changed automatically",
-        path.display()
+        path.shown()
     ))
     .hint("change it with an editor"))
 }
@@ -521,7 +523,7 @@ mod tests {
             reference: reference(&pin("a")),
             pulled: None,
         });
-        let text = tables(&all, |_| false);
+        let text = tables(&all, |_| false, Some(80));
         let lines: Vec<&str> = text.lines().collect();
         assert!(
             lines[1].starts_with("node     20       -      not baked  node:20 node:20-slim"),

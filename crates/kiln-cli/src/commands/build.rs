@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
 use super::source;
+use super::table::counted;
 use crate::args::BuildArgs;
 use crate::error::{CliError, Result};
 use crate::show::Screen;
@@ -46,7 +47,11 @@ pub(super) async fn run(args: BuildArgs, screen: Screen, cancel: CancellationTok
     let (events, receiver) = Events::channel();
     let follow = tokio::spawn(screen.follow(receiver));
     let id = new_job_id('b').map_err(CliError::from_failure)?;
-    let title = format!("build {} -> {}", args.source, prepared.build.tags[0]);
+    let title = format!(
+        "build {} -> {}",
+        kiln_image::plan::shown(&args.source),
+        prepared.build.tags[0]
+    );
     let log = JobLog::begin(&operator.home, record(&id, "image-build", title))
         .map_err(CliError::from_failure)?;
     let log = Arc::new(log);
@@ -170,20 +175,31 @@ fn receipt(report: &BuildReport, observed: &kiln_core::Observed) -> Receipt {
 fn show(report: &BuildReport, egress: &str, screen: Screen) {
     let value = serde_json::json!({ "event": "built", "build": report });
     screen.data(&value, || {
-        let phases: Vec<String> = report.phases_ms.iter().map(|(name, ms)| format!("{name} {:.1}s", seconds(*ms))).collect();
+        let phases: Vec<String> = report
+            .phases_ms
+            .iter()
+            .map(|(name, ms)| format!("{name} {:.1}s", seconds(*ms)))
+            .collect();
         let total: u64 = report.phases_ms.iter().map(|(_, ms)| ms).sum();
-        let layers: Vec<String> =
-            report.layers.iter().map(|(digest, size)| format!("  layer {} {:>9}", digest.short(12), size_text(*size))).collect();
+        let layers: Vec<String> = report
+            .layers
+            .iter()
+            .map(|(digest, size)| format!("  layer {} {:>9}", digest.short(12), size_text(*size)))
+            .collect();
         let steps = match &report.same_as {
             Some(job) => format!("unchanged since job {job}: the same image, nothing was built"),
-            None => format!("{} of {} steps from the cache", report.cached.0, report.cached.1),
+            None => format!(
+                "{} of {} from the cache",
+                report.cached.0,
+                counted(report.cached.1 as u64, "step")
+            ),
         };
         format!(
-            "built {}\n  digest {}\n  size {} in {} layers\n{}\n  {steps}; {:.1}s in all: {}\n  {egress}",
+            "built {}\n  digest {}\n  size {} in {}\n{}\n  {steps}; {:.1}s in all: {}\n  {egress}",
             report.reference,
             report.digest,
             size_text(report.size),
-            report.layers.len(),
+            counted(report.layers.len() as u64, "layer"),
             layers.join("\n"),
             seconds(total),
             phases.join(", "),
@@ -327,7 +343,10 @@ fn check_lockfiles(plan: &Plan, network: &NetworkPolicy) -> Result<()> {
     let lines: Vec<String> = refused
         .iter()
         .take(10)
-        .map(|mention| format!("  {}:{} names {}", mention.file, mention.line, mention.host))
+        .map(|mention| {
+            let file = kiln_image::plan::shown(&mention.file);
+            format!("  {file}:{} names {}", mention.line, mention.host)
+        })
         .collect();
     let mut hosts: Vec<&str> = refused
         .iter()

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::operator::Operator;
 use super::source::Source;
 use crate::error::{CliError, OrInfrastructure as _, Result};
-use crate::show::Screen;
+use crate::show::{Screen, ShownPath as _};
 
 /// Where a build's source lies on this host.
 #[derive(Debug)]
@@ -102,7 +102,7 @@ fn check_file(dir: &Path, file: &Path) -> Result<()> {
     opened.map(drop).map_err(|error| {
         CliError::usage(format!(
             "--file {}: not a file of the repository: {error}",
-            file.display()
+            file.shown()
         ))
     })
 }

@@ -17,7 +17,7 @@ use super::table::{WIDTH, wrap};
 use crate::args::DoctorArgs;
 use crate::config::Config;
 use crate::error::{CliError, Result, chain};
-use crate::show::{Screen, printable};
+use crate::show::{Screen, ShownPath as _, printable};
 
 /// Exit code when something does not work.
 const NOT_WELL: u8 = 3;
@@ -35,7 +35,7 @@ pub(super) async fn run(args: &DoctorArgs, screen: Screen) -> Result<u8> {
     report.add(&check);
     let prepared = home.prepare();
     report.add(&match &prepared {
-        Ok(()) => pass("home", home.data.display().to_string()),
+        Ok(()) => pass("home", home.data.shown()),
         Err(error) => fail(
             "home",
             chain(error),
@@ -67,7 +67,7 @@ pub(super) async fn run(args: &DoctorArgs, screen: Screen) -> Result<u8> {
 fn settings(home: &Home) -> (Operator, Check) {
     match Operator::load() {
         Ok(operator) => {
-            let found = format!("{} is in order", home.config.display());
+            let found = format!("{} is in order", home.config.shown());
             (operator, pass("settings", found))
         }
         Err(error) => {

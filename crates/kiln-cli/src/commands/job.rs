@@ -129,7 +129,7 @@ fn list(records: Option<&Records>, limit: usize, screen: Screen) -> Result<()> {
         }
         return Ok(());
     }
-    screen.text(&table(&listing.records, now_unix_ms()));
+    screen.text(&table(&listing.records, now_unix_ms(), screen.width()));
     if listing.more {
         screen.note(&format!(
             "older ones are not shown; --limit {} shows more",
@@ -139,14 +139,15 @@ fn list(records: Option<&Records>, limit: usize, screen: Screen) -> Result<()> {
     Ok(())
 }
 
-fn table(records: &[JobRecord], now_unix_ms: u64) -> String {
+fn table(records: &[JobRecord], now_unix_ms: u64, width: Option<usize>) -> String {
     let mut table = Table::new(&[
         left("ID"),
         left("STATE"),
         left("STARTED"),
         right("TOOK"),
         wide("WHAT"),
-    ]);
+    ])
+    .within(width);
     for record in records {
         let took = took_ms(record, now_unix_ms)
             .map(when::span)
@@ -395,7 +396,10 @@ mod tests {
 
     #[test]
     fn the_list_fits_eighty_columns() {
-        let text = table(&[record(failed()), record(RecordState::Lost)], 1_300_000);
+        let records = [record(failed()), record(RecordState::Lost)];
+        let whole = table(&records, 1_300_000, None);
+        assert!(whole.contains(&records[0].title), "{whole}");
+        let text = table(&records, 1_300_000, Some(super::super::table::WIDTH));
         let want = "\
 ID                  STATE   STARTED          TOOK  WHAT
 b0123456789abcdefg  failed  5 min ago  1 min 02 s  build examples/node-express …

@@ -181,9 +181,9 @@ async fn verify(images: MachineImages, name: Option<&str>, screen: Screen) -> Re
         serde_json::json!({ "name": image.name, "files": image.files.len(), "sound": true });
     screen.data(&value, || {
         format!(
-            "{}: all {} files are what the manifest says",
+            "{}: {} read, as the manifest says",
             image.name,
-            image.files.len()
+            super::table::counted(image.files.len() as u64, "file")
         )
     });
     Ok(())

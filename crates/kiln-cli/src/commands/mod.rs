@@ -85,6 +85,10 @@ fn refuse_other_layouts() -> Result<()> {
             }))
             .hint("it belongs to another user: set KILN_HOME to a directory of your own"))
         }
+        Err(error @ HomeError::Damaged { .. }) => Err(CliError::usage(chain(&error)).hint(format!(
+            "if this kiln wrote that home, write {{\"layout\":{}}} into the file; else set KILN_HOME to another directory",
+            kiln_worker::home::LAYOUT
+        ))),
         Err(error) => Err(CliError::usage(chain(&error))
             .hint("use the kiln that wrote it, or set KILN_HOME to another directory")),
     }

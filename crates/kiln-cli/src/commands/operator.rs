@@ -16,6 +16,7 @@ use kiln_worker::setup;
 use crate::config::Config;
 use crate::environment;
 use crate::error::{CliError, OrInfrastructure as _, Result};
+use crate::show::ShownPath as _;
 
 /// Everything the operator's files say.
 #[derive(Debug)]
@@ -41,8 +42,15 @@ impl Operator {
     pub(crate) fn load() -> Result<Self> {
         let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
         let config = Config::load(&home.config.join("kiln.toml"))?;
-        let registries = Registries::load(&registries_path(&home))
-            .map_err(|error| CliError::usage(crate::error::chain(&error)))?;
+        let path = registries_path(&home);
+        let registries = Registries::load(&path).map_err(|error| {
+            CliError::usage(format!(
+                "{} cannot be used: {}",
+                path.shown(),
+                crate::error::chain(&error)
+            ))
+            .hint("correct it, or move it away and run `kiln registries discover`")
+        })?;
         Ok(Self {
             home,
             config,

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::operator::Operator;
 use crate::args::BuildArgs;
 use crate::error::{CliError, OrInfrastructure as _, Result};
-use crate::show::Screen;
+use crate::show::{Screen, ShownPath as _};
 
 /// What `--output` says.
 #[derive(Debug, PartialEq, Eq)]
@@ -53,7 +53,7 @@ impl Output {
         if let Some(file) = &args.result {
             let text = serde_json::to_vec_pretty(report).or_infrastructure()?;
             std::fs::write(file, text).map_err(|error| {
-                CliError::usage(format!("could not write {}: {error}", file.display()))
+                CliError::usage(format!("could not write {}: {error}", file.shown()))
             })?;
         }
         if self.oci.is_none() && !args.load && args.push.is_none() {
@@ -70,7 +70,7 @@ impl Output {
         if let Some(path) = &self.oci {
             let partial = path.with_extension(format!("partial-{}", std::process::id()));
             let mut file = tokio::fs::File::create(&partial).await.map_err(|error| {
-                CliError::usage(format!("could not write {}: {error}", partial.display()))
+                CliError::usage(format!("could not write {}: {error}", partial.shown()))
             })?;
             let written = export(
                 &registry.host,
@@ -92,7 +92,7 @@ impl Output {
             tokio::fs::rename(&partial, path)
                 .await
                 .or_infrastructure()?;
-            screen.note(&format!("wrote {}", path.display()));
+            screen.note(&format!("wrote {}", path.shown()));
         }
         if args.load {
             super::load::load(&registry.host, &repo, &image, &reference, screen).await?;

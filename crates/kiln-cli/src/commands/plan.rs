@@ -11,10 +11,10 @@ use super::operator::Operator;
 use super::source;
 use crate::args::PlanArgs;
 use crate::error::{CliError, Result, chain};
-use crate::show::{Screen, printable};
+use crate::show::{Screen, ShownPath as _, printable};
 
 pub(super) fn run(args: &PlanArgs, screen: Screen) -> Result<u8> {
-    check_folder(&args.dir)?;
+    source::folder(&args.dir)?;
     let dockerfile = args
         .file
         .as_deref()
@@ -29,27 +29,15 @@ pub(super) fn run(args: &PlanArgs, screen: Screen) -> Result<u8> {
     let bases = Operator::load()?.bases()?;
     let plan = plan(&args.dir, &options, &bases).map_err(plan_error)?;
     screen.data(&plan, || match args.dockerfile {
-        true => plan.dockerfile.clone(),
+        // As it is for a file or pipe; a terminal is not to be driven by it.
+        true if screen.width().is_none() => plan.dockerfile.clone(),
+        true => printable(&plan.dockerfile),
         false => printable(&render(&plan)),
     });
     if !plan.unbaked().is_empty() {
         screen.note("its bases are not made yet: run `kiln setup` once before building");
     }
     Ok(0)
-}
-
-fn check_folder(dir: &Path) -> Result<()> {
-    match std::fs::metadata(dir) {
-        Ok(meta) if meta.is_dir() => Ok(()),
-        Ok(_) => Err(
-            CliError::usage(format!("{} is not a folder", dir.display()))
-                .hint("give the folder with your app"),
-        ),
-        Err(error) => Err(
-            CliError::usage(format!("could not read {}: {error}", dir.display()))
-                .hint("give the folder with your app"),
-        ),
-    }
 }
 
 /// Why a folder has no plan, for a person.
@@ -67,7 +55,7 @@ pub(super) fn plan_error(error: PlanError) -> CliError {
 /// When there is no such file, or it cannot be a Dockerfile.
 pub(super) fn dockerfile_choice(dir: &Path, file: &Path) -> Result<DockerfileChoice> {
     let usage = |why: String| {
-        CliError::usage(format!("--file {}: {why}", file.display()))
+        CliError::usage(format!("--file {}: {why}", file.shown()))
             .hint("name the Dockerfile to build with")
     };
     let in_dir = dir.join(file);

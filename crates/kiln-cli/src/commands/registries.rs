@@ -19,7 +19,7 @@ use super::table::{Table, left, wide};
 use crate::args::RegistriesCommand;
 use crate::environment;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
-use crate::show::Screen;
+use crate::show::{Screen, ShownPath as _};
 
 pub(super) async fn run(verb: RegistriesCommand, screen: Screen) -> Result<u8> {
     let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
@@ -54,8 +54,8 @@ pub(super) async fn run(verb: RegistriesCommand, screen: Screen) -> Result<u8> {
             screen.data(&shown, || {
                 format!(
                     "{}wrote {}; you may edit it",
-                    table(&registries),
-                    path.display()
+                    table(&registries, screen.width()),
+                    path.shown()
                 )
             });
         }
@@ -85,7 +85,7 @@ fn show(screen: Screen) -> Result<()> {
             path: &path,
             registries,
         },
-        || format!("# {}\n{text}", path.display()),
+        || format!("# {}\n{text}", path.shown()),
     );
     Ok(())
 }
@@ -180,13 +180,13 @@ fn tell_unknown(registries: &Registries, path: &Path, screen: Screen) {
         screen.note(&format!(
             "the {} registry is not known: neither this host nor a base image names one; write it into {}",
             runtime.name(),
-            path.display()
+            path.shown()
         ));
     }
 }
 
 fn merge_error(error: &MergeError, path: &Path) -> CliError {
-    CliError::usage(chain(error)).hint(format!("the file is {}", path.display()))
+    CliError::usage(chain(error)).hint(format!("the file is {}", path.shown()))
 }
 
 fn tell(notes: &[String], screen: Screen) {
@@ -195,8 +195,8 @@ fn tell(notes: &[String], screen: Screen) {
     }
 }
 
-fn table(registries: &Registries) -> String {
-    let mut table = Table::new(&[left("RUNTIME"), wide("HOSTS"), left("ASKED OF")]);
+fn table(registries: &Registries, width: Option<usize>) -> String {
+    let mut table = Table::new(&[left("RUNTIME"), wide("HOSTS"), left("ASKED OF")]).within(width);
     for runtime in Runtime::ALL {
         let Some(section) = registries.runtime.get(&runtime) else {
             continue;
@@ -235,7 +235,7 @@ mod tests {
     fn the_table_names_hosts_and_who_said_so() {
         let text = "version = 1\n[runtime.node]\nindex = \"https://npm.example.org/\"\nhosts = [\"npm.example.org\"]\nsource = \"npm config\"\n\
                     [[exception]]\nhost = \"npm.example.org\"\nrange = \"10.0.0.0/8\"\n";
-        let shown = table(&Registries::parse(text).expect("legal"));
+        let shown = table(&Registries::parse(text).expect("legal"), Some(80));
         let lines: Vec<&str> = shown.lines().collect();
         assert_eq!(lines[0], "RUNTIME  HOSTS                   ASKED OF");
         assert!(

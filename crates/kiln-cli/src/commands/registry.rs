@@ -15,11 +15,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
 use super::reference;
-use super::table::{Table, left, right, wide};
+use super::table::{Table, counted, left, right, wide};
 use crate::args::RegistryCommand;
 use crate::environment;
 use crate::error::{CliError, OrInfrastructure as _, Result};
-use crate::show::Screen;
+use crate::show::{Screen, ShownPath as _};
 
 pub(super) use credentials::AuthFiles;
 pub(super) use port::holder as port_holder;
@@ -62,10 +62,10 @@ pub(super) async fn run(
                 match collected.contents + collected.links + collected.uploads {
                     0 => "nothing to remove".to_owned(),
                     _ => format!(
-                        "removed {} blobs, {} links and {} unfinished uploads, {} freed",
-                        collected.contents,
-                        collected.links,
-                        collected.uploads,
+                        "removed {}, {} and {}, {} freed",
+                        counted(collected.contents, "blob"),
+                        counted(collected.links, "link"),
+                        counted(collected.uploads, "unfinished upload"),
                         ByteSize(collected.bytes)
                     ),
                 }
@@ -119,19 +119,25 @@ async fn serve(
             (true, LoopbackState::Off) => {
                 return Err(not_opened(listen, "the door was not asked for"));
             }
-            (false, LoopbackState::Open(address)) => {
+            (false, LoopbackState::Open(address)) => (
+                about.pid,
                 format!(
-                    "kiln process {} serves the registry at {address} already; this one takes over when it ends",
+                    "kiln process {} serves the registry at {address} already; this one waits, and takes over at {listen} when it ends; Ctrl-C ends the waiting",
                     about.pid
-                )
-            }
-            (false, _) => format!(
-                "kiln process {} uses the registry; it is served when that one ends",
-                about.pid
+                ),
+            ),
+            (false, _) => (
+                about.pid,
+                format!(
+                    "kiln process {} uses the registry without serving it; it is served at {listen} when that one ends; Ctrl-C ends the waiting",
+                    about.pid
+                ),
             ),
         };
         if told.as_ref() != Some(&waits) {
-            screen.note(&waits);
+            let (owner, why) = &waits;
+            let value = json!({ "event": "waiting", "owner": owner, "why": why });
+            screen.data(&value, || why.clone());
             told = Some(waits);
         }
         tokio::select! {
@@ -184,7 +190,7 @@ async fn login(operator: &Operator, address: SocketAddr, screen: Screen) -> Resu
         let files: Vec<String> = written
             .files
             .iter()
-            .map(|path| format!("  {}\n", path.display()))
+            .map(|path| format!("  {}\n", path.shown()))
             .collect();
         format!("wrote the token for {address} into\n{}", files.concat())
     });
@@ -209,7 +215,7 @@ async fn logout(operator: &Operator, screen: Screen) -> Result<()> {
         [] => "no token of this registry was found".to_owned(),
         files => files
             .iter()
-            .map(|path| format!("removed the token from {}\n", path.display()))
+            .map(|path| format!("removed the token from {}\n", path.shown()))
             .collect(),
     });
     Ok(())
@@ -240,7 +246,7 @@ async fn list(operator: &Operator, all: bool, screen: Screen) -> Result<()> {
             screen.data(image, String::new);
         }
     } else {
-        screen.text(&table(&images));
+        screen.text(&table(&images, screen.width()));
     }
     Ok(())
 }
@@ -296,13 +302,14 @@ fn bytes_of(manifest: &[u8]) -> u64 {
     sizes.fold(0, u64::saturating_add)
 }
 
-fn table(images: &[Image]) -> String {
+fn table(images: &[Image], width: Option<usize>) -> String {
     let mut table = Table::new(&[
         wide("REPOSITORY"),
         left("TAG"),
         left("DIGEST"),
         right("SIZE"),
-    ]);
+    ])
+    .within(width);
     for image in images {
         let tag = image.tag.chars().take(24).collect();
         table.row([
@@ -378,7 +385,7 @@ mod tests {
             digest: Digest::of(b"m"),
             bytes: 61 << 20,
         };
-        let text = table(&[image]);
+        let text = table(&[image], Some(80));
         let digest = Digest::of(b"m").short(12);
         assert_eq!(
             text.lines().nth(1),

@@ -1,7 +1,7 @@
 //! What `kiln build` was pointed at: a folder, or a git URL with a ref; and the KEY=VALUE words of the command line.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kiln_worker::ssh_agent::SshAgents;
 
@@ -48,22 +48,28 @@ pub(crate) fn parse(text: &str) -> Result<Source> {
         });
     }
     let path = PathBuf::from(text);
-    if !path.is_dir() {
-        let what = if path.exists() {
-            "is not a folder"
-        } else {
-            "does not exist"
-        };
-        return Err(CliError::usage(format!("{text:?} {what}"))
-            .hint("give the folder with your app, or an https git URL"));
-    }
+    folder(&path).map_err(|error| error.hint("`kiln build` also takes an https git URL"))?;
     Ok(Source::Folder(path))
+}
+
+/// Whether there is a folder, in the same words for every verb.
+///
+/// # Errors
+/// When there is none that can be looked into.
+pub(crate) fn folder(path: &Path) -> Result<()> {
+    let why = match std::fs::metadata(path) {
+        Ok(meta) if meta.is_dir() => return Ok(()),
+        Ok(_) => "is not a folder".to_owned(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "does not exist".to_owned(),
+        Err(error) => format!("cannot be read: {error}"),
+    };
+    Err(CliError::usage(format!("{path:?} {why}")).hint("give the folder with your app"))
 }
 
 /// `KEY=VALUE` words; `KEY` alone takes the value from the environment and is left out when it is not set there.
 ///
 /// # Errors
-/// For an empty key.
+/// For a name that no shell and no Dockerfile could use.
 pub(crate) fn pairs(words: &[String], flag: &str) -> Result<BTreeMap<String, String>> {
     let mut map = BTreeMap::new();
     for word in words {
@@ -71,9 +77,19 @@ pub(crate) fn pairs(words: &[String], flag: &str) -> Result<BTreeMap<String, Str
             Some((key, value)) => (key, Some(value.to_owned())),
             None => (word.as_str(), environment::var(word)),
         };
-        if key.is_empty() || key.contains(['\0', '\n']) {
+        let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
+        let starts = |b: &u8| b.is_ascii_alphabetic() || *b == b'_';
+        if !key.as_bytes().first().is_some_and(starts) || !key.bytes().all(legal) {
             return Err(CliError::usage(format!(
-                "{flag} {word:?}: write KEY=VALUE, or KEY to take it from the environment"
+                "{flag} {word:?}: {key:?} is no name of a variable"
+            ))
+            .hint(format!(
+                "write {flag} KEY=VALUE, or {flag} KEY to take it from the environment; names are letters, digits, '_', '-' and '.'"
+            )));
+        }
+        if value.as_ref().is_some_and(|value| value.contains('\0')) {
+            return Err(CliError::usage(format!(
+                "{flag} {key}: the value has a zero byte"
             )));
         }
         if let Some(value) = value {
@@ -195,7 +211,10 @@ mod tests {
             }
         );
         assert!(parse("ssh://git.example.org/a").is_err());
-        assert!(parse("/nowhere/at/all").is_err());
+        let missing = parse("/nowhere/at/all").expect_err("no folder");
+        assert_eq!(missing.message, "\"/nowhere/at/all\" does not exist");
+        let planned = folder(Path::new("/nowhere/at/all")).expect_err("no folder");
+        assert_eq!(planned.message, missing.message);
         assert_eq!(
             parse("/").expect("folder"),
             Source::Folder(PathBuf::from("/"))
@@ -246,6 +265,10 @@ mod tests {
             map.into_iter().collect::<Vec<_>>(),
             [("A".to_owned(), "1=2".to_owned())]
         );
-        assert!(pairs(&["=x".to_owned()], "--env").is_err());
+        for bad in ["=x", "A B=c", "", "1A=x", "A\nB=x", "A\u{1b}=x", "É=x"] {
+            let error = pairs(&[bad.to_owned()], "--build-arg").expect_err(bad);
+            assert_eq!(error.exit_code(), 2, "{bad:?}");
+        }
+        assert!(pairs(&["a.b-C_1=x y".to_owned()], "--env").is_ok());
     }
 }

@@ -1,4 +1,4 @@
-//! Tables and lists of facts as text that fits 80 columns. Whole values are `--json`'s business.
+//! Tables and lists of facts as text that fits the terminal, or 80 columns. Nothing is cut where no terminal reads it.
 
 use crate::show::printable;
 
@@ -38,11 +38,21 @@ pub(crate) const fn wide(heading: &'static str) -> Column {
     Column(heading, Kind::Wide)
 }
 
+/// `1 blob`, `2 blobs`.
+pub(crate) fn counted(count: u64, one: &str) -> String {
+    match count {
+        1 => format!("1 {one}"),
+        _ => format!("{count} {one}s"),
+    }
+}
+
 /// Rows under headings.
 #[derive(Debug)]
 pub(crate) struct Table {
     columns: Vec<Column>,
     rows: Vec<Vec<String>>,
+    /// Widest line; none when nothing is to be cut.
+    limit: Option<usize>,
 }
 
 impl Table {
@@ -51,7 +61,14 @@ impl Table {
         Self {
             columns: columns.to_vec(),
             rows: Vec::new(),
+            limit: Some(WIDTH),
         }
+    }
+
+    /// For lines of at most this many columns; without, nothing is cut.
+    pub(crate) fn within(mut self, limit: Option<usize>) -> Self {
+        self.limit = limit;
+        self
     }
 
     /// Adds a row: one cell per column. Cells are untrusted text.
@@ -95,10 +112,10 @@ impl Table {
             .columns
             .iter()
             .position(|column| column.1 == Kind::Wide);
-        if let Some(index) = flexible
-            && total > WIDTH
+        if let (Some(index), Some(limit)) = (flexible, self.limit)
+            && total > limit
         {
-            widths[index] = widths[index].saturating_sub(total - WIDTH).max(WIDE_MIN);
+            widths[index] = widths[index].saturating_sub(total - limit).max(WIDE_MIN);
         }
         widths
     }
@@ -176,6 +193,16 @@ mod tests {
         assert_eq!(lines[1], format!("a1  {}…  1.0 GiB", "x".repeat(66)));
         assert!(lines[2].starts_with("b   a b\u{fffd}[2J ") && lines[2].ends_with("    2 B"));
         assert!(lines.iter().all(|line| line.chars().count() <= WIDTH));
+        let text = table.within(None).render();
+        assert!(text.contains(&"x".repeat(100)), "{text}");
+    }
+
+    #[test]
+    fn one_thing_is_no_plural() {
+        assert_eq!(
+            (counted(1, "blob"), counted(0, "blob")),
+            ("1 blob".to_owned(), "0 blobs".to_owned())
+        );
     }
 
     #[test]

@@ -16,7 +16,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
-use super::table::{Table, left, right};
+use super::table::{Table, counted, left, right};
 use super::{setup, when};
 use crate::args::TemplateCommand;
 use crate::error::{CliError, OrInfrastructure as _, Result};
@@ -100,14 +100,16 @@ pub(super) fn open(home: &Home) -> Result<Option<TemplateStore>> {
 struct Now {
     image: Option<Digest>,
     heads: HashSet<String>,
+    /// What this kiln prepares templates as.
+    preparations: Vec<String>,
 }
 
 impl Now {
     fn of(home: &Home) -> Result<Self> {
-        let image = MachineImages::new(home.images())
-            .current()
-            .ok()
-            .map(|manifest| manifest.content);
+        let image = MachineImages::new(home.images()).current().ok();
+        let preparations = image
+            .as_ref()
+            .map(|manifest| kiln_worker::templates::preparations(&manifest.buildkit_version));
         let heads = match home.heads().is_dir() {
             true => HeadStore::open(&home.heads())
                 .and_then(|store| store.list())
@@ -124,8 +126,9 @@ impl Now {
             .into_iter()
             .filter(|head| shared(head) || !below.contains(&head.id));
         Ok(Self {
-            image,
+            image: image.map(|manifest| manifest.content),
             heads: tops.map(|head| head.id).collect(),
+            preparations: preparations.map(Vec::from).unwrap_or_default(),
         })
     }
 
@@ -133,6 +136,7 @@ impl Now {
         template.key.as_ref().is_some_and(|key| {
             key.format == TEMPLATE_FORMAT
                 && Some(key.machine_image) == self.image
+                && self.preparations.contains(&key.preparation)
                 && key.heads.iter().all(|(_, head)| self.heads.contains(head))
         })
     }
@@ -185,6 +189,16 @@ fn list(home: &Home, screen: Screen) -> Result<()> {
         }
     } else {
         screen.text(&table(&all, |one| now.needs(one), now_unix_ms()));
+        let stale = all.iter().filter(|one| !one.in_use && !now.needs(one));
+        let (count, bytes) =
+            stale.fold((0, 0), |(count, bytes), one| (count + 1, bytes + one.bytes));
+        if count > 0 {
+            screen.note(&format!(
+                "{} no job would use again: `kiln template prune` frees {}",
+                counted(count, "stale template"),
+                ByteSize(bytes)
+            ));
+        }
     }
     Ok(())
 }
@@ -245,7 +259,7 @@ mod tests {
         let key = TemplateKey {
             format: TEMPLATE_FORMAT,
             purpose: Purpose::Build,
-            preparation: String::new(),
+            preparation: "run 1".to_owned(),
             machine_image: Digest::of(image),
             boot_args: Vec::new(),
             host: Vec::new(),
@@ -272,11 +286,17 @@ mod tests {
         let now = Now {
             image: Some(Digest::of(b"now")),
             heads: [head.clone()].into(),
+            preparations: vec!["run 1".to_owned()],
         };
         assert!(now.needs(&listed(b"now", &[&head])));
         assert!(now.needs(&listed(b"now", &[])));
         assert!(!now.needs(&listed(b"old", &[])));
         assert!(!now.needs(&listed(b"now", &["gone"])));
+        let mut other = listed(b"now", &[]);
+        if let Some(key) = &mut other.key {
+            key.preparation = "run 0".to_owned();
+        }
+        assert!(!now.needs(&other), "another kiln prepared it");
         assert!(!now.needs(&Listed {
             key: None,
             ..listed(b"now", &[])

@@ -19,7 +19,7 @@ use super::registry::AuthFiles;
 use crate::args::UninstallArgs;
 use crate::environment;
 use crate::error::{CliError, OrInfrastructure as _, Result};
-use crate::show::Screen;
+use crate::show::{Screen, ShownPath as _};
 
 /// What kiln writes into its data directory. A `KILN_HOME` may be a directory that holds other things too.
 const DATA: [&str; 14] = [
@@ -79,7 +79,7 @@ pub(super) async fn run(args: &UninstallArgs, screen: Screen) -> Result<u8> {
     for path in left {
         screen.note(&format!(
             "{} is not empty: what is left there is not kiln's",
-            path.display()
+            path.shown()
         ));
     }
     Ok(0)
@@ -122,10 +122,7 @@ fn doomed(home: &Home) -> Vec<Doomed> {
 }
 
 fn listed(doomed: &[Doomed]) -> String {
-    let paths: Vec<String> = doomed
-        .iter()
-        .map(|one| one.path.display().to_string())
-        .collect();
+    let paths: Vec<String> = doomed.iter().map(|one| one.path.shown()).collect();
     paths.join(", ")
 }
 
@@ -143,8 +140,8 @@ fn refuse_while_used(home: &Home) -> Result<()> {
     let machines = live_machines(home);
     if !machines.is_empty() {
         return Err(CliError::usage(format!(
-            "{} machines are running: {}",
-            machines.len(),
+            "{} in use: {}",
+            super::table::counted(machines.len() as u64, "machine"),
             machines.join(", ")
         ))
         .hint("end the kiln commands that use them, then try again"));
@@ -189,7 +186,7 @@ fn forget_tokens(home: &Home, screen: Screen) {
     match files.logout(kiln_store::registry::loopback::USER, secret.reveal()) {
         Ok(changed) => {
             for path in changed {
-                screen.note(&format!("removed kiln's token from {}", path.display()));
+                screen.note(&format!("removed kiln's token from {}", path.shown()));
             }
         }
         Err(error) => screen.note(&format!("warning: {error}")),
@@ -202,11 +199,7 @@ async fn confirm(doomed: &[Doomed], screen: Screen) -> Result<()> {
             .hint("say `kiln uninstall --yes` to remove it without asking")
     };
     for one in doomed {
-        screen.note(&format!(
-            "  {}  {}",
-            one.path.display(),
-            ByteSize(one.bytes)
-        ));
+        screen.note(&format!("  {}  {}", one.path.shown(), ByteSize(one.bytes)));
     }
     if screen.json() || !io::stdin().is_terminal() {
         return Err(not_yes());
@@ -230,7 +223,7 @@ fn remove(home: &Home, doomed: &[Doomed]) -> Result<Vec<Doomed>> {
         remove_path(&one.path).map_err(|why| {
             CliError::new(
                 FailureClass::Infrastructure,
-                format!("could not remove {}: {why}", one.path.display()),
+                format!("could not remove {}: {why}", one.path.shown()),
             )
             .hint("what was not removed is still listed by `kiln uninstall`")
         })?;

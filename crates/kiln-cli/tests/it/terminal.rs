@@ -1,10 +1,11 @@
 //! What a person sees of `kiln` without a machine: help, completions, man pages, colour, directories, settings, doctor, uninstall.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::{Kiln, Said, kiln, path, said};
+use crate::support::{Kiln, Said, free_port, kiln, path, said, until};
 
 /// A kiln of its own below an empty directory.
 fn below(dir: &Path) -> Option<Kiln> {
@@ -209,6 +210,78 @@ fn settings_with_unknown_keys_are_refused_with_their_line() {
         settings.contains("\"level\":\"fail\"") && settings.contains("line 3"),
         "{settings}"
     );
+}
+
+#[test]
+fn damaged_files_of_the_home_are_named_with_what_to_do() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let Some(kiln) = below(dir.path()) else {
+        return;
+    };
+    kiln.run(&["registry", "list"]).exits(0);
+    kiln.run(&["registry", "rm", "none"]).exits(2);
+    let app = dir.path().join("app");
+    fs::create_dir_all(&app).expect("make");
+    fs::write(app.join("index.html"), "x").expect("write");
+    fs::create_dir_all(kiln.home.join("config")).expect("make");
+    for (name, verb, code) in [
+        ("version.json", &["job", "list"][..], 2),
+        ("bases.json", &["plan", path(&app)], 2),
+        ("bases-pulled.json", &["plan", path(&app)], 2),
+        ("config/registries.toml", &["plan", path(&app)], 2),
+        ("config/kiln.toml", &["plan", path(&app)], 2),
+        ("registry/VERSION", &["registry", "rm", "none"], 3),
+    ] {
+        let file = kiln.home.join(name);
+        let kept = fs::read(&file).ok();
+        fs::write(&file, "{\"torn").expect("write");
+        let said = kiln.run(verb).exits(code).says(path(&file));
+        let advised = said.err.contains("hint:") || said.err.contains("write those words");
+        assert!(advised, "{name}: {}", said.err);
+        match kept {
+            Some(bytes) => fs::write(&file, bytes).expect("write"),
+            None => fs::remove_file(&file).expect("remove"),
+        }
+    }
+    // What can be made again is.
+    for torn in ["", "0123"] {
+        fs::write(kiln.home.join("registry/token"), torn).expect("write");
+        kiln.run(&["registry", "rm", "none"])
+            .exits(2)
+            .says("no image");
+    }
+}
+
+#[test]
+fn too_few_file_descriptors_are_said_to_be_that() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let Some(kiln) = below(dir.path()) else {
+        return;
+    };
+    let mut command = Command::new("sh");
+    let words = format!("ulimit -n 32; exec {} run -- true", path(&kiln.program));
+    command.args(["-c", &words]).env("KILN_HOME", &kiln.home);
+    said(command).exits(3).says("ulimit -n");
+}
+
+#[test]
+fn a_second_registry_says_who_serves() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let Some(kiln) = below(dir.path()) else {
+        return;
+    };
+    let address = |port: u16| format!("127.0.0.1:{port}");
+    let (first, second) = (address(free_port()), address(free_port()));
+    let owner = kiln.start(&["registry", "serve", "--listen", &first]);
+    let socket = kiln.home.join("registry/host.sock");
+    until("the registry", || socket.exists().then_some(()));
+    let mut waiting = kiln.start(&["registry", "serve", "--json", "--listen", &second]);
+    let mut said = String::new();
+    let out = waiting.child.stdout.take().expect("piped");
+    BufReader::new(out).read_line(&mut said).expect("a line");
+    let event: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+    assert_eq!(event["event"], "waiting", "{said}");
+    assert_eq!(event["owner"], owner.child.id(), "{said}");
 }
 
 #[test]

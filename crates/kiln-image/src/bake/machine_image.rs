@@ -309,7 +309,7 @@ fn write_tree(
         }
     }
     for file in &recipe.root.files {
-        tree.insert(&file.path, Node::text(&file.content));
+        tree.insert(&file.path, file.node());
     }
     let bin = buildkit.join("bin");
     for entry in fs::read_dir(&bin).map_err(BakeError::io("list", &bin))? {

@@ -236,7 +236,29 @@ pub struct FileRecipe {
     /// Path without leading slash.
     pub path: String,
     /// Text of the file; mode 0644, owned by root.
+    #[serde(default)]
     pub content: String,
+    /// Mode 0755 instead.
+    #[serde(default)]
+    pub executable: bool,
+    /// A symbolic link to this instead of a file.
+    #[serde(default)]
+    pub link: Option<String>,
+}
+
+impl FileRecipe {
+    /// As it stands in the tree.
+    pub(super) fn node(&self) -> super::tree::Node {
+        let text = super::tree::Node::text(&self.content);
+        match (&self.link, self.executable) {
+            (Some(target), _) => super::tree::Node::symlink(target),
+            (None, true) => super::tree::Node {
+                mode: 0o755,
+                ..text
+            },
+            (None, false) => text,
+        }
+    }
 }
 
 /// `[kernel]` of `recipe.toml`.

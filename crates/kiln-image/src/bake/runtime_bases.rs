@@ -250,7 +250,7 @@ fn complete(
     }
     tree.remove_where(|path| exclude.is_match(path) && !keep.is_match(path));
     for file in &recipe.build.files {
-        tree.insert(&file.path, Node::text(&file.content));
+        tree.insert(&file.path, file.node());
     }
     tree.insert(
         "etc/apt/sources.list.d/debian.sources",

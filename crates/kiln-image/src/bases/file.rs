@@ -35,6 +35,16 @@ pub enum BasesError {
     },
 }
 
+impl BasesError {
+    /// Which file it is about.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Io { path, .. } | Self::Invalid { path, .. } => path,
+        }
+    }
+}
+
 impl Bases {
     /// The built-in names, then the generated file, then the operator's file; a missing file is an empty one.
     ///
@@ -78,7 +88,7 @@ impl Bases {
         let bases: Self = serde_json::from_str(text).map_err(|e| BasesError::Invalid {
             path: path.to_owned(),
             line: e.line(),
-            what: e.to_string(),
+            what: format!("not what kiln writes there ({e})"),
         })?;
         bases.check().map_err(|(about, what)| BasesError::Invalid {
             path: path.to_owned(),

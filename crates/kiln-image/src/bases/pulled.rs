@@ -67,8 +67,8 @@ impl Pulled {
             line,
             what,
         };
-        let pulled: Self =
-            serde_json::from_str(&text).map_err(|e| invalid(e.line(), e.to_string()))?;
+        let pulled: Self = serde_json::from_str(&text)
+            .map_err(|e| invalid(e.line(), format!("not what kiln writes there ({e})")))?;
         if pulled.schema != Self::SCHEMA {
             let (found, known) = (pulled.schema, Self::SCHEMA);
             let what = format!("schema {found} is not known to this kiln (it knows {known})");

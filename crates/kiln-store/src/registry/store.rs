@@ -78,8 +78,9 @@ pub enum OpenError {
     },
     /// A newer kiln wrote it, or it is no registry.
     #[error(
-        "the registry in {} has layout {found:?}; this kiln knows layout {LAYOUT_VERSION}: use a newer kiln",
-        dir.display()
+        "{} says {found:?}, and this kiln knows \"kiln-registry {LAYOUT_VERSION}\": {}",
+        dir.join("VERSION").display(),
+        other_layout(found)
     )]
     Version {
         /// The store.
@@ -96,6 +97,18 @@ pub enum OpenError {
         #[source]
         source: Box<StoreError>,
     },
+}
+
+/// What to do about another layout: a newer one is said as ours is, anything else is damage.
+fn other_layout(found: &str) -> &'static str {
+    let number = found.strip_prefix("kiln-registry ").map(str::parse::<u32>);
+    match number {
+        Some(Ok(number)) if number > LAYOUT_VERSION => "use a newer kiln",
+        Some(Ok(number)) if number < LAYOUT_VERSION => "use the kiln that wrote it",
+        _ => {
+            "the file is damaged; if nothing else there is, write those words into it, or move the directory away and run `kiln setup`"
+        }
+    }
 }
 
 /// The owned store. One per directory and host, by a file lock.

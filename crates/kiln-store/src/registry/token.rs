@@ -70,23 +70,35 @@ pub enum SecretError {
 }
 
 impl Secret {
-    /// Reads the secret from `path`, or makes one there.
+    /// Reads the secret from `path`, or makes one there: also when the file is empty or torn, which ends every login made with
+    /// the old one. For the registry's owner alone.
     ///
     /// # Errors
-    /// A file that others can read, or that does not hold a secret, is refused.
+    /// A file that others can read is refused.
     pub fn load_or_make(path: &Path, tmp: &Path) -> Result<Self, SecretError> {
         let files = |source| SecretError::Files {
             path: path.to_owned(),
             source,
         };
-        match OpenOptions::new().read(true).open(path) {
-            Ok(file) => Self::read(path, file),
-            Err(error) if is_absent(&error) => {
+        let found = match OpenOptions::new().read(true).open(path) {
+            Ok(file) => Self::read(path, file).map(Some),
+            Err(error) if is_absent(&error) => Ok(None),
+            Err(error) => Err(files(StoreError::io("open", path)(error))),
+        };
+        match found {
+            Ok(Some(secret)) => Ok(secret),
+            Ok(None) | Err(SecretError::Malformed { .. }) => {
+                if found.is_err() {
+                    tracing::warn!(
+                        path = %path.display(),
+                        "the registry's token was damaged and is made anew: log in again"
+                    );
+                }
                 let text = format!("{}{}\n", hex32().map_err(files)?, hex32().map_err(files)?);
                 make(path, tmp, &text).map_err(files)?;
                 Ok(Self(text.trim_end().to_owned()))
             }
-            Err(error) => Err(files(StoreError::io("open", path)(error))),
+            Err(error) => Err(error),
         }
     }
 
@@ -113,9 +125,12 @@ impl Secret {
             return Err(SecretError::Exposed { path: path(), mode });
         }
         let mut text = String::new();
-        file.take(SECRET_FILE_BYTES_MAX)
-            .read_to_string(&mut text)
-            .map_err(failed)?;
+        if let Err(error) = file.take(SECRET_FILE_BYTES_MAX).read_to_string(&mut text) {
+            return Err(match error.kind() {
+                std::io::ErrorKind::InvalidData => SecretError::Malformed { path: path() },
+                _ => failed(error),
+            });
+        }
         let text = text.trim_end();
         if text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit()) {
             Ok(Self(text.to_owned()))
@@ -374,6 +389,16 @@ mod tests {
         let first = Secret::load_or_make(&path, dir.path()).expect("made");
         let again = Secret::load_or_make(&path, dir.path()).expect("read");
         assert!(first.is(again.reveal()) && !first.is("x"));
+        for torn in [&b""[..], b"0123", b"\xff\xff"] {
+            fs::write(&path, torn).expect("torn");
+            assert!(matches!(
+                Secret::load(&path),
+                Err(SecretError::Malformed { .. })
+            ));
+            let new = Secret::load_or_make(&path, dir.path()).expect("made again");
+            assert!(!first.is(new.reveal()) && new.reveal().len() == 64);
+            assert!(new.is(Secret::load(&path).expect("kept").reveal()));
+        }
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
         fs::set_permissions(&path, mode).expect("chmod");
         let exposed = Secret::load_or_make(&path, dir.path());

@@ -356,6 +356,13 @@ async fn a_newer_layout_is_refused_clearly() -> Result<()> {
         text.contains("kiln-registry 99") && text.contains("newer"),
         "{text}"
     );
+    std::fs::write(dir.path().join("VERSION"), "")?;
+    let error = HostRegistry::open_or_attach(dir.path(), HostConfig::default()).await;
+    let text = error.unwrap_err().to_string();
+    assert!(
+        text.contains("VERSION") && text.contains("damaged") && text.contains("kiln-registry 1"),
+        "{text}"
+    );
     let foreign = tempfile::tempdir()?;
     std::fs::write(foreign.path().join("thesis.tex"), "precious")?;
     assert!(

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::replace::replace;
 use crate::error::{CliError, Result};
+use crate::show::ShownPath as _;
 
 /// Largest file that is read, bytes.
 const FILE_BYTES_MAX: u64 = 4 << 20;
@@ -97,7 +98,7 @@ impl AuthFiles {
                 let why = format!(
                     "{} makes docker use the credential store {store:?}, which hides this token from docker: \
                      use podman or skopeo, or add an empty entry for {address} to its credHelpers",
-                    path.display()
+                    path.shown()
                 );
                 written.warnings.push(why);
             }
@@ -175,14 +176,14 @@ fn take(file: &mut Map<String, Value>, auth: &str) -> bool {
 fn malformed(path: &Path, why: &str) -> CliError {
     CliError::usage(format!(
         "{} is not a file of credentials: {why}",
-        path.display()
+        path.shown()
     ))
     .hint("correct it or move it away")
 }
 
 fn read(path: &Path) -> Result<Option<Map<String, Value>>> {
     let cannot =
-        |error: io::Error| CliError::usage(format!("could not read {}: {error}", path.display()));
+        |error: io::Error| CliError::usage(format!("could not read {}: {error}", path.shown()));
     let text = match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(cannot(error)),
@@ -208,7 +209,7 @@ fn write(path: &Path, file: &Map<String, Value>) -> Result<()> {
     let text = serde_json::to_string_pretty(file).map_err(io::Error::other);
     made.and(text)
         .and_then(|text| replace(path, (text + "\n").as_bytes(), MODE))
-        .map_err(|error| CliError::usage(format!("could not write {}: {error}", path.display())))
+        .map_err(|error| CliError::usage(format!("could not write {}: {error}", path.shown())))
 }
 
 #[cfg(test)]

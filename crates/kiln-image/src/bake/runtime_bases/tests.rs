@@ -129,3 +129,30 @@ fn the_user_has_the_names_that_public_dockerfiles_use() {
         );
     }
 }
+
+#[test]
+fn python_has_the_layout_of_the_public_images() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut recipe = RecipeFiles::built_in().bases().expect("a recipe");
+    recipe.build.npm.clear();
+    let (tree, _) = sample();
+    let tree = complete(&recipe, tree, dir.path(), &HostApt::default()).expect("it completes");
+    let python = tree.get("usr/local/bin/python3").expect("a link");
+    assert!(matches!(&python.body, Body::Symlink(target) if target == "/usr/bin/python3.13"));
+    let pip = tree.get("usr/local/bin/pip").expect("a program");
+    let text = tree.content("usr/local/bin/pip").expect("a file").bytes();
+    assert_eq!(pip.mode, 0o755);
+    assert!(
+        text.expect("text")
+            .starts_with(b"#!/usr/local/bin/python3\n")
+    );
+    // What the run image needs of it is in the runtime's layer, pip is not.
+    let extra = patterns(&recipe.runtimes[1].extra).expect("patterns");
+    for (path, runs) in [
+        ("usr/local/pyvenv.cfg", true),
+        ("usr/local/bin/python3.13", true),
+        ("usr/local/bin/pip", false),
+    ] {
+        assert_eq!(extra.is_match(path), runs, "{path}");
+    }
+}
