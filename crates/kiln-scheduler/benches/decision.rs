@@ -1,6 +1,6 @@
 //! How long a decision takes, and how many placements that makes per second.
 //!
-//! `cargo bench -p kiln-scheduler` prints one line per case: median and slowest of the samples, what was placed, what that is per second.
+//! `cargo bench -p kiln-scheduler [-- PART OF A NAME]` prints one line per case: median and slowest of the samples, what was placed, what that is per second.
 
 #![expect(
     clippy::unwrap_used,
@@ -179,8 +179,22 @@ fn view(jobs: usize, hosts: usize, classes: usize, free_every: usize) -> PoolVie
     view
 }
 
+/// Nanoseconds this thread was on a CPU: what a decision costs on a host that has more to do.
+fn cpu_nanos() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    text.split(' ')
+        .next()
+        .and_then(|nanos| nanos.parse().ok())
+        .unwrap_or(0)
+}
+
 fn measure(name: &str, view: &PoolView) {
+    let wanted = std::env::args().skip(1).find(|arg| !arg.starts_with('-'));
+    if wanted.is_some_and(|wanted| !name.contains(&wanted)) {
+        return;
+    }
     let mut millis: Vec<f64> = Vec::new();
+    let cpu = cpu_nanos();
     let mut placed = 0;
     for _ in 0..SAMPLES {
         let begun = Instant::now();
@@ -193,10 +207,11 @@ fn measure(name: &str, view: &PoolView) {
         placed = plan.assignments.len();
     }
     millis.sort_by(f64::total_cmp);
+    let on_cpu = (cpu_nanos() - cpu) as f64 / 1e6 / SAMPLES as f64;
     let (median, most) = (millis[millis.len() / 2], millis[millis.len() - 1]);
     let rate = placed as f64 / median * 1e3;
     println!(
-        "{name:<66} p50 {median:>7.2} ms   max {most:>7.2} ms   placed {placed:>5}   {rate:>9.0}/s"
+        "{name:<66} p50 {median:>7.2} ms (on CPU {on_cpu:>6.2})  max {most:>7.2} ms   placed {placed:>5}   {rate:>7.0}/s"
     );
 }
 

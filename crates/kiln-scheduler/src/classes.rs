@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use kiln_core::dispatch::{PendingReason, Requirements, Room};
 
-use crate::fleet::{Fleet, charge};
+use crate::fleet::{Fleet, charge, hash};
 use crate::host_set::HostSet;
 
-/// What distinguishes a class: the hosts its tenant may use, what it requires, the room it needs.
-pub(crate) type ClassKey<'a> = (u32, &'a Requirements, Room);
+/// What distinguishes a class: the hosts its tenant may use, the room it needs, what it requires. A hash of the latter comes first, so that
+/// looking one up rarely compares texts; two that share it are still two.
+type ClassKey<'a> = (u64, u32, Room, &'a Requirements);
 
 /// Jobs that need the same of a host.
 #[derive(Debug)]
@@ -48,16 +49,23 @@ impl<'a> Classes<'a> {
         number
     }
 
-    pub(crate) fn class_of(&mut self, fleet: &Fleet<'a>, key: ClassKey<'a>) -> usize {
+    pub(crate) fn class_of(
+        &mut self,
+        fleet: &Fleet<'a>,
+        visible: u32,
+        need: Room,
+        requires: &'a Requirements,
+    ) -> usize {
+        let key = (hash_of(requires), visible, need, requires);
         if let Some(class) = self.by_key.get(&key) {
             return *class;
         }
         let class = self.list.len();
         self.list.push(make(
             fleet,
-            &self.visible_list[key.0 as usize],
-            key.1,
-            key.2,
+            &self.visible_list[visible as usize],
+            requires,
+            need,
         ));
         self.by_key.insert(key, class);
         class
@@ -94,6 +102,19 @@ impl<'a> Classes<'a> {
             .collect();
         (count, of_host)
     }
+}
+
+fn hash_of(requires: &Requirements) -> u64 {
+    let names = [&requires.arch, &requires.runtime].into_iter().flatten();
+    let words = names.chain(
+        requires
+            .labels
+            .iter()
+            .flat_map(|(name, value)| [name, value]),
+    );
+    words.fold(u64::from(requires.pinned_cpus), |sum, word| {
+        sum.rotate_left(7) ^ hash(word.as_str())
+    })
 }
 
 fn find(parent: &mut [usize], mut at: usize) -> usize {

@@ -155,10 +155,8 @@ impl Decision<'_> {
         match found {
             Found::Host(host) => self.assign(tenant, job, host),
             Found::OnlyReserved => {
-                self.wait(job, component);
-                if let Fate::Room(estimate) = self.fates[job] {
-                    self.fates[job] = Fate::Waits(PendingReason::Reserved, estimate);
-                }
+                let estimate = self.wait(job, component);
+                self.fates[job] = Fate::Waits(PendingReason::Reserved, estimate);
             }
             Found::Nothing => {
                 self.classes.list[class].exhausted |= !stopped;
@@ -258,7 +256,7 @@ impl Decision<'_> {
     }
 
     /// The job takes its place among those that wait for room.
-    fn wait(&mut self, job: usize, component: usize) {
+    fn wait(&mut self, job: usize, component: usize) -> Option<Estimate> {
         let here = &mut self.components[component];
         let need = self.classes.list[self.jobs[job].class].need;
         let amount = room::dominant(&need, &here.total, SHARE_SCALE);
@@ -268,6 +266,7 @@ impl Decision<'_> {
             jobs => Fate::Waits(PendingReason::Behind { jobs }, estimate),
         };
         here.waiting = here.waiting.saturating_add(1);
+        estimate
     }
 
     /// Keeps a host for a large job: where there was one kept for it, else where there is room first.

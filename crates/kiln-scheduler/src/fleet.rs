@@ -17,6 +17,8 @@ const HEAD_POINTS: u64 = 200;
 const LOAD_POINTS: u64 = 10;
 const FAILURE_POINTS: u64 = 60;
 const FAILURES_COUNTED: u64 = 10;
+/// Points of a host where no earlier attempt failed: more than all others together.
+const WANTED_POINTS: u64 = 1 << 20;
 /// A job without an end.
 pub(crate) const NEVER: u64 = u64::MAX;
 
@@ -64,8 +66,13 @@ pub(crate) enum Found {
 #[derive(Debug)]
 pub(crate) struct Fleet<'a> {
     pub(crate) workers: Vec<&'a Worker>,
+    /// What is taken of each host; may be more than it has when it became smaller.
+    taken: Vec<Room>,
     pub(crate) free: Vec<Room>,
-    load: Vec<u64>,
+    /// Points by load and failures, which change only as jobs are placed.
+    points: Vec<u64>,
+    /// Hosts where warmth counts.
+    cool: HostSet,
     hash: Vec<u64>,
     releases: Vec<Vec<Release>>,
     holds: BTreeMap<usize, Hold>,
@@ -101,8 +108,10 @@ impl<'a> Fleet<'a> {
         let count = workers.len();
         let mut fleet = Self {
             index: Index::new(&workers),
-            free: Vec::with_capacity(count),
-            load: vec![0; count],
+            taken: Vec::with_capacity(count),
+            free: vec![Room::default(); count],
+            points: vec![0; count],
+            cool: HostSet::empty(count),
             hash: workers
                 .iter()
                 .map(|worker| hash(worker.id.as_str()))
@@ -138,7 +147,7 @@ impl<'a> Fleet<'a> {
             let worker = fleet.workers[host];
             let mut taken = room::most(&worker.held, &used[host]);
             taken.cpus = taken.cpus.saturating_add(pinned_more[host]);
-            fleet.free.push(room::minus(&worker.facts.capacity, &taken));
+            fleet.taken.push(taken);
             fleet.releases[host].sort_unstable_by_key(|release| (release.end, release.room));
             if worker.state.takes_jobs() {
                 fleet.active.insert(host);
@@ -186,53 +195,48 @@ impl<'a> Fleet<'a> {
         room
     }
 
-    /// The best host that has room, the lowest id among equals.
+    /// The best host that has room, the lowest id among equals: points first, then how near tenant and host are.
     pub(crate) fn find(&self, ask: &Ask<'_>) -> Found {
-        let mut best = (0, Found::Nothing);
+        let mut best = (0, 0);
+        let mut found = Found::Nothing;
         for host in ask.hosts.both(&self.open) {
-            let free = &self.free[host];
-            if !free.holds(&ask.need) {
+            let points = self.points_for(host, ask);
+            if points < best.0 || !self.free[host].holds(&ask.need) {
                 continue;
             }
-            if ask.pinned && !free.holds(&self.charge(host, &ask.need, true)) {
+            if ask.pinned && !self.free[host].holds(&self.charge(host, &ask.need, true)) {
                 continue;
             }
             if self.on_hold.contains(host) && !self.may_backfill(host, ask) {
-                if best.1 == Found::Nothing {
-                    best.1 = Found::OnlyReserved;
+                if found == Found::Nothing {
+                    found = Found::OnlyReserved;
                 }
                 continue;
             }
-            let score = self.score(host, ask);
-            if score > best.0 {
-                best = (score, Found::Host(host));
+            let near = if self.cool.contains(host) {
+                mix(ask.tenant_hash ^ self.hash[host])
+            } else {
+                0
+            };
+            if (points, near) > best || !matches!(found, Found::Host(_)) {
+                best = (points, near);
+                found = Found::Host(host);
             }
         }
-        best.1
+        found
     }
 
     /// Larger is better, never 0.
-    fn score(&self, host: usize, ask: &Ask<'_>) -> u64 {
-        let worker = self.workers[host];
-        let load = self.load[host];
-        let cool = load < WARM_LOAD_MAX;
-        let tenth = (load / 100).min(10);
-        let mut points = 1 + FAILURE_POINTS * FAILURES_COUNTED;
-        points += LOAD_POINTS
-            * if self.profile == Profile::Pack {
-                tenth
-            } else {
-                10 - tenth
-            };
-        points -= FAILURE_POINTS * u64::from(worker.infra_failures).min(FAILURES_COUNTED);
-        let mut near = 0;
-        if cool {
+    fn points_for(&self, host: usize, ask: &Ask<'_>) -> u64 {
+        let mut points = self.points[host];
+        if self.cool.contains(host) {
             let has = |set: Option<&HostSet>| u64::from(set.is_some_and(|set| set.contains(host)));
             points += TEMPLATE_POINTS * has(ask.template) + HEAD_POINTS * has(ask.warm);
-            near = mix(ask.tenant_hash ^ self.hash[host]) >> 32;
         }
-        let wanted = ask.avoid.is_empty() || !ask.avoid.contains(&worker.id);
-        u64::from(wanted) << 63 | points << 32 | near
+        if !ask.avoid.is_empty() && !ask.avoid.contains(&self.workers[host].id) {
+            points += WANTED_POINTS;
+        }
+        points
     }
 
     fn may_backfill(&self, host: usize, ask: &Ask<'_>) -> bool {
@@ -245,7 +249,7 @@ impl<'a> Fleet<'a> {
     /// Gives a host's room to a job that ends at `end`.
     pub(crate) fn take(&mut self, host: usize, need: &Room, pinned: bool, end: u64) {
         let charge = self.charge(host, need, pinned);
-        self.free[host] = room::minus(&self.free[host], &charge);
+        self.taken[host] = room::plus(&self.taken[host], &charge);
         if let Some(hold) = self.holds.get_mut(&host)
             && hold.from.is_none_or(|from| end > from)
         {
@@ -253,10 +257,10 @@ impl<'a> Fleet<'a> {
         }
         let at = self.releases[host].partition_point(|release| release.end <= end);
         self.releases[host].insert(at, Release { end, room: charge });
+        self.weigh(host);
         if !self.free[host].holds(&self.floor) {
             self.open.remove(host);
         }
-        self.weigh(host);
     }
 
     /// When the host has room for the job if nothing else starts there, how many jobs must end for that, and what is left then.
@@ -270,6 +274,8 @@ impl<'a> Fleet<'a> {
             return None;
         }
         let charge = self.charge(host, need, pinned);
+        let capacity = &self.workers[host].facts.capacity;
+        let mut taken = self.taken[host];
         let mut free = self.free[host];
         let mut ended = 0;
         let mut from = 0;
@@ -277,11 +283,11 @@ impl<'a> Fleet<'a> {
             if free.holds(&charge) && release.end > from {
                 break;
             }
-            free = room::plus(&free, &release.room);
+            taken = room::minus(&taken, &release.room);
+            free = room::minus(capacity, &taken);
             ended += 1;
             from = release.end;
         }
-        free = room::least(&free, &self.workers[host].facts.capacity);
         free.holds(&charge)
             .then(|| (from, ended, room::minus(&free, &charge)))
     }
@@ -311,9 +317,23 @@ impl<'a> Fleet<'a> {
     }
 
     fn weigh(&mut self, host: usize) {
-        let capacity = &self.workers[host].facts.capacity;
-        let used = room::minus(capacity, &self.free[host]);
-        self.load[host] = room::dominant(&used, capacity, 1000);
+        let worker = self.workers[host];
+        self.free[host] = room::minus(&worker.facts.capacity, &self.taken[host]);
+        let load = room::dominant(&self.taken[host], &worker.facts.capacity, 1000);
+        let tenth = (load / 100).min(10);
+        let tenths = if self.profile == Profile::Pack {
+            tenth
+        } else {
+            10 - tenth
+        };
+        let failures = u64::from(worker.infra_failures).min(FAILURES_COUNTED);
+        self.points[host] =
+            1 + LOAD_POINTS * tenths + FAILURE_POINTS * (FAILURES_COUNTED - failures);
+        if load < WARM_LOAD_MAX {
+            self.cool.insert(host);
+        } else {
+            self.cool.remove(host);
+        }
     }
 }
 

@@ -7,20 +7,30 @@ use kiln_core::{JobId, Label, QueueName, TenantName};
 
 use crate::classes::Classes;
 use crate::decide::{Component, Decision, Fate, Global, Job, Queue, SHARE_SCALE, Tenant};
-use crate::fleet::{Fleet, NEVER};
+use crate::fleet::{Fleet, NEVER, hash};
 use crate::order::{Account, Flow, Order, PRIORITY_POINT_MS, Share, Turn};
 use crate::plan::{Estimate, Plan};
 use crate::room;
 use crate::timeline::Timeline;
 use crate::view::{HistoryKey, PendingJob, PoolView, RunningJob, Typical};
 
-/// Names as numbers.
+/// Names as numbers. A hash before a name spares comparing texts.
 #[derive(Debug, Default)]
 struct Names<'a> {
-    tenants: BTreeMap<&'a TenantName, usize>,
-    queues: BTreeMap<&'a QueueName, usize>,
+    tenants: BTreeMap<(u64, &'a TenantName), usize>,
+    queues: BTreeMap<(u64, &'a QueueName), usize>,
     flows: BTreeMap<(usize, usize), usize>,
-    kinds: BTreeMap<(usize, &'a Label), Option<Typical>>,
+    kinds: BTreeMap<(usize, u64, &'a Label), Option<Typical>>,
+}
+
+impl<'a> Names<'a> {
+    fn tenant(&mut self, name: &'a TenantName) -> usize {
+        number(&mut self.tenants, (hash(name.as_str()), name))
+    }
+
+    fn queue(&mut self, name: &'a QueueName) -> usize {
+        number(&mut self.queues, (hash(name.as_str()), name))
+    }
 }
 
 fn number<K: Ord>(names: &mut BTreeMap<K, usize>, name: K) -> usize {
@@ -35,13 +45,13 @@ pub(crate) fn decision(view: &PoolView) -> Decision<'_> {
     let mut classes = Classes::default();
     let (jobs, flow_of) = read_jobs(view, &fleet, &mut names, &mut classes);
     for job in &view.running {
-        let tenant = number(&mut names.tenants, &job.tenant);
-        let queue = number(&mut names.queues, &job.queue);
+        let tenant = names.tenant(&job.tenant);
+        let queue = names.queue(&job.queue);
         number(&mut names.flows, (tenant, queue));
     }
     for (name, rule) in &view.tenants {
         if rule.reserved > 0 {
-            number(&mut names.tenants, name);
+            names.tenant(name);
         }
     }
     let fates = first_fates(view, &jobs, &classes, &names);
@@ -65,8 +75,8 @@ pub(crate) fn decision(view: &PoolView) -> Decision<'_> {
     let order = Order::new(turns, accounts, flows, &fleet.total, view.now_unix_ms);
     let mut decision = Decision {
         view,
-        tenants: by_number(&names.tenants, |name| Tenant::new(view, name)),
-        queues: by_number(&names.queues, |name| Queue::new(view, name)),
+        tenants: by_number(&names.tenants, |(_, name)| Tenant::new(view, name)),
+        queues: by_number(&names.queues, |(_, name)| Queue::new(view, name)),
         kept: kept(view, &fleet, &jobs),
         fleet,
         classes,
@@ -104,21 +114,24 @@ fn read_jobs<'a>(
     let mut jobs = Vec::with_capacity(pending.len());
     let mut flow_of = Vec::with_capacity(pending.len());
     for pending in pending {
-        let tenant = number(&mut names.tenants, &pending.tenant);
+        let tenant = names.tenant(&pending.tenant);
         if tenant == visible.len() {
             visible.push(classes.visibility(fleet.index.visible(&pending.tenant)));
         }
-        let queue = number(&mut names.queues, &pending.queue);
+        let queue = names.queue(&pending.queue);
         let flow = number(&mut names.flows, (tenant, queue));
-        let typical = *names.kinds.entry((flow, &pending.kind)).or_insert_with(|| {
-            let key = HistoryKey {
-                tenant: pending.tenant.clone(),
-                queue: pending.queue.clone(),
-                kind: pending.kind.clone(),
-            };
-            view.history.get(&key).copied()
-        });
-        let class = classes.class_of(fleet, (visible[tenant], &pending.requires, pending.need));
+        let typical = *names
+            .kinds
+            .entry((flow, hash(pending.kind.as_str()), &pending.kind))
+            .or_insert_with(|| {
+                let key = HistoryKey {
+                    tenant: pending.tenant.clone(),
+                    queue: pending.queue.clone(),
+                    kind: pending.kind.clone(),
+                };
+                view.history.get(&key).copied()
+            });
+        let class = classes.class_of(fleet, visible[tenant], pending.need, &pending.requires);
         flow_of.push(flow);
         jobs.push(Job {
             pending,
@@ -140,7 +153,10 @@ fn first_fates(
 ) -> Vec<Fate> {
     let mut groups: BTreeMap<(usize, &Label), (&JobId, Timeline)> = BTreeMap::new();
     for job in &view.running {
-        if let (Some(group), Some(tenant)) = (&job.group, names.tenants.get(&job.tenant)) {
+        if let (Some(group), Some(tenant)) = (
+            &job.group,
+            names.tenants.get(&(hash(job.tenant.as_str()), &job.tenant)),
+        ) {
             let held = groups
                 .entry((*tenant, group))
                 .or_insert((&job.job, Timeline::default()));
@@ -273,11 +289,11 @@ fn turns(
 }
 
 fn accounts(view: &PoolView, names: &Names<'_>) -> (Vec<Account>, Vec<Flow>) {
-    let accounts = by_number(&names.tenants, |name| {
+    let accounts = by_number(&names.tenants, |(_, name)| {
         let rule = view.tenants.get(name).cloned().unwrap_or_default();
         Account::new(rule.weight, rule.reserved)
     });
-    let weights = by_number(&names.queues, |name| {
+    let weights = by_number(&names.queues, |(_, name)| {
         view.queues.get(name).cloned().unwrap_or_default().weight
     });
     let mut flows: Vec<Flow> = names.flows.iter().map(|_| Flow::default()).collect();
@@ -293,8 +309,8 @@ fn count_running(
     component_of: &[Option<usize>],
     job: &RunningJob,
 ) {
-    let tenant = names.tenants[&job.tenant];
-    let queue = names.queues[&job.queue];
+    let tenant = names.tenants[&(hash(job.tenant.as_str()), &job.tenant)];
+    let queue = names.queues[&(hash(job.queue.as_str()), &job.queue)];
     let flow = names.flows[&(tenant, queue)];
     let now = decision.view.now_unix_ms;
     let end = job.expected_end_unix_ms.map_or(NEVER, |end| end.max(now));
