@@ -38,7 +38,7 @@ pub struct Lease {
 }
 
 /// Why a side effect was refused at a door.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum LeaseRefused {
     /// Another worker holds the attempt.
     #[error("attempt {attempt} belongs to worker {holder}, not to {asked}")]

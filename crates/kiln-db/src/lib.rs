@@ -1,3 +1,71 @@
 //! Durable state of a controller: the queue, leases, workers, tenants, tokens, events, webhooks, audit rows.
 //!
-//! The only room that knows SQL. SQLite for one controller, PostgreSQL for several; one conformance suite for both.
+//! The only room that knows SQL. SQLite for one controller, PostgreSQL for several; one text of every statement and one conformance
+//! suite for both. It decides nothing: who runs what is `kiln-scheduler`'s, what a state change means is `kiln_core::JobState`'s.
+//! Next: [`Database`], then the module named after what you want to change.
+
+mod announce;
+mod audit;
+mod cancel;
+mod claim;
+mod clock;
+mod close;
+mod database;
+mod door;
+mod engine;
+mod error;
+mod event;
+mod expire;
+mod job;
+mod leader;
+mod lease;
+mod leases_of;
+mod list;
+mod notify;
+mod open;
+mod outbox;
+mod restore;
+mod retention;
+mod schema;
+mod submit;
+mod tenant;
+mod token;
+mod url;
+mod view;
+mod wake;
+mod worker;
+
+pub use audit::{AuditRow, NewAudit};
+pub use cancel::{CancelError, Cancelled};
+pub use claim::{CLAIM_MAX, ClaimError, ClaimRefused, Claimed};
+pub use clock::{Clock, SystemClock};
+pub use database::{Database, LeaseTimes, OpenOptions};
+pub use door::{
+    ARTIFACTS_MAX, AttemptEnd, Door, DoorError, DoorKind, EVENT_BYTES_MAX, EVENT_KIND_MAX,
+    EVENTS_MAX, Finish, LogMark,
+};
+pub use error::{Cause, DbError};
+pub use event::Event;
+pub use expire::{Expired, Sweep, Swept};
+pub use job::{
+    Attempt, CancelMark, Estimate, HeldJob, Idempotency, Job, NewJob, PendingJob, Tier, kind_name,
+};
+pub use leader::Leadership;
+pub use lease::{Heartbeat, HeartbeatError, LeaseAnswer, UnnamedLease};
+pub use list::{Artifact, Cursor, JobFilter, JobSummary, PAGE_MAX, Page, ParseCursorError};
+pub use open::OpenError;
+pub use outbox::{Message, Webhook};
+pub use restore::{BackupError, RestoreError, Restored};
+pub use retention::{Aged, Hold, Retention};
+pub use schema::VERSION as SCHEMA_VERSION;
+pub use submit::{SubmitError, Submitted};
+pub use tenant::{
+    Depth, GlobalLimits, NameError, Paused, Queue, Quota, Tenant, Usage, WEIGHT_DEFAULT,
+};
+pub use token::{NewToken, Token, TokenRefused};
+pub use url::{DatabaseUrl, ParseUrlError, PostgresUrl};
+pub use view::{Learnt, PoolRows};
+pub use wake::Wake;
+pub use worker::{
+    Certificate, JoinError, JoinToken, NewJoinToken, NewWorker, Placement, Worker, WorkerError,
+};

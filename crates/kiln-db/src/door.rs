@@ -1,0 +1,479 @@
+//! Doors: side effects of an attempt. Each takes the lease and checks worker and live epoch in the transaction of its effect.
+
+use kiln_core::job::JobEvent;
+use kiln_core::lease::LeaseRefused;
+use kiln_core::{FailureClass, JobState, Lease, Outcome, Receipt, Verdict};
+use serde_json::{Value, json as object};
+
+use crate::announce::{Change, announce};
+use crate::audit::{NewAudit, write_audit};
+use crate::close::{self, Ending};
+use crate::database::{Database, write_tx};
+use crate::engine::{Tx, args, json};
+use crate::error::{Cause, DbError};
+use crate::job::Live;
+use crate::lease::{Lock, admit, find_live};
+use crate::list::{Artifact, attempt};
+use crate::wake::Wake;
+
+/// Longest kind of an event or name of a phase, in bytes.
+pub const EVENT_KIND_MAX: usize = 60;
+/// Largest data of one event, in bytes of JSON.
+pub const EVENT_BYTES_MAX: usize = 64 * 1024;
+/// Most events of one job.
+pub const EVENTS_MAX: u64 = 100_000;
+/// Most artifacts of one job.
+pub const ARTIFACTS_MAX: u32 = 1_000;
+
+/// Why a door stayed closed.
+#[derive(Debug, thiserror::Error)]
+pub enum DoorError {
+    /// The lease is not the live one.
+    #[error(transparent)]
+    Lease(#[from] LeaseRefused),
+    /// Somebody asked to stop the job: nothing may be published any more.
+    #[error("the job is being cancelled")]
+    Cancelled,
+    /// A bound of this door is reached.
+    #[error("{0}")]
+    TooMuch(String),
+    /// The database failed.
+    #[error(transparent)]
+    Database(#[from] DbError),
+}
+
+/// Doors whose effect is elsewhere: the marker is written here, then the caller acts.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum DoorKind {
+    /// The source is handed out.
+    Source,
+    /// A secret is handed out.
+    Secret,
+    /// A registry token is made.
+    RegistryToken,
+    /// A registry upload or manifest of this attempt.
+    RegistryPush,
+    /// The verified image gets its names.
+    Tag,
+    /// A cache head is committed.
+    HeadCommit,
+    /// A statement is signed.
+    Statement,
+    /// A command runs in the machine beside the job's own.
+    Exec,
+}
+
+impl DoorKind {
+    /// Stable short name, for audit rows and metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Secret => "secret",
+            Self::RegistryToken => "registry_token",
+            Self::RegistryPush => "registry_push",
+            Self::Tag => "tag",
+            Self::HeadCommit => "head_commit",
+            Self::Statement => "statement",
+            Self::Exec => "exec",
+        }
+    }
+
+    /// Whether the door closes as soon as somebody asked to stop the job.
+    #[must_use]
+    pub fn closes_on_cancel(self) -> bool {
+        !matches!(self, Self::Source | Self::RegistryPush | Self::Exec)
+    }
+}
+
+/// An effect that is asked for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Door {
+    /// Which door.
+    pub kind: DoorKind,
+    /// What exactly, for the audit row: the secret's name, the references.
+    pub detail: String,
+}
+
+/// How an attempt ended, as its worker reports it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct AttemptEnd {
+    /// What came of it.
+    pub outcome: Outcome,
+    /// What was stored.
+    pub receipt: Option<Receipt>,
+    /// What the host saw.
+    pub observed: Option<Value>,
+    /// A random number, for the backoff.
+    pub jitter: u64,
+}
+
+/// What became of a job whose attempt ended.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Finish {
+    /// Where the job stands now: over, or queued again.
+    pub state: JobState,
+    /// The report came before; nothing was changed now.
+    pub repeated: bool,
+    /// Why the worker gets no more jobs, if this was the failure that did it.
+    pub quarantined: Option<String>,
+}
+
+/// Where a log goes on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LogMark {
+    /// The next offset that is wanted.
+    pub next: u64,
+    /// Whether the piece was taken; else it came before, or a piece before it is missing.
+    pub taken: bool,
+}
+
+type Admitted<T> = Result<T, DoorError>;
+
+impl Database {
+    /// Whether a lease is the live one, for doors whose effect is not in the database. A refusal is an audit row.
+    ///
+    /// # Errors
+    /// The reason for refusing.
+    pub async fn check_lease(&self, lease: &Lease) -> Result<(), DoorError> {
+        let asked = lease.clone();
+        let checked = self.read("check a lease", |tx| {
+            Box::pin(async move {
+                let row = find_live(tx, &asked.attempt.job, Lock::No).await?;
+                let now = tx.now().await?;
+                Ok(asked.check(row.and_then(|row| row.lease()).as_ref(), now))
+            })
+        });
+        let Err(refused) = checked.await? else {
+            return Ok(());
+        };
+        let (asked, reason) = (lease.clone(), refused.to_string());
+        write_tx!(self, "note a refused lease", [asked, reason], |tx| {
+            audit(tx, &asked, "lease", None, Some(&reason)).await
+        })?;
+        Err(refused.into())
+    }
+
+    /// The machine is ready. Saying it twice is no error.
+    ///
+    /// # Errors
+    /// When the lease is not the live one.
+    pub async fn started(&self, lease: &Lease) -> Result<(), DoorError> {
+        let lease = lease.clone();
+        write_tx!(self, "start an attempt", [lease], |tx| {
+            match enter(tx, &lease, "started").await? {
+                Ok(live) => started(tx, &live).await.map(Ok),
+                Err(refused) => Ok(Err(refused)),
+            }
+        })?
+    }
+
+    /// A phase began.
+    ///
+    /// # Errors
+    /// When the lease is not the live one, or the name is too long.
+    pub async fn phase(&self, lease: &Lease, name: &str) -> Result<u64, DoorError> {
+        self.event(
+            lease,
+            "phase",
+            object!({ "phase": name }),
+            Some(name.to_owned()),
+        )
+        .await
+    }
+
+    /// Appends an event to the job; gives its number.
+    ///
+    /// # Errors
+    /// When the lease is not the live one, or a bound is reached.
+    pub async fn append_event(
+        &self,
+        lease: &Lease,
+        kind: &str,
+        data: Value,
+    ) -> Result<u64, DoorError> {
+        self.event(lease, kind, data, None).await
+    }
+
+    async fn event(
+        &self,
+        lease: &Lease,
+        kind: &str,
+        data: Value,
+        phase: Option<String>,
+    ) -> Result<u64, DoorError> {
+        let name = phase.as_deref().unwrap_or(kind);
+        let data = json(&data);
+        if kind.len() > EVENT_KIND_MAX
+            || name.len() > EVENT_KIND_MAX
+            || data.len() > EVENT_BYTES_MAX
+        {
+            return Err(DoorError::TooMuch("the event is too large".to_owned()));
+        }
+        let (lease, kind) = (lease.clone(), kind.to_owned());
+        write_tx!(self, "append an event", [lease, kind, data, phase], |tx| {
+            let live = match enter(tx, &lease, "event").await? {
+                Ok(live) => live,
+                Err(refused) => return Ok(Err(refused)),
+            };
+            if live.event_seq >= EVENTS_MAX {
+                let text = format!("the job has {EVENTS_MAX} events");
+                return Ok(Err(DoorError::TooMuch(text)));
+            }
+            append(tx, &live, &kind, &data, phase.as_deref())
+                .await
+                .map(Ok)
+        })?
+    }
+
+    /// Notes a stored artifact. The same name again replaces the one of an earlier attempt.
+    ///
+    /// # Errors
+    /// When the lease is not the live one, or there are too many.
+    pub async fn artifact(&self, lease: &Lease, artifact: &Artifact) -> Result<(), DoorError> {
+        let (lease, artifact) = (lease.clone(), artifact.clone());
+        write_tx!(self, "note an artifact", [lease, artifact], |tx| {
+            let live = match enter(tx, &lease, "artifact").await? {
+                Ok(live) => live,
+                Err(refused) => return Ok(Err(refused)),
+            };
+            note_artifact(tx, &live, &artifact).await
+        })?
+    }
+
+    /// Takes note that the log from `from` to `from + length` is stored, if it continues what is there.
+    ///
+    /// # Errors
+    /// When the lease is not the live one.
+    pub async fn log_mark(
+        &self,
+        lease: &Lease,
+        from: u64,
+        length: u64,
+    ) -> Result<LogMark, DoorError> {
+        let lease = lease.clone();
+        write_tx!(self, "mark the log", [lease], |tx| {
+            let live = match enter(tx, &lease, "log").await? {
+                Ok(live) => live,
+                Err(refused) => return Ok(Err(refused)),
+            };
+            let next = from.saturating_add(length);
+            if from > live.log_next || next <= live.log_next {
+                let next = live.log_next;
+                return Ok(Ok(LogMark { next, taken: false }));
+            }
+            let sql = "update jobs set log_next = $2 where id = $1";
+            tx.exec(sql, args![live.id.as_str(), next]).await?;
+            Ok(Ok(LogMark { next, taken: true }))
+        })?
+    }
+
+    /// Opens a door for an effect elsewhere: checks the lease and writes the audit row, allowed or refused.
+    ///
+    /// # Errors
+    /// When the lease is not the live one, or the job is being cancelled and the door closes then.
+    pub async fn with_lease(&self, lease: &Lease, door: Door) -> Result<(), DoorError> {
+        let lease = lease.clone();
+        write_tx!(self, "open a door", [lease, door], |tx| {
+            let live = match enter(tx, &lease, door.kind.name()).await? {
+                Ok(live) => live,
+                Err(refused) => return Ok(Err(refused)),
+            };
+            let detail = Some(door.detail.as_str());
+            if live.cancel.is_some() && door.kind.closes_on_cancel() {
+                let reason = "the job is being cancelled";
+                audit(tx, &lease, door.kind.name(), detail, Some(reason)).await?;
+                return Ok(Err(DoorError::Cancelled));
+            }
+            audit(tx, &lease, door.kind.name(), detail, None).await?;
+            Ok(Ok(()))
+        })?
+    }
+
+    /// The end of an attempt: the job is over, or waits for its next attempt. The same report again gives the same answer.
+    ///
+    /// A cancel that was asked for before wins: then the job is over as cancelled, whatever the worker says.
+    ///
+    /// # Errors
+    /// When the lease is not the live one.
+    pub async fn finish(&self, lease: &Lease, end: AttemptEnd) -> Result<Finish, DoorError> {
+        let lease = lease.clone();
+        write_tx!(self, "finish an attempt", [lease, end], |tx| {
+            if let Some(known) = reported(tx, &lease).await? {
+                return Ok(Ok(known));
+            }
+            match enter(tx, &lease, "finish").await? {
+                Ok(live) => finish(tx, &live, &end).await.map(Ok),
+                Err(refused) => Ok(Err(refused)),
+            }
+        })?
+    }
+}
+
+/// Checks a lease; a refusal is an audit row of the same transaction.
+async fn enter(tx: &mut Tx, lease: &Lease, door: &str) -> Result<Admitted<Live>, DbError> {
+    match admit(tx, lease).await? {
+        Ok(live) => Ok(Ok(live)),
+        Err(refused) => {
+            audit(tx, lease, door, None, Some(&refused.to_string())).await?;
+            Ok(Err(refused.into()))
+        }
+    }
+}
+
+async fn audit(
+    tx: &mut Tx,
+    lease: &Lease,
+    door: &str,
+    detail: Option<&str>,
+    refused: Option<&str>,
+) -> Result<(), DbError> {
+    let row = NewAudit {
+        actor: format!("worker:{}", lease.worker),
+        tenant: Some(lease.tenant.clone()),
+        action: format!("door.{door}"),
+        target: format!("{}@{}", lease.attempt, lease.epoch),
+        allowed: refused.is_none(),
+        reason: refused.map(str::to_owned),
+        detail: detail.map(|text| Value::String(text.to_owned())),
+    };
+    write_audit(tx, &row).await
+}
+
+async fn started(tx: &mut Tx, live: &Live) -> Result<(), DbError> {
+    if matches!(live.state, JobState::Running { .. }) {
+        return Ok(());
+    }
+    let state = live.state.apply(JobEvent::Started);
+    let state = state.map_err(|error| DbError::Failed {
+        doing: "start an attempt",
+        cause: Cause::other(error),
+    })?;
+    let now = tx.now().await?;
+    let sql = "update jobs set state = $3, started_ms = $4, event_seq = event_seq + 1 where id = $1 and epoch = $2";
+    let values = args![live.id.as_str(), live.epoch.count, state.name(), now];
+    tx.exec(sql, values).await?;
+    let number = live.attempt().number;
+    let sql = "update attempts set started_ms = $3 where job = $1 and number = $2";
+    tx.exec(sql, args![live.id.as_str(), number, now]).await?;
+    let change = Change {
+        job: live.id.clone(),
+        tenant: live.tenant.clone(),
+        seq: live.event_seq + 1,
+        kind: state.name(),
+        data: object!({ "attempt": number, "worker": live.worker }),
+        notify_url: live.notify_url.clone(),
+    };
+    announce(tx, &[change]).await
+}
+
+async fn append(
+    tx: &mut Tx,
+    live: &Live,
+    kind: &str,
+    data: &str,
+    phase: Option<&str>,
+) -> Result<u64, DbError> {
+    let (seq, now) = (live.event_seq + 1, tx.now().await?);
+    let sql = "update jobs set event_seq = $2, phase = coalesce($3, phase) where id = $1";
+    tx.exec(sql, args![live.id.as_str(), seq, phase]).await?;
+    let sql = "insert into events (job, seq, at_ms, kind, data) values ($1, $2, $3, $4, $5)";
+    tx.exec(sql, args![live.id.as_str(), seq, now, kind, data])
+        .await?;
+    tx.wake(Wake::Job(live.id.clone()));
+    Ok(seq)
+}
+
+async fn note_artifact(
+    tx: &mut Tx,
+    live: &Live,
+    artifact: &Artifact,
+) -> Result<Admitted<()>, DbError> {
+    let sql = "select count(*) as n from artifacts where job = $1 and name <> $2";
+    let values = args![live.id.as_str(), artifact.name.as_str()];
+    let row = tx.row(sql, values).await?;
+    if row.ok_or(DbError::missing("n"))?.u32("n")? >= ARTIFACTS_MAX {
+        let text = format!("the job has {ARTIFACTS_MAX} artifacts");
+        return Ok(Err(DoorError::TooMuch(text)));
+    }
+    let now = tx.now().await?;
+    let sql = "insert into artifacts (job, name, attempt, digest, size, media_type, at_ms)
+        values ($1, $2, $3, $4, $5, $6, $7)
+        on conflict (job, name) do update set attempt = excluded.attempt, digest = excluded.digest,
+            size = excluded.size, media_type = excluded.media_type, at_ms = excluded.at_ms";
+    let values = args![
+        live.id.as_str(),
+        artifact.name.as_str(),
+        live.attempt().number,
+        artifact.digest.to_string(),
+        artifact.size,
+        artifact.media_type.as_str(),
+        now,
+    ];
+    tx.exec(sql, values).await?;
+    Ok(Ok(()))
+}
+
+/// The answer that an earlier report with this very lease got.
+async fn reported(tx: &mut Tx, lease: &Lease) -> Result<Option<Finish>, DbError> {
+    let sql = "select job, number, worker, life, epoch, leased_ms, started_ms, ended_ms, outcome
+        from attempts where job = $1 and number = $2 and ended_ms is not null";
+    let values = args![lease.attempt.job.as_str(), lease.attempt.number];
+    let Some(row) = tx.row(sql, values).await? else {
+        return Ok(None);
+    };
+    let known = attempt(&row)?;
+    let lost = known.outcome.as_ref().is_none_or(|outcome| {
+        matches!(
+            &outcome.verdict,
+            Verdict::Failed {
+                class: FailureClass::Lost,
+                ..
+            }
+        )
+    });
+    // An attempt that was given up as lost has no report of its worker.
+    if known.worker != lease.worker || known.epoch != lease.epoch || lost {
+        return Ok(None);
+    }
+    let Some(job) = crate::list::find(tx, &lease.attempt.job).await? else {
+        return Ok(None);
+    };
+    Ok(Some(Finish {
+        state: job.state,
+        repeated: true,
+        quarantined: None,
+    }))
+}
+
+async fn finish(tx: &mut Tx, live: &Live, end: &AttemptEnd) -> Result<Finish, DbError> {
+    let now = tx.now().await?;
+    let event = match (&live.cancel, &end.outcome.verdict) {
+        (Some(mark), _) => JobEvent::Ended {
+            outcome: close::cancelled(mark, end.outcome.phases_ms.clone()),
+        },
+        (None, Verdict::Failed { class, .. }) if class.is_retried() => JobEvent::AttemptFailed {
+            outcome: end.outcome.clone(),
+            attempts_max: live.attempts_max,
+        },
+        (None, _) => JobEvent::Ended {
+            outcome: end.outcome.clone(),
+        },
+    };
+    let backoff = close::backoff_ms(live.attempt().number, end.jitter, live.id.as_str());
+    let ending = Ending {
+        receipt: end.receipt.as_ref(),
+        observed: end.observed.as_ref(),
+        ready_ms: now + backoff,
+    };
+    let state = close::end(tx, live, event, &ending).await?;
+    let quarantined = match &live.worker {
+        Some(worker) => close::judge(tx, worker, &end.outcome).await?,
+        None => None,
+    };
+    Ok(Finish {
+        state,
+        repeated: false,
+        quarantined,
+    })
+}
