@@ -49,8 +49,6 @@ pub const CONTEXT_BYTES_MAX: u64 = 8 << 30;
 pub const CONTEXT_ENTRIES_MAX: u64 = 500_000;
 /// Name of the context and Dockerfile trees in the guest. Stable, so that BuildKit recognises unchanged files.
 const TREE_NAME: &str = "build";
-/// Times one image is pushed at most.
-const PUSHES_MAX: u32 = 4;
 /// Tag the guest pushes in its quarantine.
 pub const QUARANTINE_TAG: &str = "image";
 
@@ -482,29 +480,19 @@ impl Job<'_> {
         })
     }
 
-    /// Runs BuildKit; pushes again when the registry's owner ended in the middle of an upload, with every step in the cache.
+    /// Runs BuildKit. Its push goes on whichever process owns the registry meanwhile.
     async fn solve(&self, attempt: &Attempt, paths: &TreePaths) -> Result<Solve, Failure> {
-        let mut pushes = 0;
-        loop {
-            let tell = async |event: Event| {
-                self.input.log.event(&event);
-                self.events.tell(event).await;
-            };
-            let (exit, solve) =
-                buildkit::solve(&attempt.session, &self.request(paths), 0, tell).await?;
-            if exit.code == Some(0) {
-                return Ok(solve);
-            }
-            pushes += 1;
-            if pushes < PUSHES_MAX && solve_failure::lost_its_upload(&solve) {
-                self.events
-                    .note("the kiln process that served the registry ended; pushing again")
-                    .await;
-                continue;
-            }
-            let oom_kills = attempt.services.oom_kills();
-            return Err(solve_failure::classify(&solve, &exit, oom_kills));
+        let tell = async |event: Event| {
+            self.input.log.event(&event);
+            self.events.tell(event).await;
+        };
+        let (exit, solve) =
+            buildkit::solve(&attempt.session, &self.request(paths), 0, tell).await?;
+        if exit.code == Some(0) {
+            return Ok(solve);
         }
+        let oom_kills = attempt.services.oom_kills();
+        Err(solve_failure::classify(&solve, &exit, oom_kills))
     }
 
     fn ssh_agents(&self) -> SshAgents {

@@ -11,9 +11,6 @@ use crate::build::QUARANTINE_TAG;
 use crate::failure::Failure;
 use crate::registry::RegistryAccess;
 
-/// Owners of the registry that may end while one image is read.
-const OWNERS_MAX: u32 = 4;
-
 /// What was published.
 #[derive(Clone, Debug)]
 pub struct Published {
@@ -152,7 +149,7 @@ fn published(manifest: Digest, image: &VerifiedImage, build: &ImageBuild) -> Pub
     }
 }
 
-/// Reads an image in full. The process that owns the registry may end in the middle; its successor has the same bytes.
+/// Reads an image in full, whichever process owns the registry meanwhile.
 ///
 /// # Errors
 /// See [`VerifyError`].
@@ -160,13 +157,7 @@ pub async fn read_image(
     registry: &RegistryAccess,
     asked: &Verify,
 ) -> Result<VerifiedImage, VerifyError> {
-    let mut owners = 1;
-    loop {
-        match verify(&registry.host, asked).await {
-            Err(VerifyError::Stream { .. }) if owners < OWNERS_MAX => owners += 1,
-            done => return done,
-        }
-    }
+    verify(&registry.host, asked).await
 }
 
 /// The image must stand on one of the bases the host resolved, unless its Dockerfile starts from nothing.

@@ -60,15 +60,6 @@ pub fn classify(solve: &Solve, exit: &Exit, oom_kills: u64) -> Failure {
     )
 }
 
-/// The registry's own words for an upload whose session ended with the process that held it.
-#[must_use]
-pub fn lost_its_upload(solve: &Solve) -> bool {
-    let lost =
-        |text: &str| text.contains("failed to push") && text.contains("upload session is unknown");
-    solve.steps().iter().any(|step| lost(&step.error))
-        || solve.other_lines.iter().any(|line| lost(line))
-}
-
 /// BuildKit repeats the command that the step's name tells already.
 fn without_command(why: &str) -> &str {
     const BETWEEN: &str = "\" did not complete successfully: ";

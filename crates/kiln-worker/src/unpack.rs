@@ -29,8 +29,6 @@ use crate::templates::Purpose;
 pub const UNPACKED_BYTES_MAX: u64 = 20 << 30;
 /// Most entries of one layer.
 pub const LAYER_ENTRIES_MAX: u64 = 1_000_000;
-/// Owners of the registry that may end while one image is unpacked.
-const OWNERS_MAX: u32 = 5;
 /// Virtual size of an image disk; only what is written takes space.
 const DISK_SIZE: ByteSize = ByteSize::gib(24);
 /// Name of the note of what was seen of a disk.
@@ -99,18 +97,7 @@ pub async fn ensure(
             detail: String::new(),
         })
         .await;
-    // The process that owns the registry may end in the middle of a layer: its successor has the same bytes.
-    let mut owners = 1;
-    let made = loop {
-        match make(host, registry, repo, image, job, events).await {
-            Err(failure)
-                if owners < OWNERS_MAX && failure.class == FailureClass::Infrastructure =>
-            {
-                owners += 1
-            }
-            made => break made?,
-        }
-    };
+    let made = make(host, registry, repo, image, job, events).await?;
     let bytes = fs::metadata(&made).map_err(io)?.len();
     let file = File::open(&made).map_err(io)?;
     file.sync_all().map_err(io)?;
