@@ -103,6 +103,9 @@ pub struct MachineSpec {
     pub disks: Vec<DiskSlot>,
     /// How long from start to a guest that said hello, in milliseconds.
     pub boot_timeout_ms: u64,
+    /// Until when the machine may outlive the process that started it, milliseconds since the Unix epoch. `None`: it ends with its owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_until_unix_ms: Option<u64>,
 }
 
 impl MachineSpec {

@@ -4,24 +4,27 @@
 //! frozen until every answer was checked; one false answer destroys the machine. Nothing of a tenant is in it yet, so a fault here
 //! says nothing about a job. Making templates lives here too: it is the same road up to the quiesced guest.
 
+mod adopt;
 mod identity;
 
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_core::{FailureClass, MachineSpec};
+use kiln_core::{FailureClass, MachineName, MachineSpec};
 use kiln_proto::msg::{CallResult, GuestError, Order, OrderReply, feature, kind};
 use kiln_proto::{
     CodecError, Hello, Incoming, OpenError, Session, SessionError, SessionLimits, read_msg,
 };
 
 use crate::driver::{
-    Driver, LaunchError, LeakReport, Machine, MachineError, MachineState, Start, StopReason,
-    TemplateRef,
+    AdoptError, Driver, Kept, LaunchError, LeakReport, Machine, MachineError, MachineState, Start,
+    StopReason, TemplateRef,
 };
 
-pub use identity::{CLOCK_TOLERANCE, FalseAnswer, PublicIdentity};
+pub use crate::driver::PublicIdentity;
+pub use adopt::adopt;
+pub use identity::{CLOCK_TOLERANCE, FalseAnswer};
 
 /// Most bytes of an answer to an order.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
@@ -88,12 +91,15 @@ impl Timings {
     }
 }
 
-/// Why a machine did not become ready. It is gone when this is returned.
+/// Why a machine did not become ready. It is gone when this is returned; for adoption see [`adopt()`].
 #[derive(Debug, thiserror::Error)]
 pub enum BringUpError {
     /// The driver did not start it.
     #[error("the machine did not start")]
     Launch(#[source] LaunchError),
+    /// It could not be adopted.
+    #[error("the machine was not adopted")]
+    Adopt(#[source] AdoptError),
     /// The machine stopped on the way.
     #[error("the machine stopped ({reason:?}) before its guest was ready{console}")]
     Stopped {
@@ -258,7 +264,7 @@ async fn start_once(
             Ok(ready)
         }
         Err(error) => {
-            report(spec, &machine.destroy().await);
+            report_leaks(&spec.name, &machine.destroy().await);
             Err(error)
         }
     }
@@ -341,7 +347,15 @@ async fn make_ready(
     done(&ordered(&session, "thaw", &Order::Thaw, order_deadline).await?)?;
     timings.thaw = began.elapsed();
     let machine = Arc::clone(machine);
-    let identity = PublicIdentity::of(&fresh);
+    let identity = identity::public(&fresh);
+    if let Some(until_unix_ms) = spec.keep_until_unix_ms {
+        let identity = identity.clone();
+        let kept = Kept {
+            until_unix_ms,
+            identity,
+        };
+        machine.keep(kept).map_err(BringUpError::Machine)?;
+    }
     Ok(Ready {
         machine,
         session,
@@ -397,7 +411,7 @@ where
             .map_err(BringUpError::Machine),
         Err(error) => Err(error),
     };
-    report(spec, &machine.destroy().await);
+    report_leaks(&spec.name, &machine.destroy().await);
     result
 }
 
@@ -430,9 +444,9 @@ where
     result
 }
 
-fn report(spec: &MachineSpec, leaks: &LeakReport) {
+fn report_leaks(name: &MachineName, leaks: &LeakReport) {
     if !leaks.leaks.is_empty() {
-        tracing::warn!(machine = %spec.name, leaks = ?leaks.leaks, "a machine left something behind");
+        tracing::warn!(machine = %name, leaks = ?leaks.leaks, "a machine left something behind");
     }
 }
 

@@ -55,8 +55,22 @@ pub trait Driver: Send + Sync + fmt::Debug {
         Box::pin(async { Vec::new() })
     }
 
-    /// Finds machines whose owner died, in this driver's home, and removes every trace of them.
+    /// Finds machines whose owner died, in this driver's home, and removes every trace of them. Kept ones ([`Machine::keep`]) stay until
+    /// their time is over or their VMM is gone.
     fn reap(&self) -> BoxFuture<'_, ReapReport>;
+
+    /// Kept machines of this driver's home that nobody owns now: what [`Self::adopt`] can take.
+    fn adoptable(&self) -> BoxFuture<'_, Vec<MachineName>>;
+
+    /// Becomes the owner of a kept machine whose owner died or let go of it. Of several who try at once one succeeds. The handle can what
+    /// the first owner's could, except make a template. Which guest answers is for [`crate::bring_up::adopt`] to find out.
+    ///
+    /// # Errors
+    /// [`AdoptError`]. The machine stays as it was, kept until its time is over, but for [`AdoptError::Gone`]: then it is removed.
+    fn adopt<'a>(
+        &'a self,
+        name: &'a MachineName,
+    ) -> BoxFuture<'a, Result<Arc<dyn Machine>, AdoptError>>;
 }
 
 /// How a machine starts.
@@ -77,7 +91,7 @@ pub struct TemplateRef {
     pub dir: PathBuf,
 }
 
-/// One running machine. Dropping the last handle kills it and removes its files.
+/// One running machine. Dropping the last handle kills it and removes its files, also when it is kept: [`Machine::release`] lets it live.
 pub trait Machine: Send + Sync + fmt::Debug {
     /// Its name.
     fn name(&self) -> &MachineName;
@@ -120,8 +134,49 @@ pub trait Machine: Send + Sync + fmt::Debug {
     /// The file with a forked or new disk's writes, after the machine has stopped. The caller moves it away before `destroy`.
     fn take_disk(&self, role: DiskRole) -> Result<PathBuf, MachineError>;
 
+    /// From now on the machine outlives its owner's death until the given time, to be adopted. Needs a machine that was launched with
+    /// [`MachineSpec::keep_until_unix_ms`] or adopted; until this call a reaper takes it for an ordinary one. A later call sets another time.
+    ///
+    /// # Errors
+    /// When it was not launched for that, does not run, or the time is not within the next [`KEEP_MAX`].
+    fn keep(&self, kept: Kept) -> Result<(), MachineError>;
+
+    /// Until when it is kept, and as whom.
+    fn kept(&self) -> Option<Kept>;
+
+    /// Lets go of a kept machine, as the owner's death would: it runs on, without an owner. This handle's state is
+    /// [`StopReason::Released`] from then on.
+    ///
+    /// # Errors
+    /// When it is not kept or has stopped.
+    fn release(&self) -> Result<(), MachineError>;
+
     /// Kills the machine if it still runs and removes every trace. Idempotent.
     fn destroy(&self) -> BoxFuture<'_, LeakReport>;
+}
+
+/// Longest time from now for which a machine may be kept: a mistaken deadline is no leak. It can be set anew any time.
+pub const KEEP_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Until when a machine outlives its owner, and who its guest is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Kept {
+    /// Milliseconds since the Unix epoch. What counts is the time that is left when it is set: a wall clock that jumps afterwards ends
+    /// nothing and prolongs nothing.
+    pub until_unix_ms: u64,
+    /// The identity that the guest has proved to have: an adopter compares.
+    pub identity: PublicIdentity,
+}
+
+/// The parts of a guest's identity that are no secret.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PublicIdentity {
+    /// Boot id.
+    pub boot_id: String,
+    /// Machine id.
+    pub machine_id: String,
+    /// Host name.
+    pub hostname: String,
 }
 
 /// Bytes of console output that are kept.
@@ -166,6 +221,8 @@ pub enum StopReason {
     VmmDied,
     /// The host ran out of space or its disk failed under the machine.
     HostIo,
+    /// Its owner let go of it: it runs on, for another one to adopt.
+    Released,
 }
 
 /// What a driver can do. A closed set: a new power is a new field.
@@ -181,6 +238,8 @@ pub struct Capabilities {
     pub own_user: bool,
     /// CPU, memory and process limits hold on the VMM process.
     pub cgroup: bool,
+    /// Machines can outlive their owner and be adopted by another.
+    pub adopt: bool,
     /// Most machines at once; 0 means no limit of the driver's own.
     pub machines_max: u32,
 }
@@ -344,6 +403,59 @@ pub enum LaunchError {
     /// It took too long.
     #[error("the machine did not start within {0:?}")]
     Timeout(Duration),
+}
+
+/// Why a machine could not be adopted.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// There is none of this name, or its record cannot be read.
+    #[error("there is no machine {0}")]
+    Unknown(MachineName),
+    /// It belongs to another driver.
+    #[error("machine {name} was made by driver {driver:?}")]
+    OtherDriver {
+        /// Which.
+        name: MachineName,
+        /// By whom.
+        driver: String,
+    },
+    /// It ends with its owner.
+    #[error("machine {0} is not kept")]
+    NotKept(MachineName),
+    /// Its owner lives, or another adopter was first.
+    #[error("machine {0} has an owner")]
+    Owned(MachineName),
+    /// Its time is over: it is the reaper's now.
+    #[error("machine {0} was kept until a time that has passed")]
+    Expired(MachineName),
+    /// It ended while nobody owned it. It was removed.
+    #[error("machine {name} is gone: {why}")]
+    Gone {
+        /// Which.
+        name: MachineName,
+        /// How that shows.
+        why: String,
+    },
+    /// Its VMM does not answer.
+    #[error("the VMM of machine {name} cannot be controlled")]
+    Control {
+        /// Which.
+        name: MachineName,
+        /// Why.
+        #[source]
+        source: MachineError,
+    },
+    /// A file or socket operation failed.
+    #[error("could not {action} {path:?}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 /// What can go wrong with a running machine.

@@ -10,6 +10,7 @@
 //! An entry counts while its file lock is held: the kernel drops the lock with its process, however that died, and the next who
 //! looks removes the file. Order numbers make the queue; a small need may pass a large one that does not fit yet, but only
 //! [`PASSES_MAX`] times, so that nobody starves. Waiting is on inotify with a level-triggered recheck.
+//! A kept machine that nobody owns counts too, by its record: its owner's entry went with the owner.
 //! It reserves nothing in the kernel: limits are [`crate::cgroup`]'s.
 
 use std::fmt;

@@ -135,6 +135,14 @@ impl ProcessIdentity {
                 .is_some_and(|now| now.start_ticks == self.start_ticks && !now.is_dead())
     }
 
+    /// Whether this very process runs, and still the program that it ran when this identity was taken.
+    #[must_use]
+    pub fn runs_its_program(&self) -> bool {
+        let same = |exe: &ExeIdentity| exe_of(self.pid).is_some_and(|now| now.is_same_file(exe));
+        // Alive is asked last: what was looked at belonged to this process then.
+        self.exe.as_ref().is_none_or(same) && self.is_alive()
+    }
+
     /// Kills this very process and waits until it has ended. Blocks for at most `deadline`.
     ///
     /// # Errors
@@ -163,7 +171,7 @@ impl ProcessIdentity {
     }
 
     /// A handle that stays with this very process; `None` when it has ended.
-    fn open(&self) -> io::Result<Option<OwnedFd>> {
+    pub(crate) fn open(&self) -> io::Result<Option<OwnedFd>> {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else {
             return Ok(None);
         };

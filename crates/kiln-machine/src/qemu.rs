@@ -4,6 +4,7 @@
 //! cgroup of its own where the host allows. Clones map a template's memory copy-on-write. `argv` has every argument with
 //! its reason, `launch` the order of a start, `save` the making of templates, `probe` the truth about KVM.
 
+mod adopt;
 mod argv;
 mod console;
 mod disks;
@@ -14,6 +15,7 @@ mod program;
 mod qcow2;
 mod qmp;
 mod save;
+mod sockets;
 mod spawn;
 mod status;
 mod users;
@@ -23,21 +25,26 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kiln_core::machine::{BootSource, DiskAccess};
-use kiln_core::{ByteSize, MachineSpec};
+use kiln_core::{ByteSize, MachineName, MachineSpec};
 use tokio::sync::OnceCell;
 
 pub use program::{PROGRAM, Program, VERSION_MIN};
 
 use crate::cgroup::CgroupHost;
 use crate::driver::{
-    Accelerator, BoxFuture, Capabilities, Check, CheckLevel, Driver, HostProbe, LaunchError,
-    Machine, ReapReport, SpecRefused, Start,
+    Accelerator, AdoptError, BoxFuture, Capabilities, Check, CheckLevel, Driver, HostProbe,
+    LaunchError, Machine, ReapReport, SpecRefused, Start,
 };
 use crate::reap;
 use users::OwnUsers;
 
 /// Name of the channel's socket in a machine's directory.
 pub(crate) const CHANNEL_SOCKET: &str = "channel.sock";
+/// The same of a kept machine's control socket and console.
+pub(crate) const CONTROL_SOCKET: &str = "control.sock";
+pub(crate) const CONSOLE_SOCKET: &str = "console.sock";
+/// The driver's name.
+const NAME: &str = "qemu";
 /// Most virtual CPUs of one machine.
 const CPUS_MAX: u32 = 64;
 /// Least memory that Debian's kernel boots in.
@@ -179,7 +186,7 @@ fn user_check(users: &Result<OwnUsers, String>) -> Check {
 
 impl Driver for QemuDriver {
     fn name(&self) -> &'static str {
-        "qemu"
+        NAME
     }
 
     fn probe(&self) -> BoxFuture<'_, HostProbe> {
@@ -196,6 +203,7 @@ impl Driver for QemuDriver {
                 .is_some_and(|v| v.accelerator == Accelerator::Kvm),
             own_user: self.users.is_ok(),
             cgroup: self.cgroups.version().is_some(),
+            adopt: true,
             machines_max: 0,
         }
     }
@@ -258,6 +266,22 @@ impl Driver for QemuDriver {
             })
         })
     }
+
+    fn adoptable(&self) -> BoxFuture<'_, Vec<MachineName>> {
+        Box::pin(crate::adopt::adoptable_of(self.config.home.clone(), NAME))
+    }
+
+    fn adopt<'a>(
+        &'a self,
+        name: &'a MachineName,
+    ) -> BoxFuture<'a, Result<Arc<dyn Machine>, AdoptError>> {
+        Box::pin(async move {
+            let home = self.config.home.clone();
+            let taken = crate::adopt::take_of(home, name, NAME).await?;
+            let machine: Arc<dyn Machine> = Arc::new(adopt::adopt(taken).await?);
+            Ok(machine)
+        })
+    }
 }
 
 /// The accelerator, as far as templates are concerned.
@@ -270,6 +294,7 @@ fn accel_of(verdict: &probe::Verdict) -> argv::Accel {
 
 fn check_spec(spec: &MachineSpec, start: &Start) -> Result<(), SpecRefused> {
     check_numbers(spec)?;
+    crate::adopt::check_spec(spec, true)?;
     for (index, disk) in spec.disks.iter().enumerate() {
         if spec.disks[..index]
             .iter()

@@ -65,10 +65,23 @@ impl Claim {
 /// A child that its owner was starting when it was killed holds the lock until it executes the VMM, a moment later: then
 /// the recorded owner is dead and the lock is still taken. That moment is waited for.
 pub(crate) fn claim(home: &Path, dir: &Path) -> Option<Claim> {
+    let claimed = once_owner_is_gone(dir, || match try_claim(home, dir) {
+        Found::Dead(claim) => Some(Some(*claim)),
+        Found::Kept => Some(None),
+        Found::Locked => None,
+    });
+    claimed.flatten()
+}
+
+/// Tries until `attempt` finds the lock free. `None`: the owner lives, or it took too long.
+pub(crate) fn once_owner_is_gone<T>(
+    dir: &Path,
+    mut attempt: impl FnMut() -> Option<T>,
+) -> Option<T> {
     let end = Instant::now() + EXEC_DEADLINE;
     loop {
-        if let Some(claim) = try_claim(home, dir) {
-            return Some(claim);
+        if let Some(found) = attempt() {
+            return Some(found);
         }
         let owner_lives = record::read_record(dir).is_none_or(|record| record.owner.is_alive());
         if owner_lives || Instant::now() >= end {
@@ -79,20 +92,39 @@ pub(crate) fn claim(home: &Path, dir: &Path) -> Option<Claim> {
     }
 }
 
-fn try_claim(home: &Path, dir: &Path) -> Option<Claim> {
-    let _home_lock = record::lock_home(home).ok()?;
-    let (lock, lock_token) = record::try_take_lock(dir)?;
+/// What a reaper finds of one machine.
+enum Found {
+    /// Its owner is gone, and it is this reaper's now.
+    Dead(Box<Claim>),
+    /// Its owner is gone, and it lives on until it is adopted or its time is over.
+    Kept,
+    /// Its owner lives, or somebody else takes it.
+    Locked,
+}
+
+fn try_claim(home: &Path, dir: &Path) -> Found {
+    let Ok(_home_lock) = record::lock_home(home) else {
+        return Found::Locked;
+    };
+    let Some((lock, lock_token)) = record::try_take_lock(dir) else {
+        return Found::Locked;
+    };
     let record = record::read_record(dir);
+    if record.as_ref().is_some_and(MachineRecord::is_kept_now) {
+        // Before the home's lock falls: an adopter must not take this look for an owner.
+        let _ = lock.unlock();
+        return Found::Kept;
+    }
     let token = record
         .as_ref()
         .map_or(lock_token, |record| record.token.clone());
     let dir = set_aside(dir, &token);
-    Some(Claim {
+    Found::Dead(Box::new(Claim {
         dir,
         _lock: lock,
         token,
         record,
-    })
+    }))
 }
 
 /// Renames a claimed directory, so that its name is free for a new machine at once.

@@ -19,15 +19,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use kiln_core::MachineName;
+use kiln_core::{MachineName, MachineSpec};
 use serde::{Deserialize, Serialize};
 
-use crate::driver::LeakReport;
+use crate::driver::{Kept, LeakReport, TemplateRef};
 use crate::proc::{ExeIdentity, ProcessIdentity};
 use crate::reap;
 
-/// Version of `record.json`. A record of another version is not read: its machine is removed by its token alone.
-pub const RECORD_SCHEMA: u32 = 1;
+/// Version of `record.json`. A record of a newer version is not read: its machine is removed by its token alone.
+pub const RECORD_SCHEMA: u32 = 2;
+/// Oldest version that is read. It knew no kept machines.
+const RECORD_SCHEMA_MIN: u32 = 1;
 
 /// Bytes of a record file that are read.
 const RECORD_BYTES_MAX: u64 = 256 * 1024;
@@ -68,6 +70,32 @@ pub struct MachineRecord {
     pub owner: ProcessIdentity,
     /// When it was made, milliseconds since the Unix epoch.
     pub created_unix_ms: u64,
+    /// What an adopter has to know of a machine that outlives its owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<KeptRecord>,
+}
+
+/// What an adopter has to know of a kept machine.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct KeptRecord {
+    /// Until when and as whom, in its owner's words.
+    pub kept: Kept,
+    /// Until when, milliseconds of the host's clock since its boot (`CLOCK_BOOTTIME`), which never jumps: this decides.
+    pub until_boot_ms: u64,
+    /// What the machine is made of, with the disks that were added since.
+    pub spec: MachineSpec,
+    /// The template whose memory it maps.
+    pub template: Option<TemplateRef>,
+}
+
+impl MachineRecord {
+    /// Whether the machine lives on without its owner now: kept, in time, and its very VMM runs.
+    #[must_use]
+    pub fn is_kept_now(&self) -> bool {
+        let in_time = |kept: &KeptRecord| boot_ms() < kept.until_boot_ms;
+        matches!(&self.state, RecordState::Running { vmm } if vmm.runs_its_program())
+            && self.kept.as_ref().is_some_and(in_time)
+    }
 }
 
 /// How far a machine got.
@@ -95,8 +123,8 @@ pub enum RecordState {
 /// Why a machine directory cannot be made or used.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
-    /// A live process owns a machine of this name.
-    #[error("a machine named {0} exists and its owner lives")]
+    /// A live process owns a machine of this name, or it is kept.
+    #[error("a machine named {0} exists: its owner lives, or it is kept")]
     Exists(MachineName),
     /// A file operation failed.
     #[error("could not {action} {path:?}")]
@@ -172,6 +200,7 @@ impl MachineDir {
             cgroups: Vec::new(),
             owner: ProcessIdentity::of_self(),
             created_unix_ms: unix_ms(),
+            kept: None,
         };
         let home_lock = lock_home(home)?;
         match fs::DirBuilder::new().mode(0o700).create(&dir) {
@@ -321,8 +350,21 @@ impl MachineDir {
         LeakReport { leaks }
     }
 
-    /// Lets go of the machine as if this process had been killed: the lock falls, everything else stays for a reaper.
-    /// For fault tests.
+    /// A machine that was somebody else's, with its lock held.
+    pub(crate) fn adopted(dir: PathBuf, record: MachineRecord, lock: File) -> Self {
+        Self {
+            dir,
+            name: record.name.clone(),
+            token: record.token.clone(),
+            inner: Mutex::new(Inner {
+                record,
+                lock: Some(lock),
+            }),
+        }
+    }
+
+    /// Lets go of the machine as if this process had been killed: the lock falls, everything else stays for an adopter of a kept machine,
+    /// or for a reaper.
     pub fn abandon(&self) {
         if let Some(lock) = self.lock_inner().lock.take() {
             // Not only closed: a child of another thread, between fork and exec, may hold it a moment longer.
@@ -429,11 +471,13 @@ pub(crate) fn read_record(dir: &Path) -> Option<MachineRecord> {
         .and_then(|file| file.take(RECORD_BYTES_MAX).read_to_string(&mut text))
         .ok()?;
     let record: MachineRecord = serde_json::from_str(&text).ok()?;
-    (record.schema == RECORD_SCHEMA && is_token(&record.token) && check_paths(&record).is_ok())
-        .then_some(record)
+    ((RECORD_SCHEMA_MIN..=RECORD_SCHEMA).contains(&record.schema)
+        && is_token(&record.token)
+        && check_paths(&record).is_ok())
+    .then_some(record)
 }
 
-fn write_record(dir: &Path, record: &MachineRecord) -> Result<(), RecordError> {
+pub(crate) fn write_record(dir: &Path, record: &MachineRecord) -> Result<(), RecordError> {
     let path = dir.join(RECORD_FILE);
     let temp = dir.join("record.json.new");
     let write = || -> io::Result<()> {
@@ -509,7 +553,18 @@ fn random_bytes() -> [u8; 16] {
     bytes
 }
 
-fn unix_ms() -> u64 {
+/// Milliseconds since the host's boot, sleep included. It never jumps.
+pub(crate) fn boot_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let (seconds, nanos) = (
+        u64::try_from(now.tv_sec).unwrap_or(0),
+        u64::try_from(now.tv_nsec).unwrap_or(0),
+    );
+    seconds * 1000 + nanos / 1_000_000
+}
+
+/// Milliseconds since the Unix epoch.
+pub(crate) fn unix_ms() -> u64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
@@ -517,83 +572,4 @@ fn unix_ms() -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn name(text: &str) -> MachineName {
-        text.parse().expect("a name")
-    }
-
-    #[test]
-    fn a_live_machine_keeps_its_name_and_a_dropped_one_leaves_nothing() {
-        let home = tempfile::tempdir().expect("temp");
-        let machine = MachineDir::create(home.path(), &name("m1"), "sim").expect("made");
-        fs::write(machine.path("overlay.qcow2"), "x").expect("write");
-        let again = MachineDir::create(home.path(), &name("m1"), "sim");
-        assert!(matches!(again, Err(RecordError::Exists(_))));
-        let other = MachineDir::create(home.path(), &name("m2"), "sim").expect("made");
-        assert_ne!(machine.token(), other.token());
-        drop(machine);
-        assert!(!home.path().join("machines/m1").exists());
-        assert!(other.remove().leaks.is_empty());
-        assert!(other.remove().leaks.is_empty());
-        assert!(matches!(other.update(|_| {}), Err(RecordError::Removed(_))));
-        MachineDir::create(home.path(), &name("m1"), "sim").expect("the name is free again");
-    }
-
-    #[test]
-    fn a_dead_machine_makes_room_for_its_successor() {
-        let home = tempfile::tempdir().expect("temp");
-        let first = MachineDir::create(home.path(), &name("m1"), "sim").expect("made");
-        fs::write(first.path("old"), "x").expect("write");
-        first.abandon();
-        let second = MachineDir::create(home.path(), &name("m1"), "sim").expect("made");
-        assert!(!second.path("old").exists());
-        assert_ne!(first.token(), second.token());
-        drop(first);
-        assert!(
-            second.path(LOCK_FILE).exists(),
-            "the old handle touches nothing"
-        );
-    }
-
-    #[test]
-    fn records_name_only_their_own_paths() {
-        let home = tempfile::tempdir().expect("temp");
-        let machine = MachineDir::create(home.path(), &name("m1"), "sim").expect("made");
-        let token = machine.token().to_owned();
-        for bad in [
-            PathBuf::from("/etc/passwd"),
-            PathBuf::from(format!("/{token}/x")),
-            PathBuf::from(&token),
-            PathBuf::from(format!("/x/../{token}")),
-        ] {
-            let refused = machine.update(|record| record.paths.push(bad.clone()));
-            assert!(
-                matches!(refused, Err(RecordError::ForeignPath(_))),
-                "{bad:?}"
-            );
-        }
-        let own = home.path().join(format!("sock-{token}"));
-        fs::write(&own, "x").expect("write");
-        machine
-            .update(|record| record.paths.push(own.clone()))
-            .expect("own path");
-        assert_eq!(read_record(machine.dir()).expect("read"), machine.record());
-        drop(machine);
-        assert!(!own.exists());
-    }
-
-    #[test]
-    fn uid_slots_are_not_shared_even_with_the_dead() {
-        let home = tempfile::tempdir().expect("temp");
-        let make = |text| MachineDir::create(home.path(), &name(text), "sim").expect("made");
-        let (a, b, c) = (make("a"), make("b"), make("c"));
-        assert_eq!(a.take_uid_slot(home.path()).expect("slot"), 0);
-        assert_eq!(b.take_uid_slot(home.path()).expect("slot"), 1);
-        a.abandon();
-        assert_eq!(c.take_uid_slot(home.path()).expect("slot"), 2);
-        drop(b);
-        assert_eq!(make("d").take_uid_slot(home.path()).expect("slot"), 1);
-    }
-}
+mod tests;

@@ -12,6 +12,7 @@ mod driver;
 mod exec;
 mod fault;
 mod guest;
+mod kept;
 mod machine;
 mod memory;
 mod orders;

@@ -17,6 +17,8 @@ mod origin;
 mod store;
 mod verify;
 
+#[cfg(test)]
+pub(crate) use key::tests::spec as tests_spec;
 pub use key::{Purpose, TEMPLATE_FORMAT, TemplateKey};
 pub(crate) use origin::{DiskOrigin, first_difference};
 pub use store::{

@@ -80,6 +80,7 @@ impl TempHome {
                 access: DiskAccess::ReadOnly,
             }],
             boot_timeout_ms: 10_000,
+            keep_until_unix_ms: None,
         }
     }
 

@@ -105,6 +105,7 @@ pub fn spec(
         boot: host.image.boot.clone(),
         disks,
         boot_timeout_ms: u64::try_from(BOOT_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
+        keep_until_unix_ms: None,
     }
 }
 

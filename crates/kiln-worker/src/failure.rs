@@ -99,7 +99,7 @@ impl Failure {
                 "the machine powered itself off during the job".to_owned(),
                 None,
             ),
-            StopReason::Killed | StopReason::Saved => return self,
+            StopReason::Killed | StopReason::Saved | StopReason::Released => return self,
         };
         Self {
             class,

@@ -10,6 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use kiln_core::MachineName;
 use kiln_proto::msg::{Identity, OrderReply, Quiesced, Reidentified};
 
+use crate::driver::PublicIdentity;
+
 /// How far the guest's clock may be from the host's when its answer arrives. A busy host takes that long between two lines of code.
 pub const CLOCK_TOLERANCE: Duration = Duration::from_secs(2);
 /// Samples of other guests' generators that a new one is compared with.
@@ -55,24 +57,12 @@ pub enum FalseAnswer {
     NoRandom,
 }
 
-/// The parts of an identity that are no secret.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct PublicIdentity {
-    /// Boot id.
-    pub boot_id: String,
-    /// Machine id.
-    pub machine_id: String,
-    /// Host name.
-    pub hostname: String,
-}
-
-impl PublicIdentity {
-    pub(super) fn of(identity: &Identity) -> Self {
-        Self {
-            boot_id: identity.boot_id.clone(),
-            machine_id: identity.machine_id.clone(),
-            hostname: identity.hostname.clone(),
-        }
+/// What may be told of an identity.
+pub(super) fn public(identity: &Identity) -> PublicIdentity {
+    PublicIdentity {
+        boot_id: identity.boot_id.clone(),
+        machine_id: identity.machine_id.clone(),
+        hostname: identity.hostname.clone(),
     }
 }
 

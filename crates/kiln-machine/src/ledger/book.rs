@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::adopt;
+
 use super::{ENTRIES_MAX, Holder, LedgerError, Need, PASSES_MAX, Resource, WaitReason};
 
 /// Bytes of an entry that are read.
@@ -229,6 +231,21 @@ impl Book {
                 page,
             });
         }
+        // Machines between two owners hold no file here, but the host's memory.
+        let orphans = self.dir.parent().map(adopt::adoptable).unwrap_or_default();
+        others.extend(orphans.into_iter().filter_map(|record| {
+            let spec = record.kept?.spec;
+            Some(Other {
+                path: PathBuf::new(),
+                order: 0,
+                holds: true,
+                page: Page {
+                    who: record.name.to_string(),
+                    need: Need::of(spec.cpus, spec.memory),
+                    passes: 0,
+                },
+            })
+        }));
         others.sort_by_key(|other| other.order);
         Ok(others)
     }

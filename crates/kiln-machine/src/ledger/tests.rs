@@ -187,3 +187,54 @@ async fn damaged_and_dead_entries_do_not_block_or_lie() {
     live.unlock().expect("unlock");
     take(&ledger, 4).await;
 }
+
+#[tokio::test]
+async fn a_machine_between_two_owners_holds_what_it_takes() {
+    use crate::driver::{Kept, PublicIdentity};
+    use crate::record::{MachineDir, unix_ms};
+    let home = tempfile::tempdir().expect("temp");
+    let ledger = ledger(home.path(), 8, 6);
+    drop(take(&ledger, 1).await);
+    // Ends with its input, however this test ends.
+    let mut vmm = std::process::Command::new("cat")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("cat");
+    let mut spec = crate::template::tests_spec();
+    spec.memory = ByteSize::gib(4);
+    let dir = MachineDir::create(home.path(), &spec.name, "sim").expect("made");
+    dir.set_running(vmm.id()).expect("recorded");
+    let identity = PublicIdentity {
+        boot_id: "b".to_owned(),
+        machine_id: "m".to_owned(),
+        hostname: "h".to_owned(),
+    };
+    let kept = Kept {
+        until_unix_ms: unix_ms() + 600_000,
+        identity,
+    };
+    crate::adopt::keep(&dir, kept, &spec, None).expect("kept");
+    assert_eq!(
+        ledger.list().await.expect("list"),
+        [],
+        "its owner's entry counts"
+    );
+    dir.abandon();
+    let held = ledger.list().await.expect("list");
+    assert_eq!(held.len(), 1, "{held:?}");
+    assert!(held[0].holds && held[0].need.memory == ByteSize::gib(4));
+    let need = Need::of(1, ByteSize::gib(3));
+    let soon = Duration::from_millis(50);
+    let late = ledger.acquire(need, "next", soon, |_| {}).await;
+    assert!(
+        matches!(late, Err(LedgerError::Deadline { .. })),
+        "{late:?}"
+    );
+    vmm.kill().expect("killed");
+    vmm.wait().expect("waited");
+    let admitted = ledger.acquire(need, "next", soon, |_| {}).await;
+    admitted.expect("its room is free again");
+    let report = crate::reap::reap_home(home.path());
+    assert_eq!(report.reaped, [spec.name.as_str()]);
+}

@@ -102,12 +102,14 @@ pub(crate) struct Machine {
     pub(crate) ram: RawFd,
     /// Whether writes to RAM go to the file. False: they stay this machine's own.
     pub(crate) ram_shared: bool,
-    /// Connected control socket.
+    /// Connected control socket; a listening one when kept.
     pub(crate) control: RawFd,
     /// Listening socket of the channel.
     pub(crate) channel: RawFd,
-    /// Connected socket that takes the serial console.
+    /// Connected socket that takes the serial console; a listening one when kept.
     pub(crate) console: RawFd,
+    /// Another owner may connect later.
+    pub(crate) kept: bool,
     /// Cold disks.
     pub(crate) disks: Vec<DiskNodes>,
     /// Descriptor to add to each set: (descriptor, set).
@@ -187,13 +189,15 @@ fn memory(machine: &Machine) -> String {
 
 /// Control socket, console, channel, and the signal of a clone.
 fn put_ports(machine: &Machine, put: &mut impl FnMut(&str, String)) {
-    let socket = |id: &str, fd: RawFd| format!("socket,id={id},fd={fd}");
-    put("-chardev", socket("control", machine.control));
+    let socket = |id: &str, fd: RawFd, listens: bool| match listens {
+        true => format!("socket,id={id},fd={fd},server=on,wait=off"),
+        false => format!("socket,id={id},fd={fd}"),
+    };
+    put("-chardev", socket("control", machine.control, machine.kept));
     put("-mon", "chardev=control,mode=control".into());
-    put("-chardev", socket("console", machine.console));
+    put("-chardev", socket("console", machine.console, machine.kept));
     put("-serial", "chardev:console".into());
-    let channel = socket("channel", machine.channel);
-    put("-chardev", format!("{channel},server=on,wait=off"));
+    put("-chardev", socket("channel", machine.channel, true));
     put(
         "-device",
         "virtio-serial-pci,id=ports,addr=3,max_ports=2".into(),

@@ -66,6 +66,22 @@ impl MachineDisk {
         })
     }
 
+    /// A disk that an earlier owner prepared; only the file that takes its writes is known.
+    pub(crate) fn adopted(dir: &Path, slot: &DiskSlot) -> Self {
+        let disk = Self {
+            slot: slot.clone(),
+            links: Vec::new(),
+        };
+        let top = Link {
+            path: dir.join(file_name(slot.role)),
+            format: DiskFormat::Qcow2,
+        };
+        Self {
+            links: disk.is_writable().then_some(top).into_iter().collect(),
+            ..disk
+        }
+    }
+
     /// Whether the guest may write.
     pub(crate) fn is_writable(&self) -> bool {
         self.slot.access != DiskAccess::ReadOnly

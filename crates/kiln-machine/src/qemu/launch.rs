@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read as _, Seek as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::{UnixListener, UnixStream as StdUnixStream};
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
@@ -18,10 +18,11 @@ use tokio::net::UnixStream;
 use super::argv::{self, Accel, Wake};
 use super::console::Ring;
 use super::disks::{MachineDisk, Sets};
-use super::machine::{Body, CONTROL_DEADLINE, END_DEADLINE, QemuMachine, Ram};
+use super::machine::{Body, CONTROL_DEADLINE, END_DEADLINE, Keepable, OwnMemory, QemuMachine, Ram};
 use super::program::Program;
-use super::qmp::{Qmp, QmpError};
+use super::qmp::{Event, Qmp, QmpError};
 use super::save::{self, SavedMachine};
+use super::sockets::{Near, connected, listen, listening};
 use super::status::{self, Migration, Status};
 use super::users::OwnUsers;
 use super::{CHANNEL_SOCKET, launch_error, probe, spawn};
@@ -30,7 +31,7 @@ use crate::driver::{CONSOLE_BYTES_MAX, LaunchError, MachineState, Start, StopRea
 use crate::record::{MachineDir, RecordError};
 
 /// The VMM's own words that are kept.
-const STDERR_BYTES_MAX: usize = 8 * 1024;
+pub(super) const STDERR_BYTES_MAX: usize = 8 * 1024;
 /// Longest wait for a template's device state.
 const INCOMING_DEADLINE: Duration = Duration::from_secs(60);
 /// How long after a failed start its last words are awaited.
@@ -56,7 +57,6 @@ struct Prepared {
     later: Vec<kiln_core::DiskSlot>,
     vmm: spawn::Vmm,
     near: Near,
-    accel: Accel,
     ram: Ram,
     template: Option<File>,
     next_set: u32,
@@ -65,13 +65,6 @@ struct Prepared {
 
 /// Completes when the process has entered its groups.
 type Limited = tokio::sync::oneshot::Receiver<io::Result<()>>;
-
-/// This side's ends of the sockets.
-struct Near {
-    control: StdUnixStream,
-    console: StdUnixStream,
-    output: OwnedFd,
-}
 
 /// Starts a machine. Whatever was made is removed when this fails or is dropped.
 pub(crate) async fn launch(
@@ -84,7 +77,7 @@ pub(crate) async fn launch(
     let incoming = prepared.incoming;
     let later = prepared.later.clone();
     let stderr = Ring::new(STDERR_BYTES_MAX);
-    let (machine, limited) = run(host, spec, prepared, &stderr).await?;
+    let (machine, limited) = run(host, spec, start, prepared, &stderr).await?;
     let machine = Arc::new(machine);
     match wake(&machine, incoming, limited).await {
         Ok(()) => {}
@@ -126,7 +119,16 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
     let (disks, later) = make_disks(&dir, spec, saved.as_ref())?;
     let nodes: Result<Vec<_>, _> = disks.iter().map(|disk| disk.open(&mut sets)).collect();
     let mut inherit = Vec::new();
-    let (ram_file, ram) = ram_of(spec.memory, saved.as_ref())?;
+    let (ram_file, own) = ram_of(spec.memory, saved.as_ref())?;
+    let ram = own.map_or(Ram::Clone, |file| {
+        Ram::Own(OwnMemory {
+            file,
+            cpus: spec.cpus,
+            size: spec.memory,
+            accel,
+            vmm: host.program.identity.clone(),
+        })
+    });
     let incoming = match &saved {
         Some(saved) => Some(sets.add(saved.open_state()?)),
         None => None,
@@ -135,8 +137,17 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         Some(_) => Wake::Incoming,
         None => boot(spec, accel, user.is_some(), &mut inherit)?,
     };
+    let kept = spec.keep_until_unix_ms.is_some();
+    let sockets = || {
+        if kept {
+            listening(&dir_fd)
+        } else {
+            connected()
+        }
+    };
     let (near, far) = sockets().map_err(launch_error("make sockets in", dir.dir()))?;
-    let listener = listen(&dir_fd, &dir)?;
+    let listener =
+        listen(&dir_fd, CHANNEL_SOCKET).map_err(launch_error("make", &dir.path(CHANNEL_SOCKET)))?;
     let arguments = argv::arguments(&argv::Machine {
         name: dir.process_name(),
         accel,
@@ -147,17 +158,13 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         control: far.control.as_raw_fd(),
         channel: listener.as_raw_fd(),
         console: far.console.as_raw_fd(),
+        kept,
         disks: nodes?,
         sets: sets.numbers(),
         wake,
     });
     let next_set = sets.next();
-    inherit.extend([
-        ram_file,
-        far.control.into(),
-        far.console.into(),
-        listener.into(),
-    ]);
+    inherit.extend([ram_file, far.control, far.console, listener.into()]);
     inherit.extend(sets.fds.into_iter().map(|(fd, _)| fd));
     let groups = host.cgroups.paths_of(&dir.process_name());
     dir.set_launching(&host.program.path, &groups)
@@ -170,6 +177,7 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         output: far.output,
         procs,
         user,
+        kept,
     };
     Ok(Prepared {
         dir: Arc::new(dir),
@@ -178,7 +186,6 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         later,
         vmm,
         near,
-        accel,
         ram,
         template: saved.map(SavedMachine::into_lock),
         next_set,
@@ -212,9 +219,13 @@ fn make_disks(
     Ok((disks, later))
 }
 
-fn ram_of(memory: ByteSize, saved: Option<&SavedMachine>) -> Result<(OwnedFd, Ram), LaunchError> {
+/// Memory for the VMM, and a copy of the descriptor where it is a machine's own.
+fn ram_of(
+    memory: ByteSize,
+    saved: Option<&SavedMachine>,
+) -> Result<(OwnedFd, Option<OwnedFd>), LaunchError> {
     if let Some(saved) = saved {
-        return Ok((saved.open_ram()?.into(), Ram::Clone));
+        return Ok((saved.open_ram()?.into(), None));
     }
     let path = Path::new("guest memory");
     let make = || -> io::Result<(OwnedFd, OwnedFd)> {
@@ -223,7 +234,7 @@ fn ram_of(memory: ByteSize, saved: Option<&SavedMachine>) -> Result<(OwnedFd, Ra
         Ok((fd.try_clone()?, fd))
     };
     let (theirs, ours) = make().map_err(launch_error("make", path))?;
-    Ok((theirs, Ram::Own(ours)))
+    Ok((theirs, Some(ours)))
 }
 
 fn boot(
@@ -299,41 +310,10 @@ fn enter_group(host: &CgroupHost, dir: &MachineDir, spec: &MachineSpec) -> Vec<O
     })
 }
 
-struct Far {
-    control: StdUnixStream,
-    console: StdUnixStream,
-    output: OwnedFd,
-}
-
-fn sockets() -> io::Result<(Near, Far)> {
-    let (control, far_control) = StdUnixStream::pair()?;
-    let (console, far_console) = StdUnixStream::pair()?;
-    control.set_nonblocking(true)?;
-    console.set_nonblocking(true)?;
-    let (output, far_output) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-    let near = Near {
-        control,
-        console,
-        output,
-    };
-    Ok((
-        near,
-        Far {
-            control: far_control,
-            console: far_console,
-            output: far_output,
-        },
-    ))
-}
-
-fn listen(dir_fd: &OwnedFd, dir: &MachineDir) -> Result<UnixListener, LaunchError> {
-    let path = format!("/proc/self/fd/{}/{CHANNEL_SOCKET}", dir_fd.as_raw_fd());
-    UnixListener::bind(path).map_err(launch_error("make", &dir.path(CHANNEL_SOCKET)))
-}
-
 async fn run(
     host: &Host<'_>,
     spec: &MachineSpec,
+    start: &Start,
     prepared: Prepared,
     stderr: &Ring,
 ) -> Result<(QemuMachine, Limited), LaunchError> {
@@ -343,7 +323,6 @@ async fn run(
         disks,
         vmm,
         near,
-        accel,
         ram,
         template,
         next_set,
@@ -356,60 +335,113 @@ async fn run(
     })?;
     let pid = started.child.id();
     let status = Status::new(started.pidfd);
-    let sockets = || -> io::Result<_> {
-        let control = UnixStream::from_std(near.control)?;
-        let console = UnixStream::from_std(near.console)?;
-        Ok((
-            control,
-            console,
-            tokio::net::unix::pipe::Receiver::from_owned_fd(near.output)?,
-        ))
-    };
-    let (control, console_stream, output) = match sockets() {
+    let opened = open_sockets(spec, start, near);
+    let (control, console, output, keepable) = match opened {
         Ok(sockets) => sockets,
         Err(error) => {
             status.kill(StopReason::Killed);
             return Err(launch_error("use sockets in", dir.dir())(error));
         }
     };
-    let (qmp, events) = Qmp::new(control);
+    tokio::spawn(stderr.clone().drain(output));
+    let body = Body {
+        ram,
+        pid,
+        _template: template,
+    };
+    let machine = assemble(Parts {
+        dir,
+        dir_fd,
+        body,
+        disks,
+        status,
+        child: Some(started.child),
+        control: Qmp::new(control),
+        console,
+        words: stderr.clone(),
+        next_set,
+        keepable,
+    });
+    machine.dir.set_running(pid).map_err(record_error)?;
+    Ok((machine, started.limited))
+}
+
+type Opened = (
+    UnixStream,
+    UnixStream,
+    tokio::net::unix::pipe::Receiver,
+    Option<Keepable>,
+);
+
+/// This side's ends for the runtime, and copies of those that a release has to end.
+fn open_sockets(spec: &MachineSpec, start: &Start, near: Near) -> io::Result<Opened> {
+    let copy = |stream: &StdUnixStream| stream.try_clone().map(OwnedFd::from);
+    let keepable = match spec.keep_until_unix_ms {
+        None => None,
+        Some(_) => Some(Keepable {
+            spec: spec.clone(),
+            template: match start {
+                Start::Cold => None,
+                Start::Template(template) => Some(template.clone()),
+            },
+            connections: [copy(&near.control)?, copy(&near.console)?],
+        }),
+    };
+    Ok((
+        UnixStream::from_std(near.control)?,
+        UnixStream::from_std(near.console)?,
+        tokio::net::unix::pipe::Receiver::from_owned_fd(near.output)?,
+        keepable,
+    ))
+}
+
+/// What makes a [`QemuMachine`] of a process, a new one or an adopted one.
+pub(super) struct Parts {
+    pub(super) dir: Arc<MachineDir>,
+    pub(super) dir_fd: OwnedFd,
+    pub(super) body: Body,
+    pub(super) disks: Vec<MachineDisk>,
+    pub(super) status: Arc<Status>,
+    /// To be waited for, when it is this process's.
+    pub(super) child: Option<std::process::Child>,
+    pub(super) control: (Qmp, tokio::sync::mpsc::Receiver<Event>),
+    pub(super) console: UnixStream,
+    /// What the VMM itself said.
+    pub(super) words: Ring,
+    pub(super) next_set: u32,
+    pub(super) keepable: Option<Keepable>,
+}
+
+/// Takes the sockets into use and watches the process.
+pub(super) fn assemble(parts: Parts) -> QemuMachine {
+    let (qmp, events) = parts.control;
     let qmp = Arc::new(qmp);
     let console = Ring::new(CONSOLE_BYTES_MAX);
-    let reader = tokio::spawn(console.clone().drain(console_stream));
-    tokio::spawn(stderr.clone().drain(output));
+    let reader = tokio::spawn(console.clone().drain(parts.console));
     tokio::spawn(status::monitor(
-        Arc::clone(&status),
-        started.child,
+        Arc::clone(&parts.status),
+        parts.child,
         events,
         Arc::clone(&qmp),
         status::Console {
             ring: console.clone(),
             reader,
-            words: stderr.clone(),
+            words: parts.words,
         },
     ));
-    let machine = QemuMachine {
-        name: spec.name.clone(),
-        dir,
-        dir_fd,
-        body: Body {
-            cpus: spec.cpus,
-            memory: spec.memory,
-            accel,
-            vmm: program.identity.clone(),
-            ram,
-            pid,
-            _template: template,
-        },
-        disks: Mutex::new(disks),
+    QemuMachine {
+        name: parts.dir.name().clone(),
+        dir: parts.dir,
+        dir_fd: parts.dir_fd,
+        body: parts.body,
+        disks: Mutex::new(parts.disks),
         qmp,
-        status,
+        status: parts.status,
         console,
         channel: Mutex::new(None),
-        next_set: AtomicU32::new(next_set),
-    };
-    machine.dir.set_running(pid).map_err(record_error)?;
-    Ok((machine, started.limited))
+        next_set: AtomicU32::new(parts.next_set),
+        keepable: parts.keepable,
+    }
 }
 
 /// The first commands: all sent at once, answered in order.

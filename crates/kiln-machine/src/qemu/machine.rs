@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use kiln_core::{ByteSize, DiskRole, DiskSlot, MachineName};
+use kiln_core::{ByteSize, DiskRole, DiskSlot, MachineName, MachineSpec};
 use serde_json::{Value, json};
 
 use super::argv::{self, Accel};
@@ -17,14 +17,17 @@ use super::disks::{self, MachineDisk, Sets};
 use super::qmp::{Qmp, QmpError};
 use super::status::Status;
 use super::{CHANNEL_SOCKET, save};
+use crate::adopt;
 use crate::driver::{
-    BoxFuture, Channel, HostStats, LaunchError, LeakReport, Machine, MachineError, MachineState,
-    StopReason, TemplateRef,
+    BoxFuture, Channel, HostStats, Kept, LaunchError, LeakReport, Machine, MachineError,
+    MachineState, StopReason, TemplateRef,
 };
 use crate::record::MachineDir;
 
 /// Longest wait for the answer to one command.
 pub(crate) const CONTROL_DEADLINE: Duration = Duration::from_secs(20);
+/// What is asked of a machine that was not launched for it.
+const NOT_KEEPABLE: &str = "keep a machine that was not launched to be kept";
 /// Longest wait for a killed or quitting VMM.
 pub(crate) const END_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -32,19 +35,27 @@ pub(crate) const END_DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(crate) enum Ram {
     /// Anonymous memory that the VMM shares with kiln: it can be saved.
-    Own(OwnedFd),
+    Own(OwnMemory),
     /// A template's file, mapped copy-on-write.
     Clone,
+    /// Whatever an earlier owner gave it.
+    Adopted,
+}
+
+/// What a template of a machine needs to know of it.
+#[derive(Debug)]
+pub(crate) struct OwnMemory {
+    pub(crate) file: OwnedFd,
+    pub(crate) cpus: u32,
+    pub(crate) size: ByteSize,
+    pub(crate) accel: Accel,
+    /// The QEMU that runs it: see `program::Program::identity`.
+    pub(crate) vmm: String,
 }
 
 /// What a machine is made of.
 #[derive(Debug)]
 pub(crate) struct Body {
-    pub(crate) cpus: u32,
-    pub(crate) memory: ByteSize,
-    pub(crate) accel: Accel,
-    /// The QEMU that runs it: see `program::Program::identity`.
-    pub(crate) vmm: String,
     pub(crate) ram: Ram,
     /// Number of the VMM process.
     pub(crate) pid: u32,
@@ -67,6 +78,18 @@ pub(crate) struct QemuMachine {
     /// The connection of the present channel, to end it when another one is made.
     pub(crate) channel: Mutex<Option<StdUnixStream>>,
     pub(crate) next_set: AtomicU32,
+    /// What can be kept beyond this owner.
+    pub(crate) keepable: Option<Keepable>,
+}
+
+/// What a machine that may be kept has beyond others.
+#[derive(Debug)]
+pub(crate) struct Keepable {
+    /// What the machine is made of; disks are those of the start.
+    pub(crate) spec: MachineSpec,
+    pub(crate) template: Option<TemplateRef>,
+    /// Connections to control socket and console: ended on release, so that the next owner's are taken.
+    pub(crate) connections: [OwnedFd; 2],
 }
 
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -89,19 +112,9 @@ impl QemuMachine {
     }
 
     pub(crate) fn control_error(&self, command: &'static str, error: QmpError) -> MachineError {
-        match (error, self.status.state()) {
-            (_, MachineState::Stopped(reason)) => MachineError::Stopped(reason),
-            (QmpError::Timeout(deadline), _) => MachineError::Timeout {
-                what: command,
-                deadline,
-            },
-            (error, _) => MachineError::Control {
-                command: command.to_owned(),
-                why: match &error {
-                    QmpError::Io(source) => format!("{error}: {source}"),
-                    _ => error.to_string(),
-                },
-            },
+        match self.status.state() {
+            MachineState::Stopped(reason) => MachineError::Stopped(reason),
+            _ => control_failure(command, error),
         }
     }
 
@@ -156,6 +169,36 @@ impl QemuMachine {
         }
         self.control("device_add", argv::block_device(&nodes))
             .await?;
+        match self.kept() {
+            Some(kept) => self.keep_until(kept),
+            None => Ok(()),
+        }
+    }
+
+    fn keep_until(&self, kept: Kept) -> Result<(), MachineError> {
+        if let MachineState::Stopped(reason) = self.status.state() {
+            return Err(MachineError::Stopped(reason));
+        }
+        let keepable = self.keepable.as_ref();
+        let keepable = keepable.ok_or(MachineError::Unsupported(NOT_KEEPABLE))?;
+        let mut spec = keepable.spec.clone();
+        spec.disks = self.disks().iter().map(|disk| disk.slot.clone()).collect();
+        adopt::keep(&self.dir, kept, &spec, keepable.template.as_ref())
+    }
+
+    fn let_go(&self) -> Result<(), MachineError> {
+        if let MachineState::Stopped(reason) = self.status.state() {
+            return Err(MachineError::Stopped(reason));
+        }
+        let Some(keepable) = self.keepable.as_ref().filter(|_| self.kept().is_some()) else {
+            return Err(MachineError::Unsupported(NOT_KEEPABLE));
+        };
+        self.status.release();
+        self.hang_up();
+        for connection in &keepable.connections {
+            let _ = rustix::net::shutdown(connection, rustix::net::Shutdown::Both);
+        }
+        self.dir.abandon();
         Ok(())
     }
 
@@ -173,6 +216,23 @@ impl QemuMachine {
         removed.unwrap_or_else(|error| LeakReport {
             leaks: vec![error.to_string()],
         })
+    }
+}
+
+/// A failed command of a machine that has not stopped.
+pub(crate) fn control_failure(command: &'static str, error: QmpError) -> MachineError {
+    match error {
+        QmpError::Timeout(deadline) => MachineError::Timeout {
+            what: command,
+            deadline,
+        },
+        error => MachineError::Control {
+            command: command.to_owned(),
+            why: match &error {
+                QmpError::Io(source) => format!("{error}: {source}"),
+                _ => error.to_string(),
+            },
+        },
     }
 }
 
@@ -273,6 +333,18 @@ impl Machine for QemuMachine {
                 "taking a disk of a machine that runs",
             )),
         }
+    }
+
+    fn keep(&self, kept: Kept) -> Result<(), MachineError> {
+        self.keep_until(kept)
+    }
+
+    fn kept(&self) -> Option<Kept> {
+        self.dir.record().kept.map(|kept| kept.kept)
+    }
+
+    fn release(&self) -> Result<(), MachineError> {
+        self.let_go()
     }
 
     fn destroy(&self) -> BoxFuture<'_, LeakReport> {

@@ -69,8 +69,14 @@ pub(crate) fn migration_features() -> Value {
 
 /// Stops the machine and writes it into the target's directory, which exists and is empty.
 pub(crate) async fn save(machine: &QemuMachine, target: &TemplateRef) -> Result<(), MachineError> {
-    let Ram::Own(ram) = &machine.body.ram else {
-        return Err(MachineError::Unsupported("a template of a clone"));
+    let own = match &machine.body.ram {
+        Ram::Own(own) => own,
+        Ram::Clone => return Err(MachineError::Unsupported("a template of a clone")),
+        Ram::Adopted => {
+            return Err(MachineError::Unsupported(
+                "a template of an adopted machine",
+            ));
+        }
     };
     match machine.status.state() {
         MachineState::Running => machine.status.advance(MachineState::Saving),
@@ -94,7 +100,8 @@ pub(crate) async fn save(machine: &QemuMachine, target: &TemplateRef) -> Result<
             deadline: END_DEADLINE,
         });
     }
-    let ram = ram
+    let ram = own
+        .file
         .try_clone()
         .map_err(machine_error("share", &target.dir))?;
     let origins: io::Result<Vec<_>> = machine
@@ -104,10 +111,10 @@ pub(crate) async fn save(machine: &QemuMachine, target: &TemplateRef) -> Result<
         .collect();
     let meta = Meta {
         schema: SCHEMA,
-        cpus: machine.body.cpus,
-        memory: machine.body.memory,
-        accelerator: machine.body.accel.name().to_owned(),
-        vmm: machine.body.vmm.clone(),
+        cpus: own.cpus,
+        memory: own.size,
+        accelerator: own.accel.name().to_owned(),
+        vmm: own.vmm.clone(),
         disks: origins.map_err(machine_error("look at the disks of", &target.dir))?,
     };
     let overlays: Vec<_> = machine

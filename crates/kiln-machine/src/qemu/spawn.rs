@@ -2,7 +2,8 @@
 //!
 //! The child gets exactly the descriptors it is given, under their own numbers; files are handed to QEMU that way, so that it
 //! needs no right to any path. As root it becomes a user of its own, without groups and for good (`no_new_privs`).
-//! It dies with the thread that started it: that is one thread which lives as long as kiln. A reaper covers what remains.
+//! It dies with the thread that started it: that is one thread which lives as long as kiln. A reaper covers what remains, and
+//! machines that are kept beyond their owner.
 
 use std::ffi::OsString;
 use std::io;
@@ -30,6 +31,8 @@ pub(crate) struct Vmm {
     pub(crate) procs: Vec<OwnedFd>,
     /// User and group it becomes.
     pub(crate) user: Option<u32>,
+    /// It outlives its owner.
+    pub(crate) kept: bool,
 }
 
 /// A started VMM.
@@ -108,6 +111,7 @@ fn spawn_here(vmm: Vmm, limited: oneshot::Receiver<io::Result<()>>) -> io::Resul
         inherit,
         output,
         user,
+        kept,
         ..
     } = vmm;
     let mut command = Command::new(program);
@@ -121,7 +125,7 @@ fn spawn_here(vmm: Vmm, limited: oneshot::Receiver<io::Result<()>>) -> io::Resul
     let owner = std::process::id();
     let prepare = move || {
         become_user(user)?;
-        confine(owner)?;
+        confine(owner, kept)?;
         keep_only(&fds)
     };
     #[expect(unsafe_code, reason = "work between fork and exec")]
@@ -162,8 +166,8 @@ fn become_user(user: Option<u32>) -> io::Result<()> {
     }
 }
 
-/// A session of its own (no Ctrl-C from the terminal), no new rights, no core file, death with the owner.
-fn confine(owner: u32) -> io::Result<()> {
+/// A session of its own (no Ctrl-C from the terminal), no new rights, no core file, death with the owner unless it is kept.
+fn confine(owner: u32, kept: bool) -> io::Result<()> {
     let no_core = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
@@ -175,13 +179,13 @@ fn confine(owner: u32) -> io::Result<()> {
         let failed = libc::setsid() < 0
             || libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core) != 0
             || libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-            || libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) != 0;
+            || (!kept && libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) != 0);
         (failed, libc::getppid())
     };
     if failed {
         return Err(io::Error::last_os_error());
     }
-    // The owner may have died before the request was in force.
+    // The owner may have died before the request was in force. A kept machine's has not made it adoptable yet.
     if u32::try_from(parent) == Ok(owner) {
         Ok(())
     } else {
@@ -227,6 +231,7 @@ mod tests {
             output: writer,
             procs: Vec::new(),
             user,
+            kept: false,
         };
         let mut started = spawn(vmm).await.unwrap();
         let mut text = String::new();

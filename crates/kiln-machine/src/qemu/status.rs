@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::{Child, ExitStatus};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub(crate) struct Status {
     migration: watch::Sender<Migration>,
     reason: Mutex<Option<StopReason>>,
     pidfd: OwnedFd,
+    /// Its owner let go of it: nothing here may end it any more.
+    released: AtomicBool,
 }
 
 impl Status {
@@ -48,6 +51,7 @@ impl Status {
             migration: watch::Sender::new(Migration::Pending),
             reason: Mutex::new(None),
             pidfd,
+            released: AtomicBool::new(false),
         })
     }
 
@@ -78,11 +82,21 @@ impl Status {
 
     /// Kills the process, for this reason if there is none yet.
     pub(crate) fn kill(&self, reason: StopReason) {
-        if self.state().is_terminal() {
+        if self.state().is_terminal() || self.is_released() {
             return;
         }
         self.set_reason(reason);
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// The process runs on without this owner.
+    pub(crate) fn release(&self) {
+        self.released.store(true, Ordering::SeqCst);
+        self.advance(MachineState::Stopped(StopReason::Released));
+    }
+
+    fn is_released(&self) -> bool {
+        self.released.load(Ordering::SeqCst)
     }
 
     /// Waits for a final state.
@@ -123,7 +137,7 @@ pub(crate) struct Console {
 /// Watches a VMM until its end. It is the only place where a machine's state becomes final.
 pub(crate) async fn monitor(
     status: Arc<Status>,
-    mut child: Child,
+    child: Option<Child>,
     mut events: mpsc::Receiver<Event>,
     qmp: Arc<Qmp>,
     console: Console,
@@ -138,6 +152,15 @@ pub(crate) async fn monitor(
             () = ended.wait() => break,
         }
     }
+    if status.is_released() {
+        drop((qmp, console));
+        // It stays this process's child until it ends.
+        if let Some(mut child) = child {
+            ended.wait().await;
+            let _ = tokio::task::spawn_blocking(move || child.wait()).await;
+        }
+        return;
+    }
     // The socket may end before the process does, or the other way round.
     if tokio::time::timeout(LAST_EVENTS, ended.wait())
         .await
@@ -145,7 +168,12 @@ pub(crate) async fn monitor(
     {
         status.kill(StopReason::VmmDied);
     }
-    let reaped = tokio::task::spawn_blocking(move || child.wait()).await;
+    // An adopted one is another process's child: how it ended is not told.
+    let mut reaped = None;
+    if let Some(mut child) = child {
+        let waited = tokio::task::spawn_blocking(move || child.wait()).await;
+        reaped = waited.ok().and_then(io::Result::ok);
+    }
     tracing::debug!(?reaped, "a VMM ended");
     while let Ok(Some(event)) = tokio::time::timeout(LAST_EVENTS, events.recv()).await {
         heed(&status, &event, &qmp).await;
@@ -155,8 +183,8 @@ pub(crate) async fn monitor(
     let reason = status.reason().unwrap_or(StopReason::VmmDied);
     let reason = refined(reason, &console.ring.text());
     if reason == StopReason::VmmDied {
-        let how = reaped.ok().and_then(io::Result::ok);
-        console.ring.push(obituary(how, &console.words).as_bytes());
+        let line = obituary(reaped, &console.words);
+        console.ring.push(line.as_bytes());
     }
     status.advance(MachineState::Stopped(reason));
 }
@@ -341,7 +369,14 @@ mod tests {
             reader: tokio::spawn(async {}),
             words,
         };
-        monitor(Arc::clone(&status), child, events, Arc::new(qmp), console).await;
+        monitor(
+            Arc::clone(&status),
+            Some(child),
+            events,
+            Arc::new(qmp),
+            console,
+        )
+        .await;
         assert_eq!(status.state(), MachineState::Stopped(StopReason::VmmDied));
         let text = ring.text();
         assert!(

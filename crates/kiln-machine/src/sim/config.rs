@@ -71,6 +71,7 @@ impl Default for SimConfig {
                 vmgenid: true,
                 own_user: false,
                 cgroup: false,
+                adopt: true,
                 machines_max: 0,
             },
             boot_time: Duration::from_millis(2),

@@ -14,17 +14,21 @@ use super::config::{Phase, SimConfig};
 use super::disk::SimDisk;
 use super::fault::Fault;
 use super::guest::Guest;
+use super::kept::{self, Keepable};
 use super::machine::{SimMachine, needs_backing};
 use super::memory::Memory;
 use super::template;
+use crate::adopt;
 use crate::cgroup::{self, CgroupHost, Limits};
 use crate::driver::{
-    Accelerator, BoxFuture, Capabilities, Driver, HostProbe, LaunchError, Machine, ReapReport,
-    SpecRefused, Start,
+    Accelerator, AdoptError, BoxFuture, Capabilities, Driver, HostProbe, LaunchError, Machine,
+    ReapReport, SpecRefused, Start,
 };
 use crate::reap;
 use crate::record::{MachineDir, RecordError};
 
+/// The driver's name.
+const NAME: &str = "sim";
 /// The program that stands in for a VMM: it waits until it is killed.
 const STAND_IN: &str = "/bin/sh";
 /// What it runs: holds both ends of a fifo of the machine's directory, so that it never reads an end.
@@ -112,7 +116,7 @@ impl SimDriver {
             Start::Template(template) => Some(template::lock(template)?),
         };
         let faults = self.faults_for(&spec.name);
-        let dir = MachineDir::create(&self.home, &spec.name, "sim").map_err(launch_error)?;
+        let dir = MachineDir::create(&self.home, &spec.name, NAME).map_err(launch_error)?;
         self.config.reached(Phase::DirMade);
         if faults.contains(&Fault::HostDiskFull) {
             return Err(LaunchError::DiskFull(dir.dir().to_owned()));
@@ -122,7 +126,8 @@ impl SimDriver {
         dir.set_launching(Path::new(STAND_IN), &[])
             .map_err(launch_error)?;
         self.config.reached(Phase::Launching);
-        let stand_in = match self.config.stand_in {
+        // A kept machine is one whose process lives.
+        let stand_in = match self.config.stand_in || spec.keep_until_unix_ms.is_some() {
             true => Some(self.spawn_stand_in(spec, &dir)?),
             false => None,
         };
@@ -132,6 +137,13 @@ impl SimDriver {
         }
         self.config.reached(Phase::Running);
         let guest = Guest::new(memory, faults, self.config.script.clone());
+        let keepable = spec.keep_until_unix_ms.map(|_| Keepable {
+            spec: spec.clone(),
+            template: match start {
+                Start::Cold => None,
+                Start::Template(template) => Some(template.clone()),
+            },
+        });
         let machine = Arc::new(SimMachine::start(
             Arc::clone(&self.config),
             guest,
@@ -139,12 +151,29 @@ impl SimDriver {
             spec,
             stand_in,
             used,
+            keepable,
         ));
+        self.remember(&machine);
+        Ok(machine)
+    }
+
+    fn remember(&self, machine: &Arc<SimMachine>) {
         let mut plan = self.plan();
         plan.machines
             .retain(|_, machine| machine.strong_count() > 0);
         plan.machines
-            .insert(spec.name.clone(), Arc::downgrade(&machine));
+            .insert(machine.dir().name().clone(), Arc::downgrade(machine));
+    }
+
+    async fn take(&self, name: &MachineName) -> Result<Arc<SimMachine>, AdoptError> {
+        let taken = adopt::take_of(self.home.clone(), name, NAME).await?;
+        // A simulated guest lives in the process that made it, and ends with that.
+        let Some(living) = kept::take(taken.dir().token()) else {
+            return Err(taken.remove("its process has ended".to_owned()).await);
+        };
+        let machine = SimMachine::adopted(Arc::clone(&self.config), living, taken);
+        let machine = Arc::new(machine);
+        self.remember(&machine);
         Ok(machine)
     }
 
@@ -174,6 +203,7 @@ impl SimDriver {
     }
 
     fn check(&self, spec: &MachineSpec, start: &Start) -> Result<(), SpecRefused> {
+        adopt::check_spec(spec, self.config.capabilities.adopt)?;
         if spec.cpus == 0 {
             return Err(SpecRefused::OutOfRange {
                 what: "the number of CPUs",
@@ -289,13 +319,13 @@ fn launch_error(error: RecordError) -> LaunchError {
 
 impl Driver for SimDriver {
     fn name(&self) -> &'static str {
-        "sim"
+        NAME
     }
 
     fn probe(&self) -> BoxFuture<'_, HostProbe> {
         Box::pin(async move {
             HostProbe {
-                driver: "sim".to_owned(),
+                driver: NAME.to_owned(),
                 accelerator: Accelerator::Simulated,
                 vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
                 boot_probe_ms: None,
@@ -337,6 +367,20 @@ impl Driver for SimDriver {
                     leaks: vec![error.to_string()],
                 },
             }
+        })
+    }
+
+    fn adoptable(&self) -> BoxFuture<'_, Vec<MachineName>> {
+        Box::pin(adopt::adoptable_of(self.home.clone(), NAME))
+    }
+
+    fn adopt<'a>(
+        &'a self,
+        name: &'a MachineName,
+    ) -> BoxFuture<'a, Result<Arc<dyn Machine>, AdoptError>> {
+        Box::pin(async move {
+            let machine = self.take(name).await?;
+            Ok(machine as Arc<dyn Machine>)
         })
     }
 }

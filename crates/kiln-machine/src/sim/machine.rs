@@ -14,13 +14,17 @@ use tokio::task::JoinHandle;
 use super::config::{Phase, SimConfig};
 use super::disk::{SimDisk, file_name};
 use super::guest::Guest;
+use super::kept::{self, Keepable, Living};
 use super::template;
+use crate::adopt::{self, Taken};
 use crate::driver::{
-    BoxFuture, Channel, HostStats, LeakReport, Machine, MachineError, MachineState, StopReason,
-    TemplateRef,
+    BoxFuture, Channel, HostStats, Kept, LeakReport, Machine, MachineError, MachineState,
+    StopReason, TemplateRef,
 };
 use crate::record::MachineDir;
 
+/// What is asked of a machine that was not launched for it.
+const NOT_KEEPABLE: &str = "keep a machine that was not launched to be kept";
 /// How long a killed machine may take to be gone.
 const END_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -36,6 +40,9 @@ pub struct SimMachine {
     slots: Mutex<Vec<DiskSlot>>,
     /// Keeps the template from being pruned.
     _template: Option<File>,
+    keepable: Option<Keepable>,
+    /// This owner let go of it.
+    released: watch::Sender<bool>,
 }
 
 impl SimMachine {
@@ -47,6 +54,7 @@ impl SimMachine {
         spec: &MachineSpec,
         stand_in: Option<Child>,
         template: Option<File>,
+        keepable: Option<Keepable>,
     ) -> Self {
         let boot_time = match template {
             Some(_) => config.clone_time,
@@ -69,6 +77,28 @@ impl SimMachine {
             memory: spec.memory,
             slots: Mutex::new(spec.disks.clone()),
             _template: template,
+            keepable,
+            released: watch::Sender::new(false),
+        }
+    }
+
+    /// Takes over a guest that lives.
+    pub(super) fn adopted(config: Arc<SimConfig>, living: Living, taken: Taken) -> Self {
+        let (dir, kept) = taken.own();
+        let lock = kept.template.as_ref().map(crate::template::lock_for_use);
+        Self {
+            config,
+            guest: living.guest,
+            state: living.state,
+            dir,
+            memory: kept.spec.memory,
+            slots: Mutex::new(kept.spec.disks.clone()),
+            _template: lock.and_then(Result::ok),
+            keepable: Some(Keepable {
+                spec: kept.spec,
+                template: kept.template,
+            }),
+            released: watch::Sender::new(false),
         }
     }
 
@@ -94,23 +124,62 @@ impl SimMachine {
         self.guest.memory().read(path)
     }
 
-    /// Lets go of the machine as if this process had been killed: nothing is removed, the lock falls. For reaping tests.
+    /// Lets go of the machine as if this process had been killed: nothing is removed, the lock falls. A kept one lives on. For tests.
     pub fn abandon(&self) {
+        if self.kept().is_some() {
+            return self.leave();
+        }
         self.guest.power_off(StopReason::Killed);
         self.dir.abandon();
     }
 
+    fn leave(&self) {
+        let living = Living {
+            guest: Arc::clone(&self.guest),
+            state: Arc::clone(&self.state),
+        };
+        kept::leave(self.dir.token(), living);
+        self.released.send_replace(true);
+        self.dir.abandon();
+    }
+
+    fn is_released(&self) -> bool {
+        *self.released.borrow()
+    }
+
+    /// Ends the guest, unless it is another owner's.
+    fn kill(&self) {
+        if !self.is_released() {
+            self.guest.power_off(StopReason::Killed);
+        }
+    }
+
     async fn wait_stopped(&self) -> MachineState {
-        let mut state = self.state.subscribe();
-        let stopped = state.wait_for(|state| state.is_terminal()).await;
-        stopped.map_or(MachineState::Stopped(StopReason::Killed), |state| *state)
+        let (mut state, mut released) = (self.state.subscribe(), self.released.subscribe());
+        let stopped = tokio::select! {
+            biased;
+            _ = released.wait_for(|released| *released) => StopReason::Released,
+            stopped = state.wait_for(|state| state.is_terminal()) => {
+                return stopped.map_or(MachineState::Stopped(StopReason::Killed), |state| *state);
+            }
+        };
+        MachineState::Stopped(stopped)
     }
 
     fn check_running(&self) -> Result<(), MachineError> {
-        match *self.state.borrow() {
+        match self.state() {
             MachineState::Stopped(reason) => Err(MachineError::Stopped(reason)),
             _ => Ok(()),
         }
+    }
+
+    fn keep_until(&self, kept: Kept) -> Result<(), MachineError> {
+        self.check_running()?;
+        let keepable = self.keepable.as_ref();
+        let keepable = keepable.ok_or(MachineError::Unsupported(NOT_KEEPABLE))?;
+        let mut spec = keepable.spec.clone();
+        spec.disks.clone_from(&self.slots());
+        adopt::keep(&self.dir, kept, &spec, keepable.template.as_ref())
     }
 
     async fn save(&self, target: &TemplateRef) -> Result<(), MachineError> {
@@ -185,7 +254,10 @@ impl SimMachine {
         })?;
         self.guest.memory().disks.insert(serial, disk);
         self.slots().push(slot.clone());
-        Ok(())
+        match self.kept() {
+            Some(kept) => self.keep_until(kept),
+            None => Ok(()),
+        }
     }
 }
 
@@ -226,7 +298,10 @@ impl Machine for SimMachine {
     }
 
     fn state(&self) -> MachineState {
-        *self.state.borrow()
+        match self.is_released() {
+            true => MachineState::Stopped(StopReason::Released),
+            false => *self.state.borrow(),
+        }
     }
 
     fn stopped(&self) -> BoxFuture<'_, MachineState> {
@@ -272,7 +347,7 @@ impl Machine for SimMachine {
             if let Ok(state) = tokio::time::timeout(deadline, self.wait_stopped()).await {
                 return state;
             }
-            self.guest.power_off(StopReason::Killed);
+            self.kill();
             self.wait_stopped().await
         })
     }
@@ -293,9 +368,26 @@ impl Machine for SimMachine {
         }
     }
 
+    fn keep(&self, kept: Kept) -> Result<(), MachineError> {
+        self.keep_until(kept)
+    }
+
+    fn kept(&self) -> Option<Kept> {
+        self.dir.record().kept.map(|kept| kept.kept)
+    }
+
+    fn release(&self) -> Result<(), MachineError> {
+        self.check_running()?;
+        if self.kept().is_none() {
+            return Err(MachineError::Unsupported(NOT_KEEPABLE));
+        }
+        self.leave();
+        Ok(())
+    }
+
     fn destroy(&self) -> BoxFuture<'_, LeakReport> {
         Box::pin(async move {
-            self.guest.power_off(StopReason::Killed);
+            self.kill();
             let ended = tokio::time::timeout(END_DEADLINE, self.wait_stopped()).await;
             self.config.reached(Phase::Destroying);
             let mut report = self.remove().await;
@@ -312,7 +404,7 @@ impl Machine for SimMachine {
 impl Drop for SimMachine {
     fn drop(&mut self) {
         // The supervisor ends the guest and the stand-in; the directory removes the rest.
-        self.guest.power_off(StopReason::Killed);
+        self.kill();
     }
 }
 

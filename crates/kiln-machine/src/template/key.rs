@@ -103,6 +103,7 @@ pub(super) mod tests {
                 access: DiskAccess::ReadOnly,
             }],
             boot_timeout_ms: 1000,
+            keep_until_unix_ms: None,
         }
     }
 

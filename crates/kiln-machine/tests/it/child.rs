@@ -93,7 +93,14 @@ fn plays_its_role() {
     let words: Vec<&str> = role.split('\n').collect();
     match words.as_slice() {
         ["machine", driver, home, name, moment] => {
-            crate::conformance::crash::play(driver, home.as_ref(), name, moment);
+            crate::conformance::crash::play(driver, home.as_ref(), name, moment, None);
+        }
+        ["machine-to-keep", driver, home, name, moment] => {
+            let until = crate::conformance::kept::an_hour_from_now();
+            crate::conformance::crash::play(driver, home.as_ref(), name, moment, Some(until));
+        }
+        ["keeper", driver, home, name] => {
+            crate::conformance::kept::play(driver, home.as_ref(), name);
         }
         ["hold", home, gib] => crate::ledger::play_hold(home.as_ref(), gib),
         ["full-disk", home] => crate::host_facts::play_full_disk(home.as_ref()),

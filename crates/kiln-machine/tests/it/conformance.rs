@@ -7,6 +7,7 @@ mod channel;
 mod clones;
 mod disks;
 mod ends;
+pub(crate) mod kept;
 
 /// One test per case and driver, named `conformance::<driver>::<case>`. A driver that this host cannot test says so once per case and
 /// passes, unless the environment requires it.
@@ -55,6 +56,12 @@ macro_rules! for_drivers {
             host_replaced_mid_output = super::channel::host_replaced_mid_output,
             vmm_killed_while_saved = super::crash::vmm_killed_while_saved,
             reap_after_kill_9 = super::crash::reap_after_kill_9,
+            kept_survives_its_owner = super::kept::kept_survives_its_owner,
+            one_of_many_adopters_wins = super::kept::one_of_many_adopters_wins,
+            kept_until_its_time_is_over = super::kept::kept_until_its_time_is_over,
+            adoption_is_refused_by_reason = super::kept::adoption_is_refused_by_reason,
+            not_kept_before_it_is_ready = super::kept::not_kept_before_it_is_ready,
+            adoption_given_up_changes_nothing = super::kept::adoption_given_up_changes_nothing,
         ]);)*
     };
 }

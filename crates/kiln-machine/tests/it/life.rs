@@ -65,6 +65,7 @@ impl Sim {
                 disk(DiskRole::State, "head.img", DiskAccess::Fork),
             ],
             boot_timeout_ms: 10_000,
+            keep_until_unix_ms: None,
         }
     }
 

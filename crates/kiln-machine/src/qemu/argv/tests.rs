@@ -13,6 +13,7 @@ fn machine(wake: Wake) -> Machine {
         control: 11,
         channel: 12,
         console: 13,
+        kept: false,
         disks: vec![DiskNodes {
             role: DiskRole::State,
             files: vec![

@@ -152,6 +152,7 @@ impl UnderTest {
                 access: DiskAccess::ReadOnly,
             }],
             boot_timeout_ms: u64::try_from(self.deadline.as_millis()).expect("fits"),
+            keep_until_unix_ms: None,
         }
     }
 
@@ -274,6 +275,12 @@ impl UnderTest {
             Some(sim) => sim.machine(machine.name()).expect("alive").silence(),
             None => signal(self.vmm_pid(machine), libc::SIGSTOP),
         }
+    }
+
+    /// As if the owner of a simulated machine had been killed.
+    pub(crate) fn abandon(&self, name: &MachineName) {
+        let sim = self.sim.as_ref().expect("the simulated driver");
+        sim.machine(name).expect("alive").abandon();
     }
 
     /// kill -9 of the VMM, by somebody else.
