@@ -383,3 +383,33 @@ async fn what_a_killed_kiln_leaves_at_any_step_is_reaped() {
         sim.assert_nothing_left();
     }
 }
+
+/// On the real clock: a kept machine has a process that stands in for its VMM.
+#[tokio::test]
+async fn a_silent_guest_is_not_adopted_and_stays_for_another_try() {
+    let sim = Sim::new();
+    let mut spec = sim.spec("m");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let until = now.expect("clock") + std::time::Duration::from_secs(3600);
+    spec.keep_until_unix_ms = Some(u64::try_from(until.as_millis()).expect("fits"));
+    let started = bring_up::start(&sim.driver, &spec, &Start::Cold, DEADLINES).await;
+    let ready = started.expect("ready");
+    sim.driver.machine(&spec.name).expect("alive").silence();
+    ready.machine.release().expect("released");
+    let next = SimDriver::new(sim.home.path(), SimConfig::default());
+    let soon = bring_up::Deadlines {
+        clone_hello: std::time::Duration::from_millis(100),
+        ..DEADLINES
+    };
+    for _ in 0..2 {
+        let refused = bring_up::adopt(&next, &spec.name, soon).await;
+        let silent = |error: &BringUpError| matches!(error, BringUpError::Hello { .. });
+        assert!(refused.as_ref().is_err_and(silent), "{refused:?}");
+        assert_eq!(next.adoptable().await, std::slice::from_ref(&spec.name));
+        assert!(next.reap().await.reaped.is_empty());
+    }
+    // Whoever does not want it any more needs no answer of its guest.
+    let machine = next.adopt(&spec.name).await.expect("adopted");
+    assert!(machine.destroy().await.leaks.is_empty());
+    sim.assert_nothing_left();
+}
