@@ -69,6 +69,9 @@ pub struct SourceBuild {
     /// Path of the Dockerfile in the source; none means the source's own, else the detected runtime's.
     #[serde(default)]
     pub dockerfile: Option<String>,
+    /// Text of a Dockerfile that is not part of the source; it wins over `dockerfile`, which then only names it.
+    #[serde(default)]
+    pub dockerfile_text: Option<String>,
     /// Stage to build, the last one if none.
     #[serde(default)]
     pub target: Option<String>,

@@ -20,6 +20,8 @@ pub const GENERATION: u32 = 1;
 pub const GENERATION_HEADER: &str = "kiln-generation";
 /// Header with the lease of a request about a job: [`LeaseHeader`].
 pub const LEASE_HEADER: &str = "kiln-lease";
+/// Header by which a worker on the private socket says its name; over TLS its certificate says it.
+pub const WORKER_HEADER: &str = "kiln-worker";
 /// A lease lives this long after the heartbeat that renewed it.
 pub const LEASE_TTL_MS: u64 = 15_000;
 /// Time after a lease's end in which its worker destroys its machines, before the job may be given away.
@@ -109,6 +111,9 @@ pub struct Join {
     /// Certificate request, PEM. Empty on the private socket, where the peer's uid is the proof.
     #[serde(default)]
     pub csr: String,
+    /// Labels it wants. Only on the private socket: elsewhere the token fixes them.
+    #[serde(default)]
+    pub labels: BTreeMap<Label, Label>,
     /// What it is.
     pub facts: WorkerFacts,
 }
@@ -191,16 +196,19 @@ pub enum LeaseAnswer {
 }
 
 /// `POST /worker/v1/poll`: held open until there is work or [`POLL_MS`] have passed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Poll {
     /// Room it has left.
     pub free: Room,
+    /// Leases it has already: it is told the others.
+    #[serde(default)]
+    pub held: Vec<HeldLease>,
 }
 
 /// Answer to [`Poll`].
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct PollAnswer {
-    /// New leases; each is told once, and again after a poll whose answer got lost.
+    /// Its leases that the poll did not name.
     pub leases: Vec<Leased>,
 }
 
@@ -209,8 +217,6 @@ pub struct PollAnswer {
 pub struct Leased {
     /// The right to do it.
     pub lease: Lease,
-    /// How long it lives from when the poll was sent, unless a heartbeat renews it.
-    pub ttl_ms: u64,
     /// What to do.
     pub request: JobRequest,
     /// W3C trace context of whoever asked.
@@ -274,6 +280,26 @@ pub struct Finish {
     /// What is shown of it: the report of a build, the end of a run. Never decides anything.
     #[serde(default)]
     pub details: serde_json::Value,
+}
+
+/// `POST /worker/v1/jobs/{job}/secrets`: the values of secrets that the request names.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AskSecrets {
+    /// Their names.
+    pub names: Vec<String>,
+}
+
+/// Answer to [`AskSecrets`].
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secrets {
+    /// Name and value in base 64.
+    pub values: BTreeMap<String, String>,
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.values.keys()).finish()
+    }
 }
 
 /// Body of every refusal on these routes.

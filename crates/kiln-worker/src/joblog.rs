@@ -1,13 +1,15 @@
 //! The record of a running job, shared by the tasks that write to it: output, events, and the end.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_core::{Observed, Outcome, Receipt};
 use kiln_store::records::{JobWriter, NewRecord, Records};
 
 use crate::event::Event;
 use crate::failure::Failure;
+use crate::fleet::mask::{Mask, MaskedStream};
+use crate::fleet::spool::Spool;
 use crate::home::Home;
 use crate::host::now_unix_ms;
 
@@ -22,8 +24,36 @@ pub struct JobLog {
 
 #[derive(Debug)]
 struct State {
-    writer: Option<JobWriter>,
+    sink: Sink,
     steps: HashMap<usize, u64>,
+}
+
+/// Where a job's output is kept.
+#[derive(Debug)]
+enum Sink {
+    /// In a record on this host.
+    Record(JobWriter),
+    /// Masked, on its way to a controller.
+    Spool(Arc<Spool>, MaskedStream),
+    /// The record has ended.
+    Ended,
+}
+
+impl Sink {
+    fn write(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Record(writer) => {
+                let _disk_full = writer.log(bytes);
+            }
+            Self::Spool(spool, mask) => {
+                let masked = mask.push(bytes);
+                if !masked.is_empty() {
+                    spool.append(&masked);
+                }
+            }
+            Self::Ended => {}
+        }
+    }
 }
 
 impl JobLog {
@@ -39,10 +69,21 @@ impl JobLog {
             .map_err(|error| Failure::infrastructure(&error))?;
         Ok(Self {
             state: Mutex::new(State {
-                writer: Some(writer),
+                sink: Sink::Record(writer),
                 steps: HashMap::new(),
             }),
         })
+    }
+
+    /// The log of an attempt that a controller follows: masked, into a spool. There is no record on this host.
+    #[must_use]
+    pub fn spooled(spool: Arc<Spool>, mask: &Mask) -> Self {
+        Self {
+            state: Mutex::new(State {
+                sink: Sink::Spool(spool, mask.stream()),
+                steps: HashMap::new(),
+            }),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -67,7 +108,7 @@ impl JobLog {
             Event::Note { .. } | Event::Phase { .. } | Event::Progress { .. } => {}
         }
         if !matches!(event, Event::Log { .. })
-            && let Some(writer) = &mut state.writer
+            && let Sink::Record(writer) = &mut state.sink
         {
             let _disk_full = writer.event(event);
         }
@@ -75,12 +116,10 @@ impl JobLog {
 
     /// Keeps raw output of a command.
     pub fn raw(&self, bytes: &[u8]) {
-        if let Some(writer) = &mut self.lock().writer {
-            let _disk_full = writer.log(bytes);
-        }
+        self.lock().sink.write(bytes);
     }
 
-    /// Ends the record.
+    /// Ends the record; a spool only learns that no more comes.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -91,8 +130,14 @@ impl JobLog {
         observed: Option<&Observed>,
         details: serde_json::Value,
     ) -> Result<(), Failure> {
-        let Some(mut writer) = self.lock().writer.take() else {
-            return Ok(());
+        let mut writer = match std::mem::replace(&mut self.lock().sink, Sink::Ended) {
+            Sink::Record(writer) => writer,
+            Sink::Spool(spool, mut mask) => {
+                spool.append(&mask.finish());
+                spool.end();
+                return Ok(());
+            }
+            Sink::Ended => return Ok(()),
         };
         let ended = (|| {
             if let Some(observed) = observed {
@@ -121,9 +166,7 @@ impl State {
                 ));
             }
         }
-        if let Some(writer) = &mut self.writer {
-            let _disk_full = writer.log(mark.as_deref().unwrap_or(text).as_bytes());
-        }
+        self.sink.write(mark.as_deref().unwrap_or(text).as_bytes());
     }
 }
 

@@ -42,6 +42,12 @@ impl CheckoutDir {
         })
     }
 
+    /// As [`CheckoutDir::new`], after removing what killed processes left below `parent`.
+    pub(crate) fn fresh(parent: &Path, name: &str) -> io::Result<Self> {
+        sweep(parent)?;
+        Self::new(parent, name)
+    }
+
     /// The folder.
     #[must_use]
     pub fn path(&self) -> &Path {

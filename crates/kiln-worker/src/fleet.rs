@@ -1,0 +1,16 @@
+//! A worker of a controller: asks for leases, keeps them alive, runs each to its end, and destroys what it may no longer run.
+//!
+//! The controller decides who runs what; here nothing is decided but how. Read next: [`daemon`] (the loops), [`fence`] (when a lease is over
+//! without a word from anybody), [`job`] (one lease from source to finish), and `docs/design/control-plane.md` for the wire.
+
+pub mod client;
+pub mod clock;
+pub mod daemon;
+pub mod fence;
+pub mod http;
+pub mod image;
+pub mod job;
+pub mod local;
+pub mod mask;
+pub mod report;
+pub mod spool;

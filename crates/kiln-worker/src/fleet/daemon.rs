@@ -1,0 +1,376 @@
+//! The loops of a worker: heartbeats, polls, and the fence that ends what may no longer run.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use kiln_core::dispatch::{Room, WorkerFacts};
+use kiln_core::{AttemptId, ByteSize, Epoch, Label, Lease};
+use kiln_machine::ledger::Capacity;
+use kiln_proto::fleet::{
+    HEARTBEAT_MS, Heartbeat, HeartbeatAnswer, HeldLease, LEASES_MAX, LeaseAnswer, Leased, POLL_MS,
+    Poll, PollAnswer,
+};
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::client::{LinkError, REQUEST_TIMEOUT};
+use super::clock::boot_ms;
+use super::fence::Fence;
+use super::job::{self, Stop, Workshop};
+use crate::host::{CPU_OVERCOMMIT_PERCENT, MEMORY_RESERVE, steady_unix_ms};
+
+/// Wait before a poll or heartbeat that failed is sent again.
+const RETRY: Duration = Duration::from_millis(500);
+/// How long jobs get to end after the worker was asked to stop, before they are left to the fence.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How a worker presents itself.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    /// What it is.
+    pub facts: WorkerFacts,
+    /// Take work; without it the worker only ends what it has.
+    pub takes_jobs: bool,
+}
+
+/// Why a worker ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Ended {
+    /// The controller does not know it any more: it was removed, or another controller's database answers.
+    #[error("the controller does not know this worker: {0}")]
+    Unknown(String),
+}
+
+struct Running {
+    lease: Lease,
+    stop: Stop,
+    /// When its lease arrived. A poll is held open, so its answer does not tell when the lease was granted: nothing runs before a heartbeat sent
+    /// after this was answered.
+    arrived_ms: u64,
+    confirmed: CancellationToken,
+}
+
+struct State {
+    fence: Fence,
+    running: HashMap<AttemptId, Running>,
+}
+
+struct Daemon {
+    shop: Arc<Workshop>,
+    offer: Offer,
+    state: Mutex<State>,
+    /// A lease came or went: the fence's next deadline and the room left are others now.
+    changed: Notify,
+    /// A heartbeat is wanted at once.
+    beat: Notify,
+}
+
+/// Works for the controller until `stop`, or until the controller no longer knows this worker. Jobs that run when `stop` comes are
+/// cancelled by their own submitter or left to the controller as lost; no machine outlives this call.
+///
+/// # Errors
+/// See [`Ended`].
+pub async fn serve(
+    shop: Arc<Workshop>,
+    offer: Offer,
+    stop: CancellationToken,
+) -> Result<(), Ended> {
+    let daemon = Arc::new(Daemon {
+        shop,
+        offer,
+        state: Mutex::new(State {
+            fence: Fence::default(),
+            running: HashMap::new(),
+        }),
+        changed: Notify::new(),
+        beat: Notify::new(),
+    });
+    let mut jobs = JoinSet::new();
+    let ended = tokio::select! {
+        ended = daemon.heartbeats() => Err(ended),
+        never = daemon.fence() => match never {},
+        ended = daemon.polls(&mut jobs) => Err(ended),
+        () = stop.cancelled() => Ok(()),
+    };
+    // The last heartbeats keep the leases while their jobs end.
+    let ending = async {
+        for running in daemon.lock().running.values() {
+            running.stop.cancel.cancel();
+        }
+        while jobs.join_next().await.is_some() {}
+    };
+    let _in_time = tokio::select! {
+        () = ending => true,
+        _ = daemon.heartbeats() => false,
+        never = daemon.fence() => match never {},
+        () = tokio::time::sleep(STOP_TIMEOUT) => false,
+    };
+    for running in daemon.lock().running.values() {
+        running.stop.fenced.cancel();
+    }
+    jobs.shutdown().await;
+    ended
+}
+
+enum Never {}
+
+impl Daemon {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends what runs on leases that nothing renewed in time.
+    async fn fence(&self) -> Never {
+        loop {
+            let now = boot_ms();
+            let next = {
+                let mut state = self.lock();
+                for attempt in state.fence.expire(now) {
+                    self.destroy(&mut state, &attempt, "no heartbeat was answered in time");
+                }
+                state.fence.next_ms()
+            };
+            let wait = next.map_or(Duration::from_secs(3600), |next| {
+                // Time asleep does not count for the timer: it is asked again often enough.
+                Duration::from_millis(next.saturating_sub(now).clamp(1, 500))
+            });
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = self.changed.notified() => {}
+            }
+        }
+    }
+
+    fn destroy(&self, state: &mut State, attempt: &AttemptId, why: &str) {
+        state.fence.ended(attempt);
+        self.shop.host.leases.end(attempt);
+        if let Some(running) = state.running.get(attempt) {
+            tracing::warn!(%attempt, why, "the lease is over: its machine is destroyed");
+            running.stop.fenced.cancel();
+        }
+    }
+
+    async fn heartbeats(&self) -> Ended {
+        let mut failed = false;
+        loop {
+            let wait = match failed {
+                true => RETRY,
+                false => Duration::from_millis(HEARTBEAT_MS),
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = self.beat.notified() => {}
+            }
+            match self.heartbeat().await {
+                Ok(()) => failed = false,
+                Err(LinkError::Refused { code, message, .. }) if code == "unknown_worker" => {
+                    return Ended::Unknown(message);
+                }
+                Err(error) => {
+                    tracing::debug!(error = crate::orders::chain(&error), "no heartbeat");
+                    failed = true;
+                }
+            }
+        }
+    }
+
+    async fn heartbeat(&self) -> Result<(), LinkError> {
+        let held = self.lock().fence.held();
+        let named = held.iter().map(held_lease).collect();
+        let message = Heartbeat {
+            facts: self.offer.facts.clone(),
+            held: named,
+            draining: !self.offer.takes_jobs,
+        };
+        let sent_ms = boot_ms();
+        let answer: HeartbeatAnswer = self
+            .shop
+            .client
+            .call("/worker/v1/heartbeat", None, &message, REQUEST_TIMEOUT)
+            .await?;
+        if answer.leases.len() != held.len() {
+            return Err(LinkError::Answer(
+                "it answers about other leases".to_owned(),
+            ));
+        }
+        let mut state = self.lock();
+        for ((attempt, epoch), lease) in held.into_iter().zip(answer.leases) {
+            match lease {
+                LeaseAnswer::Live { cancel } => {
+                    state.fence.renewed(&attempt, epoch, sent_ms, answer.ttl_ms);
+                    let until = state.fence.until_ms(&attempt);
+                    if let (Some(running), Some(until)) = (state.running.get(&attempt), until) {
+                        self.shop
+                            .host
+                            .leases
+                            .grant(with_deadline(&running.lease, until));
+                        if sent_ms >= running.arrived_ms {
+                            running.confirmed.cancel();
+                        }
+                        if cancel {
+                            running.stop.cancel.cancel();
+                        }
+                    }
+                }
+                LeaseAnswer::Gone { why } => self.destroy(&mut state, &attempt, &why),
+            }
+        }
+        drop(state);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    async fn polls(self: &Arc<Self>, jobs: &mut JoinSet<()>) -> Ended {
+        loop {
+            while jobs.try_join_next().is_some() {}
+            if !self.offer.takes_jobs || self.lock().running.len() >= LEASES_MAX {
+                self.changed.notified().await;
+                continue;
+            }
+            match self.poll().await {
+                Ok(answer) => {
+                    for leased in answer.leases {
+                        self.start(leased, jobs);
+                    }
+                }
+                Err(LinkError::Refused { code, message, .. }) if code == "unknown_worker" => {
+                    return Ended::Unknown(message);
+                }
+                Err(error) => {
+                    tracing::debug!(error = crate::orders::chain(&error), "no poll");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    async fn poll(&self) -> Result<PollAnswer, LinkError> {
+        let poll = Poll {
+            free: self.free(),
+            held: self.held(),
+        };
+        let longest = Duration::from_millis(POLL_MS) + REQUEST_TIMEOUT;
+        let client = &self.shop.client;
+        client.call("/worker/v1/poll", None, &poll, longest).await
+    }
+
+    fn free(&self) -> Room {
+        let mut free = self.offer.facts.capacity;
+        let running = u32::try_from(self.lock().running.len()).unwrap_or(u32::MAX);
+        free.machines = free.machines.saturating_sub(running);
+        free
+    }
+
+    /// Everything that runs here, also what is being destroyed.
+    fn held(&self) -> Vec<HeldLease> {
+        let state = self.lock();
+        let leases = state.running.values().map(|running| &running.lease);
+        leases
+            .map(|lease| held_lease(&(lease.attempt.clone(), lease.epoch)))
+            .collect()
+    }
+
+    /// Starts a lease. One that is told twice runs once: an answer may get lost on its way.
+    fn start(self: &Arc<Self>, leased: Leased, jobs: &mut JoinSet<()>) {
+        let attempt = leased.lease.attempt.clone();
+        let (stop, confirmed) = (Stop::default(), CancellationToken::new());
+        {
+            let mut state = self.lock();
+            if state.running.contains_key(&attempt) {
+                return;
+            }
+            let arrived_ms = boot_ms();
+            let epoch = leased.lease.epoch;
+            state
+                .fence
+                .granted(attempt.clone(), epoch, arrived_ms, CONFIRM_MS);
+            let running = Running {
+                lease: leased.lease.clone(),
+                stop: stop.clone(),
+                arrived_ms,
+                confirmed: confirmed.clone(),
+            };
+            state.running.insert(attempt.clone(), running);
+        }
+        self.changed.notify_one();
+        self.beat.notify_one();
+        let daemon = Arc::clone(self);
+        let runtime = tokio::runtime::Handle::current();
+        // A thread of its own: a job keeps borrowed parts of this host over its waits, and lives long.
+        jobs.spawn_blocking(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = confirmed.cancelled() => job::run(&daemon.shop, leased, stop).await,
+                    () = stop.fenced.cancelled() => {}
+                }
+            });
+            let mut state = daemon.lock();
+            state.fence.ended(&attempt);
+            state.running.remove(&attempt);
+            daemon.shop.host.leases.end(&attempt);
+            drop(state);
+            daemon.changed.notify_one();
+        });
+    }
+}
+
+fn held_lease((attempt, epoch): &(AttemptId, Epoch)) -> HeldLease {
+    HeldLease {
+        attempt: attempt.clone(),
+        epoch: *epoch,
+    }
+}
+
+/// How long a new lease waits for the heartbeat that confirms it.
+const CONFIRM_MS: u64 = 10_000;
+
+/// The lease with its end as this process's registry counts time.
+fn with_deadline(lease: &Lease, until_boot_ms: u64) -> Lease {
+    let left = until_boot_ms.saturating_sub(boot_ms());
+    Lease {
+        deadline_unix_ms: steady_unix_ms().saturating_add(left),
+        ..lease.clone()
+    }
+}
+
+/// What this host is, for the controller.
+#[must_use]
+pub fn facts(shop: &Workshop, machines_max: u32) -> WorkerFacts {
+    let all = Capacity::of_host(CPU_OVERCOMMIT_PERCENT, MEMORY_RESERVE);
+    let capacity = all.map(|all| all.0).unwrap_or_default();
+    let label = |text: &str| text.parse::<Label>().ok();
+    let arch = label(ARCH).unwrap_or_else(|| unreachable!("a constant label"));
+    let runtimes = ["node", "python"].into_iter().filter_map(label);
+    let heads = shop.host.heads.list().unwrap_or_default();
+    let warm: BTreeSet<_> = heads
+        .iter()
+        .filter_map(|head| head.scope.parse().ok())
+        .take(WARM_MAX)
+        .collect();
+    WorkerFacts {
+        arch,
+        runtimes: runtimes.collect(),
+        capacity: Room {
+            cpus: u32::try_from(capacity.cpu_milli / 1000).unwrap_or(u32::MAX),
+            memory: capacity.memory,
+            disk: free_disk(&shop.host.home.data),
+            machines: machines_max,
+        },
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        warm,
+    }
+}
+
+/// Tenants with a warm head that are told.
+const WARM_MAX: usize = 1000;
+/// This host's architecture in OCI terms.
+const ARCH: &str = "amd64";
+
+fn free_disk(path: &std::path::Path) -> ByteSize {
+    match rustix::fs::statvfs(path) {
+        Ok(stat) => ByteSize(stat.f_bavail.saturating_mul(stat.f_frsize)),
+        Err(_) => ByteSize(0),
+    }
+}

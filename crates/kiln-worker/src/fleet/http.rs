@@ -1,0 +1,209 @@
+//! HTTP/1.1 to a controller: over its private socket, over TCP, or over mutual TLS. Connections are kept and used again.
+
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response, Uri};
+use http_body_util::combinators::BoxBody;
+use hyper::body::Incoming;
+use hyper::rt::ReadBufCursor;
+use hyper_util::client::legacy::Client as Pool;
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::ServerName;
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+/// Longest wait for a connection.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Idle connections kept.
+const IDLE_MAX: usize = 8;
+
+/// Where the controller is.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// Its private socket: the peer's uid is the proof on both sides.
+    Socket(PathBuf),
+    /// Plain TCP; only on loopback or where the operator said so.
+    Tcp {
+        /// Host name or address.
+        host: String,
+        /// Port.
+        port: u16,
+    },
+    /// Mutual TLS.
+    Tls {
+        /// Host name or address.
+        host: String,
+        /// Port.
+        port: u16,
+        /// Trusted authority and this worker's certificate.
+        config: Arc<rustls::ClientConfig>,
+    },
+}
+
+/// Body of a request.
+pub type Body = BoxBody<Bytes, std::io::Error>;
+
+/// Why a request was not answered.
+pub use hyper_util::client::legacy::Error as HttpError;
+
+/// A pool of connections to one controller. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Http {
+    pool: Pool<Connector, Body>,
+    authority: String,
+}
+
+impl Http {
+    /// Towards a controller; nothing is connected yet.
+    #[must_use]
+    pub fn new(target: Target) -> Self {
+        let authority = match &target {
+            Target::Socket(_) => "controller".to_owned(),
+            Target::Tcp { host, port } | Target::Tls { host, port, .. } => {
+                match host.contains(':') {
+                    true => format!("[{host}]:{port}"),
+                    false => format!("{host}:{port}"),
+                }
+            }
+        };
+        let pool = Pool::builder(TokioExecutor::new())
+            .pool_max_idle_per_host(IDLE_MAX)
+            .build(Connector {
+                target: Arc::new(target),
+            });
+        Self { pool, authority }
+    }
+
+    /// The URI of a path, which begins with a slash. What it begins with only fills the `Host` header: where a connection goes, the
+    /// target says.
+    #[must_use]
+    pub fn uri(&self, path: &str) -> String {
+        format!("http://{}{path}", self.authority)
+    }
+
+    /// Sends a request; its URI comes from [`Http::uri`].
+    ///
+    /// # Errors
+    /// When nobody answers or the connection breaks.
+    pub async fn request(&self, request: Request<Body>) -> Result<Response<Incoming>, HttpError> {
+        self.pool.request(request).await
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Connector {
+    target: Arc<Target>,
+}
+
+enum Wire {
+    Socket(TokioIo<UnixStream>),
+    Tcp(TokioIo<TcpStream>),
+    Tls(Box<TokioIo<TlsStream<TcpStream>>>),
+}
+
+impl Connection for Wire {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+async fn connect(target: &Target) -> std::io::Result<Wire> {
+    match target {
+        Target::Socket(path) => Ok(Wire::Socket(TokioIo::new(UnixStream::connect(path).await?))),
+        Target::Tcp { host, port } => Ok(Wire::Tcp(TokioIo::new(tcp(host, *port).await?))),
+        Target::Tls { host, port, config } => {
+            let name = ServerName::try_from(host.clone()).map_err(std::io::Error::other)?;
+            let tcp = tcp(host, *port).await?;
+            let tls = TlsConnector::from(Arc::clone(config))
+                .connect(name, tcp)
+                .await?;
+            Ok(Wire::Tls(Box::new(TokioIo::new(tls))))
+        }
+    }
+}
+
+async fn tcp(host: &str, port: u16) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect((host, port)).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+impl tower::Service<Uri> for Connector {
+    type Response = Wire;
+    type Error = std::io::Error;
+    type Future = Pin<Box<dyn Future<Output = std::io::Result<Wire>> + Send>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _uri: Uri) -> Self::Future {
+        let target = Arc::clone(&self.target);
+        Box::pin(async move {
+            tokio::time::timeout(CONNECT_TIMEOUT, connect(&target))
+                .await
+                .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+        })
+    }
+}
+
+impl hyper::rt::Read for Wire {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: ReadBufCursor<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        match self.get_mut() {
+            Self::Socket(io) => Pin::new(io).poll_read(cx, buffer),
+            Self::Tcp(io) => Pin::new(io).poll_read(cx, buffer),
+            Self::Tls(io) => Pin::new(io.as_mut()).poll_read(cx, buffer),
+        }
+    }
+}
+
+impl hyper::rt::Write for Wire {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        match self.get_mut() {
+            Self::Socket(io) => Pin::new(io).poll_write(cx, bytes),
+            Self::Tcp(io) => Pin::new(io).poll_write(cx, bytes),
+            Self::Tls(io) => Pin::new(io.as_mut()).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        match self.get_mut() {
+            Self::Socket(io) => Pin::new(io).poll_flush(cx),
+            Self::Tcp(io) => Pin::new(io).poll_flush(cx),
+            Self::Tls(io) => Pin::new(io.as_mut()).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        match self.get_mut() {
+            Self::Socket(io) => Pin::new(io).poll_shutdown(cx),
+            Self::Tcp(io) => Pin::new(io).poll_shutdown(cx),
+            Self::Tls(io) => Pin::new(io.as_mut()).poll_shutdown(cx),
+        }
+    }
+}
+
+impl std::fmt::Debug for Wire {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Socket(_) => "Socket",
+            Self::Tcp(_) => "Tcp",
+            Self::Tls(_) => "Tls",
+        })
+    }
+}

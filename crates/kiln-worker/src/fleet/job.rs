@@ -1,0 +1,589 @@
+//! One lease, from its source to its finish: what was a request becomes a build or a run on this host.
+
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use kiln_core::digest::Hasher;
+use kiln_core::job::{Source, SourceBuild};
+use kiln_core::{
+    Digest, FailureClass, GitCommit, JobId, JobKind, JobRequest, Lease, NetworkPolicy, Outcome,
+    Receipt, Verdict,
+};
+use kiln_image::context::{self, Limits};
+use kiln_image::plan::{DockerfileChoice, Options};
+use kiln_proto::fleet::{AskSecrets, Finish, Leased, Secrets};
+use kiln_proto::msg::Exit;
+use tokio::sync::mpsc;
+use tokio_util::io::{StreamReader, SyncIoBridge};
+use tokio_util::sync::CancellationToken;
+
+use super::client::{Client, REQUEST_TIMEOUT, job_path};
+use super::image;
+use super::local::{LocalFolder, LocalJob, LocalJobs, LocalRun};
+use super::mask::Mask;
+use super::report::{Reporter, To, retried};
+use super::spool::Spool;
+use crate::build::{self, BuildEnd, BuildInput, BuildReport};
+use crate::checkout::{self, Address, Checkout, CheckoutDir, CheckoutInput};
+use crate::event::{Event, Events};
+use crate::failure::Failure;
+use crate::host::Host;
+use crate::joblog::JobLog;
+use crate::prepare::{self, Prepared, Wishes};
+use crate::registry::RegistryAccess;
+use crate::run::{RunEnd, RunInput};
+use crate::site::Site;
+
+/// Longest wait for the end of a log to be acknowledged.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// Room for a command's output on its way into the log, pieces.
+const OUTPUT_PIECES: usize = 64;
+
+/// What a worker runs its jobs with.
+#[derive(Debug)]
+pub struct Workshop {
+    /// The host.
+    pub host: Host,
+    /// Its registry.
+    pub registry: RegistryAccess,
+    /// The operator's decisions.
+    pub site: Site,
+    /// The controller.
+    pub client: Client,
+    /// Jobs of this process.
+    pub local: LocalJobs,
+    /// Where logs wait to be acknowledged.
+    pub spool: PathBuf,
+}
+
+/// How a job ended, for the process that waits for it.
+#[derive(Debug)]
+pub struct JobEnd {
+    /// Verdict and times.
+    pub outcome: Outcome,
+    /// What came of it.
+    pub result: Result<Ended, Failure>,
+    /// Hosts reached and refused, in one line.
+    pub egress: kiln_network::record::EgressSummary,
+}
+
+/// What came of a job that ended by itself.
+#[derive(Debug)]
+pub enum Ended {
+    /// An image.
+    Built(Box<BuildReport>),
+    /// The end of a command.
+    Ran(Exit),
+}
+
+/// How a job is stopped from outside.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    /// Somebody asked for its end: it is cancelled and reported.
+    pub cancel: CancellationToken,
+    /// Its lease is over: it is destroyed and nothing more is said.
+    pub fenced: CancellationToken,
+}
+
+/// Runs one lease to its end and tells the controller. Nothing is left of it on this host but what it published.
+pub async fn run(shop: &Workshop, leased: Leased, stop: Stop) {
+    let work = attempt(shop, leased, stop.clone());
+    tokio::select! {
+        () = work => {}
+        // Dropped, the work destroys its machine.
+        () = stop.fenced.cancelled() => {}
+    }
+}
+
+async fn attempt(shop: &Workshop, leased: Leased, stop: Stop) {
+    let Leased { lease, request, .. } = leased;
+    let to = To {
+        client: shop.client.clone(),
+        lease: lease.clone(),
+        fenced: stop.fenced.clone(),
+    };
+    let mut local = shop.local.take(&request.id);
+    let done = local.done.take();
+    let (events, receiver) = Events::channel();
+    let secrets = secrets(&to, &request, &mut local).await;
+    let values = secrets.as_ref().map(Vec::as_slice).unwrap_or_default();
+    let mask = Mask::new(values.iter().map(|(_, value)| &value[..]));
+    let name = format!("{}-{}.log", lease.attempt.job, lease.attempt.number);
+    let spool = match Spool::create(&shop.spool.join(name)) {
+        Ok(spool) => Arc::new(spool),
+        Err(error) => {
+            let failure = Failure::infrastructure(&error);
+            let end = failed(failure);
+            tell_finish(&to, finish_of(&end, None)).await;
+            return;
+        }
+    };
+    let log = Arc::new(JobLog::spooled(Arc::clone(&spool), &mask));
+    let reporter = Reporter::start(
+        &to,
+        Arc::clone(&spool),
+        receiver,
+        local.events.take(),
+        mask.clone(),
+    );
+    let work = Work {
+        shop,
+        lease: &lease,
+        events: &events,
+        cancel: stop.cancel.clone(),
+        log: &log,
+    };
+    let (end, observed) = match secrets {
+        Ok(secrets) => work.run(request, local, secrets).await,
+        Err(failure) => (failed(failure), None),
+    };
+    let _ended = log.finish(end.outcome.clone(), None, None, serde_json::Value::Null);
+    drop(events);
+    reporter.drain(DRAIN_TIMEOUT).await;
+    let end = masked(end, &mask);
+    tell_finish(&to, finish_of(&end, observed)).await;
+    spool.remove();
+    if let Some(done) = done {
+        let _nobody_waits = done.send(end);
+    }
+}
+
+fn masked(mut end: JobEnd, mask: &Mask) -> JobEnd {
+    if let Verdict::Failed { message, hint, .. } = &mut end.outcome.verdict {
+        *message = mask.text(message);
+        *hint = hint.take().map(|hint| mask.text(&hint));
+    }
+    if let Err(failure) = &mut end.result {
+        failure.message = mask.text(&failure.message);
+    }
+    end
+}
+
+fn failed(failure: Failure) -> JobEnd {
+    JobEnd {
+        outcome: Outcome {
+            verdict: failure.verdict(),
+            phases_ms: Vec::new(),
+        },
+        result: Err(failure),
+        egress: kiln_network::record::EgressSummary::default(),
+    }
+}
+
+fn finish_of(end: &JobEnd, observed: Option<Box<kiln_core::Observed>>) -> Finish {
+    let receipt = match (&end.result, &observed) {
+        (Ok(Ended::Built(report)), Some(observed)) => Some(receipt(report, observed)),
+        _ => None,
+    };
+    let details = match &end.result {
+        Ok(Ended::Built(report)) => serde_json::json!({ "build": report }),
+        Ok(Ended::Ran(exit)) => serde_json::json!({ "exit": exit, "egress": end.egress }),
+        Err(_) => serde_json::json!({ "egress": end.egress }),
+    };
+    Finish {
+        outcome: end.outcome.clone(),
+        receipt,
+        observed,
+        details,
+    }
+}
+
+async fn tell_finish(to: &To, finish: Finish) {
+    let path = job_path(&to.lease.attempt.job, "finish");
+    let (path, finish) = (&path, &finish);
+    let send = || {
+        let lease = Some(&to.lease);
+        to.client
+            .call::<_, serde_json::Value>(path, lease, finish, REQUEST_TIMEOUT)
+    };
+    let _lease_over = retried(&to.fenced, send).await;
+}
+
+fn receipt(report: &BuildReport, observed: &kiln_core::Observed) -> Receipt {
+    let stored = serde_json::to_vec(observed).unwrap_or_default();
+    Receipt {
+        tags: report.reference.parse().into_iter().collect(),
+        manifest: report.digest,
+        size: report.size,
+        observed: Digest::of(&stored),
+        head: report.head.1.clone(),
+    }
+}
+
+/// Values of the secrets a request names: this process's own, else the controller's. They stay in memory.
+async fn secrets(
+    to: &To,
+    request: &JobRequest,
+    local: &mut LocalJob,
+) -> Result<Vec<(String, Vec<u8>)>, Failure> {
+    let JobKind::SourceBuild(build) = &request.kind else {
+        return Ok(Vec::new());
+    };
+    let mut found = std::mem::take(&mut local.secrets);
+    let missing = build
+        .secrets
+        .iter()
+        .filter(|name| !found.iter().any(|(have, _)| have == *name));
+    let names: Vec<_> = missing.cloned().collect();
+    if names.is_empty() {
+        return Ok(found);
+    }
+    let path = job_path(&request.id, "secrets");
+    let ask = AskSecrets { names };
+    let asked = to
+        .client
+        .call::<_, Secrets>(&path, Some(&to.lease), &ask, REQUEST_TIMEOUT);
+    let answer = asked
+        .await
+        .map_err(|error| Failure::infrastructure(&error))?;
+    for name in ask.names {
+        let value = answer
+            .values
+            .get(&name)
+            .and_then(|v| STANDARD.decode(v).ok());
+        let Some(value) = value else {
+            let message = format!("there is no secret {name:?} for this build");
+            return Err(Failure::new(FailureClass::Usage, message));
+        };
+        found.push((name, value));
+    }
+    Ok(found)
+}
+
+struct Work<'a> {
+    shop: &'a Workshop,
+    lease: &'a Lease,
+    events: &'a Events,
+    cancel: CancellationToken,
+    log: &'a Arc<JobLog>,
+}
+
+/// A source that lies on this host as long as this lives.
+struct Here {
+    dir: PathBuf,
+    git: Option<GitCommit>,
+    _upload: Option<CheckoutDir>,
+    _checkout: Option<Checkout>,
+}
+
+impl Work<'_> {
+    async fn run(
+        &self,
+        request: JobRequest,
+        local: LocalJob,
+        secrets: Vec<(String, Vec<u8>)>,
+    ) -> (JobEnd, Option<Box<kiln_core::Observed>>) {
+        match request.kind.clone() {
+            JobKind::SourceBuild(wanted) => match self.build(request, wanted, local, secrets).await
+            {
+                Ok((end, observed)) => (built(end), observed.map(Box::new)),
+                Err(failure) => (failed(failure), None),
+            },
+            JobKind::Run(command) => {
+                let ran = self.command(request, &command, local.run).await;
+                (ran.unwrap_or_else(failed), None)
+            }
+            JobKind::ImageBuild(_) => {
+                let message = "a build that is planned already cannot be queued";
+                (failed(Failure::new(FailureClass::Usage, message)), None)
+            }
+        }
+    }
+
+    async fn build(
+        &self,
+        request: JobRequest,
+        wanted: SourceBuild,
+        local: LocalJob,
+        secrets: Vec<(String, Vec<u8>)>,
+    ) -> Result<(BuildEnd, Option<kiln_core::Observed>), Failure> {
+        let here = self.source(&request, &wanted.source, local.folder).await?;
+        self.events.tell(Event::Phase { name: "plan" }).await;
+        let tags = match wanted.tags.is_empty() {
+            true => vec![prepare::image_of(&request.tenant, &wanted.name)],
+            false => wanted.tags.clone(),
+        };
+        let site = self.shop.site.clone();
+        let (dir, network) = (here.dir.clone(), request.network.clone());
+        let planned = tokio::task::spawn_blocking(move || {
+            prepare::prepare(&dir, wishes(wanted, tags, &network), &site)
+        });
+        let prepared = planned
+            .await
+            .map_err(|error| Failure::infrastructure(&error))??;
+        let Prepared {
+            build,
+            network,
+            runtimes,
+            tree,
+        } = prepared;
+        let shop = self.shop;
+        let input = BuildInput {
+            request: JobRequest {
+                kind: JobKind::ImageBuild(build),
+                network,
+                ..request
+            },
+            tree: Arc::new(tree),
+            git: here.git.clone(),
+            secrets,
+            ssh_agents: local.ssh_agents,
+            ca_bundle: shop.site.ca_bundle.clone(),
+            step_env: shop.site.step_env(&runtimes),
+            exceptions: shop.site.exceptions(),
+            proxy: shop.site.proxy.clone(),
+            log: Arc::clone(self.log),
+        };
+        let lease = self.lease.clone();
+        let run = build::run(
+            &shop.host,
+            &shop.registry,
+            input,
+            lease,
+            self.events,
+            &self.cancel,
+        );
+        let mut end = run.await;
+        let observed = end.observed.take();
+        Ok((end, observed))
+    }
+
+    async fn source(
+        &self,
+        request: &JobRequest,
+        source: &Source,
+        local: Option<LocalFolder>,
+    ) -> Result<Here, Failure> {
+        if let Some(folder) = local {
+            return Ok(Here {
+                dir: folder.dir,
+                git: folder.git,
+                _upload: None,
+                _checkout: None,
+            });
+        }
+        match source {
+            Source::Tree { digest, size } => self.upload(&request.id, *digest, *size).await,
+            Source::Git { url, reference } => {
+                let asked = Some(reference.as_str()).filter(|name| *name != "HEAD");
+                let site = &self.shop.site;
+                let input = CheckoutInput {
+                    job: request.id.clone(),
+                    address: Address::new(url, asked)?,
+                    ca_bundle: site.ca_bundle.clone(),
+                    exceptions: site.exceptions(),
+                    proxy: site.proxy.clone(),
+                    limits: Limits::default(),
+                    timeout: Duration::from_millis(request.limits.timeout_ms),
+                };
+                let checked =
+                    checkout::checkout(&self.shop.host, input, self.events, &self.cancel).await?;
+                Ok(Here {
+                    dir: checked.dir.path().to_owned(),
+                    git: Some(checked.git.clone()),
+                    _upload: None,
+                    _checkout: Some(checked),
+                })
+            }
+        }
+    }
+
+    /// Fetches an uploaded tree, checks its digest, and writes it into a folder of this host.
+    async fn upload(&self, job: &JobId, digest: Digest, size: u64) -> Result<Here, Failure> {
+        self.events.tell(Event::Phase { name: "checkout" }).await;
+        let infrastructure = |error: &dyn std::error::Error| Failure::infrastructure(error);
+        let path = job_path(job, "source");
+        let body = self.shop.client.get(&path, Some(self.lease));
+        let body = body.await.map_err(|error| infrastructure(&error))?;
+        let stream = http_body_util::BodyDataStream::new(body);
+        let stream = futures_util::TryStreamExt::map_err(stream, io::Error::other);
+        let reader = SyncIoBridge::new(StreamReader::new(stream));
+        let parent = self.shop.host.home.cache.join("checkouts");
+        let name = format!("{job}-source");
+        let unpacked = tokio::task::spawn_blocking(move || {
+            let dir = CheckoutDir::fresh(&parent, &name).map_err(|e| infrastructure(&e))?;
+            let mut hashed = Hashed {
+                inner: reader.take(size.saturating_add(1)),
+                hasher: Hasher::default(),
+            };
+            let done = context::unpack(&mut hashed, dir.path(), Limits::default());
+            // A tar ends before its stream does: the rest belongs to the digest.
+            io::copy(&mut hashed, &mut io::sink()).map_err(|e| infrastructure(&e))?;
+            if hashed.hasher.finish().0 != digest {
+                let message = "the source that arrived is not the one that was uploaded";
+                return Err(Failure::new(FailureClass::Infrastructure, message));
+            }
+            done.map_err(|error| Failure::new(error.class(), crate::orders::chain(&error)))?;
+            Ok(dir)
+        });
+        let dir = unpacked
+            .await
+            .map_err(|error| Failure::infrastructure(&error))??;
+        Ok(Here {
+            dir: dir.path().to_owned(),
+            git: None,
+            _upload: Some(dir),
+            _checkout: None,
+        })
+    }
+
+    async fn command(
+        &self,
+        request: JobRequest,
+        command: &kiln_core::job::RunCommand,
+        local: Option<LocalRun>,
+    ) -> Result<JobEnd, Failure> {
+        let shop = self.shop;
+        let image = match &command.image {
+            None => None,
+            Some(image) => {
+                let wanted = image::Command {
+                    argv: &command.argv,
+                    env: &command.env,
+                };
+                let names = (&request.tenant, image);
+                let prepared = image::prepare(
+                    &shop.host,
+                    &shop.registry,
+                    names,
+                    wanted,
+                    &request.id,
+                    self.events,
+                );
+                Some(prepared.await?)
+            }
+        };
+        let local = local.unwrap_or_else(nobody_watches);
+        let input = RunInput {
+            request,
+            image,
+            stdin: local.stdin,
+            tty: local.tty,
+            output: local.output,
+            control: local.control,
+            listeners: local.listeners,
+            ca_bundle: shop.site.ca_bundle.clone(),
+            exceptions: shop.site.exceptions(),
+            proxy: shop.site.proxy.clone(),
+            log: Arc::clone(self.log),
+        };
+        let lease = self.lease.clone();
+        let end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;
+        Ok(ran(end))
+    }
+}
+
+/// Output goes to the log alone; nothing signals the command.
+fn nobody_watches() -> LocalRun {
+    let (output, mut pieces) = mpsc::channel(OUTPUT_PIECES);
+    tokio::spawn(async move { while pieces.recv().await.is_some() {} });
+    let (held, control) = mpsc::channel(1);
+    // A closed channel would mean nobody can signal the command any more.
+    tokio::spawn(async move { held.closed().await });
+    LocalRun {
+        stdin: None,
+        tty: None,
+        output,
+        control,
+        listeners: Vec::new(),
+    }
+}
+
+fn wishes(
+    wanted: SourceBuild,
+    tags: Vec<kiln_core::ImageRef>,
+    allow: &NetworkPolicy,
+) -> Wishes<'_> {
+    let dockerfile = match (wanted.dockerfile_text, wanted.dockerfile) {
+        (Some(text), name) => Some(DockerfileChoice::Text {
+            name: name.unwrap_or_else(|| "Dockerfile".to_owned()),
+            text,
+        }),
+        (None, Some(path)) => Some(DockerfileChoice::InFolder(path)),
+        (None, None) => None,
+    };
+    Wishes {
+        options: Options {
+            dockerfile,
+            target: wanted.target,
+            build_args: wanted.build_args,
+        },
+        tags,
+        secrets: wanted.secrets,
+        no_cache: wanted.no_cache,
+        allow,
+    }
+}
+
+fn built(end: BuildEnd) -> JobEnd {
+    let verdict = match &end.result {
+        Ok(_) => Verdict::Passed,
+        Err(failure) => failure.verdict(),
+    };
+    JobEnd {
+        outcome: Outcome {
+            verdict,
+            phases_ms: end.phases_ms,
+        },
+        result: end.result.map(|report| Ended::Built(Box::new(report))),
+        egress: end.egress,
+    }
+}
+
+fn ran(end: RunEnd) -> JobEnd {
+    let verdict = match &end.result {
+        Ok(exit) if exit.code == Some(0) => Verdict::Passed,
+        Ok(exit) => Verdict::Failed {
+            class: FailureClass::User,
+            message: ending(exit),
+            hint: None,
+            command_code: Some(exit_code(exit)),
+        },
+        Err(failure) => failure.verdict(),
+    };
+    JobEnd {
+        outcome: Outcome {
+            verdict,
+            phases_ms: end.phases_ms,
+        },
+        result: end.result.map(Ended::Ran),
+        egress: end.egress,
+    }
+}
+
+/// As a shell has it: 128 and the signal's number.
+#[must_use]
+pub fn exit_code(exit: &Exit) -> i32 {
+    match (exit.code, exit.signal) {
+        (Some(code), _) => code & 0xff,
+        (None, Some(signal)) => 128 + (signal & 0x7f),
+        (None, None) => 1,
+    }
+}
+
+/// How a command ended, for a person.
+#[must_use]
+pub fn ending(exit: &Exit) -> String {
+    match (exit.code, exit.signal) {
+        (Some(code), _) => format!("the command ended with exit code {code}"),
+        (None, Some(signal)) => format!("the command was ended by signal {signal}"),
+        (None, None) => "the command ended".to_owned(),
+    }
+}
+
+struct Hashed<R> {
+    inner: R,
+    hasher: Hasher,
+}
+
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let got = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..got]);
+        Ok(got)
+    }
+}

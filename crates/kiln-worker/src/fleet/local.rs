@@ -1,0 +1,83 @@
+//! What the process that submitted a job has for it beyond the request, when it runs the job itself: a folder, a terminal, agents, ports.
+//! None of it travels; a job without it runs from its request alone.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kiln_core::{GitCommit, JobId};
+use kiln_proto::msg::TtySize;
+use tokio::io::AsyncRead;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+
+use super::job::JobEnd;
+use crate::event::Events;
+use crate::orders::Control;
+
+/// A source folder of this host.
+#[derive(Clone, Debug)]
+pub struct LocalFolder {
+    /// Where.
+    pub dir: PathBuf,
+    /// The commit, when it was checked out here.
+    pub git: Option<GitCommit>,
+}
+
+/// A terminal and ports of this host.
+pub struct LocalRun {
+    /// Standard input.
+    pub stdin: Option<Box<dyn AsyncRead + Send + Unpin>>,
+    /// Size of the terminal.
+    pub tty: Option<TtySize>,
+    /// Gets output in order: stream (1 or 2) and bytes.
+    pub output: mpsc::Sender<(u8, Vec<u8>)>,
+    /// Signals and window sizes.
+    pub control: mpsc::Receiver<Control>,
+    /// Ports already bound, each with its guest port.
+    pub listeners: Vec<(TcpListener, u16)>,
+}
+
+impl std::fmt::Debug for LocalRun {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LocalRun")
+    }
+}
+
+/// Everything this process has for one job.
+#[derive(Debug, Default)]
+pub struct LocalJob {
+    /// The source, so that it need not be uploaded.
+    pub folder: Option<LocalFolder>,
+    /// Secrets by name.
+    pub secrets: Vec<(String, Vec<u8>)>,
+    /// Sockets of SSH agents, by name.
+    pub ssh_agents: Vec<(String, PathBuf)>,
+    /// Terminal and ports of a run.
+    pub run: Option<LocalRun>,
+    /// Shows what happens as it happens.
+    pub events: Option<Events>,
+    /// Hears how it ended, after the controller has.
+    pub done: Option<oneshot::Sender<JobEnd>>,
+}
+
+/// Jobs of this process. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct LocalJobs {
+    jobs: Arc<Mutex<HashMap<JobId, LocalJob>>>,
+}
+
+impl LocalJobs {
+    /// Puts what there is for a job. To be done before the job can be leased.
+    pub fn put(&self, job: JobId, local: LocalJob) {
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.insert(job, local);
+    }
+
+    /// Takes it, once.
+    #[must_use]
+    pub fn take(&self, job: &JobId) -> LocalJob {
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.remove(job).unwrap_or_default()
+    }
+}
