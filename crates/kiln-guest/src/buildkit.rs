@@ -23,14 +23,17 @@ use tokio::time::Instant;
 
 use crate::cgroup::{Cgroup, Watch};
 use crate::error::{Context, SysError, chain, failure, invalid};
+use crate::late_config::LateConfig;
 use crate::oci_wrapper::{self, Settings};
 use crate::reaper::Ended;
 use crate::state::{Guest, WORKLOAD};
-use crate::{exec, log, mounts, solve_client, tool, tree};
+use crate::{exec, late_config, log, mounts, solve_client, tool, tree};
 
 /// The daemon in the root disk.
 pub(crate) const DAEMON: &str = "/usr/local/bin/buildkitd";
 const CONFIG: &str = "/run/kiln/buildkitd.toml";
+/// Where a daemon that was started before its disk waits for its configuration.
+const LATE_CONFIG: &str = "/run/kiln/buildkitd-late.toml";
 const SOCKET_DIR: &str = "/run/buildkit";
 const SOCKET: &str = "/run/buildkit/buildkitd.sock";
 /// How long it may take until it answers.
@@ -61,6 +64,23 @@ const SETTINGS_TYPE: (usize, u8) = (3, 4);
 pub(crate) struct Running {
     pid: i32,
     ended: watch::Receiver<Option<Ended>>,
+    words: Words,
+    /// What it was told of step logs at its start.
+    log_bytes_max: u64,
+    /// It waits for its configuration, and has touched nothing yet.
+    waits: Option<LateConfig>,
+}
+
+impl Running {
+    fn is_alive(&self) -> bool {
+        self.ended.borrow().is_none()
+    }
+
+    fn last_words(&self) -> String {
+        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        let words: Vec<u8> = words.iter().copied().collect();
+        String::from_utf8_lossy(&words).into_owned()
+    }
 }
 
 type Words = Arc<Mutex<VecDeque<u8>>>;
@@ -78,7 +98,7 @@ level = "warn"
 address = ["unix://{SOCKET}"]
 
 [history]
-maxEntries = 20
+maxEntries = 0
 
 [cdi]
 disabled = true
@@ -132,7 +152,8 @@ fn step_memory(asked: u64, workload: u64) -> u64 {
     if asked == 0 { most } else { asked.min(most) }
 }
 
-fn set_up(guest: &Guest, order: &BuildkitConfig) -> Result<(), GuestError> {
+/// Makes everything ready for the daemon; gives the text of its configuration.
+fn set_up(guest: &Guest, order: &BuildkitConfig) -> Result<String, GuestError> {
     let steps = steps(guest);
     steps.create()?;
     steps.delegate()?;
@@ -152,12 +173,6 @@ fn set_up(guest: &Guest, order: &BuildkitConfig) -> Result<(), GuestError> {
     } else {
         order.cache_bytes_max
     };
-    tree::write_file(
-        Path::new(CONFIG),
-        0o755,
-        0o644,
-        config(bytes_max, (2 * cpus).max(4)).as_bytes(),
-    )?;
     if !Path::new(oci_wrapper::PATH).exists() {
         let what = || format!("put {} in place", oci_wrapper::PATH);
         fs::copy("/proc/self/exe", oci_wrapper::PATH).context(what)?;
@@ -171,57 +186,108 @@ fn set_up(guest: &Guest, order: &BuildkitConfig) -> Result<(), GuestError> {
     Settings::load()?.store()?;
     fs::create_dir_all(SOCKET_DIR).context(|| format!("make {SOCKET_DIR}"))?;
     let _none_before = fs::remove_file(SOCKET);
-    Ok(())
+    Ok(config(bytes_max, (2 * cpus).max(4)))
 }
 
-/// Starts the daemon and waits until it answers.
+/// Starts the daemon and waits until it answers; without a disk, until it waits for one.
 pub(crate) async fn start(guest: &Arc<Guest>, order: BuildkitConfig) -> Result<(), GuestError> {
     guest.prepared().await;
     let mut running = guest.buildkit.lock().await;
-    if running
-        .as_ref()
-        .is_some_and(|daemon| daemon.ended.borrow().is_none())
-    {
+    let alive = running.as_ref().filter(|daemon| daemon.is_alive());
+    if alive.is_some_and(|daemon| daemon.waits.is_none() || order.wait_for_disk) {
         return Err(invalid("BuildKit runs already"));
     }
     if guest.is_frozen() {
         return Err(invalid("the workload is frozen"));
     }
-    if !guest.mounts.lock().await.is_writable(mounts::STATE) {
+    if !order.wait_for_disk && !guest.mounts.lock().await.is_writable(mounts::STATE) {
         return Err(invalid(
             "BuildKit needs the state disk, mounted for writing",
         ));
     }
-    set_up(guest, &order)?;
-    let words = Words::default();
-    let daemon = launch(guest, &words, order.step_log_bytes_max)?;
-    let mut ended = daemon.ended.clone();
-    *running = Some(daemon);
-    let answer = tokio::select! {
-        answer = answers() => answer,
-        _changed = ended.wait_for(Option::is_some) => {
-            Err(failure(GuestErrorCode::System, "BuildKit ended before it answered"))
-        }
+    let ready = match order.wait_for_disk {
+        true => wait_for_disk(guest, &mut running, &order).await,
+        false => begin(guest, &mut running, &order).await,
     };
-    if let Err(error) = answer {
-        end(guest, &mut running).await;
-        let words = words
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-            .copied()
-            .collect::<Vec<_>>();
-        let words = String::from_utf8_lossy(&words).into_owned();
-        let message = format!("{}; its last words: {words}", error.message);
-        return Err(failure(error.code, message));
-    }
-    if Path::new(solve_client::PROGRAM).exists() {
-        start_client(guest).await?;
-    }
-    Ok(())
+    let Err(error) = ready else {
+        return Ok(());
+    };
+    let words = running.as_ref().map(Running::last_words);
+    end(guest, &mut running).await;
+    let words = words.unwrap_or_default();
+    let message = format!("{}; its last words: {words}", error.message);
+    Err(failure(error.code, message))
 }
 
-/// Starts the client that stays, and waits until it listens. It ends with BuildKit's control group.
+/// Starts the daemon as far as it goes without a disk: up to its configuration.
+async fn wait_for_disk(
+    guest: &Arc<Guest>,
+    running: &mut Option<Running>,
+    order: &BuildkitConfig,
+) -> Result<(), GuestError> {
+    end(guest, running).await;
+    daemon_group(guest).create()?;
+    let path = Path::new(LATE_CONFIG);
+    late_config::make(path)?;
+    let daemon = launch(guest, LATE_CONFIG, order.step_log_bytes_max)?;
+    let mut ended = daemon.ended.clone();
+    let daemon = running.insert(daemon);
+    tokio::select! {
+        opened = LateConfig::opened(path, READY_WAIT) => {
+            daemon.waits = Some(opened?.ok_or_else(late)?);
+            Ok(())
+        }
+        _changed = ended.wait_for(Option::is_some) => Err(ended_early()),
+    }
+}
+
+/// Starts the daemon on the state disk, or gives the one that waits its configuration, and its client.
+async fn begin(
+    guest: &Arc<Guest>,
+    running: &mut Option<Running>,
+    order: &BuildkitConfig,
+) -> Result<(), GuestError> {
+    let fits =
+        |daemon: &Running| daemon.is_alive() && daemon.log_bytes_max == order.step_log_bytes_max;
+    if !running.as_ref().is_some_and(fits) {
+        end(guest, running).await;
+    }
+    let text = set_up(guest, order)?;
+    let mut ended = match running {
+        Some(daemon) => {
+            let waits = daemon.waits.take();
+            waits.map_or(Ok(()), |waits| waits.give(&text))?;
+            daemon.ended.clone()
+        }
+        None => {
+            tree::write_file(Path::new(CONFIG), 0o755, 0o644, text.as_bytes())?;
+            let daemon = launch(guest, CONFIG, order.step_log_bytes_max)?;
+            running.insert(daemon).ended.clone()
+        }
+    };
+    // It listens long before it speaks. A client that connected earlier than that would be refused, and try again after a second.
+    let both = async {
+        let stream = listens().await?;
+        tokio::try_join!(speaks(stream), client(guest)).map(|_| ())
+    };
+    tokio::select! {
+        answer = both => answer,
+        _changed = ended.wait_for(Option::is_some) => Err(ended_early()),
+    }
+}
+
+fn ended_early() -> GuestError {
+    failure(GuestErrorCode::System, "BuildKit ended before it was ready")
+}
+
+/// Starts the client that stays, and waits until it listens. It ends with BuildKit's control group. An older root disk has none.
+async fn client(guest: &Arc<Guest>) -> Result<(), GuestError> {
+    match Path::new(solve_client::PROGRAM).exists() {
+        true => start_client(guest).await,
+        false => Ok(()),
+    }
+}
+
 async fn start_client(guest: &Arc<Guest>) -> Result<(), GuestError> {
     let what = || "start the build client".to_owned();
     let _none_before = fs::remove_file(solve_client::SOCKET);
@@ -280,12 +346,13 @@ fn log_size(bytes_max: u64) -> String {
     }
 }
 
-fn launch(guest: &Arc<Guest>, words: &Words, log_bytes_max: u64) -> Result<Running, SysError> {
+fn launch(guest: &Arc<Guest>, config: &str, log_bytes_max: u64) -> Result<Running, SysError> {
     let what = || "start BuildKit".to_owned();
+    let words = Words::default();
     let (read, write) = pipe_with(PipeFlags::CLOEXEC).context(what)?;
     let mut command = Command::new(DAEMON);
     command
-        .args(["--config", CONFIG])
+        .args(["--config", config])
         .env_clear()
         .current_dir("/");
     command
@@ -313,7 +380,7 @@ fn launch(guest: &Arc<Guest>, words: &Words, log_bytes_max: u64) -> Result<Runni
     rustix::io::ioctl_fionbio(&read, true).context(what)?;
     tokio::spawn(listen(
         Receiver::from_owned_fd(read).context(what)?,
-        Arc::clone(words),
+        Arc::clone(&words),
     ));
     let (sender, ended) = watch::channel(None);
     tokio::spawn(async move {
@@ -324,6 +391,9 @@ fn launch(guest: &Arc<Guest>, words: &Words, log_bytes_max: u64) -> Result<Runni
     Ok(Running {
         pid: child.pid,
         ended,
+        words,
+        log_bytes_max,
+        waits: None,
     })
 }
 
@@ -353,19 +423,13 @@ async fn listen(pipe: Receiver, words: Words) {
     }
 }
 
-/// Waits until the daemon's server speaks. It listens early and speaks when all of it is ready.
-async fn answers() -> Result<(), GuestError> {
+/// Waits until the daemon listens; gives a connection that waits in its queue.
+async fn listens() -> Result<UnixStream, GuestError> {
     let mut changes = Watch::directory(Path::new(SOCKET_DIR))?;
     let deadline = Instant::now() + READY_WAIT;
-    let late = || {
-        failure(
-            GuestErrorCode::Timeout,
-            format!("BuildKit did not answer within {READY_WAIT:?}"),
-        )
-    };
-    let mut stream = loop {
+    loop {
         if let Ok(stream) = UnixStream::connect(SOCKET).await {
-            break stream;
+            return Ok(stream);
         }
         let now = Instant::now();
         if now >= deadline {
@@ -373,13 +437,17 @@ async fn answers() -> Result<(), GuestError> {
         }
         let _looks_again =
             tokio::time::timeout_at(deadline.min(now + LOOK_AGAIN), changes.changed()).await;
-    };
+    }
+}
+
+/// Waits until the daemon's server speaks: then all of it is ready.
+async fn speaks(mut stream: UnixStream) -> Result<(), GuestError> {
     let mut frame = [0; 9];
     let hello = async {
         stream.write_all(HTTP2_HELLO).await?;
         stream.read_exact(&mut frame).await
     };
-    let spoke = tokio::time::timeout_at(deadline, hello)
+    let spoke = tokio::time::timeout(READY_WAIT, hello)
         .await
         .map_err(|_| late())?;
     spoke.context(|| "talk to BuildKit".to_owned())?;
@@ -389,6 +457,13 @@ async fn answers() -> Result<(), GuestError> {
     } else {
         Err(failure(GuestErrorCode::System, "BuildKit speaks no HTTP/2"))
     }
+}
+
+fn late() -> GuestError {
+    failure(
+        GuestErrorCode::Timeout,
+        format!("BuildKit did not answer within {READY_WAIT:?}"),
+    )
 }
 
 /// Stops the daemon and everything it started, and waits until all have gone.
@@ -403,10 +478,15 @@ pub(crate) async fn stop(guest: &Arc<Guest>) -> Result<(), GuestError> {
 
 async fn end(guest: &Guest, running: &mut Option<Running>) {
     if let Some(mut daemon) = running.take() {
-        if daemon.ended.borrow().is_none()
+        // One that waits has nothing to finish, and must not go on without its configuration.
+        let signal = match daemon.waits {
+            Some(_) => Signal::KILL,
+            None => Signal::TERM,
+        };
+        if daemon.is_alive()
             && let Some(pid) = Pid::from_raw(daemon.pid)
         {
-            let _gone = kill_process(pid, Signal::TERM);
+            let _gone = kill_process(pid, signal);
         }
         let ended = daemon.ended.wait_for(Option::is_some);
         if tokio::time::timeout(STOP_GRACE, ended).await.is_err() {
@@ -428,12 +508,12 @@ async fn end(guest: &Guest, running: &mut Option<Running>) {
     let _gone_already = fs::remove_file(SOCKET);
 }
 
-/// True if the daemon runs.
+/// True if the daemon runs on the state disk.
 pub(crate) async fn is_running(guest: &Guest) -> bool {
     let running = guest.buildkit.lock().await;
     running
         .as_ref()
-        .is_some_and(|daemon| daemon.ended.borrow().is_none())
+        .is_some_and(|daemon| daemon.is_alive() && daemon.waits.is_none())
 }
 
 #[cfg(test)]
@@ -450,8 +530,10 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_names_the_wrapper_and_the_registry() {
+    fn the_configuration_names_the_wrapper_and_the_registry_and_keeps_no_history() {
         let text = config(1000, 4);
+        // A record of a build costs a quarter of a second of it, and nobody reads it.
+        assert!(text.contains("[history]\nmaxEntries = 0\n"));
         assert!(text.contains("binary = \"/run/kiln/kiln-runc\""));
         assert!(text.contains("[registry.\"registry.kiln.internal\"]\nhttp = true"));
         assert!(text.contains("defaultCgroupParent = \"/workload/steps\""));

@@ -14,6 +14,7 @@ mod exec;
 mod fd;
 mod freezer;
 mod identity;
+mod late_config;
 mod log;
 mod memory;
 mod modules;

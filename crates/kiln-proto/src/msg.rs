@@ -275,6 +275,10 @@ pub struct BuildkitConfig {
     /// Bytes of each step's output that are passed on; 0 means all. The rest is read and dropped in the guest.
     #[serde(default)]
     pub step_log_bytes_max: u64,
+    /// Start the program only, and have it wait for another such order, with the state disk mounted. For templates. A guest of an
+    /// earlier kiln does not know this, and refuses for want of the disk.
+    #[serde(default)]
+    pub wait_for_disk: bool,
 }
 
 /// Places a tree or file may be put. Never a path of the host's or the tenant's choosing.

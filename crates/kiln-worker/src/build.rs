@@ -342,20 +342,15 @@ impl Job<'_> {
             &self.events,
         )
         .await?;
-        let done = self.in_machine(&attempt, &head, registry, phases).await;
-        let done = match done {
-            Ok(done) => {
-                phases.begin("commit").await;
-                let head = self.commit(&attempt, &head).await;
-                Ok((done, head))
-            }
+        let done = match self.in_machine(&attempt, registry, phases).await {
+            Ok(solve) => self.finish(&attempt, &head, registry, phases, solve).await,
             Err(failure) if cancel.is_cancelled() => Err(failure),
             Err(failure) => Err(attempt.explain(failure).await),
         };
         let template = attempt.template.clone();
         attempt.destroy(&self.events).await;
         drop(pin);
-        let ((published, solve), committed) = done?;
+        let (published, solve, committed) = done?;
         Ok(self.report(Some(&head), template, published, &solve, committed))
     }
 
@@ -379,18 +374,12 @@ impl Job<'_> {
     async fn in_machine(
         &self,
         attempt: &Attempt,
-        head: &Head,
         registry: &RegistryAccess,
         phases: &mut Phases,
-    ) -> Result<(Published, Solve), Failure> {
-        let session = &attempt.session;
-        self.provide_settings(session).await?;
+    ) -> Result<Solve, Failure> {
+        self.provide_settings(&attempt.session).await?;
         attempt.services.lend(self.ssh_agents());
-        if !attempt.build_ready {
-            buildkit::start(session).await?;
-        }
-        phases.begin("source").await;
-        let paths = self.send_source(session).await?;
+        let paths = self.start_and_send(attempt, phases).await?;
         phases.begin("build").await;
         let submitted_ms = self.submitted.elapsed();
         let solved = self.solve(attempt, &paths).await;
@@ -398,17 +387,67 @@ impl Job<'_> {
         let pushed = solve.push_seconds();
         phases.split("push", pushed);
         solve.submitted_ms = u64::try_from(submitted_ms.as_millis()).unwrap_or(u64::MAX);
-        phases.begin("verify").await;
-        let published = publish::verify_and_tag(
-            registry,
-            &self.host.leases,
-            &self.lease,
-            &self.build,
-            solve.claimed_manifest.as_deref(),
-        )
-        .await?;
-        let _head = head;
-        Ok((published, solve))
+        Ok(solve)
+    }
+
+    /// Verifies and names what was pushed, while the machine that is needed no more lets go of its disk; then commits that.
+    async fn finish(
+        &self,
+        attempt: &Attempt,
+        head: &Head,
+        registry: &RegistryAccess,
+        phases: &mut Phases,
+        solve: Solve,
+    ) -> Result<(Published, Solve, Option<String>), Failure> {
+        let verify = async {
+            phases.begin("verify").await;
+            let claimed = solve.claimed_manifest.as_deref();
+            let leases = &self.host.leases;
+            let published =
+                publish::verify_and_tag(registry, leases, &self.lease, &self.build, claimed).await;
+            phases.begin("commit").await;
+            published
+        };
+        // An image that is refused does not wait for the machine.
+        let seal = async { Ok(self.seal(attempt).await) };
+        let (published, sealed) = tokio::try_join!(verify, seal)?;
+        let committed = self.commit(attempt, head, sealed).await;
+        Ok((published, solve, committed))
+    }
+
+    /// Ends the machine cleanly when its disk is wanted; `None` when it is not.
+    async fn seal(&self, attempt: &Attempt) -> Option<Result<(), Failure>> {
+        let trusted = self.input.request.trust == TrustClass::Trusted;
+        // A build that received a secret commits only to a head that untrusted refs cannot read; the embedded tenant has none.
+        match trusted && !self.build.no_cache {
+            true => Some(commit::seal(attempt).await),
+            false => None,
+        }
+    }
+
+    /// Starts BuildKit where it does not run yet, and sends the source in that time. What the source takes beyond is a phase of its own.
+    async fn start_and_send(
+        &self,
+        attempt: &Attempt,
+        phases: &mut Phases,
+    ) -> Result<TreePaths, Failure> {
+        let session = &attempt.session;
+        let mut source = std::pin::pin!(self.send_source(session));
+        let mut sent = None;
+        if !attempt.build_ready {
+            let mut start = std::pin::pin!(buildkit::start(session));
+            loop {
+                tokio::select! {
+                    started = &mut start => break started?,
+                    paths = &mut source, if sent.is_none() => sent = Some(paths?),
+                }
+            }
+        }
+        phases.begin("source").await;
+        match sent {
+            Some(paths) => Ok(paths),
+            None => source.await,
+        }
     }
 
     /// Bound of the disk; CA bundle, environment of RUN steps, secrets, all of them in guest memory.
@@ -530,14 +569,18 @@ impl Job<'_> {
         request
     }
 
-    /// Commits the machine's overlay as the tenant's next head. A failure here does not fail the build.
-    async fn commit(&self, attempt: &Attempt, parent: &Head) -> Option<String> {
-        let trusted = self.input.request.trust == TrustClass::Trusted;
-        // A build that received a secret commits only to a head that untrusted refs cannot read; the embedded tenant has none.
-        if !trusted || self.build.no_cache {
-            return None;
-        }
-        match commit::commit(self.host, attempt, &self.lease, parent).await {
+    /// Commits the sealed machine's overlay as the tenant's next head. A failure here does not fail the build.
+    async fn commit(
+        &self,
+        attempt: &Attempt,
+        parent: &Head,
+        sealed: Option<Result<(), Failure>>,
+    ) -> Option<String> {
+        let committed = match sealed? {
+            Ok(()) => commit::commit(self.host, attempt, &self.lease, parent).await,
+            Err(failure) => Err(failure),
+        };
+        match committed {
             Ok(head) => head,
             Err(failure) => {
                 self.events

@@ -29,19 +29,37 @@ const CLIENT: &str = "/run/kiln/kiln-solve";
 /// # Errors
 /// See [`CallError`].
 pub async fn start(session: &Session) -> Result<(), CallError> {
+    order(session, "start BuildKit", false).await
+}
+
+/// Starts BuildKit as far as it goes without a state disk: [`start`] then is half as long. A guest that cannot is left as it is.
+///
+/// # Errors
+/// See [`CallError`].
+pub async fn start_before_disk(session: &Session) -> Result<(), CallError> {
+    match order(session, "start BuildKit before its disk", true).await {
+        Err(CallError::Refused { error, .. }) if error.code == GuestErrorCode::Invalid => {
+            tracing::debug!(%error, "BuildKit starts with its disk");
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+async fn order(
+    session: &Session,
+    what: &'static str,
+    wait_for_disk: bool,
+) -> Result<(), CallError> {
     let config = BuildkitConfig {
         step_pids_max: STEP_PIDS_MAX,
         // More than is kept, so that it is the host that cuts, and says so.
         step_log_bytes_max: joblog::STEP_BYTES_MAX + STEP_LOG_SLACK,
+        wait_for_disk,
         ..BuildkitConfig::default()
     };
-    orders::call_done(
-        session,
-        "start BuildKit",
-        &Order::StartBuildkit(config),
-        BUILDKIT_TIMEOUT,
-    )
-    .await
+    let order = Order::StartBuildkit(config);
+    orders::call_done(session, what, &order, BUILDKIT_TIMEOUT).await
 }
 
 /// Stops it and waits until it has gone.
@@ -58,6 +76,9 @@ pub async fn stop(session: &Session) -> Result<(), CallError> {
     .await
 }
 
+/// What stays behind was decided on the host, before the source was sent: nothing is looked up or left out again in the machine.
+const IGNORES: &str = "# nothing\n";
+
 /// Puts a Dockerfile into a folder of its own; gives the folder's path in the guest.
 ///
 /// # Errors
@@ -72,7 +93,7 @@ pub async fn send_dockerfile(
     };
     let order = PutTree {
         place,
-        bytes_max: text.len() as u64,
+        bytes_max: (text.len() + IGNORES.len()) as u64,
         entries_max: 4,
     };
     let sent = orders::put_tree(
@@ -82,10 +103,16 @@ pub async fn send_dockerfile(
         orders::ORDER_TIMEOUT,
         move |out| {
             let mut tar = tar::Builder::new(out);
-            let mut header = tar::Header::new_gnu();
-            header.set_size(text.len() as u64);
-            header.set_mode(0o644);
-            tar.append_data(&mut header, "Dockerfile", text.as_bytes())?;
+            let files = [
+                ("Dockerfile", text.as_str()),
+                ("Dockerfile.dockerignore", IGNORES),
+            ];
+            for (name, text) in files {
+                let mut header = tar::Header::new_gnu();
+                header.set_size(text.len() as u64);
+                header.set_mode(0o644);
+                tar.append_data(&mut header, name, text.as_bytes())?;
+            }
             tar.finish()
         },
     )

@@ -14,17 +14,16 @@ use crate::failure::Failure;
 use crate::host::{Host, now_unix_ms};
 use crate::orders;
 
-/// Commits; gives the new head's id, or `None` when another build was first.
+/// Commits the disk of a machine that [`seal`] ended; gives the new head's id, or `None` when another build was first.
 ///
 /// # Errors
-/// When the machine did not end cleanly or the disk tools failed.
+/// When the disk tools or the filesystem failed.
 pub async fn commit(
     host: &Host,
     attempt: &Attempt,
     lease: &Lease,
     parent: &Head,
 ) -> Result<Option<String>, Failure> {
-    seal(attempt).await?;
     let overlay = attempt.machine.take_disk(DiskRole::State)?;
     let below = if parent.depth >= OVERLAYS_MAX {
         root_of(host, parent)?

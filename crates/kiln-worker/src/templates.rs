@@ -1,7 +1,7 @@
 //! Which template a machine starts from, and how templates are prepared.
 //!
-//! Three kinds: *run* (guest ready), *plain build* (BuildKit has run once and stopped; a head is plugged in later), and *build on a
-//! head* (that head mounted, BuildKit running on it). A template of a tenant's head serves that tenant alone.
+//! Three kinds: *run* (guest ready), *plain build* (BuildKit has run once, and another waits for the head that is plugged in later),
+//! and *build on a head* (that head mounted, BuildKit running on it). A template of a tenant's head serves that tenant alone.
 
 use std::time::Duration;
 
@@ -329,7 +329,8 @@ async fn make_one(
         .map_err(bring_up_failure)
 }
 
-/// BuildKit runs once on memory and stops: its pages are in the template's memory, nothing else of it stays.
+/// BuildKit runs once on memory and stops, so that its pages are in the template's memory. Then another starts, as far as it goes
+/// without a disk.
 async fn run_buildkit_once(session: &Session) -> Result<(), Failure> {
     let serial = DiskRole::State.serial().to_owned();
     let memory = Mount {
@@ -353,7 +354,7 @@ async fn run_buildkit_once(session: &Session) -> Result<(), Failure> {
         MOUNT_TIMEOUT,
     )
     .await?;
-    Ok(())
+    Ok(buildkit::start_before_disk(session).await?)
 }
 
 fn mount_state() -> Mount {
