@@ -1,0 +1,512 @@
+//! What a caller asks for, and how it becomes a `JobRequest`: everything is checked here, everything of the token's wins.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use http::HeaderMap;
+use kiln_core::access::{Asked, Granted};
+use kiln_core::dispatch::{LABELS_MAX, Requirements, TAGS_MAX};
+use kiln_core::job::{RunCommand, Source, SourceBuild};
+use kiln_core::{
+    AllowRule, ByteSize, Digest, Dispatch, ImageRef, JobId, JobKind, JobRequest, Label,
+    NetworkPolicy, Priority, QueueName, TenantName,
+};
+use kiln_db::{Idempotency, NewJob};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::caller::Caller;
+use super::limits::ApiConfig;
+use super::problem::Problem;
+
+/// Longest `Idempotency-Key`.
+const KEY_MAX: usize = 128;
+/// Most build arguments, environment variables, secrets or arguments of a command.
+const ENTRIES_MAX: usize = 1000;
+/// Longest single text of a request.
+const TEXT_MAX: usize = 128 * 1024;
+/// Longest URL.
+const URL_MAX: usize = 2048;
+/// Most destinations of one job.
+const RULES_MAX: usize = 256;
+
+/// What every submission may say.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct Common {
+    /// For which tenant: the token's own unless it is an operator's.
+    pub tenant: Option<String>,
+    /// Queue to wait in.
+    pub queue: Option<String>,
+    /// Order there, -100 to 100; at most what the token allows.
+    #[schema(minimum = -100, maximum = 100)]
+    pub priority: Option<i16>,
+    /// At most one job of this group of the tenant runs at a time.
+    pub concurrency_group: Option<String>,
+    /// CPU architecture (`amd64`, `arm64`).
+    pub arch: Option<String>,
+    /// Language runtime the host must have (`node`, `python`).
+    pub runtime: Option<String>,
+    /// Labels the worker must have.
+    pub require: BTreeMap<String, String>,
+    /// Whole CPUs of the host.
+    pub pinned_cpus: bool,
+    /// Words for lists and filters.
+    pub tags: Vec<String>,
+    /// Labels for lists and filters.
+    pub labels: BTreeMap<String, String>,
+    /// Virtual CPUs.
+    #[schema(minimum = 1)]
+    pub cpus: Option<u32>,
+    /// Memory: `512M`, `2G`.
+    pub memory: Option<String>,
+    /// Disk: `10G`.
+    pub disk: Option<String>,
+    /// Wall time in seconds.
+    #[schema(minimum = 1)]
+    pub timeout_seconds: Option<u64>,
+    /// Destinations `host[:ports]`; none means no network.
+    pub allow: Vec<String>,
+    /// `trusted` or `untrusted`; at most what the token allows.
+    pub trust: Option<String>,
+    /// Most attempts, the first included.
+    #[schema(minimum = 1)]
+    pub attempts_max: Option<u32>,
+    /// Where webhooks about this job go.
+    pub notify_url: Option<String>,
+}
+
+/// A build from source. With an uploaded tree, or a git URL.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct BuildAsk {
+    /// Short name; the image's name when no image is named.
+    pub name: Option<String>,
+    /// Git repository instead of an upload.
+    pub git_url: Option<String>,
+    /// Branch, tag or commit of it.
+    pub git_ref: Option<String>,
+    /// Path of the Dockerfile in the source.
+    pub dockerfile: Option<String>,
+    /// The Dockerfile itself, instead of one in the source.
+    pub dockerfile_text: Option<String>,
+    /// Stage to build.
+    pub target: Option<String>,
+    /// Build arguments.
+    pub build_args: BTreeMap<String, String>,
+    /// Names of secrets.
+    pub secrets: Vec<String>,
+    /// Names of the image, within the tenant.
+    pub images: Vec<String>,
+    /// Neither use nor feed the cache.
+    pub no_cache: bool,
+    /// What every submission may say.
+    #[serde(flatten)]
+    pub common: Common,
+}
+
+/// A command in a fresh machine.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunAsk {
+    /// Container image; none means the machine image itself.
+    pub image: Option<String>,
+    /// Command line.
+    pub argv: Vec<String>,
+    /// Environment.
+    pub env: BTreeMap<String, String>,
+    /// What every submission may say.
+    #[serde(flatten)]
+    pub common: Common,
+}
+
+fn label(field: &str, text: &str) -> Result<Label, Problem> {
+    text.parse()
+        .map_err(|error: kiln_core::dispatch::ParseLabelError| {
+            Problem::invalid(field, error.to_string())
+        })
+}
+
+fn labels(field: &str, map: &BTreeMap<String, String>) -> Result<BTreeMap<Label, Label>, Problem> {
+    if map.len() > LABELS_MAX {
+        return Err(Problem::invalid(
+            field,
+            format!("at most {LABELS_MAX} labels"),
+        ));
+    }
+    map.iter()
+        .map(|(name, value)| Ok((label(field, name)?, label(field, value)?)))
+        .collect()
+}
+
+fn parsed<T: std::str::FromStr>(field: &str, text: &str) -> Result<T, Problem>
+where
+    T::Err: std::fmt::Display,
+{
+    text.parse()
+        .map_err(|error: T::Err| Problem::invalid(field, error.to_string()))
+}
+
+fn bounded(field: &str, text: &str) -> Result<(), Problem> {
+    if text.len() > TEXT_MAX || text.contains('\0') {
+        return Err(Problem::invalid(field, "it is too long, or holds a NUL"));
+    }
+    Ok(())
+}
+
+fn entries(field: &str, map: &BTreeMap<String, String>) -> Result<(), Problem> {
+    if map.len() > ENTRIES_MAX {
+        return Err(Problem::invalid(
+            field,
+            format!("at most {ENTRIES_MAX} entries"),
+        ));
+    }
+    for (name, value) in map {
+        let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+        if name.is_empty() || name.len() > 200 || !name.bytes().all(legal) {
+            return Err(Problem::invalid(field, "names are letters, digits and _"));
+        }
+        bounded(field, value)?;
+    }
+    Ok(())
+}
+
+/// A path inside the source: relative, without `..`, printable.
+fn inner_path(field: &str, text: &str) -> Result<(), Problem> {
+    let bad = text.is_empty()
+        || text.len() > 1024
+        || text.starts_with('/')
+        || text.contains('\\')
+        || text.chars().any(char::is_control)
+        || text.split('/').any(|part| part == "..");
+    if bad {
+        return Err(Problem::invalid(
+            field,
+            "it must be a path inside the source",
+        ));
+    }
+    Ok(())
+}
+
+fn url(field: &str, text: &str, schemes: &[&str]) -> Result<(), Problem> {
+    let wrong = || {
+        Problem::invalid(
+            field,
+            format!("it must be an address: {}", schemes.join(" or ")),
+        )
+    };
+    if text.len() > URL_MAX || text.chars().any(|c| c.is_control() || c.is_whitespace()) {
+        return Err(wrong());
+    }
+    let uri: http::Uri = text.parse().map_err(|_| wrong())?;
+    let known = uri
+        .scheme_str()
+        .is_some_and(|scheme| schemes.contains(&scheme));
+    let host = uri.host().is_some_and(|host| !host.is_empty());
+    let account = uri.authority().is_some_and(|a| a.as_str().contains('@'));
+    if !known || !host {
+        return Err(wrong());
+    }
+    if account {
+        return Err(
+            Problem::invalid(field, "it must hold no user name or password")
+                .hint("give credentials as secrets"),
+        );
+    }
+    Ok(())
+}
+
+impl Common {
+    fn asked(&self) -> Result<Asked, Problem> {
+        let size = |field: &str, text: &Option<String>| {
+            text.as_deref()
+                .map(|text| parsed::<ByteSize>(field, text))
+                .transpose()
+        };
+        if self.allow.len() > RULES_MAX {
+            return Err(Problem::invalid(
+                "allow",
+                format!("at most {RULES_MAX} destinations"),
+            ));
+        }
+        let rules: Vec<AllowRule> = self
+            .allow
+            .iter()
+            .map(|rule| parsed("allow", rule))
+            .collect::<Result<_, _>>()?;
+        Ok(Asked {
+            cpus: self.cpus,
+            memory: size("memory", &self.memory)?,
+            disk: size("disk", &self.disk)?,
+            timeout_ms: self.timeout_seconds.map(|s| s.saturating_mul(1000)),
+            network_bits: None,
+            network: NetworkPolicy::from_rules(rules),
+            priority: Priority::try_from(self.priority.unwrap_or(0))
+                .map_err(|error| Problem::invalid("priority", error.to_string()))?,
+        })
+    }
+
+    fn dispatch(&self, priority: Priority) -> Result<Dispatch, Problem> {
+        if self.tags.len() > TAGS_MAX {
+            return Err(Problem::invalid("tags", format!("at most {TAGS_MAX} tags")));
+        }
+        let opt = |field: &str, text: &Option<String>| {
+            text.as_deref().map(|text| label(field, text)).transpose()
+        };
+        let attempts_max = self.attempts_max.unwrap_or(Dispatch::ATTEMPTS_MAX);
+        if attempts_max == 0 || attempts_max > Dispatch::ATTEMPTS_MAX {
+            return Err(Problem::invalid(
+                "attempts_max",
+                format!("it must be 1 to {}", Dispatch::ATTEMPTS_MAX),
+            ));
+        }
+        Ok(Dispatch {
+            queue: match &self.queue {
+                Some(queue) => parsed("queue", queue)?,
+                None => QueueName::default_queue(),
+            },
+            priority,
+            requires: Requirements {
+                arch: opt("arch", &self.arch)?,
+                runtime: opt("runtime", &self.runtime)?,
+                labels: labels("require", &self.require)?,
+                pinned_cpus: self.pinned_cpus,
+            },
+            concurrency_group: opt("concurrency_group", &self.concurrency_group)?,
+            tags: self
+                .tags
+                .iter()
+                .map(|tag| label("tags", tag))
+                .collect::<Result<BTreeSet<_>, _>>()?,
+            attempts_max,
+        })
+    }
+
+    /// The tenant that was named.
+    pub(crate) fn tenant(&self) -> Result<Option<TenantName>, Problem> {
+        self.tenant
+            .as_deref()
+            .map(|name| parsed("tenant", name))
+            .transpose()
+    }
+}
+
+impl BuildAsk {
+    /// The work, of a source that was uploaded or of the git URL.
+    pub(crate) fn kind(&self, uploaded: Option<(Digest, u64)>) -> Result<JobKind, Problem> {
+        let source = match (uploaded, &self.git_url) {
+            (Some((digest, size)), None) => Source::Tree { digest, size },
+            (None, Some(address)) => {
+                url("git_url", address, &["https", "http", "ssh", "git"])?;
+                let reference = self.git_ref.clone().unwrap_or_else(|| "HEAD".to_owned());
+                git_reference(&reference)?;
+                Source::Git {
+                    url: address.clone(),
+                    reference,
+                }
+            }
+            (Some(_), Some(_)) => {
+                return Err(Problem::invalid(
+                    "git_url",
+                    "there is an uploaded source already",
+                ));
+            }
+            (None, None) => {
+                return Err(Problem::invalid("source", "there is no source")
+                    .hint("upload a tar archive as the part `source`, or name a `git_url`"));
+            }
+        };
+        let name = self.name.clone().unwrap_or_else(|| "app".to_owned());
+        if !kiln_core::image_ref::is_repository(&name) || name.len() > 100 {
+            return Err(Problem::invalid(
+                "name",
+                "it must be a name an image can have",
+            ));
+        }
+        if let Some(path) = &self.dockerfile {
+            inner_path("dockerfile", path)?;
+        }
+        if let Some(text) = &self.dockerfile_text {
+            bounded("dockerfile_text", text)?;
+            if self.dockerfile.is_some() {
+                return Err(Problem::invalid(
+                    "dockerfile_text",
+                    "there is a `dockerfile` already",
+                ));
+            }
+        }
+        if let Some(target) = &self.target {
+            label("target", target)?;
+        }
+        entries("build_args", &self.build_args)?;
+        if self.secrets.len() > ENTRIES_MAX || self.images.len() > TAGS_MAX {
+            return Err(Problem::invalid("secrets", "too many secrets or images"));
+        }
+        for secret in &self.secrets {
+            label("secrets", secret)?;
+        }
+        Ok(JobKind::SourceBuild(SourceBuild {
+            source,
+            name,
+            dockerfile: self.dockerfile.clone(),
+            dockerfile_text: self.dockerfile_text.clone(),
+            target: self.target.clone(),
+            build_args: self.build_args.clone(),
+            secrets: self.secrets.clone(),
+            tags: self
+                .images
+                .iter()
+                .map(|image| image_name(image))
+                .collect::<Result<_, _>>()?,
+            no_cache: self.no_cache,
+        }))
+    }
+}
+
+/// A name within the tenant: no registry, no digest.
+fn image_name(text: &str) -> Result<ImageRef, Problem> {
+    let image: ImageRef = parsed("images", text)?;
+    if image.registry.is_some() || image.digest.is_some() {
+        return Err(Problem::invalid(
+            "images",
+            "name images within the tenant: `app` or `app:v1`",
+        ));
+    }
+    Ok(image)
+}
+
+/// What git takes as a reference and cannot take as an option.
+fn git_reference(text: &str) -> Result<(), Problem> {
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b"-_./".contains(&b);
+    let bad = text.is_empty()
+        || text.len() > 250
+        || text.starts_with(['-', '/', '.'])
+        || text.contains("..")
+        || !text.bytes().all(legal);
+    if bad {
+        return Err(Problem::invalid(
+            "git_ref",
+            "it is not a branch, tag or commit",
+        ));
+    }
+    Ok(())
+}
+
+impl RunAsk {
+    /// The work.
+    pub(crate) fn kind(&self) -> Result<JobKind, Problem> {
+        let image: Option<ImageRef> = self
+            .image
+            .as_deref()
+            .map(|image| parsed("image", image))
+            .transpose()?;
+        if self.argv.is_empty() && image.is_none() {
+            return Err(Problem::invalid("argv", "there is no command"));
+        }
+        if self.argv.len() > ENTRIES_MAX {
+            return Err(Problem::invalid(
+                "argv",
+                format!("at most {ENTRIES_MAX} arguments"),
+            ));
+        }
+        for word in &self.argv {
+            bounded("argv", word)?;
+        }
+        entries("env", &self.env)?;
+        Ok(JobKind::Run(RunCommand {
+            image,
+            argv: self.argv.clone(),
+            env: self.env.clone(),
+            ports: Vec::new(),
+            tty: false,
+            stdin: false,
+        }))
+    }
+}
+
+/// A request as it is queued: limits narrowed, trust and priority bounded by the token.
+pub(crate) fn new_job(
+    config: &ApiConfig,
+    caller: &Caller,
+    tenant: &TenantName,
+    kind: JobKind,
+    common: &Common,
+    key: Option<String>,
+    id: JobId,
+) -> Result<NewJob, Problem> {
+    use kiln_core::job::TrustClass;
+    let granted: Granted = config
+        .ceiling
+        .narrow(
+            &common.asked()?,
+            &config.default_limits,
+            caller.principal.priority_max,
+        )
+        .map_err(|outside| {
+            let field = if outside.field == "timeout" {
+                "timeout_seconds"
+            } else {
+                outside.field
+            };
+            Problem::invalid(field, outside.to_string())
+                .hint("a request can only ask for less than the operator allows")
+        })?;
+    let trust = match (common.trust.as_deref(), caller.principal.trust) {
+        (None, token) => token,
+        (Some("untrusted"), _) => TrustClass::Untrusted,
+        (Some("trusted"), TrustClass::Trusted) => TrustClass::Trusted,
+        (Some("trusted"), TrustClass::Untrusted) => {
+            return Err(Problem::invalid("trust", "this token's jobs are untrusted"));
+        }
+        (Some(_), _) => return Err(Problem::invalid("trust", "it is `trusted` or `untrusted`")),
+    };
+    if let Some(address) = &common.notify_url {
+        url("notify_url", address, &["https", "http"])?;
+    }
+    let request = JobRequest {
+        id,
+        tenant: tenant.clone(),
+        kind,
+        network: granted.network,
+        limits: granted.limits,
+        trust,
+        dispatch: common.dispatch(granted.priority)?,
+    };
+    let labels = labels("labels", &common.labels)?;
+    let body = serde_json::to_vec(&(
+        &request.kind,
+        &request.network,
+        &request.limits,
+        request.trust,
+        &request.dispatch,
+        &labels,
+        &common.notify_url,
+    ))
+    .map_err(|_| Problem::bad_request("the request cannot be kept"))?;
+    Ok(NewJob {
+        idempotency: key.map(|key| Idempotency {
+            key,
+            body: Digest::of(&body),
+        }),
+        submitted_by: caller.subject().to_owned(),
+        notify_url: common.notify_url.clone(),
+        labels,
+        request,
+    })
+}
+
+/// The `Idempotency-Key`, if one came.
+pub(crate) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+    let mut keys = headers.get_all("idempotency-key").iter();
+    let Some(key) = keys.next() else {
+        return Ok(None);
+    };
+    let text = key.to_str().unwrap_or_default();
+    let legal = text.bytes().all(|b| b.is_ascii_graphic());
+    if keys.next().is_some() || text.is_empty() || text.len() > KEY_MAX || !legal {
+        return Err(Problem::invalid(
+            "Idempotency-Key",
+            format!("it is one header of 1 to {KEY_MAX} printable characters"),
+        ));
+    }
+    Ok(Some(text.to_owned()))
+}

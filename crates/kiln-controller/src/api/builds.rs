@@ -1,0 +1,274 @@
+//! `POST /v1/builds`: source to image.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use http::{HeaderMap, StatusCode, header};
+use kiln_core::{Action, Digest, JobId, JobKind, TenantName};
+use kiln_db::{NewJob, SubmitError, Submitted};
+use utoipa::ToSchema;
+
+use super::Api;
+use super::ask::{self, BuildAsk, Common};
+use super::caller::Caller;
+use super::extract::{Answer, JSON_MAX, from_slice};
+use super::problem::Problem;
+use super::upload::{self, Form};
+use super::view::JobView;
+use crate::access::Door;
+
+/// What a part with a secret's value is named: this and the secret's name.
+const SECRET_PART: &str = "secret.";
+
+/// The parts of an upload.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "it only describes the form")]
+pub(crate) struct BuildForm {
+    /// What is asked, as JSON; send it before `source`.
+    request: BuildAsk,
+    /// The source tree: tar, plain or compressed with gzip or zstd.
+    #[schema(value_type = String, format = Binary)]
+    source: Vec<u8>,
+    /// Values of secrets, one part each, named `secret.NAME`.
+    #[schema(rename = "secret.NAME")]
+    secret: String,
+}
+
+/// Everything of a build request.
+#[derive(Default)]
+pub(crate) struct Collected {
+    pub(crate) ask: Option<BuildAsk>,
+    pub(crate) tenant: Option<TenantName>,
+    pub(crate) source: Option<(Digest, u64)>,
+    pub(crate) secrets: HashMap<String, Vec<u8>>,
+}
+
+/// Builds an image from an uploaded source tree or a git repository.
+///
+/// As `multipart/form-data`: `request` (JSON), then `source` (an archive), and values of secrets. As `application/json`: a git URL.
+#[utoipa::path(
+    post, path = "/v1/builds", tag = "jobs",
+    request_body(content(
+        (BuildForm = "multipart/form-data"),
+        (BuildAsk = "application/json"),
+    )),
+    params(("Idempotency-Key" = Option<String>, Header, description = "The same key with the same request gives the same job; 1 to 128 printable characters.")),
+    responses(
+        (status = 202, description = "Queued", body = JobView),
+        (status = 200, description = "The same request came before", body = JobView),
+        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn create(
+    State(api): State<Arc<Api>>,
+    caller: Caller,
+    request: Request,
+) -> Result<Answer<JobView>, Problem> {
+    let (parts, body) = request.into_parts();
+    let key = ask::idempotency_key(&parts.headers)?;
+    let kind = parts.headers.get(header::CONTENT_TYPE);
+    let kind = kind.and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let collected = if kind.trim_start().starts_with("application/json") {
+        let bytes = axum::body::to_bytes(body, JSON_MAX)
+            .await
+            .map_err(|error| {
+                if upload::is_stalled(&error) {
+                    upload::stalled()
+                } else {
+                    Problem::too_large(format!("a request has at most {JSON_MAX} bytes"))
+                }
+            })?;
+        Collected {
+            ask: Some(from_slice(&bytes)?),
+            ..Collected::default()
+        }
+    } else {
+        collect(&api, &caller, &parts.headers, body).await?
+    };
+    let asked = collected.ask.unwrap_or_default();
+    let tenant = match collected.tenant {
+        Some(tenant) => tenant,
+        None => authorise(&api, &caller, &asked.common).await?,
+    };
+    if asked.common.tenant()?.is_some_and(|named| named != tenant) {
+        return Err(Problem::invalid("tenant", "it came after the source")
+            .hint("send the part `request` before the part `source`"));
+    }
+    let mut asked = asked;
+    for name in collected.secrets.keys() {
+        if !asked.secrets.contains(name) {
+            asked.secrets.push(name.clone());
+        }
+    }
+    asked.secrets.sort();
+    let kind = asked.kind(collected.source)?;
+    submit(
+        &api,
+        &caller,
+        &tenant,
+        kind,
+        &asked.common,
+        key,
+        collected.secrets,
+    )
+    .await
+}
+
+async fn authorise(api: &Api, caller: &Caller, common: &Common) -> Result<TenantName, Problem> {
+    let named = common.tenant()?;
+    caller
+        .acting_for(api, named.as_ref(), Action::JobSubmit, "build")
+        .await
+}
+
+async fn collect(
+    api: &Api,
+    caller: &Caller,
+    headers: &HeaderMap,
+    body: axum::body::Body,
+) -> Result<Collected, Problem> {
+    let mut form = Form::new(api, headers, body)?;
+    let mut got = Collected::default();
+    let twice = |name: &str| Problem::invalid(name, "there are two parts of this name");
+    while let Some((name, field)) = form.next(api).await? {
+        match name.as_str() {
+            "request" if got.ask.is_some() => return Err(twice("request")),
+            "request" => {
+                let asked: BuildAsk = from_slice(&upload::small(api, field).await?)?;
+                if got.source.is_none() {
+                    got.tenant = Some(authorise(api, caller, &asked.common).await?);
+                }
+                got.ask = Some(asked);
+            }
+            "source" if got.source.is_some() => return Err(twice("source")),
+            "source" => {
+                let tenant = match &got.tenant {
+                    Some(tenant) => tenant.clone(),
+                    None => authorise(api, caller, &Common::default()).await?,
+                };
+                got.source = Some(upload::source(api, &tenant, field).await?);
+                got.tenant = Some(tenant);
+            }
+            other => {
+                let Some(secret) = other.strip_prefix(SECRET_PART) else {
+                    let shown: String =
+                        other.chars().filter(|c| !c.is_control()).take(80).collect();
+                    return Err(Problem::invalid(shown, "there is no such part")
+                        .hint("the parts are request, source and secret.NAME"));
+                };
+                let value = upload::small(api, field).await?.to_vec();
+                if got.secrets.insert(secret.to_owned(), value).is_some() {
+                    return Err(twice(other));
+                }
+            }
+        }
+    }
+    Ok(got)
+}
+
+/// A new id: `b` for builds, `r` for runs, `j` else.
+pub(crate) fn new_id(api: &Api, kind: &JobKind) -> JobId {
+    let prefix = match kind {
+        JobKind::SourceBuild(_) | JobKind::ImageBuild(_) => 'b',
+        JobKind::Run(_) => 'r',
+    };
+    let mut random = [0; 5];
+    // Ids need to differ, not to be secret: the time alone is enough for that if randomness fails.
+    let _filled = getrandom::fill(&mut random);
+    JobId::new(prefix, api.now_ms(), random)
+}
+
+/// Queues a job; its secrets are held before anybody can lease it.
+pub(crate) async fn submit(
+    api: &Api,
+    caller: &Caller,
+    tenant: &TenantName,
+    kind: JobKind,
+    common: &Common,
+    key: Option<String>,
+    secrets: HashMap<String, Vec<u8>>,
+) -> Result<Answer<JobView>, Problem> {
+    let id = new_id(api, &kind);
+    let new = ask::new_job(&api.config, caller, tenant, kind, common, key, id)?;
+    submit_ready(api, new, secrets).await
+}
+
+/// Queues what is already a request.
+pub(crate) async fn submit_ready(
+    api: &Api,
+    new: NewJob,
+    secrets: HashMap<String, Vec<u8>>,
+) -> Result<Answer<JobView>, Problem> {
+    let id = new.request.id.clone();
+    let held = !secrets.is_empty();
+    if held {
+        api.backend()
+            .hold_secrets(&id, secrets)
+            .map_err(|why| Problem::too_many("secrets", why))?;
+    }
+    let submitted = queue(api, new).await;
+    if held && !matches!(&submitted, Ok(submitted) if !submitted.repeated) {
+        api.backend().forget_secrets(&id);
+    }
+    let submitted = submitted?;
+    let attempts = api.db().attempts(&submitted.job.request.id).await?;
+    let status = if submitted.repeated {
+        StatusCode::OK
+    } else {
+        StatusCode::ACCEPTED
+    };
+    Ok(Answer(status, JobView::of(&submitted.job, &attempts)))
+}
+
+/// Queues a build for a caller that is already authorised.
+pub(crate) async fn submit_asked(
+    api: &Api,
+    caller: &Caller,
+    tenant: &TenantName,
+    asked: &BuildAsk,
+    source: Option<(Digest, u64)>,
+) -> Result<kiln_db::Job, Problem> {
+    let kind = asked.kind(source)?;
+    let id = new_id(api, &kind);
+    let new = ask::new_job(&api.config, caller, tenant, kind, &asked.common, None, id)?;
+    Ok(queue(api, new).await?.job)
+}
+
+async fn queue(api: &Api, new: NewJob) -> Result<Submitted, Problem> {
+    api.db().submit(new).await.map_err(|error| {
+        let refused = |code: &'static str| {
+            api.backend()
+                .count(Door::User, Action::JobSubmit.name(), Some(code));
+        };
+        match error {
+            SubmitError::KeyConflict { .. } => {
+                refused("key_conflict");
+                Problem::new(
+                    StatusCode::UNPROCESSABLE_ENTITY,
+                    "idempotency_conflict",
+                    "this Idempotency-Key was used for another request",
+                )
+                .hint("use a new key for a new request")
+            }
+            SubmitError::Exists(_) => Problem::conflict("exists", "there is a job of this id"),
+            SubmitError::UnknownTenant(name) => {
+                Problem::invalid("tenant", format!("there is no tenant {name}"))
+                    .hint("an admin makes one with `kiln tenant create`")
+            }
+            SubmitError::UnknownQueue(name) => {
+                Problem::invalid("queue", format!("there is no queue {name}"))
+            }
+            SubmitError::TooManyPending { pending, limit, .. } => {
+                refused("pending_quota");
+                Problem::too_many(
+                    "pending_quota",
+                    format!("{pending} jobs of this tenant wait already, at most {limit} may"),
+                )
+                .retry_after(10)
+            }
+            SubmitError::Database(error) => error.into(),
+        }
+    })
+}

@@ -1,0 +1,202 @@
+//! What one token, tenant or stranger may use of this server at a time: requests, uploads, followers, rows of the audit trail.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use kiln_core::TenantName;
+use kiln_core::access::Ceiling;
+use kiln_core::job::Limits;
+
+/// Buckets that are remembered; a full one more is forgotten first.
+const BUCKETS_MAX: usize = 10_000;
+
+/// Bounds of the public API.
+#[derive(Clone, Debug)]
+pub struct ApiConfig {
+    /// The most that a request may ask for.
+    pub ceiling: Ceiling,
+    /// What it gets when it asks for nothing.
+    pub default_limits: Limits,
+    /// Largest uploaded source, bytes.
+    pub source_max: u64,
+    /// Requests per second of one token, in the long run.
+    pub requests_per_s: u32,
+    /// Requests of one token at once.
+    pub requests_burst: u32,
+    /// Uploads of one tenant at a time.
+    pub uploads_per_tenant: u32,
+    /// Followers (events, logs) of one tenant at a time.
+    pub followers_per_tenant: u32,
+    /// Time between two signs of life to a follower.
+    pub heartbeat: Duration,
+    /// Longest time until a request is answered; followers and bodies aside.
+    pub request_timeout: Duration,
+    /// Longest time without a byte of a request's body.
+    pub body_stall: Duration,
+    /// Hosts that this server is called by, beside addresses; empty means any. Keeps pages of other sites from reaching it.
+    pub hosts: Vec<String>,
+}
+
+impl Default for ApiConfig {
+    fn default() -> Self {
+        let ceiling = Ceiling::default();
+        Self {
+            default_limits: Limits {
+                cpus: 2,
+                memory: kiln_core::ByteSize::gib(4),
+                disk: kiln_core::ByteSize::gib(20),
+                timeout_ms: 1_800_000,
+            },
+            ceiling,
+            source_max: 1 << 30,
+            requests_per_s: 50,
+            requests_burst: 200,
+            uploads_per_tenant: 8,
+            followers_per_tenant: 2_000,
+            heartbeat: Duration::from_secs(15),
+            request_timeout: Duration::from_secs(30),
+            body_stall: Duration::from_secs(20),
+            hosts: Vec::new(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Bucket {
+    left: f64,
+    at: Instant,
+}
+
+/// Token buckets by name.
+#[derive(Debug)]
+pub(crate) struct Rates {
+    per_s: f64,
+    burst: f64,
+    buckets: Mutex<HashMap<String, Bucket>>,
+}
+
+impl Rates {
+    pub(crate) fn new(per_s: u32, burst: u32) -> Self {
+        Self {
+            per_s: f64::from(per_s),
+            burst: f64::from(burst.max(1)),
+            buckets: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// Takes one, if there is one.
+    pub(crate) fn take(&self, name: &str, now: Instant) -> bool {
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        if buckets.len() >= BUCKETS_MAX && !buckets.contains_key(name) {
+            let full = |bucket: &Bucket| {
+                bucket.left + now.duration_since(bucket.at).as_secs_f64() * self.per_s >= self.burst
+            };
+            buckets.retain(|_, bucket| !full(bucket));
+            if buckets.len() >= BUCKETS_MAX {
+                return false;
+            }
+        }
+        let bucket = buckets.entry(name.to_owned()).or_insert(Bucket {
+            left: self.burst,
+            at: now,
+        });
+        let grown = now.saturating_duration_since(bucket.at).as_secs_f64() * self.per_s;
+        bucket.left = (bucket.left + grown).min(self.burst);
+        bucket.at = now;
+        if bucket.left < 1.0 {
+            return false;
+        }
+        bucket.left -= 1.0;
+        true
+    }
+}
+
+/// Counts what each tenant has open.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    most: u32,
+    open: Mutex<HashMap<TenantName, u32>>,
+}
+
+/// One slot; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    slots: Arc<Slots>,
+    tenant: TenantName,
+}
+
+impl Slots {
+    pub(crate) fn new(most: u32) -> Arc<Self> {
+        Arc::new(Self {
+            most,
+            open: Mutex::new(HashMap::new()),
+        })
+    }
+
+    pub(crate) fn take(self: &Arc<Self>, tenant: &TenantName) -> Option<Slot> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = open.entry(tenant.clone()).or_insert(0);
+        if *count >= self.most {
+            return None;
+        }
+        *count += 1;
+        Some(Slot {
+            slots: Arc::clone(self),
+            tenant: tenant.clone(),
+        })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut open = self
+            .slots
+            .open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = open.get_mut(&self.tenant) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.tenant);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_empties_and_fills_and_is_nobody_elses() {
+        let rates = Rates::new(10, 2);
+        let start = Instant::now();
+        let took: Vec<bool> = (0..3).map(|_| rates.take("a", start)).collect();
+        assert_eq!(took, [true, true, false]);
+        assert!(rates.take("b", start));
+        assert!(rates.take("a", start + Duration::from_millis(100)));
+        assert!(!rates.take("a", start + Duration::from_millis(101)));
+    }
+
+    #[test]
+    fn names_without_end_cost_no_memory_without_end() {
+        let rates = Rates::new(0, 1);
+        let now = Instant::now();
+        for i in 0..BUCKETS_MAX {
+            assert!(rates.take(&i.to_string(), now));
+        }
+        assert!(!rates.take("one more", now));
+    }
+
+    #[test]
+    fn slots_come_back() {
+        let slots = Slots::new(1);
+        let tenant: TenantName = "acme".parse().expect("name");
+        let held = slots.take(&tenant).expect("first");
+        assert!(slots.take(&tenant).is_none());
+        assert!(slots.take(&TenantName::local()).is_some());
+        drop(held);
+        assert!(slots.take(&tenant).is_some());
+    }
+}

@@ -1,0 +1,178 @@
+//! The public HTTP interface: `/v1`, and hypeman's build routes. Everything a user or service asks of a controller comes in here.
+//!
+//! A handler proves who calls ([`caller`]), asks whether they may, checks what they say ([`ask`]), and says what came of it
+//! ([`view`], [`problem`]). OpenAPI is generated from the handlers. Read next: [`ports`] (what it needs), [`listen`] (the sockets).
+
+mod artifacts;
+mod ask;
+mod audit;
+mod builds;
+mod caller;
+mod cursor;
+mod docs;
+mod events;
+mod extract;
+mod hypeman;
+mod jobs;
+mod limits;
+pub mod listen;
+mod logs;
+mod ports;
+mod problem;
+mod queues;
+mod runs;
+mod shield;
+mod tenants;
+mod tokens;
+mod upload;
+mod view;
+mod workers;
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use kiln_db::Database;
+use utoipa::OpenApi;
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+pub use ask::{BuildAsk, Common, RunAsk};
+pub use limits::ApiConfig;
+pub use listen::{ListenConfig, ListenError, Sockets};
+pub use ports::{Backend, LogPiece, Pieces, SourceRefused};
+pub use problem::Problem;
+pub use tokens::TokenClaims;
+pub use view::{
+    ArtifactView, AttemptView, JobLine, JobView, LimitsView, List, OutcomeView, QueueView,
+    RoomView, TenantView, TokenView, UsageView, WorkerView,
+};
+
+use crate::access::Access;
+use limits::{Rates, Slots};
+
+/// Audit rows about strangers per second, in the long run.
+const STRANGER_ROWS_PER_S: u32 = 5;
+/// And at once.
+const STRANGER_ROWS_BURST: u32 = 100;
+
+/// State of the public API.
+pub(crate) struct Api {
+    backend: Arc<dyn Backend>,
+    pub(crate) config: ApiConfig,
+    pub(crate) rates: Rates,
+    pub(crate) strangers: Rates,
+    pub(crate) uploads: Arc<Slots>,
+    pub(crate) followers: Arc<Slots>,
+}
+
+impl std::fmt::Debug for Api {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Api")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Api {
+    fn new(backend: Arc<dyn Backend>, config: ApiConfig) -> Arc<Self> {
+        Arc::new(Self {
+            rates: Rates::new(config.requests_per_s, config.requests_burst),
+            strangers: Rates::new(STRANGER_ROWS_PER_S, STRANGER_ROWS_BURST),
+            uploads: Slots::new(config.uploads_per_tenant),
+            followers: Slots::new(config.followers_per_tenant),
+            backend,
+            config,
+        })
+    }
+
+    pub(crate) fn db(&self) -> &Database {
+        self.backend.db()
+    }
+
+    pub(crate) fn access(&self) -> &Access {
+        self.backend.access()
+    }
+
+    pub(crate) fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    /// Of this host's clock: for tokens, never for leases.
+    #[expect(clippy::unused_self, reason = "a test may give it another clock")]
+    pub(crate) fn now_ms(&self) -> u64 {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| {
+                u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+            })
+    }
+}
+
+/// The document's own words; paths and schemas come from the handlers.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "kiln",
+        description = "Builds and runs in fresh microVMs. Every answer that is no success is an RFC 9457 problem with a stable `code`.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    security(("token" = [])),
+)]
+struct Document;
+
+fn handlers() -> OpenApiRouter<Arc<Api>> {
+    let mut document = Document::openapi();
+    let components = document.components.get_or_insert_default();
+    components.add_security_scheme(
+        "token",
+        SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)),
+    );
+    OpenApiRouter::with_openapi(document)
+        .routes(routes!(builds::create))
+        .routes(routes!(runs::create))
+        .routes(routes!(jobs::list))
+        .routes(routes!(jobs::show, jobs::cancel))
+        .routes(routes!(jobs::retry))
+        .routes(routes!(events::follow))
+        .routes(routes!(logs::read))
+        .routes(routes!(artifacts::list))
+        .routes(routes!(artifacts::fetch))
+        .routes(routes!(workers::list))
+        .routes(routes!(workers::show, workers::remove))
+        .routes(routes!(workers::change))
+        .routes(routes!(queues::list, queues::create))
+        .routes(routes!(queues::change))
+        .routes(routes!(tenants::list, tenants::create))
+        .routes(routes!(tenants::change))
+        .routes(routes!(tenants::usage))
+        .routes(routes!(tokens::list, tokens::create))
+        .routes(routes!(tokens::create_join))
+        .routes(routes!(tokens::revoke))
+        .routes(routes!(tokens::exchange))
+        .routes(routes!(tokens::who_am_i))
+        .routes(routes!(audit::list))
+        .routes(routes!(hypeman::create, hypeman::list))
+        .routes(routes!(hypeman::show, hypeman::cancel))
+        .routes(routes!(hypeman::events))
+}
+
+/// The OpenAPI 3.1 document of the public API.
+#[must_use]
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    handlers().into_openapi()
+}
+
+/// Every public route, behind its shields. Serve it with [`listen`], which says who is at the other end of a connection.
+pub fn router(backend: Arc<dyn Backend>, config: ApiConfig) -> Router {
+    let api = Api::new(backend, config);
+    let (router, document) = handlers().split_for_parts();
+    let router = router
+        .merge(docs::routes(&document))
+        .route("/.well-known/jwks.json", axum::routing::get(tokens::jwks))
+        .fallback(shield::nothing_here)
+        .method_not_allowed_fallback(shield::other_methods)
+        .with_state(Arc::clone(&api));
+    shield::around(router, &api)
+}

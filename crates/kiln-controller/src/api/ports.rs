@@ -1,0 +1,87 @@
+//! What the public API needs of the rest of a controller, as one trait: files or S3, one controller or several, a fake in a test.
+
+use std::collections::HashMap;
+use std::io;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
+use kiln_core::{Digest, JobId, TenantName};
+use kiln_db::{Artifact, Database, Job};
+
+use crate::access::{Access, Door};
+
+/// A piece of a job's log.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct LogPiece {
+    /// From the asked offset on, as much as there is and was asked for.
+    pub bytes: Bytes,
+    /// Bytes of the whole log so far.
+    pub size: u64,
+    /// More was written than is kept.
+    pub truncated: bool,
+}
+
+/// Why a source was not stored.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceRefused {
+    /// It is larger than the operator allows.
+    #[error("the source has more than {0} bytes")]
+    TooLarge(u64),
+    /// The upload broke; its sender is to blame, or the line.
+    #[error("the upload ended before it was whole")]
+    Cut(#[source] io::Error),
+    /// The store could not.
+    #[error("the source could not be stored")]
+    Store(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// What of a body arrives, piece by piece.
+pub type Pieces<'a> = BoxStream<'a, io::Result<Bytes>>;
+
+/// The rest of a controller.
+pub trait Backend: Send + Sync {
+    /// Every durable row.
+    fn db(&self) -> &Database;
+
+    /// Keys and tokens.
+    fn access(&self) -> &Access;
+
+    /// Streams a source to where sources are kept, for a tenant alone; gives its digest and bytes, computed as it arrived. Its limit
+    /// may be lower than the API's. A stream that breaks leaves nothing.
+    fn put_source<'a>(
+        &'a self,
+        tenant: &'a TenantName,
+        pieces: Pieces<'a>,
+    ) -> BoxFuture<'a, Result<(Digest, u64), SourceRefused>>;
+
+    /// Holds secrets that came with a job, until it is over.
+    ///
+    /// # Errors
+    /// In words for the caller, when there are too many.
+    fn hold_secrets(&self, job: &JobId, values: HashMap<String, Vec<u8>>) -> Result<(), String>;
+
+    /// Forgets a job's secrets.
+    fn forget_secrets(&self, job: &JobId);
+
+    /// Bytes of a job's log (of its running or last attempt) from `offset` on, at most `max`. An empty piece: no more yet.
+    fn read_log<'a>(
+        &'a self,
+        job: &'a Job,
+        offset: u64,
+        max: usize,
+    ) -> BoxFuture<'a, io::Result<LogPiece>>;
+
+    /// Waits until the log is longer than `offset`; may come back early, never later than the caller's own timer.
+    fn log_longer_than<'a>(&'a self, job: &'a Job, offset: u64) -> BoxFuture<'a, ()>;
+
+    /// The content of an artifact.
+    fn open_artifact<'a>(
+        &'a self,
+        job: &'a Job,
+        artifact: &'a Artifact,
+    ) -> BoxFuture<'a, io::Result<Pieces<'static>>>;
+
+    /// Counts one attempt to do something, allowed or refused. Label sets are closed: names of actions and codes of refusals.
+    fn count(&self, door: Door, action: &'static str, refused: Option<&'static str>);
+}

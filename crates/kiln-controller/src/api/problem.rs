@@ -1,0 +1,175 @@
+//! Refusals and failures as RFC 9457 problem documents: a stable `code`, one sentence, and what to try.
+//!
+//! Nothing of the inside is shown: a database's or disk's own words go to the log under the same request id.
+
+use axum::response::{IntoResponse, Response};
+use http::{HeaderValue, StatusCode, header};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Body of every answer that is not a success; `application/problem+json`.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Problem {
+    /// `urn:kiln:problem:` and the code.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The code in words.
+    pub title: String,
+    /// HTTP status.
+    pub status: u16,
+    /// Stable short name: programs decide by this.
+    pub code: String,
+    /// What happened, in one sentence.
+    pub detail: String,
+    /// What to try.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// The field it is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub field: Option<String>,
+    /// Seconds to wait before another try.
+    #[serde(skip)]
+    #[schema(ignore)]
+    pub retry_after: Option<u64>,
+}
+
+impl Problem {
+    /// A problem; `code` is lower-case words joined by underscores.
+    #[must_use]
+    pub fn new(status: StatusCode, code: &str, detail: impl Into<String>) -> Self {
+        Self {
+            kind: format!("urn:kiln:problem:{code}"),
+            title: code.replace('_', " "),
+            status: status.as_u16(),
+            code: code.to_owned(),
+            detail: detail.into(),
+            hint: None,
+            field: None,
+            retry_after: None,
+        }
+    }
+
+    /// With what to try.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// With the field it is about.
+    #[must_use]
+    pub fn field(mut self, field: impl Into<String>) -> Self {
+        self.field = Some(field.into());
+        self
+    }
+
+    /// With the seconds to wait before another try.
+    #[must_use]
+    pub fn retry_after(mut self, seconds: u64) -> Self {
+        self.retry_after = Some(seconds);
+        self
+    }
+
+    /// The request cannot be understood.
+    #[must_use]
+    pub fn bad_request(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "bad_request", detail)
+    }
+
+    /// A field of the request is understood and not acceptable.
+    #[must_use]
+    pub fn invalid(field: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid", detail).field(field)
+    }
+
+    /// No such thing, or somebody else's.
+    #[must_use]
+    pub fn not_found(what: &str, name: &str) -> Self {
+        let name: String = name.chars().filter(|c| !c.is_control()).take(80).collect();
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "not_found",
+            format!("there is no {what} {name}"),
+        )
+    }
+
+    /// No proof of identity, or one that is not good.
+    #[must_use]
+    pub fn unauthenticated(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, "unauthenticated", detail)
+            .hint("send `Authorization: Bearer TOKEN` with a token made by `kiln token create`")
+    }
+
+    /// Who it is, is known; this is not theirs to do.
+    #[must_use]
+    pub fn forbidden(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "forbidden", detail)
+    }
+
+    /// It contradicts what is.
+    #[must_use]
+    pub fn conflict(code: &str, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, code, detail)
+    }
+
+    /// More bytes than are taken.
+    #[must_use]
+    pub fn too_large(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", detail)
+    }
+
+    /// Too often, or too much at once.
+    #[must_use]
+    pub fn too_many(code: &str, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, code, detail).retry_after(1)
+    }
+
+    /// Something of ours does not work now; the cause goes to the log alone.
+    #[must_use]
+    pub fn unavailable(cause: &dyn std::error::Error) -> Self {
+        let mut chain = cause.to_string();
+        let mut next = cause.source();
+        while let Some(error) = next {
+            chain.push_str(": ");
+            chain.push_str(&error.to_string());
+            next = error.source();
+        }
+        tracing::error!(cause = %chain, "a request could not be served");
+        Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "unavailable",
+            "kiln cannot do this at the moment",
+        )
+        .hint("try again; the operator finds the cause in the server's log")
+        .retry_after(2)
+    }
+}
+
+impl From<kiln_db::DbError> for Problem {
+    fn from(error: kiln_db::DbError) -> Self {
+        Self::unavailable(&error)
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let body = serde_json::to_vec(&self).unwrap_or_default();
+        let mut response = (status, body).into_response();
+        let headers = response.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/problem+json"),
+        );
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(
+                header::WWW_AUTHENTICATE,
+                HeaderValue::from_static("Bearer realm=\"kiln\""),
+            );
+        }
+        if let Some(seconds) = self.retry_after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}

@@ -1,0 +1,580 @@
+//! `/v1/tokens`: made once, shown once, never giving more than their maker has; and the exchange for short-lived ones.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use http::{HeaderMap, StatusCode, header};
+use kiln_core::access::{ParseAccessError, Principal, Target, sees_every_tenant};
+use kiln_core::job::TrustClass;
+use kiln_core::{Action, Label, PoolName, Priority, Role, TenantName, TokenId};
+use kiln_db::{NewJoinToken, NewToken, Placement, Token};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::Api;
+use super::caller::{Caller, Unproven};
+use super::extract::{Answer, Body, Named};
+use super::problem::Problem;
+use super::view::{List, TokenView};
+use crate::access::door::USER_LIFE_MAX_S;
+use crate::access::user_token::USER_LIFE_S;
+use crate::access::{Door, ExchangeRefused, secret_token};
+
+/// Life of a service token unless asked otherwise: 90 days.
+const SERVICE_LIFE_S: u64 = 90 * 86_400;
+/// And at most: a year.
+const SERVICE_LIFE_MAX_S: u64 = 366 * 86_400;
+/// Life of a join token unless asked otherwise: an hour.
+const JOIN_LIFE_S: u64 = 3600;
+/// And at most: a week.
+const JOIN_LIFE_MAX_S: u64 = 7 * 86_400;
+/// Longest description.
+const DESCRIPTION_MAX: usize = 200;
+
+/// What a service token carries beside tenant, role and scopes.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenClaims {
+    /// Whether its role reaches beyond the tenant.
+    #[serde(default)]
+    pub operator: bool,
+    /// Highest priority it may ask for.
+    #[serde(default)]
+    pub priority_max: Priority,
+    /// The best trust its jobs can have.
+    pub trust: TrustClass,
+}
+
+/// Who a kept token speaks for.
+pub(crate) fn principal(token: &Token) -> Result<Principal, ParseAccessError> {
+    let claims: TokenClaims = serde_json::from_value(token.claims.clone()).unwrap_or(TokenClaims {
+        operator: false,
+        priority_max: Priority::default(),
+        trust: TrustClass::Untrusted,
+    });
+    let scopes: BTreeSet<Action> = token
+        .scopes
+        .iter()
+        .map(|scope| scope.parse())
+        .collect::<Result<_, _>>()?;
+    Ok(Principal {
+        subject: format!("token {}", token.id),
+        token: Some(token.id.clone()),
+        tenant: token.tenant.clone(),
+        role: token.role.parse()?,
+        operator: claims.operator,
+        scopes: Some(scopes).filter(|scopes| !scopes.is_empty()),
+        priority_max: claims.priority_max,
+        trust: claims.trust,
+        expires_unix_ms: token.expires_unix_ms,
+    })
+}
+
+/// Lists tokens: every tenant's and workers' join tokens for operators, else the caller's tenant's.
+#[utoipa::path(
+    get, path = "/v1/tokens", tag = "tokens",
+    responses(
+        (status = 200, description = "All that the caller may see", body = List<TokenView>),
+        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn list(
+    State(api): State<Arc<Api>>,
+    caller: Caller,
+) -> Result<Answer<List<TokenView>>, Problem> {
+    let own = caller
+        .acting_for(&api, None, Action::TokenRead, "tokens")
+        .await?;
+    let all = sees_every_tenant(&caller.principal, Action::TokenRead);
+    let tokens = api.db().tokens(Some(&own).filter(|_| !all)).await?;
+    let mut items: Vec<TokenView> = tokens.iter().map(TokenView::of).collect();
+    if all {
+        items.extend(api.db().join_tokens().await?.iter().map(TokenView::of_join));
+    }
+    Ok(Answer(StatusCode::OK, List { items, next: None }))
+}
+
+/// A new service token.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NewService {
+    /// `admin`, `build-engineer`, `security`, `developer` or `read-only`.
+    role: String,
+    /// For which tenant; the caller's own unless it is an operator.
+    #[serde(default)]
+    tenant: Option<String>,
+    /// The only actions it is good for; all of its role when empty.
+    #[serde(default)]
+    scopes: Vec<String>,
+    /// Whether its role reaches beyond the tenant.
+    #[serde(default)]
+    operator: bool,
+    /// Highest priority its jobs may have.
+    #[serde(default)]
+    #[schema(minimum = -100, maximum = 100)]
+    priority_max: i16,
+    /// Whether its jobs may be trusted.
+    #[serde(default)]
+    trusted: bool,
+    /// For people.
+    #[serde(default)]
+    description: String,
+    /// Seconds it lives; 90 days unless named, a year at most.
+    #[serde(default)]
+    expires_in: Option<u64>,
+}
+
+/// A token that was made: the only time its text is shown.
+#[derive(Serialize, Deserialize, ToSchema)]
+pub(crate) struct MadeToken {
+    /// Public name.
+    id: String,
+    /// The token. Keep it: it is never shown again.
+    token: String,
+    /// Not good from then on, milliseconds since the Unix epoch.
+    expires_unix_ms: u64,
+}
+
+fn beyond(what: &str) -> Problem {
+    Problem::forbidden(format!("a token cannot give {what} than its maker has"))
+}
+
+/// Makes a service token. It never gives more than its maker has.
+#[utoipa::path(
+    post, path = "/v1/tokens", tag = "tokens", request_body = NewService,
+    responses(
+        (status = 201, description = "The token, shown this once", body = MadeToken),
+        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn create(
+    State(api): State<Arc<Api>>,
+    caller: Caller,
+    Body(asked): Body<NewService>,
+) -> Result<Answer<MadeToken>, Problem> {
+    let named: Option<TenantName> = asked
+        .tenant
+        .as_deref()
+        .map(str::parse)
+        .transpose()
+        .map_err(|error: kiln_core::id::ParseIdError| {
+            Problem::invalid("tenant", error.to_string())
+        })?;
+    let tenant = caller
+        .acting_for(&api, named.as_ref(), Action::TokenCreate, "token")
+        .await?;
+    let wrong = |field: &'static str| {
+        move |error: ParseAccessError| Problem::invalid(field, error.to_string())
+    };
+    let role: Role = asked.role.parse().map_err(wrong("role"))?;
+    if !caller.may_give(role, asked.operator) {
+        return Err(beyond("a higher role"));
+    }
+    let mut scopes: BTreeSet<Action> = asked
+        .scopes
+        .iter()
+        .map(|scope| scope.parse())
+        .collect::<Result<_, _>>()
+        .map_err(wrong("scopes"))?;
+    if let Some(own) = &caller.principal.scopes {
+        if scopes.is_empty() {
+            scopes.clone_from(own);
+        }
+        if !scopes.is_subset(own) {
+            return Err(beyond("wider scopes"));
+        }
+    }
+    let priority_max = Priority::try_from(asked.priority_max)
+        .map_err(|error| Problem::invalid("priority_max", error.to_string()))?;
+    if priority_max > caller.principal.priority_max {
+        return Err(beyond("a higher priority"));
+    }
+    if asked.trusted && caller.principal.trust != TrustClass::Trusted {
+        return Err(beyond("more trust"));
+    }
+    let description = description(&asked.description)?;
+    let expires_unix_ms = life(
+        &api,
+        &caller,
+        asked.expires_in,
+        SERVICE_LIFE_S,
+        SERVICE_LIFE_MAX_S,
+    )?;
+    if !api
+        .db()
+        .tenants()
+        .await?
+        .iter()
+        .any(|known| known.name == tenant)
+    {
+        return Err(Problem::invalid(
+            "tenant",
+            format!("there is no tenant {tenant}"),
+        ));
+    }
+    let made = secret_token::new_service();
+    let claims = TokenClaims {
+        operator: asked.operator,
+        priority_max,
+        trust: if asked.trusted {
+            TrustClass::Trusted
+        } else {
+            TrustClass::Untrusted
+        },
+    };
+    let new = NewToken {
+        id: made.id.clone(),
+        hash: made.hash,
+        tenant,
+        role: role.name().to_owned(),
+        scopes: scopes.iter().map(|scope| scope.name().to_owned()).collect(),
+        claims: serde_json::to_value(claims).unwrap_or_default(),
+        description,
+        expires_unix_ms: Some(expires_unix_ms),
+        created_by: caller.subject().to_owned(),
+    };
+    if !api.db().create_token(new).await? {
+        return Err(Problem::conflict("exists", "try again"));
+    }
+    Ok(made_token(made, expires_unix_ms))
+}
+
+fn made_token(made: secret_token::NewSecret, expires_unix_ms: u64) -> Answer<MadeToken> {
+    Answer(
+        StatusCode::CREATED,
+        MadeToken {
+            id: made.id.to_string(),
+            token: made.text,
+            expires_unix_ms,
+        },
+    )
+}
+
+fn description(text: &str) -> Result<String, Problem> {
+    if text.len() > DESCRIPTION_MAX || text.chars().any(char::is_control) {
+        return Err(Problem::invalid(
+            "description",
+            format!("it is one line of at most {DESCRIPTION_MAX} bytes"),
+        ));
+    }
+    Ok(text.to_owned())
+}
+
+/// End of a new token: as asked, within bounds, and not after its maker's own proof when that is a short-lived one.
+fn life(
+    api: &Api,
+    caller: &Caller,
+    asked: Option<u64>,
+    usual: u64,
+    most: u64,
+) -> Result<u64, Problem> {
+    let seconds = asked.unwrap_or(usual);
+    if !(1..=most).contains(&seconds) {
+        return Err(Problem::invalid(
+            "expires_in",
+            format!("it is 1 to {most} seconds"),
+        ));
+    }
+    let end = api.now_ms() + seconds * 1000;
+    // A scoped or expiring service token must not outlive itself by making another; a session may make what its owner may.
+    let service = caller
+        .principal
+        .token
+        .as_ref()
+        .is_some_and(|id| id.as_str().starts_with("kst-"));
+    Ok(match caller.principal.expires_unix_ms {
+        Some(own) if service => end.min(own),
+        _ => end,
+    })
+}
+
+/// What a worker that joins will be.
+#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct NewJoin {
+    /// Its pool; `default` unless named.
+    pool: Option<String>,
+    /// Its labels.
+    labels: BTreeMap<String, String>,
+    /// Tenants whose jobs it may run; all when left out.
+    tenants: Option<Vec<String>>,
+    /// Seconds the token lives; an hour unless named, a week at most.
+    expires_in: Option<u64>,
+}
+
+/// Makes a single-use token by which one worker joins; it pins this server's authority.
+#[utoipa::path(
+    post, path = "/v1/tokens/join", tag = "tokens", request_body = NewJoin,
+    responses(
+        (status = 201, description = "The token, shown this once", body = MadeToken),
+        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn create_join(
+    State(api): State<Arc<Api>>,
+    caller: Caller,
+    Body(asked): Body<NewJoin>,
+) -> Result<Answer<MadeToken>, Problem> {
+    caller
+        .may(
+            &api,
+            Action::WorkerEnrol,
+            Target::Installation,
+            "join token",
+        )
+        .await?;
+    let wrong = |error: kiln_core::id::ParseIdError| Problem::invalid("tenants", error.to_string());
+    let placement = Placement {
+        pool: match &asked.pool {
+            Some(pool) => pool.parse().map_err(|error: kiln_core::id::ParseIdError| {
+                Problem::invalid("pool", error.to_string())
+            })?,
+            None => PoolName::default_pool(),
+        },
+        labels: join_labels(&asked.labels)?,
+        tenants: asked
+            .tenants
+            .map(|names| {
+                names
+                    .iter()
+                    .map(|name| name.parse())
+                    .collect::<Result<_, _>>()
+            })
+            .transpose()
+            .map_err(wrong)?,
+    };
+    let expires_unix_ms = life(
+        &api,
+        &caller,
+        asked.expires_in,
+        JOIN_LIFE_S,
+        JOIN_LIFE_MAX_S,
+    )?;
+    let made = secret_token::new_join(&api.access().authority().fingerprint());
+    let new = NewJoinToken {
+        id: made.id.clone(),
+        hash: made.hash,
+        placement,
+        expires_unix_ms,
+        created_by: caller.subject().to_owned(),
+    };
+    api.db().create_join_token(new).await?;
+    Ok(made_token(made, expires_unix_ms))
+}
+
+fn join_labels(map: &BTreeMap<String, String>) -> Result<BTreeMap<Label, Label>, Problem> {
+    let wrong =
+        |error: kiln_core::dispatch::ParseLabelError| Problem::invalid("labels", error.to_string());
+    if map.len() > kiln_core::dispatch::LABELS_MAX {
+        return Err(Problem::invalid("labels", "there are too many"));
+    }
+    map.iter()
+        .map(|(name, value)| Ok((name.parse().map_err(wrong)?, value.parse().map_err(wrong)?)))
+        .collect()
+}
+
+/// Revokes a token, at once and for ever; with it, everything that was exchanged for it.
+#[utoipa::path(
+    delete, path = "/v1/tokens/{id}", tag = "tokens", params(("id" = String, Path)),
+    responses(
+        (status = 204, description = "Revoked"),
+        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn revoke(
+    State(api): State<Arc<Api>>,
+    caller: Caller,
+    Named(text): Named,
+) -> Result<StatusCode, Problem> {
+    let nothing = || Problem::not_found("token", &text);
+    let own = caller
+        .acting_for(&api, None, Action::TokenRevoke, &text)
+        .await?;
+    let id: TokenId = text.parse().map_err(|_| nothing())?;
+    let all = sees_every_tenant(&caller.principal, Action::TokenRevoke);
+    // Sessions made from it carry its id, and live no longer than this.
+    let sessions_end = api.now_ms() + (USER_LIFE_MAX_S + 60) * 1000;
+    if caller.principal.token.as_ref() == Some(&id) && id.as_str().starts_with("jwt-") {
+        api.db().revoke_session(id.as_str(), sessions_end).await?;
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    let known = api
+        .db()
+        .revoke_token(&id, Some(&own).filter(|_| !all))
+        .await?;
+    if known {
+        api.db().revoke_session(id.as_str(), sessions_end).await?;
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    if all && api.db().revoke_join_token(&id).await? {
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    Err(nothing())
+}
+
+/// What is exchanged.
+#[derive(Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Exchange {
+    /// An identity token of a trusted issuer. Left out: the token in the Authorization header.
+    subject_token: Option<String>,
+    /// Seconds the new token lives; 15 minutes unless named, an hour at most.
+    expires_in: Option<u64>,
+}
+
+/// A short-lived token.
+#[derive(Serialize, Deserialize, ToSchema)]
+pub(crate) struct Exchanged {
+    /// The token.
+    access_token: String,
+    /// `Bearer`.
+    token_type: String,
+    /// Seconds it lives.
+    expires_in: u64,
+    /// Its id, to revoke it by.
+    id: String,
+}
+
+/// Exchanges a service token, or an identity token of a trusted issuer, for a short-lived token of this server.
+#[utoipa::path(
+    post, path = "/v1/token/exchange", tag = "tokens", request_body = Exchange,
+    responses(
+        (status = 200, description = "The token", body = Exchanged),
+        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn exchange(
+    State(api): State<Arc<Api>>,
+    headers: HeaderMap,
+    Body(asked): Body<Exchange>,
+) -> Result<Answer<Exchanged>, Problem> {
+    if !api.rates.take("exchange", Instant::now()) {
+        return Err(Problem::too_many(
+            "rate",
+            "too many tokens are exchanged at once",
+        ));
+    }
+    let seconds = asked.expires_in.unwrap_or(USER_LIFE_S);
+    if !(1..=USER_LIFE_MAX_S).contains(&seconds) {
+        return Err(Problem::invalid(
+            "expires_in",
+            format!("it is 1 to {USER_LIFE_MAX_S} seconds"),
+        ));
+    }
+    let principal = match asked.subject_token {
+        Some(token) => foreign(&api, token).await?,
+        None => {
+            let shown = headers.get(header::AUTHORIZATION);
+            let shown = shown.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+            let shown = shown.ok_or_else(|| Problem::unauthenticated("there is no token"))?;
+            api.authenticate(shown.trim())
+                .await
+                .map_err(|error| match error {
+                    Unproven::Refused(why) => refused(&api, why.code(), &why.to_string()),
+                    Unproven::Unavailable(problem) => problem,
+                })?
+        }
+    };
+    let now = api.now_ms();
+    let made = api.access().issue_user(&principal, seconds, now);
+    let made = made.map_err(|error| Problem::unavailable(&error))?;
+    api.backend().count(Door::User, "token:exchange", None);
+    let caller = Caller::of(principal);
+    let tenant = Some(caller.tenant().clone());
+    caller.note_exchange(&api, tenant, made.id.as_str()).await?;
+    Ok(Answer(
+        StatusCode::OK,
+        Exchanged {
+            access_token: made.text,
+            token_type: "Bearer".to_owned(),
+            expires_in: made.expires_unix_ms.saturating_sub(now) / 1000,
+            id: made.id.to_string(),
+        },
+    ))
+}
+
+fn refused(api: &Api, code: &'static str, why: &str) -> Problem {
+    api.backend()
+        .count(Door::User, "token:exchange", Some(code));
+    Problem::unauthenticated(format!("the token was refused: {why}"))
+}
+
+async fn foreign(api: &Arc<Api>, token: String) -> Result<Principal, Problem> {
+    let worker = Arc::clone(api);
+    let exchanged = tokio::task::spawn_blocking(move || {
+        worker.access().issuers().exchange(&token, worker.now_ms())
+    });
+    let exchanged = exchanged
+        .await
+        .map_err(|error| Problem::unavailable(&error))?;
+    exchanged.map_err(|error| match error {
+        ExchangeRefused::Token(why) => refused(api, why.code(), &why.to_string()),
+        ExchangeRefused::NoRule => refused(api, "no_rule", &error.to_string()),
+        ExchangeRefused::Fetch(_) => {
+            tracing::warn!(%error, "an identity token could not be checked");
+            Problem::new(
+                StatusCode::BAD_GATEWAY,
+                "issuer_unavailable",
+                "the issuer's keys cannot be fetched at the moment",
+            )
+        }
+    })
+}
+
+/// Who the caller is.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub(crate) struct WhoAmI {
+    /// Who.
+    subject: String,
+    /// Tenant.
+    tenant: String,
+    /// Role.
+    role: String,
+    /// Whether the role reaches beyond the tenant.
+    operator: bool,
+    /// The only actions the token is good for.
+    scopes: Option<Vec<String>>,
+    /// Highest priority it may ask for.
+    priority_max: i16,
+    /// When its proof ends, milliseconds since the Unix epoch.
+    expires_unix_ms: Option<u64>,
+}
+
+/// Says who the token speaks for.
+#[utoipa::path(
+    get, path = "/v1/whoami", tag = "tokens",
+    responses(
+        (status = 200, description = "Who", body = WhoAmI),
+        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn who_am_i(caller: Caller) -> Answer<WhoAmI> {
+    let who = caller.principal;
+    let names = |set: BTreeSet<Action>| set.iter().map(|a| a.name().to_owned()).collect();
+    Answer(
+        StatusCode::OK,
+        WhoAmI {
+            subject: who.subject,
+            tenant: who.tenant.to_string(),
+            role: who.role.name().to_owned(),
+            operator: who.operator,
+            scopes: who.scopes.map(names),
+            priority_max: who.priority_max.get(),
+            expires_unix_ms: who.expires_unix_ms,
+        },
+    )
+}
+
+/// The public keys of the user door, RFC 7517.
+pub(crate) async fn jwks(State(api): State<Arc<Api>>) -> Response {
+    Answer(StatusCode::OK, api.access().jwks()).into_response()
+}

@@ -1,0 +1,232 @@
+//! Multipart uploads (RFC 7578), streamed: a source goes to disk as it arrives, everything else is small and bounded.
+
+use std::error::Error;
+use std::io;
+
+use axum::body::Body;
+use futures_util::{StreamExt as _, stream};
+use http::{HeaderMap, StatusCode, header};
+use kiln_core::{Digest, TenantName};
+use multer::{Constraints, Field, Multipart, SizeLimit};
+
+use super::Api;
+use super::ports::SourceRefused;
+use super::problem::Problem;
+
+/// Largest part that is not a source.
+const PART_MAX: u64 = 1 << 20;
+/// Most bytes of an upload beside its source: parts, boundaries, headers.
+const BESIDE_MAX: u64 = 8 << 20;
+/// Most parts of one upload.
+const PARTS_MAX: usize = 128;
+/// Bytes by which an archive is recognised: up to the end of the magic of a tar header.
+const MAGIC: usize = 262;
+
+/// No byte of a body came for too long.
+#[derive(Debug, thiserror::Error)]
+#[error("no byte came for too long")]
+pub(crate) struct Stalled;
+
+/// Whether an error is, or was caused by, [`Stalled`].
+pub(crate) fn is_stalled(error: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if error.is::<Stalled>() {
+            return true;
+        }
+        if let Some(inner) = error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref)
+            && is_stalled(inner)
+        {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+/// The answer to a body that stands still.
+pub(crate) fn stalled() -> Problem {
+    Problem::new(
+        StatusCode::REQUEST_TIMEOUT,
+        "stalled",
+        "the body stood still for too long",
+    )
+}
+
+/// The parts of an upload, one after the other.
+pub(crate) struct Form {
+    multipart: Multipart<'static>,
+    parts: usize,
+}
+
+impl Form {
+    /// Of a request; refuses at once what says itself that it is too large.
+    pub(crate) fn new(api: &Api, headers: &HeaderMap, body: Body) -> Result<Self, Problem> {
+        let kind = headers.get(header::CONTENT_TYPE);
+        let kind = kind.and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        let boundary = multer::parse_boundary(kind).map_err(|_| {
+            Problem::new(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "media_type",
+                "the body must be multipart/form-data with a boundary",
+            )
+        })?;
+        let most = api.config.source_max.saturating_add(BESIDE_MAX);
+        let said = headers.get(header::CONTENT_LENGTH);
+        let said = said.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+        if said.is_some_and(|said| said > most) {
+            return Err(too_large(api));
+        }
+        let sizes = SizeLimit::new()
+            .whole_stream(most)
+            .per_field(PART_MAX)
+            .for_field("source", api.config.source_max);
+        let constraints = Constraints::new().size_limit(sizes);
+        Ok(Self {
+            multipart: Multipart::with_constraints(body.into_data_stream(), boundary, constraints),
+            parts: 0,
+        })
+    }
+
+    /// The next part and its name.
+    pub(crate) async fn next(
+        &mut self,
+        api: &Api,
+    ) -> Result<Option<(String, Field<'static>)>, Problem> {
+        let field = self.multipart.next_field().await;
+        let Some(field) = field.map_err(|error| broken(api, &error))? else {
+            return Ok(None);
+        };
+        self.parts += 1;
+        if self.parts > PARTS_MAX {
+            return Err(Problem::bad_request(format!(
+                "there are more than {PARTS_MAX} parts"
+            )));
+        }
+        let name = field.name().unwrap_or_default().to_owned();
+        Ok(Some((name, field)))
+    }
+}
+
+/// A small part, whole.
+pub(crate) async fn small(api: &Api, field: Field<'static>) -> Result<bytes::Bytes, Problem> {
+    field.bytes().await.map_err(|error| broken(api, &error))
+}
+
+/// A small part that is text.
+pub(crate) async fn text(api: &Api, name: &str, field: Field<'static>) -> Result<String, Problem> {
+    let bytes = small(api, field).await?;
+    String::from_utf8(bytes.to_vec()).map_err(|_| Problem::invalid(name, "it is not UTF-8"))
+}
+
+/// The source: recognised by its first bytes, then streamed to its store.
+pub(crate) async fn source(
+    api: &Api,
+    tenant: &TenantName,
+    mut field: Field<'static>,
+) -> Result<(Digest, u64), Problem> {
+    let _slot = api.uploads.take(tenant).ok_or_else(|| {
+        Problem::too_many("uploads", "this tenant has too many uploads under way")
+    })?;
+    let mut head = Vec::new();
+    let mut first = Vec::new();
+    while head.len() < MAGIC {
+        let Some(piece) = field.chunk().await.map_err(|error| broken(api, &error))? else {
+            break;
+        };
+        head.extend_from_slice(&piece[..piece.len().min(MAGIC - head.len())]);
+        first.push(Ok(piece));
+    }
+    if !is_archive(&head) {
+        return Err(Problem::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "invalid_source",
+            "the source is not a tar archive, plain or compressed with gzip or zstd",
+        )
+        .field("source"));
+    }
+    let rest = field.map(|piece| piece.map_err(io::Error::other));
+    let pieces = stream::iter(first).chain(rest).boxed();
+    api.backend()
+        .put_source(tenant, pieces)
+        .await
+        .map_err(|error| match error {
+            SourceRefused::TooLarge(_) => too_large(api),
+            SourceRefused::Cut(cause) => cut(api, &cause),
+            SourceRefused::Store(cause) => Problem::unavailable(&*cause),
+        })
+}
+
+fn is_archive(head: &[u8]) -> bool {
+    head.starts_with(&[0x1f, 0x8b])
+        || head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd])
+        || head.get(257..MAGIC) == Some(b"ustar")
+}
+
+fn cut(api: &Api, cause: &io::Error) -> Problem {
+    let inner = cause
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<multer::Error>());
+    if let Some(error) = inner {
+        return broken(api, error);
+    }
+    // A store may wrap the stream's error once more.
+    let nested = cause
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<io::Error>())
+        .and_then(io::Error::get_ref)
+        .and_then(|inner| inner.downcast_ref::<multer::Error>());
+    match nested {
+        Some(error) => broken(api, error),
+        None => Problem::bad_request("the upload ended before it was whole"),
+    }
+}
+
+fn too_large(api: &Api) -> Problem {
+    let most = kiln_core::ByteSize(api.config.source_max);
+    Problem::too_large(format!("a source has at most {most}")).hint(
+        "leave out what is not needed with .dockerignore, or ask the operator for a higher limit",
+    )
+}
+
+fn broken(api: &Api, error: &multer::Error) -> Problem {
+    match error {
+        multer::Error::StreamSizeExceeded { .. } => too_large(api),
+        multer::Error::FieldSizeExceeded { field_name, .. } => {
+            if field_name.as_deref() == Some("source") {
+                return too_large(api);
+            }
+            Problem::too_large(format!(
+                "a part that is not the source has at most {PART_MAX} bytes"
+            ))
+        }
+        multer::Error::StreamReadFailed(cause) if is_stalled(&**cause) => stalled(),
+        _ => Problem::bad_request("the multipart body is broken or was cut"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn archives_are_told_by_their_first_bytes() {
+        let mut tar = vec![0_u8; 512];
+        tar[257..262].copy_from_slice(b"ustar");
+        for good in [&tar[..], b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"] {
+            assert!(is_archive(good));
+        }
+        for bad in [&b""[..], b"PK\x03\x04", b"<html>", &[0; 512]] {
+            assert!(!is_archive(bad));
+        }
+    }
+
+    #[test]
+    fn a_stall_is_found_below_other_errors() {
+        let error = io::Error::other(io::Error::other(Stalled));
+        assert!(is_stalled(&error));
+        assert!(!is_stalled(&io::Error::other("x")));
+    }
+}
