@@ -1,6 +1,12 @@
-//! Every metric and span name, and log set-up, in one place. Exporters arrive with the control plane.
+//! Every metric and span name, log set-up and trace context, in one place.
+//!
+//! No exporter for OpenTelemetry: spans carry W3C ids in the JSON logs ([`trace`]), and a collector can read them there.
 
-use tracing_subscriber::EnvFilter;
+mod logs;
+pub mod metrics;
+pub mod trace;
+
+pub use logs::{LogFormat, init_logs};
 
 /// Names of spans: one per phase of an attempt.
 pub mod span {
@@ -20,31 +26,4 @@ pub mod span {
     pub const COMMIT: &str = "commit";
     /// A user's command.
     pub const RUN: &str = "run";
-}
-
-/// How logs are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    /// For people, on standard error.
-    Text,
-    /// One JSON object a line, on standard error.
-    Json,
-}
-
-/// Sets up logging for this process. `verbosity` 0 shows warnings, 1 information, 2 and more debugging.
-/// A second call does nothing.
-pub fn init_logs(format: LogFormat, verbosity: u8) {
-    let level = match verbosity {
-        0 => "error",
-        1 => "info",
-        _ => "debug",
-    };
-    let filter = EnvFilter::try_from_env("KILN_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    let _already_set = match format {
-        LogFormat::Text => builder.with_target(false).try_init(),
-        LogFormat::Json => builder.json().try_init(),
-    };
 }
