@@ -177,6 +177,21 @@ impl Database {
         })
     }
 
+    /// A message that was taken was not tried: it is due again after `wait_ms`, and the try does not count.
+    ///
+    /// # Errors
+    /// When the database does not answer: it is due again when it would have been.
+    pub async fn outbox_put_back(&self, id: &str, wait_ms: u64) -> Result<(), DbError> {
+        let id = id.to_owned();
+        write_tx!(self, "give a webhook back", [id], |tx| {
+            let now = tx.now().await?;
+            let sql = "update outbox set due_ms = $2, tries = tries - 1 where id = $1 and tries > 0 and dead_ms is null";
+            tx.exec(sql, args![id.as_str(), now + wait_ms])
+                .await
+                .map(drop)
+        })
+    }
+
     /// When the next message is due; none when nothing waits.
     ///
     /// # Errors
