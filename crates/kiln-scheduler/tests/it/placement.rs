@@ -217,3 +217,34 @@ fn small_jobs_pass_a_large_one_only_when_they_end_in_time_or_elsewhere() {
     view.workers.push(host("w1", 2));
     assert!(places(&view).contains(&("long".to_owned(), "w1".to_owned())));
 }
+
+#[test]
+fn an_overdue_large_job_without_a_host_is_not_passed_by_its_own_tenant() {
+    let mut view = view(
+        vec![host("w0", 4), host("w1", 4)],
+        vec![
+            job("first", "ant", 4),
+            job("large", "bee", 3),
+            job("small", "bee", 1),
+        ],
+    );
+    view.running = vec![
+        running("r0", "bee", 2, "w0", None),
+        running("r1", "cat", 2, "w1", None),
+    ];
+    let rule = TenantRule {
+        weight: 1000,
+        ..TenantRule::default()
+    };
+    view.tenants.insert(tenant("ant"), rule);
+    view.pending[1].queued_unix_ms = NOW - 9 * 60_000;
+    assert_eq!(order(&view), ["small"], "it may pass one that came lately");
+    view.pending[1].queued_unix_ms = NOW - 11 * 60_000;
+    assert_eq!(order(&view), Vec::<String>::new());
+    view.running[0].started_unix_ms = NOW - 12 * 60_000;
+    assert_eq!(
+        planned(&view).reservations[0].job.as_str(),
+        "large",
+        "then its tenant is due, before heavier ones"
+    );
+}
