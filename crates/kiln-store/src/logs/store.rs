@@ -334,11 +334,11 @@ impl LogStore {
         .await
     }
 
-    /// Removes an ended log for good. Its absence is fine.
+    /// Removes an ended log for good, whatever its class: for a caller who decides by rules of its own. Its absence is fine.
     ///
     /// # Errors
     /// When the object store refuses.
-    pub(super) async fn remove(&self, name: &LogName) -> Result<(), LogError> {
+    pub async fn remove(&self, name: &LogName) -> Result<(), LogError> {
         lock(&self.inner.indexes).remove(name);
         archive::remove(&self.inner.objects, name).await
     }

@@ -15,6 +15,8 @@ mod guest;
 mod host_api;
 mod image;
 mod integrity;
+mod logs;
+mod logs_s3;
 mod loopback;
 mod pull;
 mod push_pull;
