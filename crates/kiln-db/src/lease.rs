@@ -121,8 +121,8 @@ async fn beat(
         leases.push((lease.attempt.clone(), answer));
     }
     if !extended.is_empty() {
-        let sql = "update jobs set until_ms = $2 from json_each($1) e
-            where jobs.id = (e.value ->> 0) and jobs.worker = $3";
+        let sql = "update jobs set until_ms = $2
+            where worker = $3 and id in (select e.value ->> 0 from json_each($1) e)";
         let values = args![json(&extended), until_unix_ms, worker.as_str()];
         tx.exec(sql, values).await?;
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{ConnectOptions as _, Pool, Postgres};
+use sqlx::{ConnectOptions as _, Connection as _, Pool, Postgres};
 
 use super::{Conn, Tx};
 use crate::clock::Clock;
@@ -17,6 +17,10 @@ use crate::wake::Wakes;
 const TRIES_MAX: u32 = 8;
 /// Wait before the second try; doubled for each further one.
 const TRY_AGAIN: Duration = Duration::from_millis(5);
+/// Connections tried for one transaction.
+const BEGIN_MAX: u32 = 32;
+/// A connection that was idle this long is asked whether it lives before it is used.
+const IDLE: Duration = Duration::from_secs(1);
 /// Longest wait for a connection.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for a row lock, shorter than a lease's grace: a time read before the wait stays true enough.
@@ -48,7 +52,36 @@ pub(crate) fn pool(
         .max_connections(connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .test_before_acquire(false)
+        .before_acquire(|conn, meta| {
+            Box::pin(async move {
+                if meta.idle_for >= IDLE {
+                    conn.ping().await?;
+                }
+                Ok(true)
+            })
+        })
         .connect_lazy_with(options)
+}
+
+/// Begins a transaction. A connection that died while it was idle (the server was restarted) is replaced: nothing was done on it.
+async fn begin(
+    pool: &Pool<Postgres>,
+    doing: &'static str,
+) -> Result<sqlx::Transaction<'static, Postgres>, DbError> {
+    let mut tries = 1;
+    loop {
+        match pool.begin().await {
+            Ok(begun) => return Ok(begun),
+            Err(error) => {
+                let waited = matches!(error, sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed);
+                let error = DbError::query(doing, error);
+                if waited || tries >= BEGIN_MAX || !matches!(error, DbError::Unavailable { .. }) {
+                    return Err(error);
+                }
+                tries += 1;
+            }
+        }
+    }
 }
 
 /// Runs a transaction to its end, also when its caller goes away.
@@ -96,8 +129,7 @@ async fn once<F, T>(
 where
     F: for<'t> Fn(&'t mut Tx) -> BoxFuture<'t, Result<T, DbError>> + Send + Sync + 'static,
 {
-    let begun = pool.begin().await;
-    let begun = begun.map_err(|error| DbError::query(doing, error))?;
+    let begun = begin(pool, doing).await?;
     let mut tx = Tx::new(Conn::PostgresTx(begun), doing, clock);
     let value = body(&mut tx).await?;
     let Tx {

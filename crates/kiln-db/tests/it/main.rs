@@ -1,0 +1,33 @@
+//! One conformance suite for both engines: every test runs on SQLite and on a real PostgreSQL that the suite starts itself.
+
+mod claims;
+mod crash;
+mod doors;
+mod expiry;
+mod files;
+mod jobs;
+mod model;
+mod people;
+mod races;
+mod server;
+mod support;
+mod webhooks;
+
+/// Runs each test on both engines.
+macro_rules! on_both {
+    ($($name:ident),+ $(,)?) => {
+        mod sqlite {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                super::$name($crate::support::World::sqlite().await).await;
+            })+
+        }
+        mod postgres {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() {
+                super::$name($crate::support::World::postgres().await).await;
+            })+
+        }
+    };
+}
+pub(crate) use on_both;
