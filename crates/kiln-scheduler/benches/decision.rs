@@ -75,7 +75,7 @@ fn tenant(number: usize) -> kiln_core::TenantName {
     format!("tenant-{number}").parse().unwrap()
 }
 
-/// The `class`-th way to need something of a host: 200 differ by arch, runtime, rack and room; beyond that memory differs.
+/// The `class`-th way to need something of a host, each another: by arch, runtime, rack, room; beyond 200 every third wants one certain host.
 fn needs(class: usize) -> (Requirements, Room) {
     let mut requires = Requirements {
         arch: Some(label(if class.is_multiple_of(5) {
@@ -95,14 +95,12 @@ fn needs(class: usize) -> (Requirements, Room) {
             .labels
             .insert(label("rack"), label(&format!("r{}", class % 20)));
     }
-    let memory = 1024 + 512 * (class as u64 % 5) + (class as u64 / 200);
-    (
-        requires,
-        room(
-            1 + (class as u32 / 40) % 2,
-            memory + 64 * (class as u64 / 80),
-        ),
-    )
+    if class >= 200 && class.is_multiple_of(3) {
+        requires.labels = [(label("host"), label(&format!("h{}", class % 500)))].into();
+    }
+    let mut need = room(1 + (class as u32 / 40) % 2, 1024 + 512 * (class as u64 % 5));
+    need.disk = ByteSize(ByteSize::gib(10).0 - class as u64);
+    (requires, need)
 }
 
 fn view(jobs: usize, hosts: usize, classes: usize, free_every: usize) -> PoolView {

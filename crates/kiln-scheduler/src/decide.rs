@@ -245,7 +245,7 @@ impl Decision<'_> {
         self.global.running += 1;
         let account = &mut self.order.tenants[tenant];
         if account.running < account.reserved {
-            self.global.reserved -= 1;
+            self.global.reserved = self.global.reserved.saturating_sub(1);
         }
         account.running += 1;
         self.fates[job] = Fate::Assigned;

@@ -139,7 +139,7 @@ impl<'a> Fleet<'a> {
             fleet.releases[host].push(Release {
                 end: job
                     .expected_end_unix_ms
-                    .map_or(NEVER, |end| end.max(view.now_unix_ms + 1)),
+                    .map_or(NEVER, |end| end.max(view.now_unix_ms.saturating_add(1))),
                 room: charge,
             });
         }

@@ -91,12 +91,12 @@ pub(crate) fn decision(view: &PoolView) -> Decision<'_> {
     for job in &view.running {
         count_running(&mut decision, &names, &component_of, job);
     }
-    decision.global.reserved = decision
+    let missing = decision
         .order
         .tenants
         .iter()
-        .map(|account| account.reserved.saturating_sub(account.running))
-        .sum();
+        .map(|account| account.reserved.saturating_sub(account.running));
+    decision.global.reserved = missing.fold(0, u32::saturating_add);
     decision.order.line_up();
     decision
 }
