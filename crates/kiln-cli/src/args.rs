@@ -64,6 +64,10 @@ pub(crate) enum Command {
     /// Show and bound what kiln keeps on disk
     #[command(subcommand)]
     Cache(CacheCommand),
+    /// Serve a queue for many tenants and hosts: API, scheduler, registry, logs
+    Serve(ServeArgs),
+    /// Run jobs of a controller on this host
+    Worker(WorkerArgs),
     /// Measure what PROMISES.md promises
     Bench(BenchArgs),
     /// Do all set-up that needs no root: machine image, bases, registries, templates
@@ -520,4 +524,65 @@ mod tests {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
     }
+}
+
+/// Options of `kiln serve`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln serve --with-worker\n  kiln serve --listen 0.0.0.0:8443 --name ci.example.org\n  \
+kiln serve --listen 0.0.0.0:8443 --name ci.example.org --database postgres://kiln@db.example.org/kiln"
+)]
+pub(crate) struct ServeArgs {
+    /// Address and port to listen on, besides the private socket; may be given more than once
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Vec<std::net::SocketAddr>,
+    /// DNS name or address that others reach this server by; may be given more than once
+    #[arg(long = "name", value_name = "HOST")]
+    pub names: Vec<String>,
+    /// Certificate chain to show, PEM, instead of one that kiln's own authority signs
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Speak plain HTTP, also where others can listen in
+    #[arg(long, conflicts_with = "tls_cert")]
+    pub insecure_plain_http: bool,
+    /// Database: sqlite:PATH or postgres://USER@HOST/NAME; a file of the home without
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "KILN_DATABASE",
+        hide_env_values = true
+    )]
+    pub database: Option<String>,
+    /// Run jobs on this host, too
+    #[arg(long)]
+    pub with_worker: bool,
+}
+
+/// Options of `kiln worker`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln worker --controller https://ci.example.org:8443 --join TOKEN\n  kiln worker"
+)]
+pub(crate) struct WorkerArgs {
+    /// Controller to join; without it the one that was joined before
+    #[arg(long, value_name = "URL", requires = "join")]
+    pub controller: Option<String>,
+    /// Single-use join token
+    #[arg(
+        long,
+        value_name = "TOKEN",
+        env = "KILN_JOIN_TOKEN",
+        hide_env_values = true,
+        requires = "controller"
+    )]
+    pub join: Option<String>,
+    /// Name of this worker; this host's name without
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Most machines at a time
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub machines: u32,
 }

@@ -1,3 +1,12 @@
 //! The one decision-making server: takes requests, keeps them, decides who runs them, and tells how it went.
 //!
 //! Assembly: it knows the database, the scheduler and the stores; it starts no machine.
+
+pub mod access;
+pub mod api;
+mod backend;
+pub mod fleet;
+pub mod metrics;
+pub mod server;
+pub mod state;
+pub mod webhooks;

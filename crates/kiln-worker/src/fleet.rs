@@ -8,6 +8,7 @@ pub mod clock;
 pub mod daemon;
 pub mod fence;
 pub mod http;
+pub mod identity;
 pub mod image;
 pub mod job;
 pub mod local;

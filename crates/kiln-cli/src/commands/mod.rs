@@ -20,12 +20,14 @@ mod registries;
 mod registry;
 mod replace;
 mod run;
+mod serve;
 mod setup;
 mod source;
 pub(crate) mod table;
 mod template;
 mod uninstall;
 mod when;
+mod worker;
 
 use kiln_worker::home::{Home, HomeError};
 use tokio_util::sync::CancellationToken;
@@ -51,6 +53,8 @@ pub(crate) async fn run(command: Command, screen: Screen, cancel: CancellationTo
         Command::Registries(verb) => registries::run(verb, screen).await,
         Command::Registry(verb) => registry::run(verb, screen, cancel).await,
         Command::Cache(verb) => cache::run(verb, screen).await,
+        Command::Serve(args) => serve::run(args, screen, cancel).await,
+        Command::Worker(args) => worker::run(args, screen, cancel).await,
         Command::Bench(args) => bench::run(args, screen, cancel).await,
         Command::Setup(args) => setup::run(args, screen, cancel).await,
         Command::Uninstall(args) => uninstall::run(&args, screen).await,

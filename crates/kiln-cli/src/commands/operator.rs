@@ -12,6 +12,7 @@ use kiln_worker::home::Home;
 use kiln_worker::host::Host;
 use kiln_worker::registry::RegistryAccess;
 use kiln_worker::setup;
+use kiln_worker::site::Site;
 
 use crate::config::Config;
 use crate::environment;
@@ -146,6 +147,19 @@ impl Operator {
             );
         }
         env
+    }
+
+    /// The operator's decisions, for a worker that runs jobs of others.
+    ///
+    /// # Errors
+    /// When a file cannot be used.
+    pub(crate) fn site(&self) -> Result<Site> {
+        Ok(Site {
+            bases: self.bases()?,
+            registries: self.registries.clone(),
+            proxy: self.proxy()?,
+            ca_bundle: self.ca_bundle()?,
+        })
     }
 
     /// Opens the registry of this home: owned, or attached to the kiln process that owns it.

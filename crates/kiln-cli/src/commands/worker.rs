@@ -1,0 +1,185 @@
+//! `kiln worker`: this host runs jobs of a controller.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kiln_core::{FailureClass, WorkerId};
+use kiln_proto::fleet::{Join, Joined};
+use kiln_worker::fleet::client::{Client, LinkError, REQUEST_TIMEOUT};
+use kiln_worker::fleet::daemon::{self, Offer};
+use kiln_worker::fleet::http::Target;
+use kiln_worker::fleet::identity::{Identity, IdentityError};
+use kiln_worker::fleet::job::Workshop;
+use kiln_worker::fleet::local::LocalJobs;
+use tokio_util::sync::CancellationToken;
+
+use super::operator::Operator;
+use crate::args::WorkerArgs;
+use crate::error::{CliError, Result, chain};
+use crate::show::Screen;
+
+pub(super) async fn run(args: WorkerArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+    let operator = Operator::load()?;
+    let folder = operator.home.data.join("worker");
+    let known = Identity::open(&folder).map_err(|error| refused(&error))?;
+    let worker = match (&args.controller, &args.join) {
+        (Some(url), Some(_)) => {
+            if let Some(known) = &known {
+                return Err(CliError::usage(format!(
+                    "this host is worker {} of {} already",
+                    known.worker(),
+                    known.controller().host
+                ))
+                .hint(format!(
+                    "to leave it, remove {}; joining {url} needs a new token then",
+                    folder.display()
+                )));
+            }
+            own_name(args.name.as_deref())?
+        }
+        _ => match &known {
+            Some(known) => known.worker(),
+            None => {
+                return Err(CliError::usage("this host has not joined a controller")
+                    .hint("give --controller URL and --join TOKEN once"));
+            }
+        },
+    };
+    let shop = workshop(&operator, Target::Socket(PathBuf::new()), worker.clone()).await?;
+    let facts = daemon::facts(&shop, args.machines);
+    let identity = match (known, args.controller, args.join) {
+        (None, Some(url), Some(token)) => {
+            let url = url
+                .parse()
+                .map_err(|error: IdentityError| refused(&error))?;
+            let joined = Identity::join(&folder, url, &token, worker, facts.clone()).await;
+            joined.map_err(|error| refused(&error))?
+        }
+        (Some(known), _, _) => known,
+        (None, _, _) => return Err(CliError::usage("this host has not joined a controller")),
+    };
+    let target = identity.target().map_err(|error| refused(&error))?;
+    let client = Client::new(target, identity.worker());
+    if identity.has_expired() {
+        let renewed = identity.renew(&client).await;
+        renewed.map_err(|error| refused(&error))?;
+    }
+    let shop = Arc::new(Workshop {
+        client: client.clone(),
+        ..shop
+    });
+    let controller = identity.controller();
+    tell(
+        &identity.worker(),
+        &format!("https://{}:{}", controller.host, controller.port),
+        screen,
+    );
+    let renewing = identity.keep_renewed(&client, &cancel);
+    let offer = Offer {
+        facts,
+        takes_jobs: true,
+    };
+    let served = tokio::select! {
+        served = daemon::serve(shop, offer, cancel.clone()) => served,
+        () = renewing => Ok(()),
+    };
+    served.map_err(|ended| ended_error(&ended)).map(|()| 0)
+}
+
+/// A worker beside a controller of the same home, over its private socket, until `cancel`.
+///
+/// # Errors
+/// When this host is not set up, or the controller refuses.
+pub(super) async fn beside(
+    operator: &Operator,
+    target: Target,
+    name: &str,
+    machines: u32,
+    screen: Screen,
+    cancel: &CancellationToken,
+) -> Result<()> {
+    let worker = own_name(Some(name))?;
+    let shop = Arc::new(workshop(operator, target, worker.clone()).await?);
+    let facts = daemon::facts(&shop, machines);
+    let join = Join {
+        worker: worker.clone(),
+        token: String::new(),
+        csr: String::new(),
+        labels: std::collections::BTreeMap::new(),
+        facts: facts.clone(),
+    };
+    let joined = shop
+        .client
+        .call::<_, Joined>("/worker/v1/join", None, &join, REQUEST_TIMEOUT);
+    joined.await.map_err(|error| link(&error))?;
+    tell(&worker, "the controller of this home", screen);
+    let offer = Offer {
+        facts,
+        takes_jobs: true,
+    };
+    let served = daemon::serve(shop, offer, cancel.clone()).await;
+    served.map_err(|ended| ended_error(&ended))
+}
+
+async fn workshop(operator: &Operator, target: Target, worker: WorkerId) -> Result<Workshop> {
+    let host = operator.host().await?;
+    let registry = operator.registry().await?;
+    Ok(Workshop {
+        spool: host.home.cache.join("spool"),
+        host,
+        registry,
+        site: operator.site()?,
+        client: Client::new(target, worker),
+        local: LocalJobs::default(),
+    })
+}
+
+fn own_name(name: Option<&str>) -> Result<WorkerId> {
+    let given = name.map(str::to_owned);
+    let text = given.unwrap_or_else(|| {
+        let host = rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .to_lowercase();
+        let short = host.split('.').next().unwrap_or_default();
+        let legal = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+        short
+            .chars()
+            .map(legal)
+            .collect::<String>()
+            .trim_matches('-')
+            .to_owned()
+    });
+    text.parse().map_err(|error| {
+        CliError::usage(format!("{error}")).hint("give the worker a name with --name")
+    })
+}
+
+fn tell(worker: &WorkerId, controller: &str, screen: Screen) {
+    let value =
+        serde_json::json!({ "event": "working", "worker": worker, "controller": controller });
+    screen.data(&value, || {
+        format!("worker {worker} takes jobs of {controller}; Ctrl-C ends it")
+    });
+}
+
+fn refused(error: &IdentityError) -> CliError {
+    match error {
+        IdentityError::Url(_) | IdentityError::Token => CliError::usage(error.to_string()),
+        IdentityError::Link(error) => link(error),
+        _ => CliError::new(FailureClass::Infrastructure, chain(error)),
+    }
+}
+
+fn link(error: &LinkError) -> CliError {
+    let class = match error {
+        LinkError::Refused { .. } => FailureClass::Policy,
+        _ => FailureClass::Infrastructure,
+    };
+    CliError::new(class, chain(error))
+}
+
+fn ended_error(ended: &daemon::Ended) -> CliError {
+    CliError::new(FailureClass::Policy, ended.to_string())
+        .hint("join again with a new token, if that was not meant")
+}

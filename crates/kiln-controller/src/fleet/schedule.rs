@@ -1,0 +1,283 @@
+//! The scheduling loop of one pool: looks, plans, claims. Woken by what was committed, and by a sweep that makes a lost wake-up harmless.
+//!
+//! Only the controller that leads the pool plans; each claim asserts its leadership, so one that lost it without knowing claims nothing.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use kiln_core::dispatch::Room;
+use kiln_core::{ByteSize, Label};
+use kiln_db::{CLAIM_MAX, ClaimError, DbError, Estimate, Leadership, PoolRows, Wake};
+use kiln_scheduler::{
+    EstimateBasis, HistoryKey, PendingJob, Plan, PoolView, Profile, QueueRule, Reservation,
+    RunningJob, TenantRule, Typical, Worker,
+};
+use tokio::sync::broadcast::error::RecvError;
+use tokio_util::sync::CancellationToken;
+
+use crate::state::Controller;
+
+/// Life of a leadership; it is renewed at a third of it.
+pub const LEAD_TTL: Duration = Duration::from_secs(10);
+/// Longest time without a plan.
+pub const SWEEP: Duration = Duration::from_secs(2);
+/// Most waiting jobs one plan looks at.
+pub const PENDING_MAX: u32 = 10_000;
+/// How long wake-ups that come together are collected.
+const COLLECT: Duration = Duration::from_millis(3);
+/// Wait after the database failed.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// Schedules the controller's pool until `stop`.
+pub async fn run(controller: Controller, stop: CancellationToken) {
+    let work = plans(&controller);
+    let lead = tokio::select! {
+        never = work => match never {},
+        () = stop.cancelled() => controller.db.lead(
+            &controller.settings.pool,
+            &controller.holder,
+            1,
+        ),
+    };
+    // Another controller need not wait for the end of a right nobody uses.
+    if let Ok(Some(own)) = lead.await {
+        let _ends_by_itself = controller.db.resign(&own).await;
+    }
+}
+
+enum Never {}
+
+async fn plans(controller: &Controller) -> Never {
+    let mut wakes = controller.db.subscribe();
+    let mut reserved = Vec::new();
+    let mut lead: Option<(Leadership, Instant)> = None;
+    loop {
+        let done = one(controller, &mut lead, &mut reserved).await;
+        let again = match done {
+            Ok(again) => again,
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "no plan was made");
+                lead = None;
+                tokio::time::sleep(RETRY).await;
+                continue;
+            }
+        };
+        if again {
+            continue;
+        }
+        let woken = async {
+            loop {
+                match wakes.recv().await {
+                    Ok(Wake::Queue(pool)) if pool == controller.settings.pool => return,
+                    Ok(Wake::Everything) | Err(RecvError::Lagged(_)) => return,
+                    Ok(_) => {}
+                    // The database is closing: the loop is about to be stopped.
+                    Err(RecvError::Closed) => std::future::pending().await,
+                }
+            }
+        };
+        if tokio::time::timeout(SWEEP, woken).await.is_ok() {
+            tokio::time::sleep(COLLECT).await;
+            while wakes.try_recv().is_ok() {}
+        }
+    }
+}
+
+/// One look, plan and claim. True when the world changed under it and it should look again at once.
+async fn one(
+    controller: &Controller,
+    lead: &mut Option<(Leadership, Instant)>,
+    reserved: &mut Vec<Reservation>,
+) -> Result<bool, DbError> {
+    let (db, pool) = (&controller.db, &controller.settings.pool);
+    let fresh = |since: &Instant| since.elapsed() < LEAD_TTL / 3;
+    if !lead.as_ref().is_some_and(|(_, since)| fresh(since)) {
+        let asked = Instant::now();
+        let ttl_ms = u64::try_from(LEAD_TTL.as_millis()).unwrap_or(u64::MAX);
+        let taken = db.lead(pool, &controller.holder, ttl_ms).await?;
+        *lead = taken.map(|leadership| (leadership, asked));
+    }
+    let Some((leadership, _)) = lead.as_ref() else {
+        // Another controller plans for this pool.
+        return Ok(false);
+    };
+    let rows = db.pool_view(pool, PENDING_MAX).await?;
+    if rows.pending.is_empty() {
+        reserved.clear();
+        return Ok(false);
+    }
+    let now_unix_ms = rows.now_unix_ms;
+    let view = view(rows, std::mem::take(reserved));
+    let planned = tokio::task::spawn_blocking(move || kiln_scheduler::plan(&view)).await;
+    let Ok(plan) = planned else {
+        tracing::error!("the scheduler panicked");
+        return Ok(false);
+    };
+    let Plan {
+        assignments,
+        reasons,
+        reservations,
+    } = plan;
+    *reserved = reservations;
+    let mut refused = 0;
+    let claimed = assignments.len();
+    for part in assignments.chunks(CLAIM_MAX) {
+        match db.claim(leadership, part.to_vec()).await {
+            Ok(answers) => {
+                for why in answers.into_iter().filter_map(Result::err) {
+                    tracing::debug!(%why, "an assignment was not claimed");
+                    refused += 1;
+                }
+            }
+            Err(ClaimError::Database(error)) => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "this controller no longer leads");
+                *lead = None;
+                return Ok(false);
+            }
+        }
+    }
+    let reasons = reasons
+        .into_iter()
+        .map(|(job, reason, estimate)| {
+            let estimate = estimate.map(|estimate| told(&estimate, now_unix_ms));
+            (job, reason, estimate)
+        })
+        .collect();
+    db.store_reasons(reasons).await?;
+    // What was refused has changed since the look; without any claim that went through, looking again at once would spin.
+    Ok(refused > 0 && refused < claimed)
+}
+
+fn told(estimate: &kiln_scheduler::Estimate, now_unix_ms: u64) -> Estimate {
+    let (samples, basis) = match &estimate.basis {
+        EstimateBasis::ExpectedEnds => (0, "when jobs that run now should end".to_owned()),
+        EstimateBasis::P50 { runs } => (*runs, format!("the median of {runs} earlier jobs")),
+    };
+    Estimate {
+        wait_ms: estimate.start_unix_ms.saturating_sub(now_unix_ms),
+        samples,
+        basis,
+    }
+}
+
+/// Rows of the database as the scheduler's input.
+#[must_use]
+pub fn view(rows: PoolRows, reserved: Vec<Reservation>) -> PoolView {
+    let label = |text: &str| text.parse::<Label>().ok();
+    let history: BTreeMap<HistoryKey, Typical> = rows
+        .history
+        .iter()
+        .filter_map(|learnt| {
+            let key = HistoryKey {
+                tenant: learnt.tenant.clone(),
+                queue: learnt.queue.clone(),
+                kind: label(&learnt.kind)?,
+            };
+            let typical = Typical {
+                p50_ms: learnt.run_p50_ms,
+                runs: learnt.samples,
+            };
+            Some((key, typical))
+        })
+        .collect();
+    let expected = |job: &kiln_db::HeldJob| {
+        let key = HistoryKey {
+            tenant: job.lease.tenant.clone(),
+            queue: job.queue.clone(),
+            kind: label(&job.kind)?,
+        };
+        Some(job.leased_unix_ms.saturating_add(history.get(&key)?.p50_ms))
+    };
+    let running = rows
+        .held
+        .iter()
+        .map(|job| RunningJob {
+            job: job.lease.attempt.job.clone(),
+            tenant: job.lease.tenant.clone(),
+            queue: job.queue.clone(),
+            worker: job.lease.worker.clone(),
+            room: job.need,
+            pinned_cpus: job.pinned_cpus,
+            group: job.group.clone(),
+            started_unix_ms: job.leased_unix_ms,
+            expected_end_unix_ms: expected(job),
+        })
+        .collect();
+    let pending = rows
+        .pending
+        .into_iter()
+        .filter_map(|job| {
+            Some(PendingJob {
+                attempt: job.attempt,
+                tenant: job.tenant,
+                queue: job.queue,
+                priority: job.priority,
+                requires: job.requires,
+                need: job.need,
+                group: job.group,
+                queued_unix_ms: job.created_unix_ms,
+                not_before_unix_ms: job.ready_unix_ms,
+                avoid: job.avoid,
+                kind: label(&job.kind)?,
+                template: None,
+            })
+        })
+        .collect();
+    PoolView {
+        now_unix_ms: rows.now_unix_ms,
+        settling: false,
+        profile: Profile::default(),
+        running_max: rows.limits.running_max,
+        pending,
+        running,
+        workers: rows.workers.into_iter().map(worker).collect(),
+        tenants: rows
+            .tenants
+            .into_iter()
+            .map(|tenant| {
+                let rule = TenantRule {
+                    weight: tenant.weight,
+                    running_max: tenant.quota.running_max,
+                    ..TenantRule::default()
+                };
+                (tenant.name, rule)
+            })
+            .collect(),
+        queues: rows
+            .queues
+            .into_iter()
+            .map(|queue| {
+                let rule = QueueRule {
+                    weight: queue.weight,
+                    paused: queue.paused.is_some(),
+                    running_max: queue.running_max,
+                };
+                (queue.name, rule)
+            })
+            .collect(),
+        history,
+        reserved,
+    }
+}
+
+fn worker((worker, left): (kiln_db::Worker, Room)) -> Worker {
+    let all = worker.facts.capacity;
+    let held = Room {
+        cpus: all.cpus.saturating_sub(left.cpus),
+        memory: ByteSize(all.memory.0.saturating_sub(left.memory.0)),
+        disk: ByteSize(all.disk.0.saturating_sub(left.disk.0)),
+        machines: all.machines.saturating_sub(left.machines),
+    };
+    Worker {
+        id: worker.id,
+        state: worker.state,
+        labels: worker.placement.labels,
+        tenants: worker.placement.tenants,
+        held,
+        whole_cpus: None,
+        infra_failures: worker.infra_failures,
+        templates: std::collections::BTreeSet::new(),
+        facts: worker.facts,
+    }
+}

@@ -1,0 +1,232 @@
+//! Uploaded sources: streamed to disk, named by their digest, removed when no job needs them.
+//!
+//! A source is one archive as it came (tar, plain or compressed). It is written under a name of its own and renamed when it is whole,
+//! so a kill leaves only files that the next start removes.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _};
+use kiln_core::digest::Hasher;
+use kiln_core::{Digest, TenantName};
+use tokio::fs::File;
+use tokio::io::AsyncWriteExt as _;
+
+/// Suffix of an upload that is not whole yet.
+const PART: &str = "part";
+
+/// Why a source was not stored.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// It is larger than the operator allows.
+    #[error("the source has more than {max} bytes")]
+    TooLarge {
+        /// The limit.
+        max: u64,
+    },
+    /// The upload broke.
+    #[error("the upload ended before it was whole")]
+    Cut(#[source] io::Error),
+    /// This host could not write or read it.
+    #[error("{doing} {path}")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A stored source.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stored {
+    /// Digest of its bytes.
+    pub digest: Digest,
+    /// How many there are.
+    pub size: u64,
+}
+
+/// Sources below one folder, one folder a tenant: a digest of another tenant opens nothing.
+#[derive(Debug)]
+pub struct SourceStore {
+    dir: PathBuf,
+    max: u64,
+    counter: AtomicU64,
+}
+
+fn failed<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> SourceError + 'a {
+    move |source| SourceError::Io {
+        doing,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+impl SourceStore {
+    /// Opens the store; sources have at most `max` bytes. Uploads that a kill left are removed.
+    ///
+    /// # Errors
+    /// When the folder cannot be made or read.
+    pub fn open(dir: &Path, max: u64) -> Result<Self, SourceError> {
+        std::fs::create_dir_all(dir).map_err(failed("make", dir))?;
+        for tenant in std::fs::read_dir(dir).map_err(failed("read", dir))? {
+            let tenant = tenant.map_err(failed("read", dir))?.path();
+            let Ok(files) = std::fs::read_dir(&tenant) else {
+                continue;
+            };
+            for file in files.flatten() {
+                if file.path().extension().is_some_and(|end| end == PART) {
+                    let _gone = std::fs::remove_file(file.path());
+                }
+            }
+        }
+        Ok(Self {
+            dir: dir.to_owned(),
+            max,
+            counter: AtomicU64::new(0),
+        })
+    }
+
+    /// Most bytes of one source.
+    #[must_use]
+    pub fn max(&self) -> u64 {
+        self.max
+    }
+
+    fn path(&self, tenant: &TenantName, digest: &Digest) -> PathBuf {
+        self.dir.join(tenant.as_str()).join(digest.hex())
+    }
+
+    /// Streams a source to disk. Memory does not grow with its size; a stream that is dropped leaves nothing.
+    ///
+    /// # Errors
+    /// See [`SourceError`].
+    pub async fn put<S, E>(&self, tenant: &TenantName, stream: S) -> Result<Stored, SourceError>
+    where
+        S: Stream<Item = Result<Bytes, E>>,
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let folder = self.dir.join(tenant.as_str());
+        tokio::fs::create_dir_all(&folder)
+            .await
+            .map_err(failed("make", &folder))?;
+        let number = self.counter.fetch_add(1, Ordering::Relaxed);
+        let part = Part(folder.join(format!("{}-{number}.{PART}", std::process::id())));
+        let mut file = File::create(&part.0)
+            .await
+            .map_err(failed("make", &part.0))?;
+        let mut hasher = Hasher::default();
+        let mut size: u64 = 0;
+        let mut stream = std::pin::pin!(stream);
+        while let Some(piece) = stream.next().await {
+            let piece = piece.map_err(|error| SourceError::Cut(io::Error::other(error)))?;
+            size = size.saturating_add(piece.len() as u64);
+            if size > self.max {
+                return Err(SourceError::TooLarge { max: self.max });
+            }
+            hasher.update(&piece);
+            file.write_all(&piece)
+                .await
+                .map_err(failed("write", &part.0))?;
+        }
+        file.sync_all().await.map_err(failed("write", &part.0))?;
+        let (digest, size) = hasher.finish();
+        let path = self.path(tenant, &digest);
+        tokio::fs::rename(&part.0, &path)
+            .await
+            .map_err(failed("name", &path))?;
+        Ok(Stored { digest, size })
+    }
+
+    /// Opens a stored source, with its size.
+    ///
+    /// # Errors
+    /// When it is not there or cannot be read.
+    pub async fn open_source(
+        &self,
+        tenant: &TenantName,
+        digest: &Digest,
+    ) -> Result<(File, u64), SourceError> {
+        let path = self.path(tenant, digest);
+        let file = File::open(&path).await.map_err(failed("open", &path))?;
+        let meta = file.metadata().await.map_err(failed("read", &path))?;
+        Ok((file, meta.len()))
+    }
+
+    /// Removes a source. One that is not there is fine.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub async fn remove(&self, tenant: &TenantName, digest: &Digest) -> Result<(), SourceError> {
+        let path = self.path(tenant, digest);
+        match tokio::fs::remove_file(&path).await {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done.map_err(failed("remove", &path)),
+        }
+    }
+}
+
+/// An upload that is removed unless it was renamed.
+struct Part(PathBuf);
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        let _renamed = std::fs::remove_file(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pieces(texts: &[&'static str]) -> impl Stream<Item = Result<Bytes, io::Error>> + use<> {
+        let texts: Vec<_> = texts.iter().map(|text| Ok(Bytes::from(*text))).collect();
+        futures_util::stream::iter(texts)
+    }
+
+    #[tokio::test]
+    async fn a_source_is_its_tenants_alone_and_bounded() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let store = SourceStore::open(dir.path(), 10).expect("open");
+        let (own, other): (TenantName, TenantName) = (
+            "acme".parse().expect("name"),
+            "rival".parse().expect("name"),
+        );
+        let stored = store
+            .put(&own, pieces(&["hello ", "you"]))
+            .await
+            .expect("stored");
+        assert_eq!((stored.digest, stored.size), (Digest::of(b"hello you"), 9));
+        assert!(store.open_source(&own, &stored.digest).await.is_ok());
+        assert!(store.open_source(&other, &stored.digest).await.is_err());
+        let large = store.put(&own, pieces(&["hello ", "world"])).await;
+        assert!(matches!(large, Err(SourceError::TooLarge { max: 10 })));
+        let broken = futures_util::stream::iter([
+            Ok(Bytes::from("abc")),
+            Err(io::Error::from(io::ErrorKind::ConnectionReset)),
+        ]);
+        assert!(matches!(
+            store.put(&own, broken).await,
+            Err(SourceError::Cut(_))
+        ));
+        let left = std::fs::read_dir(dir.path().join("acme"))
+            .expect("dir")
+            .count();
+        assert_eq!(left, 1);
+        std::fs::write(dir.path().join("acme/9-9.part"), "x").expect("write");
+        let store = SourceStore::open(dir.path(), 10).expect("open");
+        store.remove(&own, &stored.digest).await.expect("removed");
+        store.remove(&own, &stored.digest).await.expect("again");
+        assert_eq!(
+            std::fs::read_dir(dir.path().join("acme"))
+                .expect("dir")
+                .count(),
+            0
+        );
+    }
+}

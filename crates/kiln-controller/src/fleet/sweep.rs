@@ -1,0 +1,114 @@
+//! What time takes away: leases nobody renewed, workers that fell silent, logs and sources whose jobs are over.
+
+use std::time::Duration;
+
+use kiln_db::{DbError, Sweep};
+use kiln_proto::fleet::LEASE_GRACE_MS;
+use kiln_store::logs::RetentionClass;
+use tokio_util::sync::CancellationToken;
+
+use crate::state::Controller;
+
+/// Time between two looks at leases.
+pub const EVERY: Duration = Duration::from_secs(1);
+/// Looks at leases between two rounds of tidying.
+const TIDY_EVERY: u32 = 10;
+
+/// Sweeps until `stop`.
+pub async fn run(controller: Controller, stop: CancellationToken) {
+    let mut not_before = None;
+    let mut round: u32 = 0;
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(EVERY) => {}
+            () = stop.cancelled() => return,
+        }
+        if let Err(error) = expire(&controller, &mut not_before).await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "leases were not swept"
+            );
+            continue;
+        }
+        round = round.wrapping_add(1);
+        if round.is_multiple_of(TIDY_EVERY)
+            && let Err(error) = tidy(&controller).await
+        {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "not everything was tidied"
+            );
+        }
+    }
+}
+
+async fn expire(controller: &Controller, not_before: &mut Option<u64>) -> Result<(), DbError> {
+    // Workers get one TTL to report to a controller that has just started.
+    let from = match *not_before {
+        Some(from) => from,
+        None => *not_before.insert(controller.db.sweep_from().await?),
+    };
+    loop {
+        let swept = controller
+            .db
+            .expire(Sweep {
+                not_before_unix_ms: from,
+                grace_ms: LEASE_GRACE_MS,
+                jitter: random(),
+            })
+            .await?;
+        for worker in &swept.lost {
+            tracing::warn!(%worker, "the worker is silent: it is lost");
+        }
+        for expired in &swept.expired {
+            tracing::warn!(
+                attempt = %expired.lease.attempt, worker = %expired.lease.worker,
+                now = expired.state.name(), "a lease was not renewed in time"
+            );
+        }
+        if swept.expired.is_empty() {
+            return Ok(());
+        }
+    }
+}
+
+async fn tidy(controller: &Controller) -> Result<(), DbError> {
+    for job in controller.secrets.jobs() {
+        let over = controller
+            .db
+            .job(&job)
+            .await?
+            .is_none_or(|job| job.state.is_terminal());
+        if over {
+            controller.secrets.forget(&job);
+        }
+    }
+    let Ok(logs) = controller.logs.unarchived().await else {
+        return Ok(());
+    };
+    for name in logs {
+        let job = controller.db.job(&name.attempt.job).await?;
+        let ended = job.is_none_or(|job| {
+            job.state.is_terminal()
+                || job
+                    .lease
+                    .is_some_and(|lease| lease.attempt.number > name.attempt.number)
+        });
+        if ended {
+            let now = controller.db.now().await?;
+            if let Err(error) = controller.logs.end(&name, RetentionClass::Hot, now).await {
+                tracing::warn!(log = %name, %error, "a log was not put away");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A random number, for backoffs and names; 0 without the kernel's help.
+pub(crate) fn random() -> u64 {
+    let mut bytes = [0; 8];
+    match getrandom::fill(&mut bytes) {
+        Ok(()) => u64::from_le_bytes(bytes),
+        Err(_) => 0,
+    }
+}

@@ -1,0 +1,127 @@
+//! Which worker a request comes from: proven by its connection, never by what it says.
+
+use axum::extract::{FromRequestParts, Path};
+use http::request::Parts;
+use kiln_core::{AttemptId, JobId, Lease, WorkerId};
+use kiln_proto::fleet::{GENERATION, GENERATION_HEADER, LEASE_HEADER, LeaseHeader, WORKER_HEADER};
+
+use super::refusal::Refused;
+use crate::access::Peer;
+use crate::state::Controller;
+
+/// Oldest generation of `/worker/v1` that is served.
+pub const GENERATION_MIN: u32 = if GENERATION > 1 { GENERATION - 1 } else { 1 };
+
+/// A worker whose connection proves it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Worker {
+    /// Its name.
+    pub id: WorkerId,
+}
+
+impl FromRequestParts<Controller> for Worker {
+    type Rejection = Refused;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        controller: &Controller,
+    ) -> Result<Self, Refused> {
+        generation(parts)?;
+        let peer = parts.extensions.get::<Peer>();
+        let peer = peer.ok_or_else(|| Refused::unknown_worker("nobody knows who asks"))?;
+        if peer.is_owner() {
+            let named = parts.headers.get(WORKER_HEADER);
+            let named = named.and_then(|value| value.to_str().ok()?.parse().ok());
+            let id = named.ok_or_else(|| Refused::bad("the worker does not say its name"))?;
+            return Ok(Self { id });
+        }
+        let certificate = peer
+            .worker()
+            .ok_or_else(|| Refused::unknown_worker("a worker shows its certificate"))?;
+        if !certificate.is_current(now_unix_ms()) {
+            return Err(Refused::new(
+                http::StatusCode::FORBIDDEN,
+                "expired_certificate",
+                "the worker's certificate has expired: it asks for the next one first",
+            ));
+        }
+        let found = controller.db.worker_of_key(&certificate.key).await?;
+        match found.filter(|worker| worker.removed_unix_ms.is_none()) {
+            Some(worker) if worker.id == certificate.worker => Ok(Self { id: worker.id }),
+            _ => Err(Refused::unknown_worker(format!(
+                "there is no worker {}, or it was removed",
+                certificate.worker
+            ))),
+        }
+    }
+}
+
+/// The wall clock: certificates are judged by it.
+pub(crate) fn now_unix_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
+}
+
+fn generation(parts: &Parts) -> Result<(), Refused> {
+    let header = parts.headers.get(GENERATION_HEADER);
+    let spoken: Option<u32> = header.and_then(|value| value.to_str().ok()?.parse().ok());
+    match spoken {
+        Some(spoken) if (GENERATION_MIN..=GENERATION).contains(&spoken) => Ok(()),
+        Some(spoken) => Err(Refused::new(
+            http::StatusCode::UPGRADE_REQUIRED,
+            "generation",
+            format!(
+                "the worker speaks generation {spoken}, this controller {GENERATION_MIN} to {GENERATION}: update the older of the two"
+            ),
+        )),
+        None => Err(Refused::bad("the request says no generation")),
+    }
+}
+
+/// The lease a request about a job is made under; the worker in it is the one whose connection it is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Held {
+    /// As presented: whether it is the live one is decided by the door, in the transaction of its effect.
+    pub lease: Lease,
+}
+
+impl FromRequestParts<Controller> for Held {
+    type Rejection = Refused;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        controller: &Controller,
+    ) -> Result<Self, Refused> {
+        let worker = Worker::from_request_parts(parts, controller).await?;
+        let path = Path::<std::collections::HashMap<String, String>>::from_request_parts(
+            parts, controller,
+        );
+        let path = path
+            .await
+            .map_err(|_| Refused::bad("the path names no job"))?;
+        let job: Option<JobId> = path.get("job").and_then(|job| job.parse().ok());
+        let job = job.ok_or_else(|| Refused::bad("the path names no job"))?;
+        let header = parts.headers.get(LEASE_HEADER);
+        let header = header.and_then(|value| value.to_str().ok()?.parse::<LeaseHeader>().ok());
+        let header = header.ok_or_else(|| Refused::bad("the request says no lease"))?;
+        if header.worker != worker.id {
+            return Err(Refused::lease("the lease is another worker's"));
+        }
+        let found = controller.db.job(&job).await?;
+        let Some(found) = found else {
+            return Err(Refused::lease("there is no such job"));
+        };
+        Ok(Self {
+            lease: Lease {
+                attempt: AttemptId {
+                    job,
+                    number: header.attempt,
+                },
+                tenant: found.request.tenant,
+                worker: worker.id,
+                epoch: header.epoch,
+                deadline_unix_ms: 0,
+            },
+        })
+    }
+}

@@ -1,0 +1,242 @@
+//! A controller from its settings to its open sockets, and back.
+//!
+//! One controller per folder, by a file lock: a second one is refused, an attached command talks to the first by its private socket.
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_core::PoolName;
+use kiln_db::{Database, DatabaseUrl, OpenError, OpenOptions};
+use kiln_store::HostRegistry;
+use kiln_store::logs::{LogConfig, LogError, LogStore};
+use rustix::fs::{FlockOperation, flock};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::access::{Access, SealedError, TrustedIssuer, tls};
+use crate::api::{self, ApiConfig, ListenConfig, ListenError, Sockets};
+use crate::fleet::secrets::Secrets;
+use crate::fleet::source::{SourceError, SourceStore};
+use crate::fleet::{doors, schedule, sweep};
+use crate::state::{Controller, Parts, Settings};
+
+/// Life of the certificate a controller makes for itself; it makes another at each start.
+const CERTIFICATE_NAMES_MAX: usize = 64;
+/// How long requests may take to end when a controller stops.
+pub const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How a controller is started.
+#[derive(Debug)]
+pub struct ServeConfig {
+    /// Its folder: keys, sources, logs, the private socket, and the database unless it is elsewhere.
+    pub folder: PathBuf,
+    /// The database; none: a file of the folder.
+    pub database: Option<DatabaseUrl>,
+    /// Addresses to listen on besides the private socket.
+    pub listen: Vec<SocketAddr>,
+    /// Whether those speak TLS.
+    pub tls: Tls,
+    /// Bounds of the sockets.
+    pub sockets: ListenConfig,
+    /// Bounds of the public API.
+    pub api: ApiConfig,
+    /// This installation's name in its tokens.
+    pub issuer: String,
+    /// Issuers of identity tokens that are exchanged for ours.
+    pub trusted: Vec<TrustedIssuer>,
+    /// The registry of this installation.
+    pub registry: HostRegistry,
+    /// Where workers of other hosts reach it.
+    pub registry_address: Option<String>,
+    /// The pool to schedule.
+    pub pool: PoolName,
+}
+
+/// How TCP listeners are protected.
+#[derive(Clone, Debug)]
+pub enum Tls {
+    /// Not at all: loopback, or where the operator says so.
+    Plain,
+    /// By a certificate of the controller's own authority, for these DNS names and addresses.
+    Own(Vec<String>),
+    /// By the operator's certificate and key, PEM.
+    Given {
+        /// The chain, its own certificate first.
+        chain: Vec<u8>,
+        /// The private key.
+        key: Vec<u8>,
+    },
+}
+
+/// Why a controller did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Another one has this folder.
+    #[error("another kiln controller runs in {0}")]
+    Taken(PathBuf),
+    /// The folder cannot be used.
+    #[error("use {path}")]
+    Folder {
+        /// Which file or folder.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The database.
+    #[error(transparent)]
+    Database(#[from] OpenError),
+    /// The keys.
+    #[error(transparent)]
+    Keys(#[from] SealedError),
+    /// The source store.
+    #[error(transparent)]
+    Sources(#[from] SourceError),
+    /// The log store.
+    #[error(transparent)]
+    Logs(#[from] LogError),
+    /// TLS.
+    #[error(transparent)]
+    Tls(#[from] tls::TlsError),
+    /// A certificate of our own.
+    #[error(transparent)]
+    Certificate(#[from] crate::access::CertificateError),
+    /// A listener.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// Too many names for one certificate.
+    #[error("a certificate names at most {CERTIFICATE_NAMES_MAX} hosts")]
+    Names,
+}
+
+/// The private socket of a folder.
+#[must_use]
+pub fn socket_path(folder: &Path) -> PathBuf {
+    folder.join("controller.sock")
+}
+
+/// A controller that runs.
+#[derive(Debug)]
+pub struct Running {
+    /// The controller.
+    pub controller: Controller,
+    /// Its private socket.
+    pub socket: PathBuf,
+    /// The addresses it listens on.
+    pub addresses: Vec<SocketAddr>,
+    sockets: Sockets,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+    _lock: File,
+}
+
+/// Starts a controller.
+///
+/// # Errors
+/// See [`StartError`]; nothing listens then.
+pub async fn start(config: ServeConfig) -> Result<Running, StartError> {
+    let lock = lock(&config.folder)?;
+    let database = config
+        .database
+        .unwrap_or_else(|| DatabaseUrl::Sqlite(config.folder.join("kiln.db")));
+    let db = Database::open(&database, OpenOptions::default()).await?;
+    let now_ms = crate::fleet::who::now_unix_ms();
+    let keys = config.folder.join("keys");
+    let access = Access::open(&keys, &config.issuer, config.trusted, now_ms)?;
+    let tls = match config.tls {
+        Tls::Plain => None,
+        Tls::Own(names) => {
+            if names.len() > CERTIFICATE_NAMES_MAX {
+                return Err(StartError::Names);
+            }
+            let identity = access.authority().server_identity(&names, now_ms)?;
+            Some(tls::server_config(identity, access.authority())?)
+        }
+        Tls::Given { chain, key } => {
+            let identity = tls::identity_from_pem(&chain, &key)?;
+            Some(tls::server_config(identity, access.authority())?)
+        }
+    };
+    let parts = Parts {
+        db,
+        access,
+        sources: SourceStore::open(&config.folder.join("sources"), config.api.source_max)?,
+        logs: LogStore::open(LogConfig::in_folder(config.folder.join("logs"))).await?,
+        registry: config.registry,
+        secrets: Secrets::default(),
+        settings: Settings {
+            data: config.folder.clone(),
+            pool: config.pool,
+            registry_address: config.registry_address,
+        },
+        holder: holder(),
+    };
+    let controller = Controller::new(parts);
+    let router = api::router(Arc::new(controller.clone()), config.api)
+        .merge(doors::router(controller.clone()));
+    let sockets = Sockets::new(config.sockets);
+    let mut addresses = Vec::new();
+    for address in config.listen {
+        addresses.push(sockets.tcp(address, tls.clone(), router.clone()).await?);
+    }
+    let socket = socket_path(&config.folder);
+    sockets.unix(socket.clone(), router)?;
+    let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+    tasks.spawn(schedule::run(controller.clone(), stop.clone()));
+    tasks.spawn(sweep::run(controller.clone(), stop.clone()));
+    Ok(Running {
+        controller,
+        socket,
+        addresses,
+        sockets,
+        stop,
+        tasks,
+        _lock: lock,
+    })
+}
+
+impl Running {
+    /// Takes no more requests, ends the loops, and closes the database.
+    pub async fn stop(self) {
+        self.sockets.close(STOP_PATIENCE).await;
+        self.stop.cancel();
+        self.tasks.close();
+        let _cut = tokio::time::timeout(STOP_PATIENCE, self.tasks.wait()).await;
+        let _gone = std::fs::remove_file(&self.socket);
+        self.controller.db.close().await;
+    }
+}
+
+fn lock(folder: &Path) -> Result<File, StartError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| StartError::Folder { path, source }
+    };
+    let made = std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder);
+    made.map_err(failed(folder))?;
+    let path = folder.join("controller.lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(failed(&path))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(StartError::Taken(folder.to_owned())),
+        Err(error) => Err(failed(&path)(error.into())),
+    }
+}
+
+/// A name of this process that no other ever has.
+fn holder() -> String {
+    let random = crate::fleet::sweep::random();
+    format!("controller-{}-{random:016x}", std::process::id())
+}

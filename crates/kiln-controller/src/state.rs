@@ -1,0 +1,69 @@
+//! What a controller is made of: the database, keys, stores, and what it remembers only while it runs.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kiln_core::PoolName;
+use kiln_db::Database;
+use kiln_store::HostRegistry;
+use kiln_store::logs::LogStore;
+
+use crate::access::Access;
+use crate::fleet::secrets::Secrets;
+use crate::fleet::source::SourceStore;
+
+/// One controller. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Controller {
+    inner: Arc<Parts>,
+}
+
+/// The parts of a controller, each usable on its own.
+#[derive(Debug)]
+pub struct Parts {
+    /// Every durable row.
+    pub db: Database,
+    /// Keys, tokens, certificates.
+    pub access: Access,
+    /// Uploaded sources.
+    pub sources: SourceStore,
+    /// Logs of attempts.
+    pub logs: LogStore,
+    /// The registry of this installation.
+    pub registry: HostRegistry,
+    /// Secrets that came with a request: in memory alone.
+    pub secrets: Secrets,
+    /// The operator's settings.
+    pub settings: Settings,
+    /// A name of this process, never used again.
+    pub holder: String,
+}
+
+/// What the operator set.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where this controller keeps what is not in the database.
+    pub data: PathBuf,
+    /// The pool this controller schedules.
+    pub pool: PoolName,
+    /// Where others reach the registry, `host:port`; none when worker and controller share one.
+    pub registry_address: Option<String>,
+}
+
+impl Controller {
+    /// Of its parts.
+    #[must_use]
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            inner: Arc::new(parts),
+        }
+    }
+}
+
+impl std::ops::Deref for Controller {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.inner
+    }
+}
