@@ -1,6 +1,12 @@
 //! Log set-up of a process.
 
+use std::io;
+
+use tracing::Subscriber;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// How logs are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,7 +14,8 @@ pub enum LogFormat {
     /// For people, on standard error.
     Text,
     /// One JSON object a line, on standard error: `timestamp`, `level`, `target`, `message` and the event's fields, and `span` with the
-    /// fields of the span it happened in. Control characters are escaped, so that no logged text can begin a line of its own.
+    /// fields of the span it happened in; when a span ends, a line with `time.busy` and `time.idle`. Control characters are escaped, so
+    /// that no logged text can begin a line of its own.
     Json,
 }
 
@@ -21,16 +28,79 @@ pub fn init_logs(format: LogFormat, verbosity: u8) {
         _ => "debug",
     };
     let filter = EnvFilter::try_from_env("KILN_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
     let _already_set = match format {
-        LogFormat::Text => builder.with_target(false).try_init(),
-        LogFormat::Json => builder
-            .json()
-            .flatten_event(true)
-            .with_current_span(true)
-            .with_span_list(false)
+        LogFormat::Text => tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(io::stderr)
+            .with_target(false)
             .try_init(),
+        LogFormat::Json => json(filter, io::stderr).try_init().map_err(Into::into),
     };
+}
+
+fn json<W>(filter: EnvFilter, writer: W) -> impl Subscriber + Send + Sync
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(writer)
+        .with_span_events(FmtSpan::CLOSE)
+        .json()
+        .flatten_event(true)
+        .with_current_span(true)
+        .with_span_list(false)
+        .finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::span;
+    use crate::trace::TraceContext;
+
+    #[derive(Clone, Default)]
+    struct Kept(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Kept {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("whole").extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn json_lines_carry_the_trace_and_no_text_begins_a_line() {
+        let kept = Kept::default();
+        let writer = kept.clone();
+        let subscriber = json(EnvFilter::new("info"), move || writer.clone());
+        let context = TraceContext::root([1; 16], [2; 8], true).expect("not zero");
+        tracing::subscriber::with_default(subscriber, || {
+            let _phase = context.phase_span(span::BUILD).entered();
+            tracing::info!(said = "a\n{\"level\":\"ERROR\"}\u{1b}[2J", "from a guest");
+        });
+        let text = String::from_utf8(kept.0.lock().expect("whole").clone()).expect("text");
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 2, "{text}");
+        assert!(lines[0].contains(r#""message":"from a guest""#), "{text}");
+        assert!(
+            lines[0].contains(&format!(r#""trace_id":"{}""#, context.trace_id())),
+            "{text}"
+        );
+        assert!(
+            lines[0].contains(&format!(r#""span_id":"{}""#, context.span_id())),
+            "{text}"
+        );
+        assert!(
+            lines[1].contains(r#""phase":"build""#) && lines[1].contains("time.busy"),
+            "{text}"
+        );
+        assert!(!text.contains('\u{1b}'));
+    }
 }
