@@ -226,21 +226,32 @@ fn an_overdue_large_job_without_a_host_is_not_passed_by_its_own_tenant() {
             job("first", "ant", 4),
             job("large", "bee", 3),
             job("small", "bee", 1),
+            job("other", "cat", 1),
         ],
     );
     view.running = vec![
         running("r0", "bee", 2, "w0", None),
         running("r1", "cat", 2, "w1", None),
     ];
-    let rule = TenantRule {
-        weight: 1000,
-        ..TenantRule::default()
-    };
-    view.tenants.insert(tenant("ant"), rule);
+    for (name, weight) in [("ant", 1000), ("cat", 1)] {
+        let rule = TenantRule {
+            weight,
+            ..TenantRule::default()
+        };
+        view.tenants.insert(tenant(name), rule);
+    }
     view.pending[1].queued_unix_ms = NOW - 9 * 60_000;
-    assert_eq!(order(&view), ["small"], "it may pass one that came lately");
+    assert_eq!(
+        order(&view),
+        ["small", "other"],
+        "it may pass one that came lately"
+    );
     view.pending[1].queued_unix_ms = NOW - 11 * 60_000;
-    assert_eq!(order(&view), Vec::<String>::new());
+    assert_eq!(
+        order(&view),
+        ["other"],
+        "what it leaves is for other tenants"
+    );
     view.running[0].started_unix_ms = NOW - 12 * 60_000;
     assert_eq!(
         planned(&view).reservations[0].job.as_str(),
