@@ -96,10 +96,10 @@ impl KeyRing {
 
     /// Makes a new key that signs from now on.
     pub(crate) fn rotate(&self, now_ms: u64) -> Result<(), SealedError> {
-        let newest = self.live().last().map_or(0, |key| key.created_ms);
-        let created_ms = now_ms.max(newest + 1);
+        let newest = self.live().last().map(|key| key.created_ms);
+        let created_ms = now_ms.max(newest.map_or(0, |at| at + 1));
         // The first key has one name whoever makes it, so that two processes end with the same one.
-        let name = if newest == 0 {
+        let name = if newest.is_none() {
             "0-first.key".to_owned()
         } else {
             format!(

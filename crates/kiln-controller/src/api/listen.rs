@@ -16,8 +16,10 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use kiln_core::WorkerId;
+use kiln_db::{Database, Wake};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -188,6 +190,43 @@ impl Sockets {
         for (_, connection) in open.into_iter().flatten() {
             connection.cancel();
         }
+    }
+
+    /// Closes the connections of workers that are removed, by whichever controller of this database, until the sockets close.
+    pub fn close_removed(&self, db: Database) {
+        let mut wakes = db.subscribe();
+        let this = self.clone();
+        self.tasks.spawn(async move {
+            loop {
+                let woken = tokio::select! {
+                    () = this.stop.cancelled() => return,
+                    woken = wakes.recv() => woken,
+                };
+                let suspects = match woken {
+                    Ok(Wake::Worker(worker)) => vec![worker],
+                    Ok(Wake::Everything) | Err(RecvError::Lagged(_)) => this.connected(),
+                    Ok(_) => continue,
+                    Err(RecvError::Closed) => return,
+                };
+                for worker in suspects {
+                    // A database that does not answer closes nothing: every request of the worker asks it again.
+                    if let Ok(Some(row)) = db.worker(&worker).await
+                        && row.removed_unix_ms.is_some()
+                    {
+                        this.close_worker(&worker);
+                    }
+                }
+            }
+        });
+    }
+
+    fn connected(&self) -> Vec<WorkerId> {
+        let workers = self
+            .table
+            .workers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        workers.keys().cloned().collect()
     }
 
     /// Takes no more connections, lets requests end for at most `patience`, then cuts what is left.

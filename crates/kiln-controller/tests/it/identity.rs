@@ -1,0 +1,310 @@
+//! Who may come in by which door, and what they may do there.
+
+use serde_json::json;
+
+use crate::server::Server;
+
+#[test]
+fn nobody_comes_in_without_a_good_token() {
+    let server = Server::start();
+    let good = server.member("acme", "developer");
+    assert_eq!(good.get("/v1/whoami").value()["tenant"], "acme");
+    let session = good.json("POST", "/v1/token/exchange", &json!({})).value();
+    let jwt = session["access_token"].as_str().expect("token").to_owned();
+    assert_eq!(server.client(&jwt).get("/v1/whoami").status, 200);
+    let join = server
+        .owner()
+        .json("POST", "/v1/tokens/join", &json!({}))
+        .value();
+    let join = join["token"].as_str().expect("token").to_owned();
+    let none = jwt.rsplit_once('.').expect("dots").0.to_owned() + ".";
+    let other = Server::start().member("acme", "developer").token;
+    let flipped = good.token.replace(|c: char| c == '0', "1");
+    for (what, token) in [
+        ("nothing", ""),
+        ("nonsense", "x"),
+        ("a join token", &join),
+        ("a token without its signature", &none),
+        ("another installation's", &other),
+        ("a changed one", &flipped),
+        ("two words", "a b"),
+    ] {
+        let got = server.client(token).get("/v1/jobs");
+        assert_eq!(got.status, 401, "{what}: {}", got.text());
+        assert_eq!(got.code(), "unauthenticated", "{what}");
+        assert!(
+            got.headers["www-authenticate"].starts_with("Bearer"),
+            "{what}"
+        );
+        assert_eq!(
+            got.headers["content-type"], "application/problem+json",
+            "{what}"
+        );
+    }
+    let basic = [("authorization", "Basic YTpi")];
+    assert_eq!(
+        server
+            .client("")
+            .send("GET", "/v1/jobs", &basic, b"")
+            .status,
+        401
+    );
+    let twice = [("authorization", "Bearer x")];
+    assert_eq!(good.send("GET", "/v1/jobs", &twice, b"").status, 400);
+    let named = [
+        ("x-forwarded-for", "127.0.0.1"),
+        ("x-real-ip", "10.102.0.1"),
+        ("kiln-worker", "w1"),
+    ];
+    assert_eq!(
+        server
+            .client("")
+            .send("GET", "/v1/jobs", &named, b"")
+            .status,
+        401
+    );
+    let refused = server.parts.attempts.lock().expect("lock").clone();
+    for code in ["none", "kind", "unknown", "malformed"] {
+        let seen = refused
+            .iter()
+            .any(|(what, why)| *what == "authenticate" && *why == Some(code));
+        assert!(seen, "no count of {code}");
+    }
+}
+
+#[test]
+fn a_revoked_token_is_dead_at_once_with_all_that_came_of_it() {
+    let server = Server::start();
+    let service = server.member("acme", "developer");
+    let session = service
+        .json("POST", "/v1/token/exchange", &json!({"expires_in": 600}))
+        .value();
+    let session = server.client(session["access_token"].as_str().expect("token"));
+    assert_eq!(session.get("/v1/jobs").status, 200);
+    let tokens = server.owner().get("/v1/tokens").value();
+    let ours = tokens["items"].as_array().expect("items").iter();
+    let id = ours
+        .filter(|t| t["tenant"] == "acme")
+        .find_map(|t| t["id"].as_str())
+        .expect("id");
+    assert_eq!(
+        service.delete(&format!("/v1/tokens/{id}")).status,
+        403,
+        "not a developer's"
+    );
+    assert_eq!(
+        server.owner().delete(&format!("/v1/tokens/{id}")).status,
+        204
+    );
+    assert_eq!(service.get("/v1/jobs").status, 401);
+    assert_eq!(session.get("/v1/jobs").status, 401);
+    assert_eq!(server.owner().delete("/v1/tokens/no-such").status, 404);
+    let short = server.token(&json!({"tenant": "acme", "role": "developer", "expires_in": 1}));
+    let end = std::time::Instant::now() + crate::server::PATIENCE;
+    while short.get("/v1/jobs").status == 200 {
+        assert!(std::time::Instant::now() < end, "it never expires");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    assert_eq!(
+        short.json("POST", "/v1/token/exchange", &json!({})).status,
+        401
+    );
+}
+
+#[test]
+fn a_token_never_gives_more_than_its_maker_has() {
+    let server = Server::start();
+    let admin = server.member("acme", "admin");
+    let make = |asked: serde_json::Value| admin.json("POST", "/v1/tokens", &asked).status;
+    assert_eq!(make(json!({"role": "developer"})), 201);
+    assert_eq!(make(json!({"role": "admin", "operator": true})), 403);
+    assert_eq!(make(json!({"role": "developer", "priority_max": 1})), 403);
+    assert_eq!(make(json!({"role": "developer", "trusted": true})), 403);
+    assert_eq!(
+        make(json!({"role": "developer", "tenant": "local"})),
+        404,
+        "another tenant"
+    );
+    assert_eq!(make(json!({"role": "king"})), 422);
+    assert_eq!(make(json!({"role": "developer", "scopes": ["all"]})), 422);
+    assert_eq!(make(json!({"role": "developer", "expires_in": 0})), 422);
+    let scoped = server.token(&json!({
+        "tenant": "acme", "role": "admin", "scopes": ["token:create", "job:read"]}));
+    let make = |asked: serde_json::Value| scoped.json("POST", "/v1/tokens", &asked);
+    assert_eq!(
+        make(json!({"role": "admin", "scopes": ["job:submit"]})).status,
+        403
+    );
+    let child = make(json!({"role": "admin"}));
+    assert_eq!(child.status, 201);
+    let child = server.client(child.value()["token"].as_str().expect("token"));
+    let scopes = child.get("/v1/whoami").value()["scopes"].clone();
+    assert_eq!(
+        scopes,
+        json!(["job:read", "token:create"]),
+        "its maker's scopes"
+    );
+    assert_eq!(
+        child
+            .json("POST", "/v1/runs", &json!({"argv": ["x"]}))
+            .status,
+        403
+    );
+}
+
+#[test]
+fn roles_may_what_the_matrix_says() {
+    let server = Server::start();
+    let run = json!({"argv": ["true"]});
+    let cases = [
+        ("developer", 202, 403, 200),
+        ("read-only", 403, 403, 200),
+        ("security", 403, 403, 200),
+        ("admin", 202, 403, 200),
+        ("build-engineer", 202, 403, 200),
+    ];
+    for (role, submit, workers, jobs) in cases {
+        let client = server.member("acme", role);
+        assert_eq!(
+            client.json("POST", "/v1/runs", &run).status,
+            submit,
+            "{role}"
+        );
+        assert_eq!(
+            client.get("/v1/workers").status,
+            workers,
+            "{role}: members see no fleet"
+        );
+        assert_eq!(client.get("/v1/jobs").status, jobs, "{role}");
+        let pause = client.json("POST", "/v1/queues/default", &json!({"paused": true}));
+        assert_eq!(pause.status, 403, "{role}");
+        assert_eq!(
+            client
+                .json("POST", "/v1/tenants", &json!({"name": "x"}))
+                .status,
+            403,
+            "{role}"
+        );
+    }
+    let engineer = server.token(&json!({
+        "tenant": "acme", "role": "build-engineer", "operator": true}));
+    assert_eq!(engineer.get("/v1/workers").status, 200);
+    assert_eq!(
+        engineer
+            .json("POST", "/v1/queues/default", &json!({"paused": true}))
+            .status,
+        200
+    );
+    assert_eq!(
+        engineer
+            .json("POST", "/v1/tenants", &json!({"name": "x"}))
+            .status,
+        403
+    );
+    assert_eq!(engineer.get("/v1/audit").status, 403);
+    let auditor = server.token(&json!({"tenant": "acme", "role": "security", "operator": true}));
+    let rows = auditor.get("/v1/audit").value();
+    let rows = rows["items"].as_array().expect("rows");
+    let seen = |action: &str, allowed: bool| {
+        rows.iter()
+            .any(|row| row["action"] == action && row["allowed"] == allowed)
+    };
+    assert!(seen("tenant:control", true) && seen("tenant:control", false));
+    assert!(seen("job:submit", true) && seen("job:submit", false));
+}
+
+#[test]
+fn another_tenants_things_are_not_there() {
+    let server = Server::start();
+    let (acme, rival) = (
+        server.member("acme", "admin"),
+        server.member("rival", "admin"),
+    );
+    let job = acme.run();
+    let lease = server.lease(&job);
+    server.log(&job, b"secret plans\n");
+    let paths = [
+        format!("/v1/jobs/{job}"),
+        format!("/v1/jobs/{job}/events"),
+        format!("/v1/jobs/{job}/logs"),
+        format!("/v1/jobs/{job}/artifacts"),
+        format!("/v1/jobs/{job}/artifacts/x"),
+    ];
+    for path in &paths {
+        let foreign = rival.get(path);
+        let nowhere = rival.get(&path.replace(&job, "b00000000000000000"));
+        assert_eq!(foreign.status, 404, "{path}");
+        let told = |got: &crate::server::Got, id: &str| got.text().replace(id, "ID");
+        let same = told(&foreign, &job) == told(&nowhere, "b00000000000000000");
+        assert!(same, "{path}: {} {}", foreign.text(), nowhere.text());
+    }
+    assert_eq!(rival.delete(&paths[0]).status, 404);
+    assert_eq!(
+        rival
+            .json("POST", &format!("{}/retry", paths[0]), &json!({}))
+            .status,
+        404
+    );
+    assert_eq!(rival.get(&format!("/builds/{job}")).status, 404);
+    assert_eq!(rival.get("/v1/jobs").value()["items"], json!([]));
+    assert_eq!(rival.get("/v1/jobs?tenant=acme").status, 404);
+    assert_eq!(rival.get("/v1/tenants/acme/usage").status, 404);
+    let names: Vec<_> = rival.get("/v1/tenants").value()["items"]
+        .as_array()
+        .expect("items")
+        .clone();
+    assert_eq!(names.len(), 1);
+    let queues = rival.get("/v1/queues").value();
+    assert_eq!(
+        queues["items"][0]["running"], 0,
+        "how much others run is theirs"
+    );
+    let run = json!({"argv": ["true"], "tenant": "acme"});
+    assert_eq!(rival.json("POST", "/v1/runs", &run).status, 404);
+    // The same key in two tenants is two keys.
+    let key = [
+        ("content-type", "application/json"),
+        ("idempotency-key", "k1"),
+    ];
+    let body = br#"{"argv": ["true"]}"#;
+    let (a, b) = (
+        acme.send("POST", "/v1/runs", &key, body),
+        rival.send("POST", "/v1/runs", &key, body),
+    );
+    assert_eq!((a.status, b.status), (202, 202));
+    assert_ne!(a.value()["id"], b.value()["id"]);
+    // A cursor of one is none of the other's.
+    acme.run();
+    let next = acme.get("/v1/jobs?limit=1").value()["next"]
+        .as_str()
+        .expect("next")
+        .to_owned();
+    assert_eq!(
+        acme.get(&format!("/v1/jobs?limit=1&cursor={next}")).status,
+        200
+    );
+    assert_eq!(
+        rival.get(&format!("/v1/jobs?limit=1&cursor={next}")).status,
+        422
+    );
+    assert_eq!(
+        acme.get(&format!("/v1/jobs?state=queued&cursor={next}"))
+            .status,
+        422
+    );
+    server.finish(&lease, Server::passed());
+}
+
+#[test]
+fn the_private_socket_needs_no_token_and_others_get_nothing_by_it() {
+    let server = Server::start();
+    let who = server.owner().get("/v1/whoami").value();
+    assert_eq!(
+        (&who["role"], &who["operator"]),
+        (&json!("admin"), &json!(true))
+    );
+    assert_eq!(who["tenant"], "local");
+    let keys = server.client("").get("/.well-known/jwks.json").value();
+    assert_eq!(keys["keys"][0]["alg"], "ES256");
+    assert!(keys["keys"][0].get("d").is_none(), "no private half");
+}
