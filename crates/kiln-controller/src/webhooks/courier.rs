@@ -8,16 +8,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use kiln_core::TenantName;
-use kiln_db::Message;
+use kiln_db::{Database, Message, Wake};
 use kiln_telemetry::metrics::Metrics;
 use tokio::sync::Notify;
-use tokio::task::JoinSet;
+use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::destination::{Destination, ReceiverPolicy};
 use super::outbox::Outbox;
-use super::post::{Letter, Network, PostError, Sender, tls};
+use super::post::{HostNetwork, Letter, Network, PostError, Sender, tls};
 use super::signature::Signer;
 
 /// Seconds between a failed try and the next. After the last of them a message is dead. Together just under a day.
@@ -162,6 +163,26 @@ impl<O, N> Clone for Courier<O, N> {
     }
 }
 
+impl Courier<Database, HostNetwork> {
+    /// Starts a courier of this database that wakes by itself. Wait for the handle after cancelling `stop`.
+    ///
+    /// # Errors
+    /// When a certificate cannot be used.
+    pub fn start(
+        db: Database,
+        signer: Signer,
+        options: CourierOptions,
+        metrics: Metrics,
+        stop: CancellationToken,
+    ) -> Result<(Self, JoinHandle<()>), rustls::Error> {
+        let wakes = db.subscribe();
+        let courier = Self::new(db, HostNetwork, signer, options, metrics)?;
+        tokio::spawn(courier.clone().listen(wakes, stop.clone()));
+        let running = tokio::spawn(courier.clone().run(stop));
+        Ok((courier, running))
+    }
+}
+
 impl<O: Outbox, N: Network> Courier<O, N> {
     /// A courier; it does nothing until [`Self::run`].
     ///
@@ -194,6 +215,22 @@ impl<O: Outbox, N: Network> Courier<O, N> {
     /// Says that there may be something to send. Forgetting it costs a few seconds, no message.
     pub fn wake(&self) {
         self.inner.bell.notify_one();
+    }
+
+    /// Wakes this courier whenever the database says that there is something to send, until `stop`.
+    pub async fn listen(self, mut wakes: broadcast::Receiver<Wake>, stop: CancellationToken) {
+        loop {
+            let wake = tokio::select! {
+                () = stop.cancelled() => return,
+                wake = wakes.recv() => wake,
+            };
+            match wake {
+                Ok(Wake::Outbox | Wake::Everything) | Err(RecvError::Lagged(_)) => self.wake(),
+                Ok(_) => {}
+                // Without wake-ups the outbox is looked into all the same.
+                Err(RecvError::Closed) => return,
+            }
+        }
     }
 
     /// Delivers until `stop`. What is under way then gets a few seconds; what does not make it is due again later.

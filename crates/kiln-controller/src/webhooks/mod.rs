@@ -15,7 +15,12 @@ mod post;
 mod signature;
 
 #[cfg(test)]
+mod database_tests;
+#[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+pub(crate) use database_tests::job as job_for_tests;
 
 pub use courier::{BACKOFF_S, Courier, CourierOptions};
 pub use destination::{Destination, DestinationRefused, ReceiverPolicy};

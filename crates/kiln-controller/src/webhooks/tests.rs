@@ -139,9 +139,9 @@ impl Outbox for Box_ {
 }
 
 /// A real receiver on loopback that answers what it was told to.
-struct Receiver {
+pub(super) struct Receiver {
     addr: SocketAddr,
-    got: Arc<Mutex<Vec<(HeaderMap, Bytes)>>>,
+    pub(super) got: Arc<Mutex<Vec<(HeaderMap, Bytes)>>>,
 }
 
 type Answers = Arc<(
@@ -155,7 +155,7 @@ async fn receive(State(state): State<Answers>, headers: HeaderMap, body: Bytes) 
     next.unwrap_or_else(|| StatusCode::NO_CONTENT.into_response())
 }
 
-async fn receiver(answers: impl IntoIterator<Item = Response>) -> Receiver {
+pub(super) async fn receiver(answers: impl IntoIterator<Item = Response>) -> Receiver {
     let got = Arc::new(Mutex::new(Vec::new()));
     let answers: Answers = Arc::new((Mutex::new(answers.into_iter().collect()), Arc::clone(&got)));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -166,16 +166,16 @@ async fn receiver(answers: impl IntoIterator<Item = Response>) -> Receiver {
 }
 
 impl Receiver {
-    fn url(&self) -> String {
+    pub(super) fn url(&self) -> String {
         format!("http://{}/hook", self.addr)
     }
 
-    fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         self.got.lock().unwrap().len()
     }
 }
 
-fn local_allowed() -> CourierOptions {
+pub(super) fn local_allowed() -> CourierOptions {
     CourierOptions {
         policy: ReceiverPolicy {
             exceptions: vec![RangeException {

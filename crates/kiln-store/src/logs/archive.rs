@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
+use kiln_core::{JobId, TenantName};
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload};
 use serde::{Deserialize, Serialize};
@@ -336,8 +337,27 @@ pub(super) async fn tidy(
     Ok(())
 }
 
-/// Removes an ended log: the index first, so that it is gone at once.
-pub(super) async fn remove(store: &Arc<dyn ObjectStore>, name: &LogName) -> Result<(), LogError> {
+/// The attempts of a job that have something here.
+pub(super) async fn attempts(
+    store: &Arc<dyn ObjectStore>,
+    tenant: &TenantName,
+    job: &JobId,
+) -> Result<Vec<u32>, LogError> {
+    let folder = Key::from(format!("logs/{tenant}/{job}"));
+    let listed = store
+        .list_with_delimiter(Some(&folder))
+        .await
+        .map_err(LogError::objects("list"))?;
+    let number = |key: &Key| key.filename()?.parse().ok();
+    Ok(listed.common_prefixes.iter().filter_map(number).collect())
+}
+
+/// Removes an ended log, the index first, so that it is gone at once; then what says when it expires.
+pub(super) async fn remove(
+    store: &Arc<dyn ObjectStore>,
+    name: &LogName,
+    marker: Option<Key>,
+) -> Result<(), LogError> {
     let gone = |result: object_store::Result<()>| match result {
         Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
         Err(error) => Err(LogError::objects("delete a log")(error)),
@@ -351,7 +371,10 @@ pub(super) async fn remove(store: &Arc<dyn ObjectStore>, name: &LogName) -> Resu
     for object in rest {
         gone(store.delete(&object.location).await)?;
     }
-    Ok(())
+    match marker {
+        Some(marker) => gone(store.delete(&marker).await),
+        None => Ok(()),
+    }
 }
 
 /// Milliseconds of a day.

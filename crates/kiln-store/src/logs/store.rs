@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::Stream;
 use futures_util::stream::unfold;
+use kiln_core::{JobId, TenantName};
 use object_store::ObjectStore;
 use tokio::sync::watch;
 
@@ -339,8 +340,31 @@ impl LogStore {
     /// # Errors
     /// When the object store refuses.
     pub async fn remove(&self, name: &LogName) -> Result<(), LogError> {
+        let marker = match self.opened(name).await {
+            Ok(opened) => opened.map(|opened| {
+                archive::expiry_key(name, opened.index.class, opened.index.ended_unix_ms)
+            }),
+            // What cannot be opened can be removed; retention finds the marker later, and nothing behind it.
+            Err(LogError::Key { .. } | LogError::Damaged { .. }) => None,
+            Err(error) => return Err(error),
+        };
         lock(&self.inner.indexes).remove(name);
-        archive::remove(&self.inner.objects, name).await
+        archive::remove(&self.inner.objects, name, marker).await
+    }
+
+    /// Removes the ended logs of all attempts of a job, and says how many there were.
+    ///
+    /// # Errors
+    /// When the object store refuses; what went before is gone.
+    pub async fn remove_job(&self, tenant: &TenantName, job: &JobId) -> Result<u64, LogError> {
+        let attempts = archive::attempts(&self.inner.objects, tenant, job).await?;
+        let mut removed = 0;
+        for number in attempts {
+            let name = LogName::new(tenant.clone(), job.clone(), number);
+            self.remove(&name).await?;
+            removed += 1;
+        }
+        Ok(removed)
     }
 
     /// The log's place in memory, if it is being written or its files are here.

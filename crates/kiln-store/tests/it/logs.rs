@@ -508,6 +508,39 @@ async fn a_sealed_log_shows_nothing_and_needs_its_key() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_job_that_goes_takes_the_logs_of_its_attempts_along() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = LogStore::open(LogConfig::in_folder(dir.path())).await?;
+    let (first, other) = (name("b1"), name("b2"));
+    let mut second = first.clone();
+    second.attempt.number = 2;
+    for log in [&first, &second, &other] {
+        store.append(log, 0, line(1).into()).await?;
+        store.end(log, HOT, 0).await?;
+    }
+    assert_eq!(
+        store.remove_job(&first.tenant, &first.attempt.job).await?,
+        2
+    );
+    assert_eq!(
+        store.remove_job(&first.tenant, &first.attempt.job).await?,
+        0
+    );
+    for log in [&first, &second] {
+        let read = store.read(log, 0, 9).await;
+        assert!(matches!(read, Err(LogError::NotFound { .. })), "{read:?}");
+    }
+    assert_eq!(all(&store, &other).await?, line(1).as_bytes());
+    let left = files(&dir.path().join("ended"));
+    assert!(
+        left.iter()
+            .all(|file| file.to_string_lossy().contains("/b2/")),
+        "{left:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
 async fn logs_go_when_their_time_is_over_unless_they_are_held() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let store = LogStore::open(LogConfig::in_folder(dir.path())).await?;
