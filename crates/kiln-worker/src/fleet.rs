@@ -6,6 +6,7 @@
 pub mod client;
 pub mod clock;
 pub mod daemon;
+mod far;
 pub mod fence;
 pub mod http;
 pub mod identity;

@@ -49,6 +49,10 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
     let database = args.database.as_deref().map(database).transpose()?;
     let tls = tls(&args)?;
     let registry = operator.registry().await?.host;
+    let registry_address = args.listen.first().map(|address| match args.names.first() {
+        Some(name) => format!("{name}:{}", address.port()),
+        None => address.to_string(),
+    });
     let config = ServeConfig {
         folder: folder(operator),
         database,
@@ -66,7 +70,7 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
             .unwrap_or_else(|| "kiln".to_owned()),
         trusted: Vec::new(),
         registry,
-        registry_address: None,
+        registry_address,
         pool: PoolName::default_pool(),
     };
     server::start(config).await.map_err(|error| refused(&error))

@@ -66,6 +66,7 @@ pub(super) async fn run(args: WorkerArgs, screen: Screen, cancel: CancellationTo
     }
     let shop = Arc::new(Workshop {
         client: client.clone(),
+        authority: Some(identity.authority_pem().map_err(|error| refused(&error))?),
         ..shop
     });
     let controller = identity.controller();
@@ -131,6 +132,7 @@ async fn workshop(operator: &Operator, target: Target, worker: WorkerId) -> Resu
         site: operator.site()?,
         client: Client::new(target, worker),
         local: LocalJobs::default(),
+        authority: None,
     })
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Query, State};
-use axum::routing::{get, post};
+use axum::routing::{any, get, post};
 use axum::{Extension, Json, Router};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -18,18 +18,24 @@ use kiln_db::{
 };
 use kiln_proto::fleet::{
     AskSecrets, BODY_MAX, Finish, Heartbeat, HeartbeatAnswer, JobEvents, Join, Joined, LEASES_MAX,
-    LOG_PIECE_MAX, LeaseAnswer, Leased, LogAnswer, POLL_MS, Poll, PollAnswer, RegistryToken, Renew,
-    Secrets,
+    LOG_PIECE_MAX, LeaseAnswer, Leased, LogAnswer, POLL_MS, Poll, PollAnswer, PublishImage,
+    RegistryToken, Renew, Secrets,
 };
+use kiln_store::host::Publish;
+use kiln_store::image::{Verify, verify};
 use kiln_store::logs::{LogError, LogName, RetentionClass};
+use kiln_store::registry::RepoName;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::refusal::Refused;
+use super::registry_door;
 use super::sweep::random;
 use super::who::{Held, Worker, now_unix_ms};
 use crate::access::{Peer, RegistryAction, RepositoryGrant, secret_token};
 use crate::state::Controller;
 
+/// Most names of one image.
+const TAGS_MAX: usize = 16;
 /// Most events of one message.
 const EVENTS_MAX: usize = 256;
 /// Attempts whose next event is remembered, so that one that is said twice is kept once.
@@ -56,8 +62,12 @@ pub fn router(controller: Controller) -> Router {
         .route("/worker/v1/jobs/{job}/event", post(event))
         .route("/worker/v1/jobs/{job}/log", post(log))
         .route("/worker/v1/jobs/{job}/registry-token", post(registry_token))
+        .route("/worker/v1/jobs/{job}/image", post(image))
         .route("/worker/v1/jobs/{job}/finish", post(finish))
         .layer(DefaultBodyLimit::max(BODY_MAX))
+        .route("/v2", any(registry_door::serve))
+        .route("/v2/", any(registry_door::serve))
+        .route("/v2/{*path}", any(registry_door::serve))
         .layer(Extension(numbers))
         .with_state(controller)
 }
@@ -441,6 +451,7 @@ fn log_name(lease: &Lease) -> LogName {
 
 async fn registry_token(
     State(controller): State<Controller>,
+    peer: Option<Extension<Peer>>,
     held: Held,
 ) -> Answered<RegistryToken> {
     let lease = &held.lease;
@@ -451,7 +462,10 @@ async fn registry_token(
         "quarantine".to_owned(),
     )
     .await?;
-    let Some(registry) = &controller.settings.registry_address else {
+    // A worker on the private socket works in this home: its registry is this one.
+    let here = peer.is_some_and(|peer| peer.is_owner());
+    let registry = controller.settings.registry_address.as_ref();
+    let Some(registry) = registry.filter(|_| !here) else {
         return Ok(Json(RegistryToken {
             registry: String::new(),
             token: String::new(),
@@ -476,6 +490,59 @@ fn quarantine_alone(lease: &Lease) -> Vec<RepositoryGrant> {
         name: format!("quarantine/{}/{}", attempt.job, attempt.number),
         actions: vec![RegistryAction::Pull, RegistryAction::Push],
     }]
+}
+
+/// Names what the attempt pushed into its quarantine, after every digest of it was read back here.
+async fn image(
+    State(controller): State<Controller>,
+    held: Held,
+    Json(publish): Json<PublishImage>,
+) -> Answered<serde_json::Value> {
+    let lease = &held.lease;
+    let own = format!("t/{}/", lease.tenant);
+    let foreign = |tag: &&kiln_core::ImageRef| {
+        tag.registry.is_some() || tag.digest.is_some() || !tag.repository.starts_with(&own)
+    };
+    if publish.tags.is_empty() || publish.tags.len() > TAGS_MAX {
+        return Err(Refused::bad(format!("an image gets 1 to {TAGS_MAX} names")));
+    }
+    if let Some(tag) = publish.tags.iter().find(foreign) {
+        return Err(Refused::bad(format!("{tag} is not a name of this tenant")));
+    }
+    let names: Vec<String> = publish.tags.iter().map(ToString::to_string).collect();
+    open_door(&controller, lease, DoorKind::Tag, names.join(" ")).await?;
+    let from = RepoName::quarantine(&lease.attempt);
+    let asked = Verify::image(from.clone(), publish.manifest);
+    verify(&controller.registry, &asked)
+        .await
+        .map_err(|error| {
+            Refused::new(
+                http::StatusCode::UNPROCESSABLE_ENTITY,
+                "image_refused",
+                format!("what was pushed is not that image: {error}"),
+            )
+        })?;
+    let authority = registry_door::authority(&controller, lease.clone()).await;
+    for tag in publish.tags {
+        let to = tag.repository.parse();
+        let publish = Publish {
+            from: from.clone(),
+            manifest: publish.manifest,
+            to: to.map_err(|_| Refused::bad(format!("{tag} is not a name")))?,
+            tags: vec![tag.tag.clone().unwrap_or_else(|| "latest".to_owned())],
+        };
+        let named = controller
+            .registry
+            .publish(&publish, Some(&authority))
+            .await;
+        named.map_err(|error| Refused::unavailable(error.to_string()))?;
+    }
+    if let Err(error) = controller.registry.delete_tree(&from).await
+        && !error.is_not_found()
+    {
+        tracing::warn!(%error, "a quarantine was not removed");
+    }
+    Ok(Json(serde_json::json!({})))
 }
 
 async fn finish(

@@ -4,6 +4,7 @@
 
 pub mod doors;
 pub mod refusal;
+pub mod registry_door;
 pub mod schedule;
 pub mod secrets;
 pub mod source;

@@ -248,6 +248,14 @@ impl Identity {
         self.membership().controller
     }
 
+    /// The controller's authority, PEM.
+    ///
+    /// # Errors
+    /// When its file is gone.
+    pub fn authority_pem(&self) -> Result<Vec<u8>, IdentityError> {
+        read(&self.folder, "authority.pem")?.ok_or_else(|| key_error("authority.pem is missing"))
+    }
+
     fn membership(&self) -> Membership {
         let membership = self.membership.read();
         membership.unwrap_or_else(PoisonError::into_inner).clone()

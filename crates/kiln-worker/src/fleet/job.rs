@@ -22,6 +22,7 @@ use tokio_util::io::{StreamReader, SyncIoBridge};
 use tokio_util::sync::CancellationToken;
 
 use super::client::{Client, REQUEST_TIMEOUT, job_path};
+use super::far::publish_far;
 use super::image;
 use super::local::{LocalFolder, LocalJob, LocalJobs, LocalRun};
 use super::mask::Mask;
@@ -58,6 +59,8 @@ pub struct Workshop {
     pub local: LocalJobs,
     /// Where logs wait to be acknowledged.
     pub spool: PathBuf,
+    /// The controller's authority, PEM, when it is on another host.
+    pub authority: Option<Vec<u8>>,
 }
 
 /// How a job ended, for the process that waits for it.
@@ -307,10 +310,11 @@ impl Work<'_> {
             true => vec![prepare::image_of(&request.tenant, &wanted.name)],
             false => wanted.tags.clone(),
         };
+        let named = tags.clone();
         let site = self.shop.site.clone();
         let (dir, network) = (here.dir.clone(), request.network.clone());
         let planned = tokio::task::spawn_blocking(move || {
-            prepare::prepare(&dir, wishes(wanted, tags, &network), &site)
+            prepare::prepare(&dir, wishes(wanted, named, &network), &site)
         });
         let prepared = planned
             .await
@@ -349,6 +353,19 @@ impl Work<'_> {
         );
         let mut end = run.await;
         let observed = end.observed.take();
+        if let Ok(report) = &end.result {
+            let since = std::time::Instant::now();
+            self.events.tell(Event::Phase { name: "publish" }).await;
+            let published = publish_far(shop, self.lease, report, &tags, self.cancel.clone()).await;
+            match published {
+                Ok(false) => {}
+                Ok(true) => {
+                    let ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+                    end.phases_ms.push(("publish".to_owned(), ms));
+                }
+                Err(failure) => end.result = Err(failure),
+            }
+        }
         Ok((end, observed))
     }
 

@@ -1,0 +1,95 @@
+//! Publishing on a controller of another host: the verified image goes into this attempt's quarantine there, and the controller names it.
+
+use std::time::Duration;
+
+use kiln_core::{FailureClass, ImageRef, Lease};
+use kiln_proto::fleet::{PublishImage, RegistryToken};
+use kiln_store::image::Verify;
+use kiln_store::registry::RepoName;
+use kiln_store::remote::{Credential, RemoteConfig, RemoteRegistry, Target};
+use tokio_util::sync::CancellationToken;
+
+use super::client::{REQUEST_TIMEOUT, job_path};
+use super::job::Workshop;
+use crate::build::{BuildReport, QUARANTINE_TAG};
+use crate::failure::Failure;
+use crate::publish;
+
+/// Longest time the controller takes to read an image back and name it.
+const NAME_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Sends a built image to the controller's registry and has it named. False when worker and controller share one registry.
+///
+/// # Errors
+/// When the controller refuses or cannot be reached: then the image has no name there.
+pub(super) async fn publish_far(
+    shop: &Workshop,
+    lease: &Lease,
+    report: &BuildReport,
+    tags: &[ImageRef],
+    cancel: CancellationToken,
+) -> Result<bool, Failure> {
+    let infrastructure = |error: &dyn std::error::Error| Failure::infrastructure(error);
+    let job = &lease.attempt.job;
+    let path = job_path(job, "registry-token");
+    let nothing = serde_json::json!({});
+    let asked = shop
+        .client
+        .call::<_, RegistryToken>(&path, Some(lease), &nothing, REQUEST_TIMEOUT);
+    let token = asked.await.map_err(|error| infrastructure(&error))?;
+    if token.registry.is_empty() {
+        return Ok(false);
+    }
+    let quarantine = RepoName::quarantine(&lease.attempt);
+    let target = ImageRef {
+        registry: Some(token.registry),
+        repository: quarantine.as_str().to_owned(),
+        tag: Some(QUARANTINE_TAG.to_owned()),
+        digest: None,
+    };
+    let config = RemoteConfig {
+        ca_bundle: shop.authority.clone(),
+        proxy: None,
+    };
+    let target = Target::new(&target).map_err(|error| infrastructure(&error))?;
+    let credential = Some(Credential::RegistryToken(token.token));
+    let remote = RemoteRegistry::new(&config, target, credential);
+    let remote = remote.map_err(|error| infrastructure(&error))?;
+    let own: ImageRef = report
+        .reference
+        .parse()
+        .map_err(|error| infrastructure(&error))?;
+    let own: RepoName = own
+        .repository
+        .parse()
+        .map_err(|error| infrastructure(&error))?;
+    let asked = Verify {
+        rehash: false,
+        ..Verify::image(own.clone(), report.digest)
+    };
+    let image = publish::read_image(&shop.registry, &asked).await;
+    let image = image.map_err(|error| infrastructure(&error))?;
+    let pushed = tokio::select! {
+        pushed = remote.push(&shop.registry.host, &own, &image, |_| ()) => pushed,
+        () = cancel.cancelled() => return Err(Failure::cancelled()),
+    };
+    pushed.map_err(|error| infrastructure(&error))?;
+    let message = PublishImage {
+        manifest: report.digest,
+        tags: tags.to_vec(),
+    };
+    let path = job_path(job, "image");
+    let named =
+        shop.client
+            .call::<_, serde_json::Value>(&path, Some(lease), &message, NAME_TIMEOUT);
+    named.await.map_err(|error| {
+        Failure::new(
+            FailureClass::Infrastructure,
+            format!(
+                "the controller did not name the image: {}",
+                crate::orders::chain(&error)
+            ),
+        )
+    })?;
+    Ok(true)
+}
