@@ -19,6 +19,8 @@ use kiln_db::{AttemptEnd, Database, DatabaseUrl, NewJob, NewWorker, OpenOptions,
 
 /// Callers at once.
 const CALLERS: usize = 64;
+/// Workers that the jobs go to.
+const WORKERS: usize = 50;
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> Result<()> {
@@ -27,14 +29,17 @@ async fn main() -> Result<()> {
     let jobs: usize = args.next().map_or(Ok(5_000), |text| text.parse())?;
     let batch: usize = args.next().map_or(Ok(100), |text| text.parse())?;
     let db = Database::open(&url, OpenOptions::default()).await?;
-    let worker = worker(&db).await?;
+    let mut workers = Vec::new();
+    for n in 0..WORKERS {
+        workers.push(worker(&db, n).await?);
+    }
     let ids: Vec<JobId> = (0..jobs)
         .map(|n| format!("b{n}").parse())
         .collect::<Result<_, _>>()?;
 
     let submit = many(&ids, |id| {
         let db = db.clone();
-        async move { Ok(drop(db.submit(job(id)).await?)) }
+        async move { db.submit(job(id)).await.map(drop).map_err(Into::into) }
     })
     .await?;
 
@@ -46,13 +51,16 @@ async fn main() -> Result<()> {
     let mut samples = Vec::new();
     let began = Instant::now();
     for part in ids.chunks(batch) {
-        let assignments = part.iter().map(|id| Assignment {
-            attempt: AttemptId {
-                job: id.clone(),
-                number: 1,
-            },
-            worker: worker.clone(),
-        });
+        let assignments = part
+            .iter()
+            .zip(workers.iter().cycle())
+            .map(|(id, worker)| Assignment {
+                attempt: AttemptId {
+                    job: id.clone(),
+                    number: 1,
+                },
+                worker: worker.clone(),
+            });
         let at = Instant::now();
         let claimed = db.claim(&lead, assignments.collect()).await?;
         samples.push(at.elapsed().as_micros());
@@ -64,11 +72,16 @@ async fn main() -> Result<()> {
 
     let started = many(&leases, |lease| {
         let db = db.clone();
-        async move { Ok(db.started(&lease).await?) }
+        async move { db.started(&lease).await.map_err(Into::into) }
     })
     .await?;
+    let own: Vec<Lease> = leases
+        .iter()
+        .filter(|lease| lease.worker == workers[0])
+        .cloned()
+        .collect();
     let beat = Instant::now();
-    let answer = db.heartbeat(&worker, &facts(), &leases).await?;
+    let answer = db.heartbeat(&workers[0], &facts(), &own).await?;
     let heartbeat =
         serde_json::json!({ "leases": answer.leases.len(), "us": beat.elapsed().as_micros() });
     let view = Instant::now();
@@ -76,7 +89,7 @@ async fn main() -> Result<()> {
     let view = serde_json::json!({ "held": rows.held.len(), "us": view.elapsed().as_micros() });
     let finish = many(&leases, |lease| {
         let db = db.clone();
-        async move { Ok(drop(db.finish(&lease, end()).await?)) }
+        async move { db.finish(&lease, end()).await.map(drop).map_err(Into::into) }
     })
     .await?;
     db.close().await;
@@ -140,9 +153,9 @@ fn facts() -> WorkerFacts {
     }
 }
 
-async fn worker(db: &Database) -> Result<WorkerId> {
+async fn worker(db: &Database, n: usize) -> Result<WorkerId> {
     let worker = NewWorker {
-        id: "bench".parse()?,
+        id: format!("w{n}").parse()?,
         facts: facts(),
         certificate: None,
     };

@@ -40,6 +40,12 @@ pub(crate) async fn announce(tx: &mut Tx, changes: &[Change]) -> Result<(), DbEr
 }
 
 async fn webhooks(tx: &mut Tx, changes: &[Change], now: u64) -> Result<(), DbError> {
+    let own = changes.iter().any(|change| change.notify_url.is_some());
+    let sql = "select 1 as one from webhooks where enabled = 1 limit 1";
+    let others = tx.row(sql, args![]).await?.is_some();
+    if !own && !others {
+        return Ok(());
+    }
     let told: Vec<_> = changes
         .iter()
         .map(|change| {
@@ -69,7 +75,7 @@ async fn webhooks(tx: &mut Tx, changes: &[Change], now: u64) -> Result<(), DbErr
         where w.enabled = 1 and (w.tenant is null or w.tenant = (e.value ->> 2))
             and (w.kinds = '[]' or replace(w.kinds, '\"' || (e.value ->> 3) || '\"', '') <> w.kinds)";
     let mut written = tx.exec(sql, args![told_json.as_str(), now]).await?;
-    if changes.iter().any(|change| change.notify_url.is_some()) {
+    if own {
         let sql = "insert into outbox (id, job, tenant, url, seq, kind, body, created_ms, due_ms, tries)
             select (e.value ->> 0) || '.' || (e.value ->> 1) || '.notify', e.value ->> 0, e.value ->> 2, e.value ->> 5,
                 cast(e.value ->> 1 as bigint), e.value ->> 3, e.value ->> 4, $2, $2, 0

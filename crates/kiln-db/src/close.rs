@@ -21,6 +21,8 @@ pub(crate) struct Ending<'a> {
     pub(crate) observed: Option<&'a serde_json::Value>,
     /// Earliest begin of the next attempt, if there is one.
     pub(crate) ready_ms: u64,
+    /// How the attempt ended, if not as the event says: a lost one of a job that should stop.
+    pub(crate) attempt: Option<&'a Outcome>,
 }
 
 /// Wait before the next attempt: 5 s doubled with each failed one, at most 5 min, and up to half as much again by `jitter`.
@@ -71,12 +73,13 @@ pub(crate) async fn end(
     let now = tx.now().await?;
     if live.worker.is_some() {
         let sql = "update attempts set ended_ms = $3, verdict = $4, outcome = $5 where job = $1 and number = $2";
+        let attempt = ending.attempt.unwrap_or(&ended);
         let values = args![
             live.id.as_str(),
             live.attempt().number,
             now,
-            verdict_name(&ended),
-            json(&ended),
+            verdict_name(attempt),
+            json(attempt),
         ];
         tx.exec(sql, values).await?;
     }

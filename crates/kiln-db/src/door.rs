@@ -299,13 +299,15 @@ impl Database {
     pub async fn finish(&self, lease: &Lease, end: AttemptEnd) -> Result<Finish, DoorError> {
         let lease = lease.clone();
         write_tx!(self, "finish an attempt", [lease, end], |tx| {
+            let refused = match admit(tx, &lease).await? {
+                Ok(live) => return finish(tx, &live, &end).await.map(Ok),
+                Err(refused) => refused,
+            };
             if let Some(known) = reported(tx, &lease).await? {
                 return Ok(Ok(known));
             }
-            match enter(tx, &lease, "finish").await? {
-                Ok(live) => finish(tx, &live, &end).await.map(Ok),
-                Err(refused) => Ok(Err(refused)),
-            }
+            audit(tx, &lease, "finish", None, Some(&refused.to_string())).await?;
+            Ok(Err(refused.into()))
         })?
     }
 }
@@ -465,6 +467,7 @@ async fn finish(tx: &mut Tx, live: &Live, end: &AttemptEnd) -> Result<Finish, Db
         receipt: end.receipt.as_ref(),
         observed: end.observed.as_ref(),
         ready_ms: now + backoff,
+        attempt: None,
     };
     let state = close::end(tx, live, event, &ending).await?;
     let quarantined = match &live.worker {

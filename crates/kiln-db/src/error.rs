@@ -125,7 +125,12 @@ impl DbError {
         });
         let cause = |error| Cause(Box::new(error));
         match (&error, code.as_deref()) {
-            (E::Io(_) | E::Tls(_) | E::PoolTimedOut | E::PoolClosed | E::WorkerCrashed, _) => {
+            // A certificate that nobody vouches for does not get better by waiting.
+            (E::Io(io), _) if io.kind() == std::io::ErrorKind::InvalidData => Self::Failed {
+                doing,
+                cause: cause(error),
+            },
+            (E::Io(_) | E::PoolTimedOut | E::PoolClosed | E::WorkerCrashed, _) => {
                 Self::Unavailable {
                     doing,
                     cause: cause(error),

@@ -92,26 +92,28 @@ pub(crate) async fn give_up(
     lease: &Lease,
     jitter: u64,
 ) -> Result<JobState, DbError> {
+    let lost = Outcome {
+        verdict: Verdict::Failed {
+            class: FailureClass::Lost,
+            message: format!("worker {} was not heard of any more", lease.worker),
+            hint: None,
+            command_code: None,
+        },
+        phases_ms: Vec::new(),
+    };
     let event = match &live.cancel {
         Some(mark) => JobEvent::Ended {
             outcome: close::cancelled(mark, Vec::new()),
         },
         None => JobEvent::AttemptFailed {
-            outcome: Outcome {
-                verdict: Verdict::Failed {
-                    class: FailureClass::Lost,
-                    message: format!("worker {} was not heard of any more", lease.worker),
-                    hint: None,
-                    command_code: None,
-                },
-                phases_ms: Vec::new(),
-            },
+            outcome: lost.clone(),
             attempts_max: live.attempts_max,
         },
     };
     let backoff = close::backoff_ms(lease.attempt.number, jitter, live.id.as_str());
     let ending = Ending {
         ready_ms: lease.deadline_unix_ms + backoff,
+        attempt: Some(&lost),
         ..Ending::default()
     };
     close::end(tx, live, event, &ending).await

@@ -93,7 +93,8 @@ pub(crate) struct FileMark {
 }
 
 impl Database {
-    /// Opens a database, makes it when there is none, and brings its schema up to date.
+    /// Opens a database, makes it when there is none, and brings its schema up to date. For the controller: opening a SQLite file
+    /// lets its leases live for one TTL more and ends every lead, so exactly one process may have it open.
     ///
     /// # Errors
     /// When it cannot be reached for as long as the options say, is damaged, was copied while in use, or is newer than this kiln.

@@ -55,7 +55,7 @@ pub enum Hold {
 }
 
 impl Database {
-    /// Jobs that leave their tier now: their rows are changed unless this is a dry run. The caller moves or deletes logs and
+    /// Jobs that leave their tier now, and with them old idempotency keys, dead letters and join tokens: their rows are changed unless this is a dry run. The caller moves or deletes logs and
     /// artifacts of those that are given back. Call again while the answer is full.
     ///
     /// # Errors
@@ -80,6 +80,11 @@ impl Database {
             let day_ago = tx.now().await?.saturating_sub(DAY_MS);
             let sql = "delete from idempotency where created_ms < $1";
             tx.exec(sql, args![day_ago]).await?;
+            let old = tx.now().await?.saturating_sub(default.hot_ms);
+            let sql = "delete from outbox where dead_ms < $1";
+            tx.exec(sql, args![old]).await?;
+            let sql = "delete from join_tokens where expires_ms < $1";
+            tx.exec(sql, args![old]).await?;
             Ok(aged)
         })
     }

@@ -130,10 +130,14 @@ impl Database {
         let fresh = |at: u64| now.saturating_sub(at) < LAST_USED_STEP_MS;
         if !found.last_used_unix_ms.is_some_and(fresh) {
             let id = found.id.clone();
-            write_tx!(self, "note a token's use", [id], |tx| {
+            let noted = write_tx!(self, "note a token's use", [id], |tx| {
                 let sql = "update tokens set last_used_ms = $2 where id = $1";
                 tx.exec(sql, args![id.as_str(), now]).await
-            })?;
+            });
+            if let Err(error) = noted {
+                // A disk that is full keeps nobody out.
+                tracing::warn!(%error, token = %found.id, "the use of a token was not noted");
+            }
         }
         Ok(found)
     }

@@ -21,6 +21,9 @@ use crate::clock::Clock;
 use crate::error::{Cause, DbError};
 use crate::wake::Wake;
 
+/// Prepared statements kept by one connection: more than this crate has.
+const STATEMENTS_MAX: usize = 256;
+
 /// A value of a statement.
 #[derive(Clone, Debug)]
 pub(crate) enum Value {

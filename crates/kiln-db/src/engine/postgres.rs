@@ -47,6 +47,7 @@ pub(crate) fn pool(
             ("synchronous_commit", "on".to_owned()),
             ("client_min_messages", "warning".to_owned()),
         ])
+        .statement_cache_capacity(super::STATEMENTS_MAX)
         .disable_statement_logging();
     PgPoolOptions::new()
         .max_connections(connections)

@@ -20,6 +20,7 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .foreign_keys(true)
         .pragma("trusted_schema", "off")
         .pragma("cell_size_check", "on")
+        .statement_cache_capacity(super::STATEMENTS_MAX)
         .disable_statement_logging()
 }
 

@@ -81,6 +81,7 @@ create table jobs (
 ){strict};
 create index jobs_queue on jobs (pool, state, priority, created_ms);
 create index jobs_worker on jobs (worker) where worker is not null;
+create index jobs_group on jobs (tenant, grp) where grp is not null;
 create index jobs_tenant on jobs (tenant, created_ms, id);
 create index jobs_created on jobs (created_ms, id);
 

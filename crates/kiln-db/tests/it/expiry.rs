@@ -176,7 +176,7 @@ async fn nothing_expires_right_after_a_start(w: World) {
 async fn a_lost_worker_returns(w: World) {
     let worker = w.worker("w1").await;
     w.advance(20_000);
-    assert_eq!(w.sweep().await.lost, [worker.clone()]);
+    assert_eq!(w.sweep().await.lost, std::slice::from_ref(&worker));
     assert!(w.sweep().await.lost.is_empty());
     let found =
         w.db.worker(&worker)

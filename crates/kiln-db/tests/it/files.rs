@@ -291,7 +291,7 @@ async fn controllers_wake_each_other() {
 /// Nothing that was acknowledged is lost, and work goes on by itself when the server is back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_restarts_under_load() {
-    let own = crate::server::start();
+    let own = crate::server::start(None);
     let url: DatabaseUrl = own.url(&own.database()).parse().expect("url");
     let db = open(&url).await.expect("opens");
     let (acknowledged, mut names) = tokio::sync::mpsc::unbounded_channel();
@@ -327,4 +327,33 @@ async fn postgres_restarts_under_load() {
             "{name} is lost"
         );
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tls_to_postgres_is_verified() {
+    let port = kiln_testkit::free_port();
+    let own = crate::server::start(Some(port));
+    let root = own.folder().join("root.crt");
+    let try_open = async |host: &str, options: &str| {
+        let url = format!("postgres://kiln@{host}:{port}/postgres?{options}");
+        open(&url.parse().expect("url")).await
+    };
+    let trusted = format!("sslmode=verify-full&sslrootcert={}", root.display());
+    try_open("localhost", &trusted)
+        .await
+        .expect("a certificate of the named root opens");
+    let other = try_open("127.0.0.1", &trusted).await;
+    assert!(
+        matches!(other, Err(OpenError::Failed { .. })),
+        "the certificate names another host: {other:?}"
+    );
+    for mode in ["verify-full", "require", "verify-ca"] {
+        let refused = try_open("localhost", &format!("sslmode={mode}")).await;
+        assert!(
+            refused.is_err(),
+            "{mode}: nobody vouches for this certificate"
+        );
+    }
+    let plain = try_open("localhost", "sslmode=disable").await;
+    assert!(plain.is_err(), "the server takes TLS alone");
 }

@@ -22,7 +22,7 @@ static NAMES: AtomicU32 = AtomicU32::new(0);
 
 /// Starts the server, or gives the one that runs.
 pub(crate) fn server() -> &'static Server {
-    SERVER.get_or_init(start)
+    SERVER.get_or_init(|| start(None))
 }
 
 impl Server {
@@ -31,6 +31,11 @@ impl Server {
         let name = format!("t{}", NAMES.fetch_add(1, Ordering::Relaxed));
         self.sql("postgres", &format!("create database {name}"));
         name
+    }
+
+    /// Where it is: certificates are there.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// The place of a database.
@@ -74,8 +79,9 @@ impl Server {
     }
 }
 
-/// Starts a server of one's own.
-pub(crate) fn start() -> Server {
+/// Starts a server of one's own; with a port it also listens on 127.0.0.1, by TLS alone, as `localhost` with a certificate of
+/// `root.crt` in its folder.
+pub(crate) fn start(tls: Option<u16>) -> Server {
     let bin = binaries();
     let folder = tempfile::Builder::new()
         .prefix("kiln-pg-")
@@ -88,6 +94,7 @@ pub(crate) fn start() -> Server {
     }
     let mut shell = Command::new("/bin/sh");
     shell.arg("-c").arg(SCRIPT).arg("sh").arg(&bin).arg(&folder);
+    shell.arg(tls.map_or(String::new(), |port| port.to_string()));
     if let Some((user, group)) = ids {
         shell.uid(user).gid(group);
     }
@@ -116,11 +123,23 @@ pub(crate) fn start() -> Server {
 }
 
 const SCRIPT: &str = r#"
-bin=$1 folder=$2
+bin=$1 folder=$2 port=$3
 fail() { tail -n 30 "$folder/log" 2>/dev/null; rm -rf "$folder"; exit 1; }
 "$bin/initdb" -D "$folder/data" --auth=trust --no-sync -U kiln --locale=C -E UTF8 >"$folder/log" 2>&1 || fail
+tls="-c listen_addresses=''"
+if [ -n "$port" ]; then
+  curve="-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+  openssl req -x509 $curve -days 2 -subj /CN=root -keyout "$folder/root.key" -out "$folder/root.crt" >>"$folder/log" 2>&1 || fail
+  echo 'subjectAltName=DNS:localhost' >"$folder/names"
+  openssl req -new $curve -subj /CN=localhost -keyout "$folder/server.key" -out "$folder/server.csr" >>"$folder/log" 2>&1 || fail
+  openssl x509 -req -in "$folder/server.csr" -CA "$folder/root.crt" -CAkey "$folder/root.key" -CAcreateserial -days 2 \
+    -extfile "$folder/names" -out "$folder/server.crt" >>"$folder/log" 2>&1 || fail
+  tls="-c listen_addresses=127.0.0.1 -c port=$port -c ssl=on -c ssl_cert_file=$folder/server.crt -c ssl_key_file=$folder/server.key"
+  echo 'hostssl all all 127.0.0.1/32 trust' >"$folder/data/pg_hba.conf"
+  echo 'local all all trust' >>"$folder/data/pg_hba.conf"
+fi
 "$bin/pg_ctl" -D "$folder/data" -w -t 60 -l "$folder/log" \
-  -o "-k '$folder' -c listen_addresses='' -c max_connections=200 -c shared_buffers=64MB -c fsync=off" start >/dev/null 2>&1 || fail
+  -o "-k '$folder' $tls -c max_connections=200 -c shared_buffers=64MB -c fsync=off" start >/dev/null 2>&1 || fail
 echo ready
 while read -r order; do
   if [ "$order" = restart ]; then
