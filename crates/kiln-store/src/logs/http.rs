@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use http::Uri;
-use http_body_util::BodyExt as _;
+use hyper::body::{Body, Frame, SizeHint};
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
@@ -25,6 +26,7 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsConnector;
 
 use super::LogError;
@@ -33,6 +35,8 @@ use super::LogError;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time until a bucket's answer has begun.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest silence within a bucket's answer.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
 /// Most connections that are kept for the next request.
 const IDLE_MAX: usize = 8;
 /// How long they are kept.
@@ -114,9 +118,57 @@ impl HttpService for S3Client {
                     HttpError::new(kind, error)
                 })?;
             let (parts, body) = answer.into_parts();
-            let body = body.map_err(|error| HttpError::new(HttpErrorKind::Interrupted, error));
-            Ok(HttpResponse::from_parts(parts, HttpResponseBody::new(body)))
+            let body = HttpResponseBody::new(Patient::new(body));
+            Ok(HttpResponse::from_parts(parts, body))
         })
+    }
+}
+
+/// An answer's body that fails when it is silent for too long.
+struct Patient<B> {
+    body: B,
+    silence: Pin<Box<Sleep>>,
+}
+
+impl<B> Patient<B> {
+    fn new(body: B) -> Self {
+        Self {
+            body,
+            silence: Box::pin(tokio::time::sleep(SILENCE_MAX)),
+        }
+    }
+}
+
+impl<B> Body for Patient<B>
+where
+    B: Body<Data = Bytes> + Unpin,
+    B::Error: std::error::Error + Send + Sync + 'static,
+{
+    type Data = Bytes;
+    type Error = HttpError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
+            let until = Instant::now() + SILENCE_MAX;
+            self.silence.as_mut().reset(until);
+            let failed = |error| HttpError::new(HttpErrorKind::Interrupted, error);
+            return Poll::Ready(frame.map(|frame| frame.map_err(failed)));
+        }
+        self.silence.as_mut().poll(cx).map(|()| {
+            let silent = io::Error::from(io::ErrorKind::TimedOut);
+            Some(Err(HttpError::new(HttpErrorKind::Timeout, silent)))
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -202,5 +254,34 @@ impl Write for Link {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::StreamExt as _;
+    use futures_util::stream;
+    use http_body_util::{BodyExt as _, StreamBody};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bucket_that_falls_silent_is_an_error_and_a_slow_one_is_not() {
+        let slow = stream::iter(0..5_u8).then(async |n| {
+            tokio::time::sleep(SILENCE_MAX * 3 / 4).await;
+            Ok::<_, io::Error>(Frame::data(Bytes::copy_from_slice(&[n])))
+        });
+        let silent = stream::pending::<io::Result<Frame<Bytes>>>();
+        let whole = Patient::new(StreamBody::new(Box::pin(slow)))
+            .collect()
+            .await
+            .expect("slow is fine")
+            .to_bytes();
+        assert_eq!(whole, [0, 1, 2, 3, 4][..]);
+        let began = Instant::now();
+        let failed = Patient::new(StreamBody::new(silent)).collect().await;
+        let error = failed.expect_err("silent");
+        assert_eq!(error.kind(), HttpErrorKind::Timeout);
+        assert_eq!(began.elapsed().as_secs(), SILENCE_MAX.as_secs());
     }
 }

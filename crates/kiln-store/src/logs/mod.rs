@@ -14,6 +14,7 @@ mod archive;
 mod error;
 mod http;
 mod live;
+pub mod load;
 mod objects;
 mod retention;
 mod seal;

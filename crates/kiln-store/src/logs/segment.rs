@@ -449,3 +449,71 @@ fn trim(file: &mut File, path: &Path, whole: u64, size: u64) -> Result<(), LogEr
         .and_then(|()| file.sync_data())
         .map_err(io("trim"))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::seal::LogKey;
+    use super::*;
+
+    fn name() -> LogName {
+        LogName::new("local".parse().unwrap(), "b1".parse().unwrap(), 1)
+    }
+
+    /// A file of a few frames, as bytes.
+    fn file(dir: &Path, keys: &LogKeys, pieces: &[Vec<u8>]) -> Vec<u8> {
+        let path = dir.join("whole");
+        let (mut writing, _) = Writing::create(&path, keys).unwrap();
+        let mut offset = 0;
+        for piece in pieces {
+            writing
+                .push(&name(), Kind::Data, offset, piece, false)
+                .unwrap();
+            offset += piece.len() as u64;
+        }
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        bytes
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+
+        /// Whatever lies there, what comes back is a part of what was written, and reading it works.
+        #[test]
+        fn a_file_with_anything_in_it_is_read_or_refused(
+            pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..200), 0..6),
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+            tail in prop::collection::vec(any::<u8>(), 0..80),
+            sealed: bool,
+            last: bool,
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let keys = if sealed { LogKeys::new(LogKey::new([1; 32]), []) } else { LogKeys::default() };
+            let mut bytes = file(dir.path(), &keys, &pieces);
+            for (index, byte) in changes {
+                let at = index.index(bytes.len());
+                bytes[at] = byte;
+            }
+            bytes.extend_from_slice(&tail);
+            let path = dir.path().join("00000000.seg");
+            std::fs::write(&path, &bytes).unwrap();
+            if let Ok(Some(found)) = recover(&path, &keys, &name(), 0, last) {
+                let text = pieces.concat();
+                let end = usize::try_from(found.end).unwrap();
+                prop_assert!(end <= text.len());
+                let read = found.segment.read(&name(), 0, found.end, usize::MAX).unwrap();
+                prop_assert_eq!(read.concat(), &text[..end]);
+                prop_assert!(!found.cut && !found.ended);
+            }
+        }
+
+        #[test]
+        fn any_header_is_a_header_or_not(bytes: [u8; HEADER]) {
+            if let Some(header) = Header::parse(bytes) {
+                prop_assert_eq!(header.bytes(), bytes);
+            }
+        }
+    }
+}
