@@ -288,6 +288,13 @@ mod tests {
         assert!(with("http://s3.example.org", true));
     }
 
+    #[tokio::test]
+    async fn a_folder_keeps_the_condition() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(&ObjectTarget::Folder(dir.path().to_owned())).unwrap();
+        assert_eq!(probe(&*store).await.unwrap(), ConditionalPut::Honest);
+    }
+
     #[test]
     fn secrets_are_not_printed() {
         let credentials = S3Credentials {

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use super::archive::{self, About, Opened, Packer};
 use super::live::{self, Found, Live, Terms};
-use super::objects::{self, ConditionalPut};
+use super::objects::{self, ConditionalPut, ObjectTarget};
 use super::retention::RetentionClass;
 use super::{Appended, LogConfig, LogError, LogName, LogStatus, READ_MAX};
 
@@ -76,19 +76,24 @@ async fn blocking<T: Send + 'static>(
 }
 
 impl LogStore {
-    /// Opens the store and asks the place of ended logs what it can do. Reads no log.
+    /// Opens the store and asks the bucket of ended logs, if it is one, what it can do. Reads no log.
     ///
     /// # Errors
     /// When the folder cannot be made or the bucket cannot be reached.
     pub async fn open(config: LogConfig) -> Result<Self, LogError> {
         let target = config.ended;
+        let folder = matches!(target, ObjectTarget::Folder(_));
         let (objects, dir) = blocking(move || {
             let dir = config.live;
             std::fs::create_dir_all(&dir).map_err(LogError::io("create", &dir))?;
             Ok((objects::open(&target)?, dir))
         })
         .await?;
-        let conditional = objects::probe(&*objects).await?;
+        let conditional = match folder {
+            // A file that must not be there is made by a link, which the kernel refuses when it is.
+            true => ConditionalPut::Honest,
+            false => objects::probe(&*objects).await?,
+        };
         if conditional != ConditionalPut::Honest {
             tracing::warn!(
                 ?conditional,
