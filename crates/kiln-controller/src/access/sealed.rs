@@ -143,8 +143,7 @@ impl Vault {
         made.and(removed).map_err(io_error(&path))?;
         let synced = File::open(&self.root).and_then(|folder| folder.sync_all());
         synced.map_err(io_error(&self.root))?;
-        self.read(name)?
-            .ok_or_else(|| SealedError::Damaged { path })
+        self.read(name)?.ok_or(SealedError::Damaged { path })
     }
 
     /// Removes a file, if it is there.

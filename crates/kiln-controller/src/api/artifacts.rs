@@ -11,7 +11,7 @@ use kiln_core::Action;
 use super::Api;
 use super::caller::Caller;
 use super::extract::{Answer, Named};
-use super::problem::Problem;
+use super::problem::{Problem, ProblemBody};
 use super::view::{ArtifactView, List};
 
 /// Lists a job's artifacts.
@@ -19,8 +19,8 @@ use super::view::{ArtifactView, List};
     get, path = "/v1/jobs/{id}/artifacts", tag = "jobs", params(("id" = String, Path)),
     responses(
         (status = 200, description = "All of them", body = List<ArtifactView>),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn list(
@@ -49,8 +49,8 @@ pub(crate) async fn list(
     params(("id" = String, Path), ("name" = String, Path)),
     responses(
         (status = 200, description = "Its bytes; `etag` is its digest", body = String, content_type = "application/octet-stream"),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn fetch(

@@ -13,7 +13,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::Api;
 use super::caller::Caller;
 use super::extract::{Answer, Asked};
-use super::problem::Problem;
+use super::problem::{Problem, ProblemBody};
 use super::view::List;
 
 /// Rows of a page.
@@ -56,8 +56,8 @@ pub(crate) struct AuditView {
     get, path = "/v1/audit", tag = "operators", params(AuditAsked),
     responses(
         (status = 200, description = "A page", body = List<AuditView>),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn list(

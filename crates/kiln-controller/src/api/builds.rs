@@ -13,7 +13,7 @@ use super::Api;
 use super::ask::{self, BuildAsk, Common};
 use super::caller::Caller;
 use super::extract::{Answer, JSON_MAX, from_slice};
-use super::problem::Problem;
+use super::problem::{Problem, ProblemBody};
 use super::upload::{self, Form};
 use super::view::JobView;
 use crate::access::Door;
@@ -57,8 +57,8 @@ pub(crate) struct Collected {
     responses(
         (status = 202, description = "Queued", body = JobView),
         (status = 200, description = "The same request came before", body = JobView),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn create(

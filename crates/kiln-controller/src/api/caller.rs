@@ -277,7 +277,7 @@ impl Caller {
         let target = Target::Tenant(&job.request.tenant);
         match self.may(api, action, target, id).await {
             Ok(()) => Ok(job),
-            Err(problem) if problem.status == StatusCode::NOT_FOUND.as_u16() => Err(nothing()),
+            Err(problem) if problem.status == StatusCode::NOT_FOUND => Err(nothing()),
             Err(problem) => Err(problem),
         }
     }

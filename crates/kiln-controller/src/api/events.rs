@@ -14,22 +14,33 @@ use futures_util::stream;
 use http::{HeaderMap, HeaderValue, header};
 use kiln_core::{Action, JobId};
 use kiln_db::{Event, Wake};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::Instant;
-use utoipa::IntoParams;
+use utoipa::{IntoParams, ToSchema};
 
 use super::Api;
 use super::caller::Caller;
 use super::extract::{Asked, Named};
 use super::limits::Slot;
-use super::problem::Problem;
+use super::problem::{Problem, ProblemBody};
 
 /// Events of one look.
 const PAGE: u32 = 100;
 /// How often a follower looks without being woken: a lost wake-up costs no more than this.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// One server-sent event.
+#[derive(Serialize, ToSchema)]
+pub(crate) struct SentEvent {
+    /// Number of the event within the job.
+    id: Option<String>,
+    /// What happened.
+    event: Option<String>,
+    /// JSON.
+    data: Option<String>,
+}
 
 /// Where to begin.
 #[derive(Debug, Default, Deserialize, IntoParams)]
@@ -47,9 +58,9 @@ pub(crate) struct EventsAsked {
     params(("id" = String, Path), EventsAsked,
         ("Last-Event-ID" = Option<u64>, Header, description = "Number of the last event that was seen.")),
     responses(
-        (status = 200, description = "Server-sent events", body = String, content_type = "text/event-stream"),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = 200, description = "Server-sent events", body = SentEvent, content_type = "text/event-stream"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn follow(

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::{FromRequestParts, Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::stream;
+use http::request::Parts;
 use http::{HeaderValue, StatusCode, header};
 use kiln_core::{Action, FailureClass, JobKind, JobState, PendingReason, Verdict};
 use kiln_db::{Job, JobFilter, Wake};
@@ -21,7 +22,7 @@ use super::Api;
 use super::ask::BuildAsk;
 use super::builds::submit_asked;
 use super::caller::Caller;
-use super::events::{event_stream, follower};
+use super::events::{SentEvent, event_stream, follower};
 use super::extract::{Answer, Asked, Named};
 use super::limits::Slot;
 use super::logs::PIECE;
@@ -41,6 +42,18 @@ impl From<Problem> for Refusal {
     }
 }
 
+/// What a request says, refused in hypeman's words when it is wrong.
+#[derive(Debug)]
+pub(crate) struct Spoken<T>(pub(crate) T);
+
+impl<T: FromRequestParts<Arc<Api>, Rejection = Problem>> FromRequestParts<Arc<Api>> for Spoken<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Arc<Api>) -> Result<Self, Refusal> {
+        Ok(Self(T::from_request_parts(parts, api).await?))
+    }
+}
+
 /// Body of a refusal.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct RefusalBody {
@@ -53,7 +66,7 @@ pub(crate) struct RefusalBody {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let problem = self.0;
-        let code = match problem.code.as_str() {
+        let code = match problem.code {
             "invalid" | "bad_request" | "media_type" => "invalid_request",
             "finished" => "conflict",
             "unavailable" => "internal_error",
@@ -223,7 +236,7 @@ struct SecretAsked {
 )]
 pub(crate) async fn create(
     State(api): State<Arc<Api>>,
-    caller: Caller,
+    Spoken(caller): Spoken<Caller>,
     request: Request,
 ) -> Result<Answer<BuildObject>, Refusal> {
     let tenant = caller
@@ -301,7 +314,7 @@ pub(crate) async fn create(
 )]
 pub(crate) async fn list(
     State(api): State<Arc<Api>>,
-    caller: Caller,
+    Spoken(caller): Spoken<Caller>,
 ) -> Result<Answer<Vec<BuildObject>>, Refusal> {
     let tenant = caller
         .acting_for(&api, None, Action::JobRead, "builds")
@@ -343,8 +356,8 @@ async fn find(api: &Api, caller: &Caller, id: &str, action: Action) -> Result<Jo
 )]
 pub(crate) async fn show(
     State(api): State<Arc<Api>>,
-    caller: Caller,
-    Named(id): Named,
+    Spoken(caller): Spoken<Caller>,
+    Spoken(Named(id)): Spoken<Named>,
 ) -> Result<Answer<BuildObject>, Refusal> {
     let job = find(&api, &caller, &id, Action::JobRead).await?;
     Ok(Answer(StatusCode::OK, BuildObject::of(&job)))
@@ -361,8 +374,8 @@ pub(crate) async fn show(
 )]
 pub(crate) async fn cancel(
     State(api): State<Arc<Api>>,
-    caller: Caller,
-    Named(id): Named,
+    Spoken(caller): Spoken<Caller>,
+    Spoken(Named(id)): Spoken<Named>,
 ) -> Result<StatusCode, Refusal> {
     find(&api, &caller, &id, Action::JobRead).await?;
     super::jobs::cancelled(&api, &caller, &id, None).await?;
@@ -383,16 +396,16 @@ pub(crate) struct FollowAsked {
 #[utoipa::path(
     get, path = "/builds/{id}/events", tag = "hypeman", params(("id" = String, Path), FollowAsked),
     responses(
-        (status = 200, description = "`data: {type: log|status|heartbeat, timestamp, content, status}`", body = String, content_type = "text/event-stream"),
+        (status = 200, description = "`data: {type: log|status|heartbeat, timestamp, content, status}`", body = SentEvent, content_type = "text/event-stream"),
         (status = "4XX", description = "Refused", body = RefusalBody),
         (status = "5XX", description = "Not now", body = RefusalBody),
     )
 )]
 pub(crate) async fn events(
     State(api): State<Arc<Api>>,
-    caller: Caller,
-    Named(id): Named,
-    Asked(asked): Asked<FollowAsked>,
+    Spoken(caller): Spoken<Caller>,
+    Spoken(Named(id)): Spoken<Named>,
+    Spoken(Asked(asked)): Spoken<Asked<FollowAsked>>,
 ) -> Result<Response, Refusal> {
     // Listening begins before the first look, so that a build that ends in between does not leave a reader hanging.
     let wakes = api.db().subscribe();

@@ -18,7 +18,7 @@ use super::builds::new_id;
 use super::caller::Caller;
 use super::cursor;
 use super::extract::{Answer, Asked, Named};
-use super::problem::Problem;
+use super::problem::{Problem, ProblemBody};
 use super::view::{JobLine, JobView, List};
 
 /// Rows of a page unless asked otherwise.
@@ -122,8 +122,8 @@ impl ListAsked {
     get, path = "/v1/jobs", tag = "jobs", params(ListAsked),
     responses(
         (status = 200, description = "A page", body = List<JobLine>),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn list(
@@ -180,8 +180,8 @@ pub(crate) async fn list(
     get, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = String, Path)),
     responses(
         (status = 200, description = "The job", body = JobView),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn show(
@@ -218,8 +218,8 @@ pub(crate) struct CancelAnswer {
     responses(
         (status = 200, description = "It is over", body = CancelAnswer),
         (status = 202, description = "Its worker is told", body = CancelAnswer),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn cancel(
@@ -284,8 +284,8 @@ pub(crate) async fn cancelled(
     responses(
         (status = 202, description = "Queued", body = JobView),
         (status = 200, description = "The same request came before", body = JobView),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn retry(

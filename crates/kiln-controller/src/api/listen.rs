@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -146,18 +146,19 @@ impl Sockets {
     ///
     /// # Errors
     /// When the socket cannot be made.
-    pub fn unix(&self, path: PathBuf, router: Router) -> Result<(), ListenError> {
+    pub fn unix(&self, path: impl AsRef<Path>, router: Router) -> Result<(), ListenError> {
+        let path = path.as_ref();
         use std::os::unix::fs::PermissionsExt as _;
         let failed = |source| ListenError::Bind {
             address: path.display().to_string(),
             source,
         };
-        match std::fs::remove_file(&path) {
+        match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
             _ => {}
         }
-        let listener = UnixListener::bind(&path).map_err(failed)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
         let this = self.clone();
         self.tasks.spawn(async move {
             loop {

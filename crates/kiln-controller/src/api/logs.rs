@@ -20,7 +20,7 @@ use super::caller::Caller;
 use super::events::follower;
 use super::extract::{Asked, Named};
 use super::limits::Slot;
-use super::problem::Problem;
+use super::problem::{Problem, ProblemBody};
 
 /// Bytes of one look.
 pub(crate) const PIECE: usize = 64 * 1024;
@@ -42,8 +42,8 @@ pub(crate) struct LogsAsked {
     responses(
         (status = 200, description = "Bytes from the offset on; the header `kiln-log-size` says how many the log has now, `kiln-log-truncated` whether more was written than is kept",
             body = String, content_type = "text/plain"),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn read(

@@ -42,7 +42,7 @@ pub use ask::{BuildAsk, Common, RunAsk};
 pub use limits::ApiConfig;
 pub use listen::{ListenConfig, ListenError, Sockets};
 pub use ports::{Backend, LogPiece, Pieces, SourceRefused};
-pub use problem::Problem;
+pub use problem::{Problem, ProblemBody};
 pub use tokens::TokenClaims;
 pub use view::{
     ArtifactView, AttemptView, JobLine, JobView, LimitsView, List, OutcomeView, QueueView,
@@ -161,13 +161,36 @@ fn handlers() -> OpenApiRouter<Arc<Api>> {
 /// The OpenAPI 3.1 document of the public API.
 #[must_use]
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    handlers().into_openapi()
+    let mut document = handlers().into_openapi();
+    name_operations(&mut document);
+    document
+}
+
+/// Gives every operation a name of its own, for programs that are generated from the document: `get_v1_jobs_id`.
+fn name_operations(document: &mut utoipa::openapi::OpenApi) {
+    for (path, item) in &mut document.paths.paths {
+        let words: Vec<&str> = path
+            .split(|c: char| !c.is_ascii_alphanumeric())
+            .filter(|word| !word.is_empty())
+            .collect();
+        let operations = [
+            ("get", &mut item.get),
+            ("post", &mut item.post),
+            ("delete", &mut item.delete),
+        ];
+        for (method, operation) in operations {
+            if let Some(operation) = operation {
+                operation.operation_id = Some(format!("{method}_{}", words.join("_")));
+            }
+        }
+    }
 }
 
 /// Every public route, behind its shields. Serve it with [`listen`], which says who is at the other end of a connection.
 pub fn router(backend: Arc<dyn Backend>, config: ApiConfig) -> Router {
     let api = Api::new(backend, config);
-    let (router, document) = handlers().split_for_parts();
+    let (router, mut document) = handlers().split_for_parts();
+    name_operations(&mut document);
     let router = router
         .merge(docs::routes(&document))
         .route("/.well-known/jwks.json", axum::routing::get(tokens::jwks))

@@ -7,9 +7,27 @@ use http::{HeaderValue, StatusCode, header};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+/// A refusal or failure on its way out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// HTTP status.
+    pub status: StatusCode,
+    /// Stable short name.
+    pub code: &'static str,
+    /// What happened, in one sentence.
+    pub detail: String,
+    /// What to try.
+    pub hint: Option<String>,
+    /// The field it is about.
+    pub field: Option<String>,
+    /// Seconds to wait before another try.
+    pub retry_after: Option<u32>,
+}
+
 /// Body of every answer that is not a success; `application/problem+json`.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct Problem {
+#[schema(as = Problem)]
+pub struct ProblemBody {
     /// `urn:kiln:problem:` and the code.
     #[serde(rename = "type")]
     pub kind: String,
@@ -27,21 +45,15 @@ pub struct Problem {
     /// The field it is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub field: Option<String>,
-    /// Seconds to wait before another try.
-    #[serde(skip)]
-    #[schema(ignore)]
-    pub retry_after: Option<u64>,
 }
 
 impl Problem {
     /// A problem; `code` is lower-case words joined by underscores.
     #[must_use]
-    pub fn new(status: StatusCode, code: &str, detail: impl Into<String>) -> Self {
+    pub fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
         Self {
-            kind: format!("urn:kiln:problem:{code}"),
-            title: code.replace('_', " "),
-            status: status.as_u16(),
-            code: code.to_owned(),
+            status,
+            code,
             detail: detail.into(),
             hint: None,
             field: None,
@@ -65,7 +77,7 @@ impl Problem {
 
     /// With the seconds to wait before another try.
     #[must_use]
-    pub fn retry_after(mut self, seconds: u64) -> Self {
+    pub fn retry_after(mut self, seconds: u32) -> Self {
         self.retry_after = Some(seconds);
         self
     }
@@ -108,7 +120,7 @@ impl Problem {
 
     /// It contradicts what is.
     #[must_use]
-    pub fn conflict(code: &str, detail: impl Into<String>) -> Self {
+    pub fn conflict(code: &'static str, detail: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, code, detail)
     }
 
@@ -120,7 +132,7 @@ impl Problem {
 
     /// Too often, or too much at once.
     #[must_use]
-    pub fn too_many(code: &str, detail: impl Into<String>) -> Self {
+    pub fn too_many(code: &'static str, detail: impl Into<String>) -> Self {
         Self::new(StatusCode::TOO_MANY_REQUESTS, code, detail).retry_after(1)
     }
 
@@ -151,10 +163,24 @@ impl From<kiln_db::DbError> for Problem {
     }
 }
 
+impl From<Problem> for ProblemBody {
+    fn from(problem: Problem) -> Self {
+        Self {
+            kind: format!("urn:kiln:problem:{}", problem.code),
+            title: problem.code.replace('_', " "),
+            status: problem.status.as_u16(),
+            code: problem.code.to_owned(),
+            detail: problem.detail,
+            hint: problem.hint,
+            field: problem.field,
+        }
+    }
+}
+
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let body = serde_json::to_vec(&self).unwrap_or_default();
+        let (status, retry_after) = (self.status, self.retry_after);
+        let body = serde_json::to_vec(&ProblemBody::from(self)).unwrap_or_default();
         let mut response = (status, body).into_response();
         let headers = response.headers_mut();
         headers.insert(
@@ -167,7 +193,7 @@ impl IntoResponse for Problem {
                 HeaderValue::from_static("Bearer realm=\"kiln\""),
             );
         }
-        if let Some(seconds) = self.retry_after {
+        if let Some(seconds) = retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         response

@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 use super::Api;
 use super::caller::Caller;
 use super::extract::{Answer, Body, Named};
-use super::problem::Problem;
+use super::problem::{Problem, ProblemBody};
 use super::view::{List, QueueView};
 use super::workers::reason;
 
@@ -57,8 +57,8 @@ async fn views(api: &Api, caller: &Caller) -> Result<Vec<QueueView>, Problem> {
     get, path = "/v1/queues", tag = "operators",
     responses(
         (status = 200, description = "All of them", body = List<QueueView>),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn list(
@@ -88,8 +88,8 @@ pub(crate) struct NewQueue {
     post, path = "/v1/queues", tag = "operators", request_body = NewQueue,
     responses(
         (status = 201, description = "The queue", body = QueueView),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn create(
@@ -148,8 +148,8 @@ pub(crate) struct QueueChange {
     request_body = QueueChange,
     responses(
         (status = 200, description = "The queue", body = QueueView),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn change(

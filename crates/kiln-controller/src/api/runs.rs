@@ -12,7 +12,7 @@ use super::ask::{self, RunAsk};
 use super::builds::submit;
 use super::caller::Caller;
 use super::extract::{Answer, Body};
-use super::problem::Problem;
+use super::problem::{Problem, ProblemBody};
 use super::view::JobView;
 
 /// Runs a command in a fresh machine.
@@ -23,8 +23,8 @@ use super::view::JobView;
     responses(
         (status = 202, description = "Queued", body = JobView),
         (status = 200, description = "The same request came before", body = JobView),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn create(

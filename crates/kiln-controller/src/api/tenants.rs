@@ -13,7 +13,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::Api;
 use super::caller::Caller;
 use super::extract::{Answer, Asked, Body, Named};
-use super::problem::Problem;
+use super::problem::{Problem, ProblemBody};
 use super::queues::{WEIGHTS, named, refused};
 use super::view::{List, TenantView, UsageView};
 
@@ -25,8 +25,8 @@ const USAGE_MS: u64 = 30 * 86_400_000;
     get, path = "/v1/tenants", tag = "operators",
     responses(
         (status = 200, description = "All that the caller may see", body = List<TenantView>),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn list(
@@ -62,8 +62,8 @@ pub(crate) struct NewTenant {
     post, path = "/v1/tenants", tag = "operators", request_body = NewTenant,
     responses(
         (status = 201, description = "The tenant", body = TenantView),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn create(
@@ -127,8 +127,8 @@ pub(crate) struct TenantChange {
     request_body = TenantChange,
     responses(
         (status = 200, description = "The tenant", body = TenantView),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn change(
@@ -180,8 +180,8 @@ pub(crate) struct UsageAsked {
     params(("name" = String, Path), UsageAsked),
     responses(
         (status = 200, description = "Sums", body = UsageView),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn usage(

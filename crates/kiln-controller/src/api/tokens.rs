@@ -17,7 +17,7 @@ use utoipa::ToSchema;
 use super::Api;
 use super::caller::{Caller, Unproven};
 use super::extract::{Answer, Body, Named};
-use super::problem::Problem;
+use super::problem::{Problem, ProblemBody};
 use super::view::{List, TokenView};
 use crate::access::door::USER_LIFE_MAX_S;
 use crate::access::user_token::USER_LIFE_S;
@@ -78,8 +78,8 @@ pub(crate) fn principal(token: &Token) -> Result<Principal, ParseAccessError> {
     get, path = "/v1/tokens", tag = "tokens",
     responses(
         (status = 200, description = "All that the caller may see", body = List<TokenView>),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn list(
@@ -148,8 +148,8 @@ fn beyond(what: &str) -> Problem {
     post, path = "/v1/tokens", tag = "tokens", request_body = NewService,
     responses(
         (status = 201, description = "The token, shown this once", body = MadeToken),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn create(
@@ -312,8 +312,8 @@ pub(crate) struct NewJoin {
     post, path = "/v1/tokens/join", tag = "tokens", request_body = NewJoin,
     responses(
         (status = 201, description = "The token, shown this once", body = MadeToken),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn create_join(
@@ -384,8 +384,8 @@ fn join_labels(map: &BTreeMap<String, String>) -> Result<BTreeMap<Label, Label>,
     delete, path = "/v1/tokens/{id}", tag = "tokens", params(("id" = String, Path)),
     responses(
         (status = 204, description = "Revoked"),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn revoke(
@@ -447,8 +447,8 @@ pub(crate) struct Exchanged {
     post, path = "/v1/token/exchange", tag = "tokens", request_body = Exchange,
     responses(
         (status = 200, description = "The token", body = Exchanged),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn exchange(
@@ -553,8 +553,8 @@ pub(crate) struct WhoAmI {
     get, path = "/v1/whoami", tag = "tokens",
     responses(
         (status = 200, description = "Who", body = WhoAmI),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn who_am_i(caller: Caller) -> Answer<WhoAmI> {

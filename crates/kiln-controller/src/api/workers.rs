@@ -14,7 +14,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::Api;
 use super::caller::Caller;
 use super::extract::{Answer, Asked, Body, Named};
-use super::problem::Problem;
+use super::problem::{Problem, ProblemBody};
 use super::view::{List, WorkerView};
 
 /// Longest reason.
@@ -34,8 +34,8 @@ pub(crate) struct WorkersAsked {
     get, path = "/v1/workers", tag = "operators", params(WorkersAsked),
     responses(
         (status = 200, description = "All of them", body = List<WorkerView>),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn list(
@@ -72,8 +72,8 @@ async fn find(api: &Api, caller: &Caller, name: &str, action: Action) -> Result<
     get, path = "/v1/workers/{id}", tag = "operators", params(("id" = String, Path)),
     responses(
         (status = 200, description = "The worker", body = WorkerView),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn show(
@@ -123,8 +123,8 @@ fn refused(error: WorkerError, name: &str) -> Problem {
     request_body = WorkerChange,
     responses(
         (status = 200, description = "The worker", body = WorkerView),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn change(
@@ -162,8 +162,8 @@ pub(crate) async fn change(
     delete, path = "/v1/workers/{id}", tag = "operators", params(("id" = String, Path)),
     responses(
         (status = 204, description = "Removed"),
-        (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
-        (status = "5XX", description = "Not now", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn remove(
