@@ -430,3 +430,94 @@ async fn a_receiver_that_is_out_is_left_alone() {
     let dialled = network.0.dialled.lock().unwrap().len();
     assert!(dialled <= 8, "dialled {dialled} times for 40 messages");
 }
+
+/// A receiver behind TLS whose certificate is for `localhost`, of an authority that only the caller knows.
+async fn secure_receiver() -> (SocketAddr, rustls::pki_types::CertificateDer<'static>) {
+    let ca_key = rcgen::KeyPair::generate().unwrap();
+    let mut ca = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority = ca.self_signed(&ca_key).unwrap().der().clone();
+    let issuer = rcgen::Issuer::new(ca, ca_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let names = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    let cert = names.signed_by(&key, &issuer).unwrap().der().clone();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![cert], key)
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(stream) = acceptor.accept(stream).await else {
+                    return;
+                };
+                let service = hyper::service::service_fn(|_| async {
+                    let answer = http::Response::new(http_body_util::Empty::<Bytes>::new());
+                    Ok::<_, std::convert::Infallible>(answer)
+                });
+                let _ended = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(hyper_util::rt::TokioIo::new(stream), service)
+                    .await;
+            });
+        }
+    });
+    (addr, authority)
+}
+
+#[tokio::test]
+async fn a_receiver_behind_tls_must_prove_its_name() {
+    let (addr, authority) = secure_receiver().await;
+    let exceptions = ["localhost", "127.0.0.1"].map(|host| RangeException {
+        host: host.to_owned(),
+        range: "127.0.0.0/8".parse().unwrap(),
+    });
+    let options = |roots: &[rustls::pki_types::CertificateDer<'static>]| CourierOptions {
+        policy: ReceiverPolicy {
+            exceptions: exceptions.to_vec(),
+            allow_http: false,
+        },
+        extra_roots: roots.to_vec(),
+    };
+    let url = |host: &str| format!("https://{host}:{}/", addr.port());
+    let outbox = Box_::default();
+    outbox.add("stranger", "local", &url("localhost"));
+    let running = run(&outbox, HostNetwork, options(&[]));
+    outbox.until(|outbox| outbox.failed().len() == 1).await;
+    drop(running);
+    outbox.add("other-name", "local", &url("127.0.0.1"));
+    outbox.add("right", "local", &url("localhost"));
+    outbox.add("plain", "local", &url("localhost").replace("https", "http"));
+    let _running = run(&outbox, HostNetwork, options(&[authority]));
+    outbox
+        .until(|outbox| outbox.failed().len() == 3 && outbox.sent() == ["right"])
+        .await;
+    let why = |id: &str| {
+        let failed = outbox.failed();
+        failed
+            .iter()
+            .find(|(at, ..)| at == id)
+            .map(|(_, why, wait)| (why.clone(), *wait))
+    };
+    assert!(
+        why("stranger").unwrap().0.contains("TLS"),
+        "{:?}",
+        why("stranger")
+    );
+    assert!(
+        why("other-name").unwrap().0.contains("TLS"),
+        "{:?}",
+        why("other-name")
+    );
+    assert_eq!(
+        why("plain"),
+        Some(("the URL is not https".to_owned(), None))
+    );
+}
