@@ -7,6 +7,7 @@ pub mod api;
 mod backend;
 pub mod fleet;
 pub mod metrics;
+pub mod retention;
 pub mod server;
 pub mod state;
 pub mod webhooks;
