@@ -556,6 +556,9 @@ pub(crate) struct ServeArgs {
         hide_env_values = true
     )]
     pub database: Option<String>,
+    /// Show /metrics at this address, plain HTTP and without a token
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics: Option<std::net::SocketAddr>,
     /// Run jobs on this host, too
     #[arg(long)]
     pub with_worker: bool,

@@ -117,6 +117,7 @@ impl Backend for Controller {
     }
 
     fn count(&self, door: Door, action: &'static str, refused: Option<&'static str>) {
+        self.metrics.access(door.name(), refused.is_none());
         tracing::debug!(door = door.name(), action, refused, "asked");
     }
 }

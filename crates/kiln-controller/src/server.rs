@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_core::PoolName;
-use kiln_db::{Database, DatabaseUrl, OpenError, OpenOptions};
+use kiln_db::{Database, DatabaseUrl, OpenError, OpenOptions, Retention};
 use kiln_store::HostRegistry;
 use kiln_store::logs::{LogConfig, LogError, LogStore};
+use kiln_telemetry::metrics::{Metrics, Prefix};
 use rustix::fs::{FlockOperation, flock};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -21,7 +22,9 @@ use crate::api::{self, ApiConfig, ListenConfig, ListenError, Sockets};
 use crate::fleet::secrets::Secrets;
 use crate::fleet::source::{SourceError, SourceStore};
 use crate::fleet::{doors, schedule, sweep};
+use crate::metrics;
 use crate::state::{Controller, Parts, Settings};
+use crate::webhooks::{Courier, CourierOptions, ReceiverPolicy, Signer};
 
 /// Life of the certificate a controller makes for itself; it makes another at each start.
 const CERTIFICATE_NAMES_MAX: usize = 64;
@@ -53,6 +56,14 @@ pub struct ServeConfig {
     pub registry_address: Option<String>,
     /// The pool to schedule.
     pub pool: PoolName,
+    /// Where `/metrics` is shown, to whoever reaches it; none: nowhere.
+    pub metrics: Option<SocketAddr>,
+    /// First word of the metrics' names.
+    pub prefix: Prefix,
+    /// Where webhooks may go.
+    pub receivers: ReceiverPolicy,
+    /// How long finished jobs are kept.
+    pub retention: Retention,
 }
 
 /// How TCP listeners are protected.
@@ -98,6 +109,9 @@ pub enum StartError {
     /// The log store.
     #[error(transparent)]
     Logs(#[from] LogError),
+    /// Certificates of webhooks.
+    #[error("trust the certificates of webhooks")]
+    Webhooks(#[source] rustls::Error),
     /// TLS.
     #[error(transparent)]
     Tls(#[from] tls::TlsError),
@@ -128,6 +142,7 @@ pub struct Running {
     /// The addresses it listens on.
     pub addresses: Vec<SocketAddr>,
     sockets: Sockets,
+    metrics: Sockets,
     stop: CancellationToken,
     tasks: TaskTracker,
     _lock: File,
@@ -138,11 +153,19 @@ pub struct Running {
 /// # Errors
 /// See [`StartError`]; nothing listens then.
 pub async fn start(config: ServeConfig) -> Result<Running, StartError> {
+    start_with(config, OpenOptions::default()).await
+}
+
+/// Starts a controller whose database is opened in another way: with other times of leases, or by another clock.
+///
+/// # Errors
+/// See [`StartError`]; nothing listens then.
+pub async fn start_with(config: ServeConfig, options: OpenOptions) -> Result<Running, StartError> {
     let lock = lock(&config.folder)?;
     let database = config
         .database
         .unwrap_or_else(|| DatabaseUrl::Sqlite(config.folder.join("kiln.db")));
-    let db = Database::open(&database, OpenOptions::default()).await?;
+    let db = Database::open(&database, options).await?;
     let now_ms = crate::fleet::who::now_unix_ms();
     let keys = config.folder.join("keys");
     let access = Access::open(&keys, &config.issuer, config.trusted, now_ms)?;
@@ -160,7 +183,9 @@ pub async fn start(config: ServeConfig) -> Result<Running, StartError> {
             Some(tls::server_config(identity, access.authority())?)
         }
     };
+    let counters = Metrics::new(config.prefix, env!("CARGO_PKG_VERSION"));
     let parts = Parts {
+        metrics: counters.clone(),
         db,
         access,
         sources: SourceStore::open(&config.folder.join("sources"), config.api.source_max)?,
@@ -184,7 +209,32 @@ pub async fn start(config: ServeConfig) -> Result<Running, StartError> {
     }
     let socket = socket_path(&config.folder);
     sockets.unix(socket.clone(), router)?;
+    // Numbers, no names: plain HTTP, as Prometheus asks.
+    let door = Sockets::new(ListenConfig {
+        plain_is_fine: true,
+        ..ListenConfig::default()
+    });
+    if let Some(address) = config.metrics {
+        door.tcp(address, None, metrics::router(counters.clone()))
+            .await?;
+    }
     let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+    let options = CourierOptions {
+        policy: config.receivers,
+        extra_roots: Vec::new(),
+    };
+    let signer = Signer::new(controller.access.webhook_master());
+    let db = controller.db.clone();
+    let (_courier, sending) = Courier::start(db, signer, options, counters, stop.clone())
+        .map_err(StartError::Webhooks)?;
+    tasks.spawn(async move {
+        let _ended = sending.await;
+    });
+    tasks.spawn(sweep::retain(
+        controller.clone(),
+        config.retention,
+        stop.clone(),
+    ));
     tasks.spawn(schedule::run(controller.clone(), stop.clone()));
     tasks.spawn(sweep::run(controller.clone(), stop.clone()));
     Ok(Running {
@@ -192,6 +242,7 @@ pub async fn start(config: ServeConfig) -> Result<Running, StartError> {
         socket,
         addresses,
         sockets,
+        metrics: door,
         stop,
         tasks,
         _lock: lock,
@@ -202,6 +253,7 @@ impl Running {
     /// Takes no more requests, ends the loops, and closes the database.
     pub async fn stop(self) {
         self.sockets.close(STOP_PATIENCE).await;
+        self.metrics.close(STOP_PATIENCE).await;
         self.stop.cancel();
         self.tasks.close();
         let _cut = tokio::time::timeout(STOP_PATIENCE, self.tasks.wait()).await;

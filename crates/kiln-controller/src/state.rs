@@ -7,6 +7,7 @@ use kiln_core::PoolName;
 use kiln_db::Database;
 use kiln_store::HostRegistry;
 use kiln_store::logs::LogStore;
+use kiln_telemetry::metrics::Metrics;
 
 use crate::access::Access;
 use crate::fleet::secrets::Secrets;
@@ -33,6 +34,8 @@ pub struct Parts {
     pub registry: HostRegistry,
     /// Secrets that came with a request: in memory alone.
     pub secrets: Secrets,
+    /// What is counted.
+    pub metrics: Metrics,
     /// The operator's settings.
     pub settings: Settings,
     /// A name of this process, never used again.

@@ -145,6 +145,17 @@ pub struct Renew {
     pub csr: String,
 }
 
+/// `POST /worker/v1/release`: a worker's process has just started, so whatever an earlier one held is lost. Its jobs may go on elsewhere at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Release {}
+
+/// Answer to [`Release`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Released {
+    /// Leases that were given up.
+    pub leases: u32,
+}
+
 /// `POST /worker/v1/heartbeat`: every lease at once.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Heartbeat {
@@ -277,6 +288,9 @@ pub struct Finish {
     /// What the host saw.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed: Option<Box<Observed>>,
+    /// Language runtime of an image build, as it was planned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime: Option<String>,
     /// What is shown of it: the report of a build, the end of a run. Never decides anything.
     #[serde(default)]
     pub details: serde_json::Value,

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use kiln_controller::api::{ApiConfig, ListenConfig};
 use kiln_controller::server::{self, Running, ServeConfig, StartError, Tls, socket_path};
 use kiln_core::{FailureClass, PoolName};
-use kiln_db::DatabaseUrl;
+use kiln_controller::webhooks::ReceiverPolicy;
+use kiln_db::{DatabaseUrl, Retention};
+use kiln_telemetry::metrics::Prefix;
 use kiln_worker::fleet::http::Target;
 use tokio_util::sync::CancellationToken;
 
@@ -72,6 +74,10 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
         registry,
         registry_address,
         pool: PoolName::default_pool(),
+        metrics: args.metrics,
+        prefix: Prefix::default(),
+        receivers: ReceiverPolicy::default(),
+        retention: Retention::default(),
     };
     server::start(config).await.map_err(|error| refused(&error))
 }

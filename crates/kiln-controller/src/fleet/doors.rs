@@ -11,7 +11,7 @@ use axum::{Extension, Json, Router};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use kiln_core::dispatch::WorkerState;
-use kiln_core::{AttemptId, Lease, TenantName};
+use kiln_core::{AttemptId, FailureClass, Lease, Outcome, TenantName, Verdict};
 use kiln_db::{
     AttemptEnd, Certificate, Door, DoorKind, JoinError, LeaseAnswer as Answer, NewWorker,
     Placement, Wake,
@@ -19,7 +19,7 @@ use kiln_db::{
 use kiln_proto::fleet::{
     AskSecrets, BODY_MAX, Finish, Heartbeat, HeartbeatAnswer, JobEvents, Join, Joined, LEASES_MAX,
     LOG_PIECE_MAX, LeaseAnswer, Leased, LogAnswer, POLL_MS, Poll, PollAnswer, PublishImage,
-    RegistryToken, Renew, Secrets,
+    RegistryToken, Release, Released, Renew, Secrets,
 };
 use kiln_store::host::Publish;
 use kiln_store::image::{Verify, verify};
@@ -30,8 +30,9 @@ use tokio::sync::broadcast::error::RecvError;
 use super::refusal::Refused;
 use super::registry_door;
 use super::sweep::random;
-use super::who::{Held, Worker, now_unix_ms};
+use super::who::{Held, Live, Worker, now_unix_ms};
 use crate::access::{Peer, RegistryAction, RepositoryGrant, secret_token};
+use crate::metrics::observe_end;
 use crate::state::Controller;
 
 /// Most names of one image.
@@ -55,6 +56,7 @@ pub fn router(controller: Controller) -> Router {
     Router::new()
         .route("/worker/v1/join", post(join))
         .route("/worker/v1/renew", post(renew))
+        .route("/worker/v1/release", post(release))
         .route("/worker/v1/heartbeat", post(heartbeat))
         .route("/worker/v1/poll", post(poll))
         .route("/worker/v1/jobs/{job}/source", get(source))
@@ -237,6 +239,41 @@ async fn heartbeat(
     }))
 }
 
+/// A worker's process has just started: the machines of an earlier one are gone, and so are the attempts that ran in them.
+async fn release(
+    State(controller): State<Controller>,
+    worker: Worker,
+    Json(_release): Json<Release>,
+) -> Answered<Released> {
+    let mut leases = 0;
+    for lease in controller.db.leases_of(&worker.id).await? {
+        let end = AttemptEnd {
+            outcome: Outcome {
+                verdict: Verdict::Failed {
+                    class: FailureClass::Lost,
+                    message: "the worker's process ended in the middle of the attempt".to_owned(),
+                    hint: None,
+                    command_code: None,
+                },
+                phases_ms: Vec::new(),
+            },
+            receipt: None,
+            observed: None,
+            jitter: random(),
+        };
+        match controller.db.finish(&lease, end).await {
+            Ok(_) => {
+                leases += 1;
+                end_log(&controller, &lease).await?;
+            }
+            // The sweep was faster.
+            Err(kiln_db::DoorError::Lease(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(Json(Released { leases }))
+}
+
 /// Held open until the worker has a lease it did not name. A wake-up that gets lost costs one [`LOOK_AGAIN`].
 async fn poll(
     State(controller): State<Controller>,
@@ -294,7 +331,7 @@ async fn new_leases(
     Ok(leases)
 }
 
-async fn source(State(controller): State<Controller>, held: Held) -> Result<Body, Refused> {
+async fn source(State(controller): State<Controller>, held: Live) -> Result<Body, Refused> {
     let job = controller.db.job(&held.lease.attempt.job).await?;
     let kind = job.map(|job| (job.request.tenant, job.request.kind));
     let Some((tenant, kiln_core::JobKind::SourceBuild(build))) = kind else {
@@ -320,7 +357,7 @@ async fn source(State(controller): State<Controller>, held: Held) -> Result<Body
 
 async fn secrets(
     State(controller): State<Controller>,
-    held: Held,
+    held: Live,
     Json(ask): Json<AskSecrets>,
 ) -> Answered<Secrets> {
     let job = controller.db.job(&held.lease.attempt.job).await?;
@@ -354,7 +391,7 @@ async fn open_door(
 async fn event(
     State(controller): State<Controller>,
     Extension(numbers): Extension<std::sync::Arc<EventNumbers>>,
-    held: Held,
+    held: Live,
     Json(message): Json<JobEvents>,
 ) -> Answered<serde_json::Value> {
     if message.events.len() > EVENTS_MAX {
@@ -408,7 +445,7 @@ impl EventNumbers {
 
 async fn log(
     State(controller): State<Controller>,
-    held: Held,
+    held: Live,
     Query(query): Query<HashMap<String, String>>,
     piece: Bytes,
 ) -> Answered<LogAnswer> {
@@ -419,7 +456,6 @@ async fn log(
             "a piece has at most {LOG_PIECE_MAX} bytes"
         )));
     }
-    controller.db.check_lease(&held.lease).await?;
     let name = log_name(&held.lease);
     let length = piece.len() as u64;
     match controller.logs.append(&name, from, piece).await {
@@ -452,7 +488,7 @@ fn log_name(lease: &Lease) -> LogName {
 async fn registry_token(
     State(controller): State<Controller>,
     peer: Option<Extension<Peer>>,
-    held: Held,
+    held: Live,
 ) -> Answered<RegistryToken> {
     let lease = &held.lease;
     open_door(
@@ -495,7 +531,7 @@ fn quarantine_alone(lease: &Lease) -> Vec<RepositoryGrant> {
 /// Names what the attempt pushed into its quarantine, after every digest of it was read back here.
 async fn image(
     State(controller): State<Controller>,
-    held: Held,
+    held: Live,
     Json(publish): Json<PublishImage>,
 ) -> Answered<serde_json::Value> {
     let lease = &held.lease;
@@ -545,6 +581,15 @@ async fn image(
     Ok(Json(serde_json::json!({})))
 }
 
+/// Whether the job is still under this very lease. Decides nothing: the doors do.
+async fn is_live(controller: &Controller, lease: &Lease) -> Result<bool, Refused> {
+    let job = controller.db.job(&lease.attempt.job).await?;
+    let live = job.and_then(|job| job.lease);
+    Ok(live.is_some_and(|live| {
+        (&live.attempt, &live.worker, live.epoch) == (&lease.attempt, &lease.worker, lease.epoch)
+    }))
+}
+
 async fn finish(
     State(controller): State<Controller>,
     Extension(numbers): Extension<std::sync::Arc<EventNumbers>>,
@@ -552,19 +597,23 @@ async fn finish(
     Json(finish): Json<Finish>,
 ) -> Answered<serde_json::Value> {
     let lease = &held.lease;
-    if finish.details.is_object() {
-        // The report is shown, it decides nothing; one that does not fit is left out.
-        let kept = controller
+    if finish.details.is_object() && is_live(&controller, lease).await? {
+        // The report is shown, it decides nothing: one that does not fit, or whose lease ends just now, is left out. A finish that is
+        // said again, because its answer was lost, has none to add.
+        let _left_out = controller
             .db
             .append_event(lease, "report", finish.details)
             .await;
-        if let Err(kiln_db::DoorError::Lease(refused)) = kept {
-            return Err(Refused::lease(refused.to_string()));
-        }
     }
     let observed = finish
         .observed
         .map(|observed| serde_json::to_value(observed).unwrap_or_default());
+    // Which runtime it was is planned on the worker: its word fills a closed set of labels, nothing else.
+    observe_end(
+        &controller.metrics,
+        finish.runtime.as_deref(),
+        &finish.outcome,
+    );
     let end = AttemptEnd {
         outcome: finish.outcome,
         receipt: finish.receipt,
@@ -579,14 +628,16 @@ async fn finish(
     if done.state.is_terminal() {
         controller.secrets.forget(&lease.attempt.job);
     }
-    let now = controller.db.now().await?;
-    if let Err(error) = controller
-        .logs
-        .end(&log_name(lease), RetentionClass::Hot, now)
-        .await
-    {
-        // The sweep tries again.
-        tracing::warn!(attempt = %lease.attempt, %error, "the log was not put away");
-    }
+    end_log(&controller, lease).await?;
     Ok(Json(serde_json::json!({ "state": done.state.name() })))
+}
+
+async fn end_log(controller: &Controller, lease: &Lease) -> Result<(), Refused> {
+    let now = controller.db.now().await?;
+    let name = log_name(lease);
+    if let Err(error) = controller.logs.end(&name, RetentionClass::Hot, now).await {
+        // The sweep tries again.
+        tracing::warn!(log = %name, %error, "the log was not put away");
+    }
+    Ok(())
 }

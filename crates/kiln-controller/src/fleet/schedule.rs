@@ -15,6 +15,7 @@ use kiln_scheduler::{
 use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 
+use crate::metrics::{observe_lease, observe_pool};
 use crate::state::Controller;
 
 /// Life of a leadership; it is renewed at a third of it.
@@ -102,11 +103,20 @@ async fn one(
         return Ok(false);
     };
     let rows = db.pool_view(pool, PENDING_MAX).await?;
+    observe_pool(&controller.metrics, &rows);
     if rows.pending.is_empty() {
         reserved.clear();
         return Ok(false);
     }
     let now_unix_ms = rows.now_unix_ms;
+    let waiting: BTreeMap<_, _> = rows
+        .pending
+        .iter()
+        .map(|job| {
+            let times = (job.created_unix_ms, job.ready_unix_ms);
+            (job.attempt.job.clone(), times)
+        })
+        .collect();
     let view = view(rows, std::mem::take(reserved));
     let planned = tokio::task::spawn_blocking(move || kiln_scheduler::plan(&view)).await;
     let Ok(plan) = planned else {
@@ -124,6 +134,11 @@ async fn one(
     for part in assignments.chunks(CLAIM_MAX) {
         match db.claim(leadership, part.to_vec()).await {
             Ok(answers) => {
+                for lease in answers.iter().flatten() {
+                    let waits = waiting.get(&lease.attempt.job).copied();
+                    let (created, ready) = waits.unwrap_or((now_unix_ms, now_unix_ms));
+                    observe_lease(&controller.metrics, created, ready, now_unix_ms, false);
+                }
                 for why in answers.into_iter().filter_map(Result::err) {
                     tracing::debug!(%why, "an assignment was not claimed");
                     refused += 1;

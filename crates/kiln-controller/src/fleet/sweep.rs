@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use kiln_db::{DbError, Sweep};
-use kiln_proto::fleet::LEASE_GRACE_MS;
+use kiln_db::{DbError, Retention, Sweep};
 use kiln_store::logs::RetentionClass;
 use tokio_util::sync::CancellationToken;
 
@@ -11,6 +10,8 @@ use crate::state::Controller;
 
 /// Time between two looks at leases.
 pub const EVERY: Duration = Duration::from_secs(1);
+/// Time between two looks at what has grown old.
+const RETAIN_EVERY: Duration = Duration::from_secs(3600);
 /// Looks at leases between two rounds of tidying.
 const TIDY_EVERY: u32 = 10;
 
@@ -42,6 +43,27 @@ pub async fn run(controller: Controller, stop: CancellationToken) {
     }
 }
 
+/// Lets finished jobs grow old, until `stop`.
+pub async fn retain(controller: Controller, retention: Retention, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(RETAIN_EVERY) => {}
+            () = stop.cancelled() => return,
+        }
+        loop {
+            match crate::retention::sweep(&controller.db, &controller.logs, retention, false).await
+            {
+                Ok(aged) if aged.is_empty() => break,
+                Ok(aged) => tracing::info!(jobs = aged.len(), "finished jobs grew older"),
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "not swept");
+                    break;
+                }
+            }
+        }
+    }
+}
+
 async fn expire(controller: &Controller, not_before: &mut Option<u64>) -> Result<(), DbError> {
     // Workers get one TTL to report to a controller that has just started.
     let from = match *not_before {
@@ -53,7 +75,7 @@ async fn expire(controller: &Controller, not_before: &mut Option<u64>) -> Result
             .db
             .expire(Sweep {
                 not_before_unix_ms: from,
-                grace_ms: LEASE_GRACE_MS,
+                grace_ms: controller.db.lease_times().grace_ms,
                 jitter: random(),
             })
             .await?;
@@ -69,6 +91,8 @@ async fn expire(controller: &Controller, not_before: &mut Option<u64>) -> Result
         if swept.expired.is_empty() {
             return Ok(());
         }
+        let count = u64::try_from(swept.expired.len()).unwrap_or(u64::MAX);
+        controller.metrics.leases_expired(count);
     }
 }
 

@@ -3,6 +3,7 @@
 use axum::extract::{FromRequestParts, Path};
 use http::request::Parts;
 use kiln_core::{AttemptId, JobId, Lease, WorkerId};
+use kiln_db::NewAudit;
 use kiln_proto::fleet::{GENERATION, GENERATION_HEADER, LEASE_HEADER, LeaseHeader, WORKER_HEADER};
 
 use super::refusal::Refused;
@@ -104,12 +105,27 @@ impl FromRequestParts<Controller> for Held {
         let header = parts.headers.get(LEASE_HEADER);
         let header = header.and_then(|value| value.to_str().ok()?.parse::<LeaseHeader>().ok());
         let header = header.ok_or_else(|| Refused::bad("the request says no lease"))?;
-        if header.worker != worker.id {
-            return Err(Refused::lease("the lease is another worker's"));
-        }
         let found = controller.db.job(&job).await?;
-        let Some(found) = found else {
-            return Err(Refused::lease("there is no such job"));
+        let lie = match &found {
+            _ if header.worker != worker.id => Some("the lease is another worker's"),
+            None => Some("there is no such job"),
+            Some(_) => None,
+        };
+        let tenant = found.map(|found| found.request.tenant);
+        let (None, Some(tenant)) = (lie, tenant.clone()) else {
+            let why = lie.unwrap_or_default();
+            let claimed = format!("{job}/{}@{}", header.attempt, header.epoch);
+            let row = NewAudit {
+                actor: format!("worker:{}", worker.id),
+                tenant,
+                action: "door.lease".to_owned(),
+                target: claimed,
+                allowed: false,
+                reason: Some(why.to_owned()),
+                detail: Some(serde_json::json!({ "as": header.worker })),
+            };
+            controller.db.audit(row).await?;
+            return Err(Refused::lease(why));
         };
         Ok(Self {
             lease: Lease {
@@ -117,11 +133,32 @@ impl FromRequestParts<Controller> for Held {
                     job,
                     number: header.attempt,
                 },
-                tenant: found.request.tenant,
+                tenant,
                 worker: worker.id,
                 epoch: header.epoch,
                 deadline_unix_ms: 0,
             },
         })
+    }
+}
+
+/// A lease that was the live one when the request came: nothing is read, judged or answered for any other. The door asks again in the
+/// transaction of its effect.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Live {
+    /// The lease.
+    pub lease: Lease,
+}
+
+impl FromRequestParts<Controller> for Live {
+    type Rejection = Refused;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        controller: &Controller,
+    ) -> Result<Self, Refused> {
+        let Held { lease } = Held::from_request_parts(parts, controller).await?;
+        controller.db.check_lease(&lease).await?;
+        Ok(Self { lease })
     }
 }

@@ -9,7 +9,7 @@ use kiln_core::{AttemptId, ByteSize, Epoch, Label, Lease};
 use kiln_machine::ledger::Capacity;
 use kiln_proto::fleet::{
     HEARTBEAT_MS, Heartbeat, HeartbeatAnswer, HeldLease, LEASES_MAX, LeaseAnswer, Leased, POLL_MS,
-    Poll, PollAnswer,
+    Poll, PollAnswer, Release, Released,
 };
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
@@ -87,6 +87,11 @@ pub async fn serve(
         changed: Notify::new(),
         beat: Notify::new(),
     });
+    let released = tokio::select! {
+        released = daemon.release() => released,
+        () = stop.cancelled() => return Ok(()),
+    };
+    released?;
     let mut jobs = JoinSet::new();
     let ended = tokio::select! {
         ended = daemon.heartbeats() => Err(ended),
@@ -119,6 +124,28 @@ enum Never {}
 impl Daemon {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives up what an earlier process of this worker held: its machines ended with it.
+    async fn release(&self) -> Result<(), Ended> {
+        loop {
+            let client = &self.shop.client;
+            let asked = client.call("/worker/v1/release", None, &Release {}, REQUEST_TIMEOUT);
+            match asked.await {
+                Ok(Released { leases: 0 }) => return Ok(()),
+                Ok(Released { leases }) => {
+                    tracing::warn!(leases, "attempts of an earlier process are lost");
+                    return Ok(());
+                }
+                Err(LinkError::Refused { code, message, .. }) if code == "unknown_worker" => {
+                    return Err(Ended::Unknown(message));
+                }
+                Err(error) => {
+                    tracing::debug!(error = crate::orders::chain(&error), "not released yet");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
     }
 
     /// Ends what runs on leases that nothing renewed in time.

@@ -55,6 +55,9 @@ pub enum IdentityError {
         #[source]
         source: io::Error,
     },
+    /// Another process works with this identity.
+    #[error("another kiln process is this worker already")]
+    Taken,
     /// The controller did not let it join.
     #[error("join the controller")]
     Link(#[from] LinkError),
@@ -102,6 +105,7 @@ pub struct Identity {
     membership: RwLock<Membership>,
     resolver: Arc<Resolver>,
     authority: CertificateDer<'static>,
+    _lock: fs::File,
 }
 
 #[derive(Debug)]
@@ -217,6 +221,7 @@ impl Identity {
         let Some(membership) = read(folder, "worker.json")? else {
             return Ok(None);
         };
+        let lock = lock(folder)?;
         let membership: Membership = serde_json::from_slice(&membership).map_err(key_error)?;
         let needed = |name: &str| {
             let missing = || key_error(format!("{name} is missing"));
@@ -233,6 +238,7 @@ impl Identity {
             membership: RwLock::new(membership),
             resolver: Arc::new(Resolver(RwLock::new(Arc::new(certified)))),
             authority,
+            _lock: lock,
         }))
     }
 
@@ -349,6 +355,27 @@ impl Identity {
     #[must_use]
     pub fn has_expired(&self) -> bool {
         self.membership().expires_unix_ms <= now_unix_ms()
+    }
+}
+
+/// Held as long as this identity is in use: two processes would take each other's leases.
+fn lock(folder: &Path) -> Result<fs::File, IdentityError> {
+    let path = folder.join("worker.lock");
+    let failed = |source| IdentityError::Folder {
+        path: path.clone(),
+        source,
+    };
+    let file = fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(failed)?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(IdentityError::Taken),
+        Err(error) => Err(failed(error.into())),
     }
 }
 

@@ -41,6 +41,8 @@ use crate::site::Site;
 
 /// Longest wait for the end of a log to be acknowledged.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// What the runtime of a build is called that uses no runtime's registries.
+const OWN_DOCKERFILE: &str = "dockerfile";
 /// Room for a command's output on its way into the log, pieces.
 const OUTPUT_PIECES: usize = 64;
 
@@ -72,6 +74,8 @@ pub struct JobEnd {
     pub result: Result<Ended, Failure>,
     /// Hosts reached and refused, in one line.
     pub egress: kiln_network::record::EgressSummary,
+    /// Language runtime of an image build, as it was planned.
+    pub runtime: Option<String>,
 }
 
 /// What came of a job that ended by itself.
@@ -174,6 +178,7 @@ fn failed(failure: Failure) -> JobEnd {
         },
         result: Err(failure),
         egress: kiln_network::record::EgressSummary::default(),
+        runtime: None,
     }
 }
 
@@ -191,6 +196,7 @@ fn finish_of(end: &JobEnd, observed: Option<Box<kiln_core::Observed>>) -> Finish
         outcome: end.outcome.clone(),
         receipt,
         observed,
+        runtime: end.runtime.clone(),
         details,
     }
 }
@@ -283,7 +289,13 @@ impl Work<'_> {
         match request.kind.clone() {
             JobKind::SourceBuild(wanted) => match self.build(request, wanted, local, secrets).await
             {
-                Ok((end, observed)) => (built(end), observed.map(Box::new)),
+                Ok((end, observed, runtime)) => {
+                    let end = JobEnd {
+                        runtime: Some(runtime),
+                        ..built(end)
+                    };
+                    (end, observed.map(Box::new))
+                }
                 Err(failure) => (failed(failure), None),
             },
             JobKind::Run(command) => {
@@ -303,7 +315,7 @@ impl Work<'_> {
         wanted: SourceBuild,
         local: LocalJob,
         secrets: Vec<(String, Vec<u8>)>,
-    ) -> Result<(BuildEnd, Option<kiln_core::Observed>), Failure> {
+    ) -> Result<(BuildEnd, Option<kiln_core::Observed>, String), Failure> {
         let here = self.source(&request, &wanted.source, local.folder).await?;
         self.events.tell(Event::Phase { name: "plan" }).await;
         let tags = match wanted.tags.is_empty() {
@@ -325,6 +337,10 @@ impl Work<'_> {
             runtimes,
             tree,
         } = prepared;
+        let runtime = runtimes
+            .first()
+            .map_or(OWN_DOCKERFILE, |runtime| runtime.name());
+        let runtime = runtime.to_owned();
         let shop = self.shop;
         let input = BuildInput {
             request: JobRequest {
@@ -366,7 +382,7 @@ impl Work<'_> {
                 Err(failure) => end.result = Err(failure),
             }
         }
-        Ok((end, observed))
+        Ok((end, observed, runtime))
     }
 
     async fn source(
@@ -548,6 +564,7 @@ fn built(end: BuildEnd) -> JobEnd {
         },
         result: end.result.map(|report| Ended::Built(Box::new(report))),
         egress: end.egress,
+        runtime: None,
     }
 }
 
@@ -569,6 +586,7 @@ fn ran(end: RunEnd) -> JobEnd {
         },
         result: end.result.map(Ended::Ran),
         egress: end.egress,
+        runtime: None,
     }
 }
 
