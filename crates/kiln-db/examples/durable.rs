@@ -43,6 +43,10 @@ async fn main() -> Result<()> {
     })
     .await?;
 
+    let at = Instant::now();
+    let rows = db.pool_view(&PoolName::default_pool(), 10_000).await?;
+    let waiting =
+        serde_json::json!({ "pending": rows.pending.len(), "us": at.elapsed().as_micros() });
     let lead = db
         .lead(&PoolName::default_pool(), "bench", 3_600_000)
         .await?;
@@ -95,7 +99,7 @@ async fn main() -> Result<()> {
     db.close().await;
     let all = serde_json::json!({
         "database": url.to_string(), "jobs": jobs, "batch": batch, "callers": CALLERS,
-        "claim": claim, "submit": submit, "started": started, "finish": finish, "heartbeat": heartbeat, "view": view,
+        "claim": claim, "submit": submit, "started": started, "finish": finish, "heartbeat": heartbeat, "view": view, "waiting": waiting,
     });
     println!("{all}");
     Ok(())

@@ -29,6 +29,8 @@ pub struct OpenOptions {
     pub connections: u32,
     /// Longest time one statement may take on PostgreSQL.
     pub statement_timeout: Duration,
+    /// Every commit and every read takes this much longer: for tests of what a slow database does to everybody else.
+    pub delay: Duration,
 }
 
 impl Default for OpenOptions {
@@ -39,6 +41,7 @@ impl Default for OpenOptions {
             patience: Duration::from_secs(30),
             connections: 16,
             statement_timeout: Duration::from_secs(10),
+            delay: Duration::ZERO,
         }
     }
 }
@@ -74,6 +77,7 @@ pub(crate) struct Inner {
     pub(crate) wakes: Wakes,
     pub(crate) incarnation: u64,
     pub(crate) history: crate::view::HistoryCache,
+    pub(crate) delay: Duration,
 }
 
 pub(crate) enum Engine {
@@ -137,6 +141,7 @@ impl Database {
         match &inner.engine {
             Engine::Sqlite { writer, .. } => writer.write(doing, body).await,
             Engine::Postgres { pool } => {
+                slowly(inner.delay).await;
                 postgres::write(pool, &inner.clock, &inner.wakes, doing, body).await
             }
         }
@@ -147,6 +152,7 @@ impl Database {
     where
         F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T, DbError>>,
     {
+        slowly(self.inner.delay).await;
         let conn = match &self.inner.engine {
             Engine::Sqlite { readers, .. } => readers.acquire().await.map(Conn::Sqlite),
             Engine::Postgres { pool } => pool.acquire().await.map(Conn::Postgres),
@@ -160,6 +166,7 @@ impl Database {
     where
         F: for<'t> FnOnce(&'t mut Tx) -> BoxFuture<'t, Result<T, DbError>>,
     {
+        slowly(self.inner.delay).await;
         let conn = match &self.inner.engine {
             Engine::Sqlite { readers, .. } => readers.begin().await.map(Conn::SqliteSnapshot),
             Engine::Postgres { pool } => pool
@@ -169,6 +176,13 @@ impl Database {
         };
         let conn = conn.map_err(|error| DbError::query(doing, error))?;
         body(&mut Tx::new(conn, doing, &self.inner.clock)).await
+    }
+}
+
+/// Waits for as long as a test wants everything to take.
+pub(crate) async fn slowly(delay: Duration) {
+    if !delay.is_zero() {
+        tokio::time::sleep(delay).await;
     }
 }
 

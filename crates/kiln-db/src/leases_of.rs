@@ -1,8 +1,8 @@
-//! What a worker holds: asked by its poll.
+//! What a worker holds: asked by its poll; and its leave.
 
 use kiln_core::{Lease, WorkerId};
 
-use crate::database::Database;
+use crate::database::{Database, write_tx};
 use crate::engine::args;
 use crate::error::DbError;
 use crate::job::Live;
@@ -23,5 +23,17 @@ impl Database {
             })
         })
         .await
+    }
+
+    /// A worker says that it ends: it gets no more jobs, until it comes back.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn worker_left(&self, worker: &WorkerId) -> Result<(), DbError> {
+        let worker = worker.clone();
+        write_tx!(self, "let a worker leave", [worker], |tx| {
+            let sql = "update workers set lost = 1 where id = $1";
+            tx.exec(sql, args![worker.as_str()]).await.map(drop)
+        })
     }
 }

@@ -118,6 +118,7 @@ impl Database {
             wakes,
             incarnation,
             history: crate::view::HistoryCache::default(),
+            delay: options.delay,
         };
         Ok(Self {
             inner: Arc::new(inner),
@@ -177,7 +178,7 @@ async fn open_file(
     };
     let engine = Engine::Sqlite {
         path: PathBuf::from(path),
-        writer: Writer::start(conn, &options.clock, wakes.clone()),
+        writer: Writer::start(conn, &options.clock, wakes.clone(), options.delay),
         readers: sqlite::readers(path),
     };
     Ok((engine, incarnation))

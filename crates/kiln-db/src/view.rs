@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use kiln_core::dispatch::{Requirements, Room};
-use kiln_core::{JobId, PendingReason, PoolName, Priority, QueueName, TenantName, WorkerId};
+use kiln_core::{
+    AttemptId, Epoch, JobId, Lease, PendingReason, PoolName, Priority, QueueName, TenantName,
+    WorkerId,
+};
 
 use crate::claim::minus;
 use crate::database::{Database, write_tx};
 use crate::engine::{Row, Tx, args, json};
 use crate::error::DbError;
-use crate::job::{Estimate, HeldJob, Live, PendingJob, need};
+use crate::job::{Estimate, HeldJob, PendingJob, need};
 use crate::tenant::{GlobalLimits, Queue, Tenant};
 use crate::worker::Worker;
 
@@ -183,10 +186,14 @@ async fn pending_total(tx: &mut Tx, pool: &PoolName) -> Result<u32, DbError> {
 async fn pending(tx: &mut Tx, pool: &PoolName, max: u32) -> Result<Vec<PendingJob>, DbError> {
     // When not all fit, each tenant's first ones come before anybody's later ones: no flood hides another tenant's job.
     let sql = "select * from (
-            select j.*, row_number() over (partition by j.tenant order by j.priority desc, j.created_ms, j.id) as place
-            from jobs j where j.pool = $1 and j.state = 'queued' and j.cancel_ms is null) p
+            select id, tenant, queue, priority, kind, cpus, memory, disk, requires, grp, created_ms, ready_ms, avoid,
+                timeout_ms, reason, attempts,
+                row_number() over (partition by tenant order by priority desc, created_ms, id) as place
+            from jobs where pool = $1 and state = 'queued' and cancel_ms is null) p
         order by place, tenant limit $2";
-    let all = "select j.* from jobs j where j.pool = $1 and j.state = 'queued' and j.cancel_ms is null limit $2";
+    let all = "select id, tenant, queue, priority, kind, cpus, memory, disk, requires, grp, created_ms, ready_ms, avoid,
+            timeout_ms, reason, attempts
+        from jobs where pool = $1 and state = 'queued' and cancel_ms is null limit $2";
     let fits = pending_total(tx, pool).await? <= max;
     let rows = tx
         .rows(if fits { all } else { sql }, args![pool.as_str(), max])
@@ -195,46 +202,61 @@ async fn pending(tx: &mut Tx, pool: &PoolName, max: u32) -> Result<Vec<PendingJo
 }
 
 fn pending_job(row: &Row) -> Result<PendingJob, DbError> {
-    let live = Live::from_row(row)?;
     let priority = i16::try_from(row.int("priority")?).unwrap_or_default();
     Ok(PendingJob {
-        attempt: live.attempt(),
-        tenant: live.tenant,
-        queue: live.queue,
+        attempt: AttemptId {
+            job: row.parse("id")?,
+            number: row.u32("attempts")? + 1,
+        },
+        tenant: row.parse("tenant")?,
+        queue: row.parse("queue")?,
         priority: Priority::try_from(priority)
             .map_err(|error| DbError::unreadable("priority", error))?,
         kind: row.text("kind")?,
-        need: live.need,
+        need: need(row)?,
         requires: row.json("requires")?,
-        group: live.group,
+        group: row.opt_parse("grp")?,
         created_unix_ms: row.u64("created_ms")?,
-        ready_unix_ms: live.ready_ms,
-        avoid: live.avoid,
+        ready_unix_ms: row.u64("ready_ms")?,
+        avoid: row.json("avoid")?,
         timeout_ms: row.u64("timeout_ms")?,
         reason: row.json("reason")?,
     })
 }
 
 async fn held(tx: &mut Tx, pool: &PoolName) -> Result<Vec<HeldJob>, DbError> {
-    let sql = "select j.* from jobs j where j.worker is not null and j.pool = $1 order by j.id";
-    let mut all = Vec::new();
-    for row in tx.rows(sql, args![pool.as_str()]).await? {
-        let live = Live::from_row(&row)?;
-        let requires: Requirements = row.json("requires")?;
-        let Some(lease) = live.lease() else { continue };
-        all.push(HeldJob {
-            lease,
-            queue: live.queue,
-            kind: row.text("kind")?,
-            need: need(&row)?,
-            group: live.group,
-            pinned_cpus: requires.pinned_cpus,
-            leased_unix_ms: row.u64("leased_ms")?,
-            started_unix_ms: live.started_ms,
-            cancelled: live.cancel.is_some(),
-        });
-    }
-    Ok(all)
+    let sql = "select id, tenant, queue, kind, cpus, memory, disk, requires, grp, attempts, worker, life, epoch, until_ms,
+            leased_ms, started_ms, cancel_ms
+        from jobs where worker is not null and pool = $1 order by id";
+    let rows = tx.rows(sql, args![pool.as_str()]).await?;
+    rows.iter().map(held_job).collect()
+}
+
+fn held_job(row: &Row) -> Result<HeldJob, DbError> {
+    let requires: Requirements = row.json("requires")?;
+    Ok(HeldJob {
+        lease: Lease {
+            attempt: AttemptId {
+                job: row.parse("id")?,
+                number: row.u32("attempts")? + 1,
+            },
+            tenant: row.parse("tenant")?,
+            worker: row.parse("worker")?,
+            epoch: Epoch {
+                incarnation: row.u64("life")?,
+                count: row.u64("epoch")?,
+            },
+            deadline_unix_ms: row.u64("until_ms")?,
+        },
+        queue: row.parse("queue")?,
+        kind: row.text("kind")?,
+        need: need(row)?,
+        group: row.opt_parse("grp")?,
+        pinned_cpus: requires.pinned_cpus,
+        leased_unix_ms: row.u64("leased_ms")?,
+        started_unix_ms: row.opt_u64("started_ms")?,
+        cancelled: row.opt_int("cancel_ms")?.is_some(),
+    })
 }
 
 async fn running(tx: &mut Tx) -> Result<BTreeMap<TenantName, u32>, DbError> {

@@ -10,6 +10,8 @@ use sqlx::{ConnectOptions as _, Pool, Sqlite, SqliteConnection};
 const READERS: u32 = 4;
 /// Another process (a backup, a person with the command-line tool) may hold the file this long.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Rows that SQLite's thread reads before their reader takes them: long lists without a change of threads for every few rows.
+const ROWS_AHEAD: usize = 2_000;
 /// Longest wait for a reader.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -21,6 +23,7 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .pragma("trusted_schema", "off")
         .pragma("cell_size_check", "on")
         .statement_cache_capacity(super::STATEMENTS_MAX)
+        .row_buffer_size(ROWS_AHEAD)
         .disable_statement_logging()
 }
 

@@ -4,6 +4,7 @@
 //! the shared commit is on disk. A caller that goes away does not undo what it asked for.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use sqlx::{Connection as _, SqliteConnection};
@@ -11,6 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Conn, Tx, args};
 use crate::clock::Clock;
+use crate::database::slowly;
 use crate::error::{Cause, DbError};
 use crate::wake::Wakes;
 
@@ -72,6 +74,12 @@ where
     }
 }
 
+/// Who is told after a commit, and how much later than need be.
+struct Told {
+    wakes: Wakes,
+    delay: Duration,
+}
+
 enum Order {
     Work(Box<dyn Work>),
     Close(oneshot::Sender<()>),
@@ -85,10 +93,16 @@ pub(crate) struct Writer {
 
 impl Writer {
     /// Starts the writer on its connection.
-    pub(crate) fn start(conn: SqliteConnection, clock: &Arc<dyn Clock>, wakes: Wakes) -> Self {
+    pub(crate) fn start(
+        conn: SqliteConnection,
+        clock: &Arc<dyn Clock>,
+        wakes: Wakes,
+        delay: Duration,
+    ) -> Self {
         let (orders, queue) = mpsc::channel(WAITING_MAX);
         let tx = Tx::new(Conn::Writer(conn), "begin", clock);
-        tokio::spawn(serve(tx, queue, wakes));
+        let told = Told { wakes, delay };
+        tokio::spawn(serve(tx, queue, told));
         Self { orders }
     }
 
@@ -114,10 +128,10 @@ impl Writer {
     }
 }
 
-async fn serve(mut tx: Tx, mut queue: mpsc::Receiver<Order>, wakes: Wakes) {
+async fn serve(mut tx: Tx, mut queue: mpsc::Receiver<Order>, told: Told) {
     while let Some(order) = queue.recv().await {
         let closing = match order {
-            Order::Work(work) => group(&mut tx, work, &mut queue, &wakes).await,
+            Order::Work(work) => group(&mut tx, work, &mut queue, &told).await,
             Order::Close(reply) => Some(reply),
         };
         if let Some(reply) = closing {
@@ -144,7 +158,7 @@ async fn group(
     tx: &mut Tx,
     first: Box<dyn Work>,
     queue: &mut mpsc::Receiver<Order>,
-    wakes: &Wakes,
+    told: &Told,
 ) -> Option<oneshot::Sender<()>> {
     tx.doing = first.doing();
     if let Err(error) = tx.exec("begin immediate", args![]).await {
@@ -168,7 +182,7 @@ async fn group(
             }
         }
     }
-    end(tx, broken, replies, wakes).await;
+    end(tx, broken, replies, told).await;
     closing
 }
 
@@ -202,8 +216,9 @@ fn group_failed() -> DbError {
     }
 }
 
-async fn end(tx: &mut Tx, broken: Option<DbError>, replies: Vec<Reply>, wakes: &Wakes) {
+async fn end(tx: &mut Tx, broken: Option<DbError>, replies: Vec<Reply>, told: &Told) {
     tx.doing = "commit";
+    slowly(told.delay).await;
     let committed = match broken {
         Some(error) => Err(error),
         None => tx.exec("commit", args![]).await.map(drop),
@@ -214,7 +229,7 @@ async fn end(tx: &mut Tx, broken: Option<DbError>, replies: Vec<Reply>, wakes: &
             for reply in replies {
                 reply(Ok(()));
             }
-            wakes.send(woken);
+            told.wakes.send(woken);
         }
         Err(error) => {
             // SQLite may have ended the transaction itself (a full disk): then there is nothing to undo.

@@ -357,3 +357,34 @@ async fn tls_to_postgres_is_verified() {
     let plain = try_open("localhost", "sslmode=disable").await;
     assert!(plain.is_err(), "the server takes TLS alone");
 }
+
+/// Transactions that wait for a slow disk share its next sync.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_small_transactions_share_one_sync() {
+    const COUNT: u32 = 100;
+    let folder = tempfile::tempdir().expect("folder");
+    let delay = Duration::from_millis(200);
+    let options = OpenOptions {
+        delay,
+        ..OpenOptions::default()
+    };
+    let db = Database::open(&file_url(&folder.path().join("kiln.db")), options).await;
+    let db = db.expect("opens");
+    let began = Instant::now();
+    let submits: Vec<_> = (0..COUNT)
+        .map(|n| {
+            let db = db.clone();
+            tokio::spawn(async move { db.submit(job(&format!("b{n}"))).await })
+        })
+        .collect();
+    for submit in submits {
+        submit.await.expect("runs").expect("submits");
+    }
+    assert!(began.elapsed() >= delay);
+    let alone = delay * COUNT;
+    assert!(
+        began.elapsed() < alone / 2,
+        "{:?}, one by one {alone:?}",
+        began.elapsed()
+    );
+}
