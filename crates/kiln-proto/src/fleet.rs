@@ -145,9 +145,14 @@ pub struct Renew {
     pub csr: String,
 }
 
-/// `POST /worker/v1/release`: a worker's process has just started, so whatever an earlier one held is lost. Its jobs may go on elsewhere at once.
+/// `POST /worker/v1/release`: a worker's process has just started, or is about to end: whatever is still held in its name is lost, and may go
+/// on elsewhere at once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct Release {}
+pub struct Release {
+    /// It ends: it gets no more jobs.
+    #[serde(default)]
+    pub leaving: bool,
+}
 
 /// Answer to [`Release`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]

@@ -239,12 +239,15 @@ async fn heartbeat(
     }))
 }
 
-/// A worker's process has just started: the machines of an earlier one are gone, and so are the attempts that ran in them.
+/// A worker's process has just started or is about to end: its machines are gone, and so are the attempts that ran in them.
 async fn release(
     State(controller): State<Controller>,
     worker: Worker,
-    Json(_release): Json<Release>,
+    Json(release): Json<Release>,
 ) -> Answered<Released> {
+    if release.leaving {
+        controller.db.worker_left(&worker.id).await?;
+    }
     let mut leases = 0;
     for lease in controller.db.leases_of(&worker.id).await? {
         let end = AttemptEnd {

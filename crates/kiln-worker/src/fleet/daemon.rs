@@ -23,8 +23,10 @@ use crate::host::{CPU_OVERCOMMIT_PERCENT, MEMORY_RESERVE, steady_unix_ms};
 
 /// Wait before a poll or heartbeat that failed is sent again.
 const RETRY: Duration = Duration::from_millis(500);
-/// How long jobs get to end after the worker was asked to stop, before they are left to the fence.
-const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait for the controller when the worker leaves.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long machines get to end after the worker was asked to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How a worker presents itself.
 #[derive(Clone, Debug)]
@@ -67,8 +69,8 @@ struct Daemon {
     beat: Notify,
 }
 
-/// Works for the controller until `stop`, or until the controller no longer knows this worker. Jobs that run when `stop` comes are
-/// cancelled by their own submitter or left to the controller as lost; no machine outlives this call.
+/// Works for the controller until `stop`, or until the controller no longer knows this worker. Jobs that run then are lost for this worker and
+/// go on elsewhere; no machine outlives this call.
 ///
 /// # Errors
 /// See [`Ended`].
@@ -99,23 +101,22 @@ pub async fn serve(
         ended = daemon.polls(&mut jobs) => Err(ended),
         () = stop.cancelled() => Ok(()),
     };
-    // The last heartbeats keep the leases while their jobs end.
-    let ending = async {
-        for running in daemon.lock().running.values() {
-            running.stop.cancel.cancel();
-        }
-        while jobs.join_next().await.is_some() {}
-    };
-    let _in_time = tokio::select! {
-        () = ending => true,
-        _ = daemon.heartbeats() => false,
-        never = daemon.fence() => match never {},
-        () = tokio::time::sleep(STOP_TIMEOUT) => false,
-    };
+    // What runs is destroyed, not cancelled: nobody asked to stop those jobs, and they go on elsewhere.
     for running in daemon.lock().running.values() {
         running.stop.fenced.cancel();
     }
+    let ending = async { while jobs.join_next().await.is_some() {} };
+    if tokio::time::timeout(STOP_TIMEOUT, ending).await.is_err() {
+        tracing::warn!("machines did not end in time; the next kiln command removes them");
+    }
     jobs.shutdown().await;
+    if ended.is_ok() {
+        // Without this the controller would wait for the silence to become long.
+        let leave = Release { leaving: true };
+        let client = &daemon.shop.client;
+        let said = client.call::<_, Released>("/worker/v1/release", None, &leave, LEAVE_TIMEOUT);
+        let _controller_gone_too = said.await;
+    }
     ended
 }
 
@@ -128,9 +129,10 @@ impl Daemon {
 
     /// Gives up what an earlier process of this worker held: its machines ended with it.
     async fn release(&self) -> Result<(), Ended> {
+        let message = Release::default();
         loop {
             let client = &self.shop.client;
-            let asked = client.call("/worker/v1/release", None, &Release {}, REQUEST_TIMEOUT);
+            let asked = client.call("/worker/v1/release", None, &message, REQUEST_TIMEOUT);
             match asked.await {
                 Ok(Released { leases: 0 }) => return Ok(()),
                 Ok(Released { leases }) => {
