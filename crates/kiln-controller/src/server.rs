@@ -209,6 +209,7 @@ pub async fn start_with(config: ServeConfig, options: OpenOptions) -> Result<Run
     }
     let socket = socket_path(&config.folder);
     sockets.unix(socket.clone(), router)?;
+    sockets.close_removed(controller.db.clone());
     // Numbers, no names: plain HTTP, as Prometheus asks.
     let door = Sockets::new(ListenConfig {
         plain_is_fine: true,

@@ -266,6 +266,8 @@ pub struct Principal {
     pub trust: TrustClass,
     /// When its proof ends, milliseconds since the Unix epoch; long answers end then. None on the private socket.
     pub expires_unix_ms: Option<u64>,
+    /// What it gives others ends then at the latest: the end of the lasting token behind it. None: no token is behind it.
+    pub gives_until_unix_ms: Option<u64>,
 }
 
 /// What an action is done to.
@@ -557,6 +559,7 @@ mod tests {
             priority_max: Priority::default(),
             trust: TrustClass::Untrusted,
             expires_unix_ms: None,
+            gives_until_unix_ms: None,
         }
     }
 

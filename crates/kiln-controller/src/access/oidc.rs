@@ -204,6 +204,7 @@ impl Issuers {
             priority_max: rule.priority_max,
             trust: rule.trust,
             expires_unix_ms: Some(claims.exp.saturating_mul(1000)),
+            gives_until_unix_ms: None,
         })
     }
 

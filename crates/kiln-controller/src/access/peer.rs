@@ -73,5 +73,6 @@ pub fn owner() -> Principal {
         priority_max: Priority::try_from(100).unwrap_or_default(),
         trust: TrustClass::Trusted,
         expires_unix_ms: None,
+        gives_until_unix_ms: None,
     }
 }

@@ -37,6 +37,7 @@ fn developer() -> Principal {
         priority_max: Priority::default(),
         trust: TrustClass::Untrusted,
         expires_unix_ms: Some(NOW + 600_000),
+        gives_until_unix_ms: Some(NOW + 600_000),
     }
 }
 

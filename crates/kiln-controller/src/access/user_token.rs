@@ -30,6 +30,9 @@ struct UserClaims {
     /// What it was made from: when that is revoked, so is this.
     #[serde(default)]
     parent: Option<TokenId>,
+    /// See [`Principal::gives_until_unix_ms`].
+    #[serde(default)]
+    gives_until_unix_ms: Option<u64>,
 }
 
 /// A token that was made.
@@ -81,6 +84,7 @@ pub(crate) fn issue(
         priority_max: principal.priority_max,
         trust: principal.trust,
         parent: principal.token.clone(),
+        gives_until_unix_ms: principal.gives_until_unix_ms,
     };
     Ok(UserToken {
         text: jwt::sign(ring, USER, registered, own)?,
@@ -114,6 +118,7 @@ pub(crate) fn verify(
             priority_max: own.priority_max,
             trust: own.trust,
             expires_unix_ms: Some(registered.exp.saturating_mul(1000)),
+            gives_until_unix_ms: own.gives_until_unix_ms,
         },
         revocable,
     })

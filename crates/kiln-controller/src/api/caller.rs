@@ -11,6 +11,7 @@ use kiln_core::{Role, TenantName, TokenId};
 use kiln_db::NewAudit;
 
 use super::Api;
+use super::limits::Slot;
 use super::problem::Problem;
 use crate::access::secret_token::{self, SecretKind};
 use crate::access::{Door, Peer, TokenRefused, owner};
@@ -21,6 +22,8 @@ pub(crate) struct Caller {
     pub(crate) principal: Principal,
     /// What it showed, to be looked at again while an answer goes on for long. Never printed.
     proof: Proof,
+    /// Its place among the open requests of its token.
+    _open: Option<Arc<Slot>>,
 }
 
 #[derive(Clone)]
@@ -52,9 +55,11 @@ impl FromRequestParts<Arc<Api>> for Caller {
                 return Ok(Self {
                     principal: owner(),
                     proof: Proof::Socket,
+                    _open: None,
                 });
             }
-            api.refuse_stranger("none", parts.uri.path()).await;
+            api.refuse_stranger("authenticate", "none", parts.uri.path())
+                .await;
             return Err(Problem::unauthenticated("this request carries no token"));
         };
         let token = value
@@ -64,7 +69,8 @@ impl FromRequestParts<Arc<Api>> for Caller {
             .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
             .map(|(_, token)| token.trim());
         let Some(token) = token else {
-            api.refuse_stranger("malformed", parts.uri.path()).await;
+            api.refuse_stranger("authenticate", "malformed", parts.uri.path())
+                .await;
             return Err(Problem::unauthenticated(
                 "the Authorization header is not `Bearer TOKEN`",
             ));
@@ -72,7 +78,8 @@ impl FromRequestParts<Arc<Api>> for Caller {
         let principal = match api.authenticate(token).await {
             Ok(principal) => principal,
             Err(Unproven::Refused(why)) => {
-                api.refuse_stranger(why.code(), parts.uri.path()).await;
+                api.refuse_stranger("authenticate", why.code(), parts.uri.path())
+                    .await;
                 return Err(Problem::unauthenticated(format!(
                     "the token was refused: {why}"
                 )));
@@ -87,9 +94,17 @@ impl FromRequestParts<Arc<Api>> for Caller {
                 "this token makes too many requests",
             ));
         }
+        let Some(open) = api.open.take(name) else {
+            api.backend().count(Door::User, "rate", Some("open"));
+            return Err(Problem::too_many(
+                "open",
+                "this token has too many requests open at once",
+            ));
+        };
         Ok(Self {
             principal,
             proof: Proof::Token(token.into()),
+            _open: Some(Arc::new(open)),
         })
     }
 }
@@ -140,15 +155,20 @@ impl Api {
     }
 
     /// Notes that somebody without a good proof was turned away. Rows are bounded, counts are not.
-    async fn refuse_stranger(&self, why: &'static str, path: &str) {
-        self.backend().count(Door::User, "authenticate", Some(why));
+    pub(crate) async fn refuse_stranger(
+        &self,
+        action: &'static str,
+        why: &'static str,
+        path: &str,
+    ) {
+        self.backend().count(Door::User, action, Some(why));
         if !self.strangers.take("", Instant::now()) {
             return;
         }
         let entry = NewAudit {
             actor: "stranger".to_owned(),
             tenant: None,
-            action: "authenticate".to_owned(),
+            action: action.to_owned(),
             target: path.chars().filter(|c| !c.is_control()).take(200).collect(),
             allowed: false,
             reason: Some(why.to_owned()),
@@ -166,6 +186,7 @@ impl Caller {
         Self {
             principal,
             proof: Proof::Socket,
+            _open: None,
         }
     }
 

@@ -111,7 +111,7 @@ fn number(value: &HeaderValue) -> Option<u64> {
 
 /// A follower's slot of its tenant.
 pub(crate) fn follower(api: &Api, tenant: &kiln_core::TenantName) -> Result<Slot, Problem> {
-    api.followers.take(tenant).ok_or_else(|| {
+    api.followers.take(tenant.as_str()).ok_or_else(|| {
         Problem::too_many("followers", "this tenant follows too many jobs at once").retry_after(5)
     })
 }

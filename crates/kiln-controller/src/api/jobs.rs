@@ -301,18 +301,32 @@ pub(crate) async fn retry(
     let key = ask::idempotency_key(&headers)?;
     let mut request = job.request.clone();
     request.id = new_id(&api, &request.kind);
-    // Today's token decides, not the one of then.
+    // Today's token and limits decide, not those of then.
     request.trust = match (request.trust, caller.principal.trust) {
         (trust, kiln_core::job::TrustClass::Trusted) => trust,
         (_, untrusted) => untrusted,
     };
-    request.dispatch.priority = request.dispatch.priority.min(caller.principal.priority_max);
     let most = &api.config.ceiling.limits;
-    let limits = &mut request.limits;
-    limits.cpus = limits.cpus.min(most.cpus);
-    limits.memory = limits.memory.min(most.memory);
-    limits.disk = limits.disk.min(most.disk);
-    limits.timeout_ms = limits.timeout_ms.min(most.timeout_ms);
+    let asked = kiln_core::access::Asked {
+        cpus: Some(request.limits.cpus.min(most.cpus)),
+        memory: Some(request.limits.memory.min(most.memory)),
+        disk: Some(request.limits.disk.min(most.disk)),
+        timeout_ms: Some(request.limits.timeout_ms.min(most.timeout_ms)),
+        network_bits: None,
+        network: request.network.clone(),
+        priority: request.dispatch.priority.min(caller.principal.priority_max),
+    };
+    let granted = api
+        .config
+        .ceiling
+        .narrow(
+            &asked,
+            &api.config.default_limits,
+            caller.principal.priority_max,
+        )
+        .map_err(|outside| Problem::invalid(outside.field, outside.to_string()))?;
+    request.limits = granted.limits;
+    request.dispatch.priority = granted.priority;
     let new = NewJob {
         idempotency: key.map(|key| Idempotency {
             key,

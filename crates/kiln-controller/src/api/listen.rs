@@ -408,3 +408,6 @@ impl Drop for Entered {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

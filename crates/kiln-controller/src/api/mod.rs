@@ -63,6 +63,7 @@ pub(crate) struct Api {
     pub(crate) config: ApiConfig,
     pub(crate) rates: Rates,
     pub(crate) strangers: Rates,
+    pub(crate) open: Arc<Slots>,
     pub(crate) uploads: Arc<Slots>,
     pub(crate) followers: Arc<Slots>,
 }
@@ -80,6 +81,7 @@ impl Api {
         Arc::new(Self {
             rates: Rates::new(config.requests_per_s, config.requests_burst),
             strangers: Rates::new(STRANGER_ROWS_PER_S, STRANGER_ROWS_BURST),
+            open: Slots::new(config.open_per_token),
             uploads: Slots::new(config.uploads_per_tenant),
             followers: Slots::new(config.followers_per_tenant),
             backend,

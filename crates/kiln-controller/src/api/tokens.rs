@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderMap, StatusCode, header};
@@ -21,7 +22,7 @@ use super::problem::{Problem, ProblemBody};
 use super::view::{List, TokenView};
 use crate::access::door::USER_LIFE_MAX_S;
 use crate::access::user_token::USER_LIFE_S;
-use crate::access::{Door, ExchangeRefused, secret_token};
+use crate::access::{Door, ExchangeRefused, Peer, secret_token};
 
 /// Life of a service token unless asked otherwise: 90 days.
 const SERVICE_LIFE_S: u64 = 90 * 86_400;
@@ -70,6 +71,7 @@ pub(crate) fn principal(token: &Token) -> Result<Principal, ParseAccessError> {
         priority_max: claims.priority_max,
         trust: claims.trust,
         expires_unix_ms: token.expires_unix_ms,
+        gives_until_unix_ms: token.expires_unix_ms,
     })
 }
 
@@ -168,6 +170,58 @@ pub(crate) async fn create(
     let tenant = caller
         .acting_for(&api, named.as_ref(), Action::TokenCreate, "token")
         .await?;
+    let Given {
+        role,
+        scopes,
+        claims,
+    } = given(&caller, &asked)?;
+    let description = description(&asked.description)?;
+    let expires_unix_ms = life(
+        &api,
+        &caller,
+        asked.expires_in,
+        SERVICE_LIFE_S,
+        SERVICE_LIFE_MAX_S,
+    )?;
+    if !api
+        .db()
+        .tenants()
+        .await?
+        .iter()
+        .any(|known| known.name == tenant)
+    {
+        return Err(Problem::invalid(
+            "tenant",
+            format!("there is no tenant {tenant}"),
+        ));
+    }
+    let made = secret_token::new_service();
+    let new = NewToken {
+        id: made.id.clone(),
+        hash: made.hash,
+        tenant,
+        role: role.name().to_owned(),
+        scopes: scopes.iter().map(|scope| scope.name().to_owned()).collect(),
+        claims: serde_json::to_value(claims).unwrap_or_default(),
+        description,
+        expires_unix_ms: Some(expires_unix_ms),
+        created_by: caller.subject().to_owned(),
+    };
+    if !api.db().create_token(new).await? {
+        return Err(Problem::conflict("exists", "try again"));
+    }
+    Ok(made_token(made, expires_unix_ms))
+}
+
+/// What a new token will be good for.
+struct Given {
+    role: Role,
+    scopes: BTreeSet<Action>,
+    claims: TokenClaims,
+}
+
+/// Checks that a maker gives no more than it has.
+fn given(caller: &Caller, asked: &NewService) -> Result<Given, Problem> {
     let wrong = |field: &'static str| {
         move |error: ParseAccessError| Problem::invalid(field, error.to_string())
     };
@@ -197,51 +251,19 @@ pub(crate) async fn create(
     if asked.trusted && caller.principal.trust != TrustClass::Trusted {
         return Err(beyond("more trust"));
     }
-    let description = description(&asked.description)?;
-    let expires_unix_ms = life(
-        &api,
-        &caller,
-        asked.expires_in,
-        SERVICE_LIFE_S,
-        SERVICE_LIFE_MAX_S,
-    )?;
-    if !api
-        .db()
-        .tenants()
-        .await?
-        .iter()
-        .any(|known| known.name == tenant)
-    {
-        return Err(Problem::invalid(
-            "tenant",
-            format!("there is no tenant {tenant}"),
-        ));
-    }
-    let made = secret_token::new_service();
-    let claims = TokenClaims {
-        operator: asked.operator,
-        priority_max,
-        trust: if asked.trusted {
-            TrustClass::Trusted
-        } else {
-            TrustClass::Untrusted
+    Ok(Given {
+        role,
+        scopes,
+        claims: TokenClaims {
+            operator: asked.operator,
+            priority_max,
+            trust: if asked.trusted {
+                TrustClass::Trusted
+            } else {
+                TrustClass::Untrusted
+            },
         },
-    };
-    let new = NewToken {
-        id: made.id.clone(),
-        hash: made.hash,
-        tenant,
-        role: role.name().to_owned(),
-        scopes: scopes.iter().map(|scope| scope.name().to_owned()).collect(),
-        claims: serde_json::to_value(claims).unwrap_or_default(),
-        description,
-        expires_unix_ms: Some(expires_unix_ms),
-        created_by: caller.subject().to_owned(),
-    };
-    if !api.db().create_token(new).await? {
-        return Err(Problem::conflict("exists", "try again"));
-    }
-    Ok(made_token(made, expires_unix_ms))
+    })
 }
 
 fn made_token(made: secret_token::NewSecret, expires_unix_ms: u64) -> Answer<MadeToken> {
@@ -281,16 +303,9 @@ fn life(
         ));
     }
     let end = api.now_ms() + seconds * 1000;
-    // A scoped or expiring service token must not outlive itself by making another; a session may make what its owner may.
-    let service = caller
-        .principal
-        .token
-        .as_ref()
-        .is_some_and(|id| id.as_str().starts_with("kst-"));
-    Ok(match caller.principal.expires_unix_ms {
-        Some(own) if service => end.min(own),
-        _ => end,
-    })
+    // A lasting token cannot outlive itself by making another, nor can a session that was exchanged for one.
+    let own = caller.principal.gives_until_unix_ms;
+    Ok(own.map_or(end, |own| end.min(own)))
 }
 
 /// What a worker that joins will be.
@@ -453,10 +468,16 @@ pub(crate) struct Exchanged {
 )]
 pub(crate) async fn exchange(
     State(api): State<Arc<Api>>,
+    peer: Option<Extension<Peer>>,
     headers: HeaderMap,
     Body(asked): Body<Exchange>,
 ) -> Result<Answer<Exchanged>, Problem> {
-    if !api.rates.take("exchange", Instant::now()) {
+    // Nobody is known yet: strangers are told apart by where they come from, for this bound alone.
+    let from = match peer.as_deref() {
+        Some(Peer::Tls { address, .. } | Peer::Plain { address }) => address.ip().to_string(),
+        Some(Peer::Local { .. }) | None => "here".to_owned(),
+    };
+    if !api.rates.take(&format!("exchange {from}"), Instant::now()) {
         return Err(Problem::too_many(
             "rate",
             "too many tokens are exchanged at once",
@@ -471,17 +492,7 @@ pub(crate) async fn exchange(
     }
     let principal = match asked.subject_token {
         Some(token) => foreign(&api, token).await?,
-        None => {
-            let shown = headers.get(header::AUTHORIZATION);
-            let shown = shown.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
-            let shown = shown.ok_or_else(|| Problem::unauthenticated("there is no token"))?;
-            api.authenticate(shown.trim())
-                .await
-                .map_err(|error| match error {
-                    Unproven::Refused(why) => refused(&api, why.code(), &why.to_string()),
-                    Unproven::Unavailable(problem) => problem,
-                })?
-        }
+        None => own(&api, &headers).await?,
     };
     let now = api.now_ms();
     let made = api.access().issue_user(&principal, seconds, now);
@@ -501,10 +512,26 @@ pub(crate) async fn exchange(
     ))
 }
 
-fn refused(api: &Api, code: &'static str, why: &str) -> Problem {
-    api.backend()
-        .count(Door::User, "token:exchange", Some(code));
+async fn refused(api: &Api, code: &'static str, why: &str) -> Problem {
+    api.refuse_stranger("token:exchange", code, "").await;
     Problem::unauthenticated(format!("the token was refused: {why}"))
+}
+
+/// The bearer of a service token. A session cannot be exchanged for another: it ends with what it was made from.
+async fn own(api: &Api, headers: &HeaderMap) -> Result<Principal, Problem> {
+    let shown = headers.get(header::AUTHORIZATION);
+    let shown = shown.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+    let Some(shown) = shown.map(str::trim) else {
+        return Err(refused(api, "none", "there is none").await);
+    };
+    if !secret_token::is_secret(shown) {
+        return Err(refused(api, "kind", "only service tokens are exchanged").await);
+    }
+    match api.authenticate(shown).await {
+        Ok(principal) => Ok(principal),
+        Err(Unproven::Refused(why)) => Err(refused(api, why.code(), &why.to_string()).await),
+        Err(Unproven::Unavailable(problem)) => Err(problem),
+    }
 }
 
 async fn foreign(api: &Arc<Api>, token: String) -> Result<Principal, Problem> {
@@ -512,12 +539,15 @@ async fn foreign(api: &Arc<Api>, token: String) -> Result<Principal, Problem> {
     let exchanged = tokio::task::spawn_blocking(move || {
         worker.access().issuers().exchange(&token, worker.now_ms())
     });
-    let exchanged = exchanged
-        .await
-        .map_err(|error| Problem::unavailable(&error))?;
-    exchanged.map_err(|error| match error {
-        ExchangeRefused::Token(why) => refused(api, why.code(), &why.to_string()),
-        ExchangeRefused::NoRule => refused(api, "no_rule", &error.to_string()),
+    let exchanged = exchanged.await;
+    let exchanged = exchanged.map_err(|error| Problem::unavailable(&error))?;
+    let error = match exchanged {
+        Ok(principal) => return Ok(principal),
+        Err(error) => error,
+    };
+    Err(match &error {
+        ExchangeRefused::Token(why) => refused(api, why.code(), &why.to_string()).await,
+        ExchangeRefused::NoRule => refused(api, "no_rule", &error.to_string()).await,
         ExchangeRefused::Fetch(_) => {
             tracing::warn!(%error, "an identity token could not be checked");
             Problem::new(

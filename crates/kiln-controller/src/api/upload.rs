@@ -127,7 +127,7 @@ pub(crate) async fn source(
     tenant: &TenantName,
     mut field: Field<'static>,
 ) -> Result<(Digest, u64), Problem> {
-    let _slot = api.uploads.take(tenant).ok_or_else(|| {
+    let _slot = api.uploads.take(tenant.as_str()).ok_or_else(|| {
         Problem::too_many("uploads", "this tenant has too many uploads under way")
     })?;
     let mut head = Vec::new();

@@ -81,6 +81,8 @@ fn a_revoked_token_is_dead_at_once_with_all_that_came_of_it() {
         .value();
     let session = server.client(session["access_token"].as_str().expect("token"));
     assert_eq!(session.get("/v1/jobs").status, 200);
+    let again = session.json("POST", "/v1/token/exchange", &json!({}));
+    assert_eq!(again.status, 401, "a session is not renewed by itself");
     let tokens = server.owner().get("/v1/tokens").value();
     let ours = tokens["items"].as_array().expect("items").iter();
     let id = ours
@@ -128,6 +130,27 @@ fn a_token_never_gives_more_than_its_maker_has() {
     assert_eq!(make(json!({"role": "king"})), 422);
     assert_eq!(make(json!({"role": "developer", "scopes": ["all"]})), 422);
     assert_eq!(make(json!({"role": "developer", "expires_in": 0})), 422);
+    let short = server.token(&json!({"tenant": "acme", "role": "admin", "expires_in": 600}));
+    let session = short.json("POST", "/v1/token/exchange", &json!({})).value();
+    let session = server.client(session["access_token"].as_str().expect("token"));
+    for maker in [&short, &session] {
+        let child = maker
+            .json("POST", "/v1/tokens", &json!({"role": "developer"}))
+            .value();
+        let tokens = server.owner().get("/v1/tokens").value();
+        let ends = |id: &serde_json::Value| {
+            let all = tokens["items"].as_array().expect("items").iter();
+            let mut all = all.filter(|token| token["id"] == *id);
+            all.next()
+                .and_then(|token| token["expires_unix_ms"].as_u64())
+                .expect("ends")
+        };
+        let parent = short.token.split('_').nth(1).expect("id").into();
+        assert!(
+            ends(&child["id"]) <= ends(&parent),
+            "a child outlives its maker's token"
+        );
+    }
     let scoped = server.token(&json!({
         "tenant": "acme", "role": "admin", "scopes": ["token:create", "job:read"]}));
     let make = |asked: serde_json::Value| scoped.json("POST", "/v1/tokens", &asked);
