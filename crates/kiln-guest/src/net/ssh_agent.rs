@@ -71,9 +71,9 @@ async fn carry(guest: &Guest, mut program: UnixStream, place: u8) {
     let Ok(payload) = serde_json::to_vec(&SshAgent { place }) else {
         return;
     };
-    if let Ok(mut host) = session.open(kind::SSH_AGENT, &payload).await {
-        if let Err(error) = relay(&mut host, &mut program).await {
-            log::debug(&format!("a connection to an SSH agent: {error}"));
-        }
+    if let Ok(mut host) = session.open(kind::SSH_AGENT, &payload).await
+        && let Err(error) = relay(&mut host, &mut program).await
+    {
+        log::debug(&format!("a connection to an SSH agent: {error}"));
     }
 }
