@@ -85,6 +85,8 @@ async fn beat(
     held: &[Lease],
     ttl_ms: u64,
 ) -> Result<Option<Heartbeat>, DbError> {
+    // Jobs before workers, here and everywhere: transactions that lock both never wait for each other.
+    let mut live = of_worker(tx, worker).await?;
     let sql = "select * from workers where id = $1 and removed_ms is null /*lock workers*/";
     let Some(row) = tx.row(sql, args![worker.as_str()]).await? else {
         return Ok(None);
@@ -103,7 +105,6 @@ async fn beat(
     } else {
         state_of(&row)?
     };
-    let mut live = of_worker(tx, worker).await?;
     let until_unix_ms = now + ttl_ms;
     let (mut leases, mut extended) = (Vec::with_capacity(held.len()), Vec::new());
     for lease in held {

@@ -21,6 +21,8 @@ use crate::wake::Wakes;
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// Longest wait between two tries.
 const RETRY_MAX: Duration = Duration::from_secs(2);
+/// A larger file is not read through at every start; [`Database::check`] reads it.
+const CHECK_BYTES_MAX: u64 = 256 << 20;
 /// The oldest PostgreSQL that kiln is tested with.
 const POSTGRES_MIN: u32 = 150_000;
 
@@ -125,6 +127,21 @@ impl Database {
         })
     }
 
+    /// Reads a SQLite file through and checks every page and index, while it is in use. PostgreSQL has its own checks (`amcheck`).
+    ///
+    /// # Errors
+    /// When something is damaged, or the file cannot be read.
+    pub async fn check(&self) -> Result<(), OpenError> {
+        let Engine::Sqlite { path, .. } = &self.inner.engine else {
+            return Ok(());
+        };
+        let place = format!("sqlite:{}", path.display());
+        let conn = sqlite::reader(path).await;
+        let conn = conn.map_err(|error| failed(&place, DbError::query("open its file", error)))?;
+        let mut tx = Tx::new(Conn::Writer(conn), "check its file", &self.inner.clock);
+        check_file(&mut tx, "pragma integrity_check(1)", &place).await
+    }
+
     /// Waits for changes that were asked for, says in the file that it is no longer in use, and closes it.
     pub async fn close(&self) {
         match &self.inner.engine {
@@ -192,7 +209,10 @@ async fn prepare_file(
     options: &OpenOptions,
 ) -> Result<u64, OpenError> {
     let wrap = |cause| failed(place, cause);
-    check_file(tx, "pragma quick_check(1)", place).await?;
+    let size = std::fs::metadata(path).map_or(0, |found| found.len());
+    if size <= CHECK_BYTES_MAX {
+        check_file(tx, "pragma quick_check(1)", place).await?;
+    }
     let found = schema::version(tx).await.map_err(wrap)?;
     refuse_newer(found, place)?;
     let inode = inode_of(path).map_err(wrap)?;

@@ -321,11 +321,11 @@ impl Database {
         let worker = id.clone();
         let changed = write_tx!(self, "remove a worker", [worker], |tx| {
             let now = tx.now().await?;
-            let sql = "update workers set removed_ms = $2, state = 'cordoned' where id = $1 and removed_ms is null";
-            let changed = tx.exec(sql, args![worker.as_str(), now]).await?;
             // Its machines may run on until the worker notices: the grace of expiry covers that.
             let sql = "update jobs set until_ms = $2 where worker = $1 and until_ms > $2";
             tx.exec(sql, args![worker.as_str(), now]).await?;
+            let sql = "update workers set removed_ms = $2, state = 'cordoned' where id = $1 and removed_ms is null";
+            let changed = tx.exec(sql, args![worker.as_str(), now]).await?;
             woken(tx, &worker).await?;
             Ok(changed)
         })?;

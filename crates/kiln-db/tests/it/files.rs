@@ -153,6 +153,7 @@ async fn a_backup_under_load_restores_whole() {
         w.db.backup(&backup).await,
         Err(BackupError::Exists(_))
     ));
+    w.db.check().await.expect("is whole while it is written");
     load.await.expect("runs");
     let restored = Database::restore(&backup, &to).await.expect("restores");
     assert_eq!((restored.incarnation, restored.leases_ended), (2, 1));
