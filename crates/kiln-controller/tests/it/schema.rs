@@ -99,7 +99,8 @@ fn nothing_that_can_be_made_up_is_a_server_error() {
         .arg(program)
         .args(["run", &format!("http://{}/v1/openapi.json", server.address)])
         .args(["--header", &format!("Authorization: Bearer {token}")])
-        .args(["--checks", CHECKS, "--max-time", SECONDS, "--workers", "2"])
+        // One worker: with two, Python 3.11 itself loses count of its parser (`AST constructor recursion depth mismatch`).
+        .args(["--checks", CHECKS, "--max-time", SECONDS, "--workers", "1"])
         .args([
             "--max-examples",
             "40",
