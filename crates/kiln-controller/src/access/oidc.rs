@@ -400,6 +400,41 @@ mod tests {
         }
     }
 
+    /// A signature over `header.claims` made once with another program, and its public key.
+    #[test]
+    fn rsa_signatures_of_others_are_verified_and_keys_are_not_mixed_up() {
+        let n = concat!(
+            "rTKsCMoq0861nQucDrvvxPv3-AHzObzA2igOa0BhnwLsDBpQpaPCpkRH1PS09wcOyZlGu9s8BDGSETgq",
+            "k0qDViRKbl9kN6AgnOZbaDUF3J93Ur1t3VKFh5FjNj_JLxovb2RlPP8Vq4BFemB-Cm3ZpS1XW2U-dTMt",
+            "R_xrJvKM0Znwl98boo7w4uL9LcdqD1yapNXzPtB-mvgS8Y5wQYZjFp0utrshd4ZifF9HtF72oY-1vg-Z",
+            "n9u94ahvJkJcq3umCuLqu3Afjw8RHq0QZIZXdxU5a_Y6Cdn0ALMpFMl01U1XYyZGl0gwADOGu1JmkLYe",
+            "4K0ONbzlGWj354FUteLRqw"
+        );
+        let signature = concat!(
+            "QEWq_OVRRLIzgdaN7u8coMjoI5kO8Nz79UotY4GB1JsyQnndD_0rgKE_4JXkWCPS23CEKvBtJFN349sM",
+            "p3MDpRHEnghVglszjE1ypMTtYIj4P529a2SeyICef16YZfpmvLG38RNTUV4lTzxUhtXiDjwgAXPdcgAG",
+            "po4aO8BbpSTEWJD2bfOxGhGMydnvR6VMZxlD1HfF-ZOFBGpYyy0-vo87FLCQ4yznDfdp1KKJ9JhD0e01",
+            "gXq2niaTblHnqDDDZ6gXpM2qPyOzomEnPRt5uCPueHzjrS2v--9TE59fTQqN3VdEDlNSh0FoE1MOwupA",
+            "_W1V7AGo4UwTennyxNaJhw"
+        );
+        let jwk = serde_json::json!({"kty": "RSA", "kid": "k", "use": "sig", "n": n, "e": "AQAB"});
+        let (kid, key) = read_key(&jwk).expect("a key");
+        assert_eq!(kid, "k");
+        let signature = URL_SAFE_NO_PAD.decode(signature).expect("base64");
+        let check = |alg, message: &[u8]| verify(&key, alg, message, &signature);
+        assert!(check("RS256", b"header.claims"));
+        assert!(!check("RS256", b"header.claims2"));
+        assert!(
+            !check("ES256", b"header.claims"),
+            "an RSA key signs no ES256"
+        );
+        for (name, value) in [("use", "enc"), ("kty", "oct"), ("n", "?")] {
+            let mut bad = jwk.clone();
+            bad[name] = value.into();
+            assert!(read_key(&bad).is_none(), "{name}");
+        }
+    }
+
     #[test]
     fn only_https_and_this_host_are_asked() {
         for good in [

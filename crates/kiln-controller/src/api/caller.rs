@@ -7,7 +7,7 @@ use axum::extract::FromRequestParts;
 use http::request::Parts;
 use http::{StatusCode, header};
 use kiln_core::access::{Action, Principal, Refused, Target, decide};
-use kiln_core::{Role, TenantName, TokenId};
+use kiln_core::{Role, TenantName};
 use kiln_db::NewAudit;
 
 use super::Api;
@@ -86,7 +86,8 @@ impl FromRequestParts<Arc<Api>> for Caller {
             }
             Err(Unproven::Unavailable(problem)) => return Err(problem),
         };
-        let name = principal.token.as_ref().map_or("", TokenId::as_str);
+        // A token and the sessions exchanged for it are one subject.
+        let name = principal.subject.as_str();
         if !api.rates.take(name, Instant::now()) {
             api.backend().count(Door::User, "rate", Some("rate"));
             return Err(Problem::too_many(

@@ -81,6 +81,7 @@ pub enum ListenError {
 pub struct Sockets {
     config: ListenConfig,
     stop: CancellationToken,
+    cut: CancellationToken,
     tasks: TaskTracker,
     all: Arc<Semaphore>,
     table: Arc<Table>,
@@ -101,6 +102,7 @@ impl Sockets {
             all: Arc::new(Semaphore::new(config.connections_max)),
             config,
             stop: CancellationToken::new(),
+            cut: CancellationToken::new(),
             tasks: TaskTracker::new(),
             table: Arc::default(),
         }
@@ -234,7 +236,13 @@ impl Sockets {
     pub async fn close(&self, patience: Duration) {
         self.stop.cancel();
         self.tasks.close();
-        let _cut = tokio::time::timeout(patience, self.tasks.wait()).await;
+        if tokio::time::timeout(patience, self.tasks.wait())
+            .await
+            .is_err()
+        {
+            self.cut.cancel();
+            self.tasks.wait().await;
+        }
     }
 
     fn take_unix(&self, stream: UnixStream, router: &Router) {
@@ -357,7 +365,12 @@ impl Sockets {
             () = cut.cancelled() => {}
             () = self.stop.cancelled() => {
                 connection.as_mut().graceful_shutdown();
-                let _ended = connection.await;
+                // Followers would stay for ever.
+                tokio::select! {
+                    _ended = connection => {}
+                    () = cut.cancelled() => {}
+                    () = self.cut.cancelled() => {}
+                }
             }
         }
     }

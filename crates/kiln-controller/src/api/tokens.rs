@@ -409,14 +409,23 @@ pub(crate) async fn revoke(
     Named(text): Named,
 ) -> Result<StatusCode, Problem> {
     let nothing = || Problem::not_found("token", &text);
+    let id: TokenId = text.parse().map_err(|_| nothing())?;
+    let is_session = id.as_str().starts_with("jwt-");
+    // Sessions live no longer than this, and so does the memory of their end.
+    let sessions_end = api.now_ms() + (USER_LIFE_MAX_S + 60) * 1000;
+    if is_session && caller.principal.token.as_ref() == Some(&id) {
+        // Everybody may end their own.
+        let tenant = Some(caller.tenant().clone());
+        let action = Action::TokenRevoke;
+        caller.note(&api, action, tenant, &text, None).await?;
+        api.db().revoke_session(id.as_str(), sessions_end).await?;
+        return Ok(StatusCode::NO_CONTENT);
+    }
     let own = caller
         .acting_for(&api, None, Action::TokenRevoke, &text)
         .await?;
-    let id: TokenId = text.parse().map_err(|_| nothing())?;
     let all = sees_every_tenant(&caller.principal, Action::TokenRevoke);
-    // Sessions made from it carry its id, and live no longer than this.
-    let sessions_end = api.now_ms() + (USER_LIFE_MAX_S + 60) * 1000;
-    if caller.principal.token.as_ref() == Some(&id) && id.as_str().starts_with("jwt-") {
+    if is_session && all {
         api.db().revoke_session(id.as_str(), sessions_end).await?;
         return Ok(StatusCode::NO_CONTENT);
     }

@@ -1,5 +1,13 @@
 //! Who may come in by which door, and what they may do there.
 
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use ring::rand::SystemRandom;
+use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
 use serde_json::json;
 
 use crate::server::Server;
@@ -330,4 +338,118 @@ fn the_private_socket_needs_no_token_and_others_get_nothing_by_it() {
     let keys = server.client("").get("/.well-known/jwks.json").value();
     assert_eq!(keys["keys"][0]["alg"], "ES256");
     assert!(keys["keys"][0].get("d").is_none(), "no private half");
+}
+
+/// An issuer of identity tokens on loopback.
+struct Issuer {
+    url: String,
+    pair: EcdsaKeyPair,
+}
+
+impl Issuer {
+    fn start() -> Self {
+        let random = SystemRandom::new();
+        let algorithm = &ECDSA_P256_SHA256_FIXED_SIGNING;
+        let pkcs8 = EcdsaKeyPair::generate_pkcs8(algorithm, &random).expect("key");
+        let pair = EcdsaKeyPair::from_pkcs8(algorithm, pkcs8.as_ref(), &random).expect("key");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
+        let url = format!("http://{}", listener.local_addr().expect("address"));
+        let point = pair.public_key().as_ref().to_vec();
+        let key = json!({"kty": "EC", "crv": "P-256", "kid": "k1",
+            "x": URL_SAFE_NO_PAD.encode(&point[1..33]), "y": URL_SAFE_NO_PAD.encode(&point[33..])});
+        let discovery = json!({"issuer": url, "jwks_uri": format!("{url}/keys")}).to_string();
+        let keys = json!({"keys": [key]}).to_string();
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let mut request = [0; 2048];
+                let got = stream.read(&mut request).unwrap_or(0);
+                let wants_keys = request[..got].starts_with(b"GET /keys ");
+                let body = if wants_keys { &keys } else { &discovery };
+                let length = body.len();
+                let _gone = write!(
+                    stream,
+                    "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+                );
+            }
+        });
+        Self { url, pair }
+    }
+
+    fn token(&self, subject: &str, audience: &str) -> String {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("clock");
+        let now = since.as_secs();
+        let header = json!({"alg": "ES256", "kid": "k1"}).to_string();
+        let claims = json!({"iss": self.url, "aud": audience, "sub": subject,
+            "iat": now, "exp": now + 300})
+        .to_string();
+        let text = format!(
+            "{}.{}",
+            URL_SAFE_NO_PAD.encode(header),
+            URL_SAFE_NO_PAD.encode(claims)
+        );
+        let signed = self.pair.sign(&SystemRandom::new(), text.as_bytes());
+        format!("{text}.{}", URL_SAFE_NO_PAD.encode(signed.expect("signs")))
+    }
+}
+
+#[test]
+fn a_ci_systems_token_is_exchanged_and_opens_nothing_itself() {
+    let issuer = Issuer::start();
+    let trusted = json!([{"issuer": issuer.url, "audience": "kiln",
+        "rules": [{"subject": "repo:acme/*", "tenant": "acme", "role": "developer"}]}]);
+    let server = Server::trusting(serde_json::from_value(trusted).expect("trust"));
+    server.member("acme", "developer");
+    let nobody = server.client("");
+    let exchange = |token: &str| {
+        nobody.json(
+            "POST",
+            "/v1/token/exchange",
+            &json!({"subject_token": token}),
+        )
+    };
+    let good = issuer.token("repo:acme/app", "kiln");
+    let got = exchange(&good);
+    assert_eq!(got.status, 200, "{}", got.text());
+    let session = server.client(got.value()["access_token"].as_str().expect("token"));
+    let who = session.get("/v1/whoami").value();
+    assert_eq!(
+        (&who["tenant"], &who["role"]),
+        (&json!("acme"), &json!("developer"))
+    );
+    session.run();
+    assert_eq!(
+        server.client(&good).get("/v1/jobs").status,
+        401,
+        "only exchanged"
+    );
+    for (subject, audience) in [("repo:rival/app", "kiln"), ("repo:acme/app", "other")] {
+        assert_eq!(
+            exchange(&issuer.token(subject, audience)).status,
+            401,
+            "{subject} {audience}"
+        );
+    }
+    assert_eq!(
+        exchange(&Issuer::start().token("repo:acme/app", "kiln")).status,
+        401
+    );
+    let id = got.value()["id"].as_str().expect("id").to_owned();
+    let admin = server.token(&json!({"tenant": "acme", "role": "admin"}));
+    let path = format!("/v1/tokens/{id}");
+    assert_eq!(
+        admin.delete(&path).status,
+        404,
+        "whose it is, only operators need not know"
+    );
+    assert_eq!(server.owner().delete(&path).status, 204);
+    assert_eq!(session.get("/v1/jobs").status, 401);
+    let other = exchange(&issuer.token("repo:acme/lib", "kiln")).value();
+    let path = format!("/v1/tokens/{}", other["id"].as_str().expect("id"));
+    let other = server.client(other["access_token"].as_str().expect("token"));
+    assert_eq!(
+        other.delete(&path).status,
+        204,
+        "everybody may end their own session"
+    );
+    assert_eq!(other.get("/v1/jobs").status, 401);
 }

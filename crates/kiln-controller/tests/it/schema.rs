@@ -94,6 +94,7 @@ fn nothing_that_can_be_made_up_is_a_server_error() {
             }
         })
     };
+    // One worker: threads of Python 3.11 trip over each other when they read source code.
     let done = Command::new("timeout")
         .args(["120"])
         .arg(program)

@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt as _, StreamExt as _, stream};
-use kiln_controller::access::{Access, Door};
+use kiln_controller::access::{Access, Door, TrustedIssuer};
 use kiln_controller::api::{
     self, ApiConfig, Backend, ListenConfig, LogPiece, Pieces, Sockets, SourceRefused,
 };
@@ -161,6 +161,19 @@ impl Server {
     }
 
     pub(crate) fn with(change: impl FnOnce(&mut ApiConfig), listen: ListenConfig) -> Self {
+        Self::made(change, listen, Vec::new())
+    }
+
+    /// One that trusts other issuers.
+    pub(crate) fn trusting(trusted: Vec<TrustedIssuer>) -> Self {
+        Self::made(|_| {}, ListenConfig::default(), trusted)
+    }
+
+    fn made(
+        change: impl FnOnce(&mut ApiConfig),
+        listen: ListenConfig,
+        trusted: Vec<TrustedIssuer>,
+    ) -> Self {
         let mut config = ApiConfig {
             source_max: 1 << 20,
             requests_per_s: 100_000,
@@ -182,12 +195,7 @@ impl Server {
                 .as_millis(),
         )
         .expect("clock");
-        let access = Access::open(
-            &dir.path().join("keys"),
-            "https://kiln.test",
-            Vec::new(),
-            now,
-        );
+        let access = Access::open(&dir.path().join("keys"), "https://kiln.test", trusted, now);
         let socket = dir.path().join("kiln.sock");
         let sockets = Sockets::new(listen);
         let (parts, address) = runtime.block_on(async {

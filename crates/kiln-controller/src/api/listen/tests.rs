@@ -197,6 +197,32 @@ async fn old_versions_and_plain_text_are_not_let_in() {
 }
 
 #[tokio::test]
+async fn closing_waits_no_longer_than_it_may_for_answers_without_end() {
+    let sockets = Sockets::new(ListenConfig::default());
+    let any = "127.0.0.1:0".parse().expect("address");
+    let endless = || async {
+        let pieces = futures_util::stream::unfold((), |()| async {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            Some((Ok::<_, std::convert::Infallible>("x"), ()))
+        });
+        Body::from_stream(pieces)
+    };
+    let router = Router::new().route("/endless", get(endless));
+    let address = sockets.tcp(any, None, router).await.expect("listens");
+    let mut stream = TcpStream::connect(address).await.expect("connects");
+    stream
+        .write_all(b"GET /endless HTTP/1.1\r\nhost: x\r\n\r\n")
+        .await
+        .expect("writes");
+    let mut bytes = vec![0; 1024];
+    assert!(stream.read(&mut bytes).await.expect("reads") > 0);
+    let closed = tokio::time::timeout(PATIENCE, sockets.close(Duration::from_millis(50))).await;
+    assert!(closed.is_ok(), "it waits for ever");
+    let end = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut bytes)).await;
+    assert!(end.is_ok(), "the connection stays open");
+}
+
+#[tokio::test]
 async fn no_more_connections_than_may_be_and_places_come_back() {
     let sockets = Sockets::new(ListenConfig {
         connections_max: 2,
