@@ -288,6 +288,17 @@ impl UnderTest {
         signal(self.vmm_pid(machine), libc::SIGKILL);
     }
 
+    /// The same at a moment when it may be ending by itself.
+    pub(crate) fn kill_vmm_if_there(&self, machine: &dyn Machine) {
+        let Some(record) = self.record(machine.name()) else {
+            return;
+        };
+        let pid = record["state"]["vmm"]["pid"].as_u64();
+        if let Some(pid) = pid.and_then(|pid| i32::try_from(pid).ok()) {
+            let _ended_before = send(pid, libc::SIGKILL);
+        }
+    }
+
     /// The VMM's process as the record names it.
     fn vmm_pid(&self, machine: &dyn Machine) -> i32 {
         let record = self.record(machine.name()).expect("a record");
@@ -380,10 +391,15 @@ pub(crate) fn machine_name(text: &str) -> MachineName {
 }
 
 fn signal(pid: i32, number: i32) {
+    assert_eq!(send(pid, number), 0, "kill -{number} {pid}");
+}
+
+fn send(pid: i32, number: i32) -> i32 {
     #[expect(unsafe_code, reason = "a signal by number")]
     // SAFETY: kill(2) takes two numbers and touches no memory of this process.
-    let result = unsafe { libc::kill(pid, number) };
-    assert_eq!(result, 0, "kill -{number} {pid}");
+    unsafe {
+        libc::kill(pid, number)
+    }
 }
 
 /// The image's directory. A file there holds the name of a directory beside it.
