@@ -1,10 +1,19 @@
 //! The command line, as clap sees it. Raw words only: nothing past `commands` sees these types.
 
+mod fleet;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln_core::{AllowRule, ByteSize, ImageRef};
+
+#[cfg(test)]
+pub(crate) use fleet::Bound;
+pub(crate) use fleet::{
+    JobCommand, JobFilterArgs, QueueCommand, QueueingArgs, QuotaArgs, ServeArgs, ServerArgs,
+    TenantCommand, TokenArgs, TokenCommand, WorkerArgs, WorkerCommand, WorkerStateArgs,
+};
 
 /// Builds container images and runs untrusted commands, each in a fresh microVM on this machine.
 #[derive(Parser, Debug)]
@@ -27,6 +36,9 @@ pub(crate) struct Cli {
     /// Say more on standard error; twice for debugging
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
+    /// The server to use
+    #[command(flatten)]
+    pub server: ServerArgs,
     /// What to do
     #[command(subcommand)]
     pub command: Command,
@@ -43,9 +55,12 @@ pub(crate) enum Command {
     Plan(PlanArgs),
     /// Say what this host offers and how to mend what is missing
     Doctor(DoctorArgs),
-    /// List, show and read finished and running jobs
+    /// List, show, read, cancel and repeat jobs
     #[command(subcommand)]
     Job(JobCommand),
+    /// Show, pause and resume a server's queues
+    #[command(subcommand)]
+    Queue(QueueCommand),
     /// Make, list and remove templates that machines are cloned from
     #[command(subcommand)]
     Template(TemplateCommand),
@@ -66,8 +81,14 @@ pub(crate) enum Command {
     Cache(CacheCommand),
     /// Serve a queue for many tenants and hosts: API, scheduler, registry, logs
     Serve(ServeArgs),
-    /// Run jobs of a controller on this host
+    /// Run jobs of a controller on this host; steer a server's workers
     Worker(WorkerArgs),
+    /// Make, list and bound a server's tenants
+    #[command(subcommand)]
+    Tenant(TenantCommand),
+    /// Make, list and revoke a server's tokens
+    #[command(subcommand)]
+    Token(TokenCommand),
     /// Measure what PROMISES.md promises
     Bench(BenchArgs),
     /// Do all set-up that needs no root: machine image, bases, registries, templates
@@ -143,6 +164,9 @@ pub(crate) struct BuildArgs {
     /// Limits of the machine
     #[command(flatten)]
     pub limits: LimitArgs,
+    /// How a server queues it
+    #[command(flatten)]
+    pub queueing: QueueingArgs,
 }
 
 /// Options of `kiln run`.
@@ -173,6 +197,9 @@ pub(crate) struct RunArgs {
     /// Limits of the machine
     #[command(flatten)]
     pub limits: LimitArgs,
+    /// How a server queues it
+    #[command(flatten)]
+    pub queueing: QueueingArgs,
     /// The command and its arguments
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<String>,
@@ -224,33 +251,6 @@ pub(crate) struct DoctorArgs {
     /// Read every stored byte again and compare digests
     #[arg(long)]
     pub scrub: bool,
-}
-
-/// Verbs of `kiln job`.
-#[derive(Subcommand, Debug)]
-#[command(
-    after_help = "Examples:\n  kiln job list\n  kiln job show\n  kiln job logs --follow b1m7"
-)]
-pub(crate) enum JobCommand {
-    /// List jobs, newest first
-    List {
-        /// How many
-        #[arg(long, default_value_t = 20)]
-        limit: usize,
-    },
-    /// Show one job
-    Show {
-        /// Its id, or the beginning of it; the newest job without
-        id: Option<String>,
-    },
-    /// Print a job's log; with --json its events
-    Logs {
-        /// Its id, or the beginning of it; the newest job without
-        id: Option<String>,
-        /// Go on until the job ends
-        #[arg(short, long)]
-        follow: bool,
-    },
 }
 
 /// Verbs of `kiln template`.
@@ -524,68 +524,4 @@ mod tests {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
     }
-}
-
-/// Options of `kiln serve`.
-#[derive(Args, Debug)]
-#[command(
-    after_help = "Examples:\n  kiln serve --with-worker\n  kiln serve --listen 0.0.0.0:8443 --name ci.example.org\n  \
-kiln serve --listen 0.0.0.0:8443 --name ci.example.org --database postgres://kiln@db.example.org/kiln"
-)]
-pub(crate) struct ServeArgs {
-    /// Address and port to listen on, besides the private socket; may be given more than once
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub listen: Vec<std::net::SocketAddr>,
-    /// DNS name or address that others reach this server by; may be given more than once
-    #[arg(long = "name", value_name = "HOST")]
-    pub names: Vec<String>,
-    /// Certificate chain to show, PEM, instead of one that kiln's own authority signs
-    #[arg(long, value_name = "FILE", requires = "tls_key")]
-    pub tls_cert: Option<PathBuf>,
-    /// Its private key, PEM
-    #[arg(long, value_name = "FILE", requires = "tls_cert")]
-    pub tls_key: Option<PathBuf>,
-    /// Speak plain HTTP, also where others can listen in
-    #[arg(long, conflicts_with = "tls_cert")]
-    pub insecure_plain_http: bool,
-    /// Database: sqlite:PATH or postgres://USER@HOST/NAME; a file of the home without
-    #[arg(
-        long,
-        value_name = "URL",
-        env = "KILN_DATABASE",
-        hide_env_values = true
-    )]
-    pub database: Option<String>,
-    /// Show /metrics at this address, plain HTTP and without a token
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub metrics: Option<std::net::SocketAddr>,
-    /// Run jobs on this host, too
-    #[arg(long)]
-    pub with_worker: bool,
-}
-
-/// Options of `kiln worker`.
-#[derive(Args, Debug)]
-#[command(
-    after_help = "Examples:\n  kiln worker --controller https://ci.example.org:8443 --join TOKEN\n  kiln worker"
-)]
-pub(crate) struct WorkerArgs {
-    /// Controller to join; without it the one that was joined before
-    #[arg(long, value_name = "URL", requires = "join")]
-    pub controller: Option<String>,
-    /// Single-use join token
-    #[arg(
-        long,
-        value_name = "TOKEN",
-        env = "KILN_JOIN_TOKEN",
-        hide_env_values = true,
-        requires = "controller"
-    )]
-    pub join: Option<String>,
-    /// Name of this worker; this host's name without
-    #[arg(long)]
-    pub name: Option<String>,
-    /// Most machines at a time
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    pub machines: u32,
 }

@@ -33,6 +33,18 @@ pub(crate) struct Config {
     pub cache: CacheConfig,
     /// Network of builds.
     pub network: NetworkConfig,
+    /// The server that builds and runs are sent to.
+    pub server: ServerConfig,
+}
+
+/// `[server]`
+#[derive(Deserialize, Debug, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct ServerConfig {
+    /// Its address, `https://HOST:PORT`; without it jobs run on this host.
+    pub url: Option<String>,
+    /// The authority that signed its certificate, PEM, when the host does not trust it already.
+    pub ca: Option<std::path::PathBuf>,
 }
 
 /// `[limits]`

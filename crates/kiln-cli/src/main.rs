@@ -8,6 +8,7 @@ mod environment;
 mod error;
 mod interrupt;
 mod open_files;
+mod server;
 mod show;
 mod terminal;
 
@@ -47,7 +48,7 @@ fn main() -> ExitCode {
     };
     let result = runtime.block_on(async {
         let cancel = interrupt::watch(screen);
-        commands::run(cli.command, screen, cancel).await
+        commands::run(cli.command, &cli.server, screen, cancel).await
     });
     // Blocking reads of standard input cannot be cancelled; they must not keep a finished command alive.
     runtime.shutdown_background();

@@ -71,6 +71,15 @@ impl Screen {
         out(text);
     }
 
+    /// A command's own output, byte for byte.
+    ///
+    /// # Errors
+    /// When nobody takes it.
+    pub(crate) fn raw(self, bytes: &[u8]) -> std::io::Result<()> {
+        let mut stdout = std::io::stdout().lock();
+        stdout.write_all(bytes).and_then(|()| stdout.flush())
+    }
+
     /// A remark on standard error.
     pub(crate) fn note(self, text: &str) {
         if !self.json {

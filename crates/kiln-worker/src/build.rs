@@ -20,7 +20,7 @@ use kiln_network::gateway::{Gateway, GatewayConfig};
 use kiln_network::record::{EgressLog, EgressSummary};
 use kiln_proto::Session;
 use kiln_proto::msg::{Order, Place, PutTree};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::attempt::{Attempt, Wanted};
@@ -85,7 +85,7 @@ impl std::fmt::Debug for BuildInput {
 }
 
 /// What a finished build tells.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BuildReport {
     /// The job.
     pub job: String,

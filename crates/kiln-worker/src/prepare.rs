@@ -173,5 +173,61 @@ pub fn image_of(tenant: &kiln_core::TenantName, folder: &str) -> ImageRef {
     }
 }
 
+/// A name that somebody gave an image, below the tenant's tree; `t/TENANT/NAME` of their own is fine, too.
+///
+/// # Errors
+/// Usage for names of other registries or with a digest, policy for another tenant's or shared ones.
+pub fn in_tenant(tenant: &kiln_core::TenantName, image: &ImageRef) -> Result<ImageRef, Failure> {
+    if image.registry.is_some() || image.digest.is_some() {
+        let message = format!("the image name {image} is not a name within the tenant");
+        return Err(Failure::new(FailureClass::Usage, message).hint("write for example shop:1.4"));
+    }
+    let tree = format!("t/{tenant}/");
+    let foreign = ["t/", "shared/"]
+        .iter()
+        .any(|tree| image.repository.starts_with(tree));
+    let repository = match image.repository.starts_with(&tree) {
+        true => image.repository.clone(),
+        false if foreign => {
+            let message = format!("the image name {image} is not below {tree}");
+            return Err(Failure::new(FailureClass::Policy, message));
+        }
+        false => format!("{tree}{}", image.repository),
+    };
+    let tag = image.tag.clone().or_else(|| Some("latest".to_owned()));
+    Ok(ImageRef {
+        registry: None,
+        repository,
+        tag,
+        digest: None,
+    })
+}
+
 /// Longest image name made of a folder's name.
 const NAME_CHARS_MAX: usize = 128;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_stay_below_their_tenant() {
+        let tenant: kiln_core::TenantName = "acme".parse().expect("a name");
+        let named = |text: &str| in_tenant(&tenant, &text.parse().expect("a reference"));
+        for (given, full) in [
+            ("shop", "t/acme/shop:latest"),
+            ("shop:v1", "t/acme/shop:v1"),
+            ("web/shop", "t/acme/web/shop:latest"),
+            ("t/acme/shop:v2", "t/acme/shop:v2"),
+        ] {
+            assert_eq!(named(given).expect(given).to_string(), full);
+        }
+        for (bad, class) in [
+            ("t/other/shop", FailureClass::Policy),
+            ("shared/node:20-build", FailureClass::Policy),
+            ("registry.example.org/shop", FailureClass::Usage),
+        ] {
+            assert_eq!(named(bad).expect_err(bad).class, class, "{bad}");
+        }
+    }
+}

@@ -20,17 +20,26 @@ use tokio_util::sync::CancellationToken;
 use super::operator::Operator;
 use super::source;
 use super::table::counted;
-use crate::args::BuildArgs;
+use crate::args::{BuildArgs, ServerArgs};
 use crate::error::{CliError, Result};
 use crate::show::Screen;
 
-pub(super) async fn run(args: BuildArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+pub(super) async fn run(
+    args: BuildArgs,
+    server: &ServerArgs,
+    screen: Screen,
+    cancel: CancellationToken,
+) -> Result<u8> {
     if args.platform != "linux/amd64" {
         return Err(CliError::usage(format!(
             "--platform {}: only linux/amd64 is built here",
             args.platform
         )));
     }
+    if let Some(server) = crate::server::configured(server)? {
+        return super::build_server::run(&server, args, screen, cancel).await;
+    }
+    super::queueing::refuse(&args.queueing)?;
     let output = super::output::Output::parse(&args)?;
     let operator = Operator::load()?;
     let limits = operator
@@ -172,7 +181,7 @@ fn receipt(report: &BuildReport, observed: &kiln_core::Observed) -> Receipt {
     }
 }
 
-fn show(report: &BuildReport, egress: &str, screen: Screen) {
+pub(super) fn show(report: &BuildReport, egress: &str, screen: Screen) {
     let value = serde_json::json!({ "event": "built", "build": report });
     screen.data(&value, || {
         let phases: Vec<String> = report
@@ -260,7 +269,7 @@ fn planned(args: &BuildArgs, operator: &Operator, dir: &Path) -> Result<(Plan, T
 }
 
 /// A folder that cannot be a source: whose fault, and what to do.
-fn source_error(error: &ContextError) -> CliError {
+pub(super) fn source_error(error: &ContextError) -> CliError {
     let told = CliError::new(error.class(), crate::error::chain(error));
     match error.hint() {
         Some(hint) => told.hint(hint),
@@ -269,7 +278,7 @@ fn source_error(error: &ContextError) -> CliError {
 }
 
 /// What the command line says besides the folder.
-fn options(args: &BuildArgs, dir: &Path) -> Result<Options> {
+pub(super) fn options(args: &BuildArgs, dir: &Path) -> Result<Options> {
     let dockerfile = match &args.file {
         None => None,
         Some(path) => Some(super::plan::dockerfile_choice(dir, path)?),

@@ -1,4 +1,4 @@
-//! `kiln job`: the records of finished and running jobs. Reads files only.
+//! `kiln job`: with a server its jobs (see [`super::job_server`]), else the records of this host's, read from files only.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, IsTerminal as _};
@@ -14,8 +14,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::table::{Facts, Table, left, right, wide, wrap};
 use super::when;
-use crate::args::JobCommand;
+use crate::args::{JobCommand, ServerArgs};
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
+use crate::server;
 use crate::show::{Screen, printable};
 
 /// How often a followed log is looked at.
@@ -29,14 +30,30 @@ const LOST: &str = "the kiln process that ran it is gone and did not say how it 
 /// Columns left for values beside their names.
 const VALUE_WIDTH: usize = 66;
 
-pub(super) async fn run(verb: JobCommand, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+pub(super) async fn run(
+    verb: JobCommand,
+    server: &ServerArgs,
+    screen: Screen,
+    cancel: CancellationToken,
+) -> Result<u8> {
+    let verb = match server::any(server).await? {
+        None => verb,
+        Some(server) => match super::job_server::run(verb, &server, screen, &cancel).await? {
+            // Built by this host without its server.
+            Some(verb) => verb,
+            None => return Ok(0),
+        },
+    };
     let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
     let records = match home.jobs().is_dir() {
         true => Some(Records::open(&home.jobs()).or_infrastructure()?),
         false => None,
     };
     match verb {
-        JobCommand::List { limit } => list(records.as_ref(), limit, screen)?,
+        JobCommand::List { limit, filter } => {
+            super::job_server::refuse_filter(&filter)?;
+            list(records.as_ref(), limit, screen)?;
+        }
         JobCommand::Show { id } => {
             let (records, id) = find(records, id.as_deref())?;
             let record = records.show(&id).map_err(record_error)?;
@@ -52,6 +69,12 @@ pub(super) async fn run(verb: JobCommand, screen: Screen, cancel: CancellationTo
         JobCommand::Logs { id, follow } => {
             let (records, id) = find(records, id.as_deref())?;
             logs(&records, &id, follow, screen, &cancel).await?;
+        }
+        JobCommand::Cancel { .. }
+        | JobCommand::Retry { .. }
+        | JobCommand::Timeline { .. }
+        | JobCommand::Why { .. } => {
+            server::needed(server).await?;
         }
     }
     Ok(0)

@@ -3,11 +3,13 @@
 mod bases;
 mod bench;
 mod build;
+mod build_server;
 mod cache;
 mod checkout;
 mod disk_use;
 mod doctor;
 mod job;
+mod job_server;
 mod load;
 mod machine_image;
 mod meta;
@@ -15,38 +17,50 @@ pub(crate) mod operator;
 mod output;
 mod plan;
 mod push;
+mod queue;
+mod queueing;
 mod reference;
 mod registries;
 mod registry;
 mod replace;
 mod run;
+mod run_server;
 mod serve;
 mod setup;
 mod source;
 pub(crate) mod table;
 mod template;
+mod tenant;
+mod token;
 mod uninstall;
-mod when;
+pub(crate) mod when;
 mod worker;
+mod worker_server;
 
 use kiln_worker::home::{Home, HomeError};
 use tokio_util::sync::CancellationToken;
 
-use crate::args::Command;
+use crate::args::{Command, ServerArgs};
 use crate::error::{CliError, Result, chain};
 use crate::show::Screen;
 
 /// Runs a verb; gives the exit code.
-pub(crate) async fn run(command: Command, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+pub(crate) async fn run(
+    command: Command,
+    server: &ServerArgs,
+    screen: Screen,
+    cancel: CancellationToken,
+) -> Result<u8> {
     if touches_home(&command) {
         refuse_other_layouts()?;
     }
     match command {
-        Command::Build(args) => build::run(*args, screen, cancel).await,
-        Command::Run(args) => run::run(*args, screen, cancel).await,
+        Command::Build(args) => build::run(*args, server, screen, cancel).await,
+        Command::Run(args) => run::run(*args, server, screen, cancel).await,
         Command::Plan(args) => plan::run(&args, screen),
         Command::Doctor(args) => doctor::run(&args, screen).await,
-        Command::Job(verb) => job::run(verb, screen, cancel).await,
+        Command::Job(verb) => job::run(verb, server, screen, cancel).await,
+        Command::Queue(verb) => queue::run(verb, server, screen).await,
         Command::Template(verb) => template::run(verb, screen, cancel).await,
         Command::MachineImage(verb) => machine_image::run(verb, screen, cancel).await,
         Command::Bases(verb) => bases::run(verb, screen, cancel).await,
@@ -54,7 +68,12 @@ pub(crate) async fn run(command: Command, screen: Screen, cancel: CancellationTo
         Command::Registry(verb) => registry::run(verb, screen, cancel).await,
         Command::Cache(verb) => cache::run(verb, screen).await,
         Command::Serve(args) => serve::run(args, screen, cancel).await,
-        Command::Worker(args) => worker::run(args, screen, cancel).await,
+        Command::Worker(args) => match args.verb {
+            Some(verb) => worker_server::run(verb, server, screen).await,
+            None => worker::run(args, screen, cancel).await,
+        },
+        Command::Tenant(verb) => tenant::run(verb, server, screen).await,
+        Command::Token(verb) => token::run(verb, server, screen).await,
         Command::Bench(args) => bench::run(args, screen, cancel).await,
         Command::Setup(args) => setup::run(args, screen, cancel).await,
         Command::Uninstall(args) => uninstall::run(&args, screen).await,

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
 use super::{reference, source};
-use crate::args::RunArgs;
+use crate::args::{RunArgs, ServerArgs};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
 use crate::terminal::{self, RawMode};
@@ -33,11 +33,20 @@ use crate::terminal::{self, RawMode};
 /// Exit code when nobody reads the output any more: 128 and SIGPIPE, as a shell has it.
 const READER_GONE: u8 = 141;
 
-pub(super) async fn run(args: RunArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+pub(super) async fn run(
+    args: RunArgs,
+    server: &ServerArgs,
+    screen: Screen,
+    cancel: CancellationToken,
+) -> Result<u8> {
     if args.image.is_none() && args.command.is_empty() {
         return Err(CliError::usage("there is nothing to run")
             .hint("give a command after --, or an --image"));
     }
+    if let Some(server) = crate::server::configured(server)? {
+        return super::run_server::run(&server, args, screen, cancel).await;
+    }
+    super::queueing::refuse(&args.queueing)?;
     let operator = Operator::load()?;
     let limits = operator
         .config

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use kiln_controller::api::{ApiConfig, ListenConfig};
-use kiln_controller::server::{self, Running, ServeConfig, StartError, Tls, socket_path};
-use kiln_core::{FailureClass, PoolName};
+use kiln_controller::server::{self, Running, ServeConfig, StartError, Tls};
 use kiln_controller::webhooks::ReceiverPolicy;
+use kiln_core::{FailureClass, PoolName};
 use kiln_db::{DatabaseUrl, Retention};
 use kiln_telemetry::metrics::Prefix;
 use kiln_worker::fleet::http::Target;
@@ -79,7 +79,12 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
         receivers: ReceiverPolicy::default(),
         retention: Retention::default(),
     };
-    server::start(config).await.map_err(|error| refused(&error))
+    let ca = config.folder.join("authority.pem");
+    let running = server::start(config).await;
+    let running = running.map_err(|error| refused(&error))?;
+    // For `--ca` of those who ask this server from elsewhere; it is no secret.
+    std::fs::write(ca, running.controller.access.authority().pem()).or_infrastructure()?;
+    Ok(running)
 }
 
 fn database(text: &str) -> Result<DatabaseUrl> {
@@ -146,9 +151,4 @@ fn tell(running: &Running, screen: Screen) {
             running.socket.display()
         )
     });
-}
-
-/// The private socket of this home's controller, whether or not one runs.
-pub(crate) fn own_socket(operator: &Operator) -> PathBuf {
-    socket_path(&folder(operator))
 }

@@ -20,6 +20,7 @@ mod push;
 mod registry;
 mod room;
 mod run;
+mod serve;
 mod ssh;
 mod support;
 mod terminal;

@@ -1,5 +1,6 @@
 //! Which files stay behind: `.dockerignore`, or `.gitignore` where there is neither it nor a Dockerfile.
 
+use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
 
 use ::ignore::Match;
@@ -32,6 +33,8 @@ pub struct Ignores {
     source: IgnoreSource,
     docker: Patterns,
     extra: Patterns,
+    /// Files that are sent whatever the rules say.
+    kept: BTreeSet<String>,
 }
 
 impl Ignores {
@@ -42,6 +45,7 @@ impl Ignores {
             source: IgnoreSource::Nothing,
             docker: Patterns::default(),
             extra: Patterns::default(),
+            kept: BTreeSet::new(),
         }
     }
 
@@ -88,6 +92,17 @@ impl Ignores {
         Ok(rules)
     }
 
+    /// Sends these files (paths inside the folder) whatever the rules say; version control data excepted.
+    pub(super) fn keep(&mut self, paths: impl IntoIterator<Item = String>) {
+        self.kept.extend(paths);
+    }
+
+    fn leads_to_kept(&self, folder: &str) -> bool {
+        let below = format!("{folder}/");
+        let next = self.kept.range(below.clone()..).next();
+        next.is_some_and(|path| path.starts_with(&below))
+    }
+
     /// Which files decide.
     #[must_use]
     pub fn source(&self) -> &IgnoreSource {
@@ -118,7 +133,20 @@ impl Ignores {
     /// Whether `path` stays behind. `git` are the `.gitignore`s from the root down to its folder.
     pub(super) fn verdict(&self, path: &str, is_folder: bool, git: &[&Gitignore]) -> Verdict {
         let name = path.rsplit('/').next().unwrap_or(path);
-        if NEVER.contains(&name) || self.extra.is_ignored(path) {
+        if NEVER.contains(&name) {
+            return Verdict::Skip;
+        }
+        if !is_folder && self.kept.contains(path) {
+            return Verdict::Send;
+        }
+        match self.by_rules(path, is_folder, git) {
+            Verdict::Skip if is_folder && self.leads_to_kept(path) => Verdict::Enter,
+            verdict => verdict,
+        }
+    }
+
+    fn by_rules(&self, path: &str, is_folder: bool, git: &[&Gitignore]) -> Verdict {
+        if self.extra.is_ignored(path) {
             return Verdict::Skip;
         }
         let rooted = format!("/{path}");

@@ -81,6 +81,13 @@ impl Tree {
         })
     }
 
+    /// Also sends these files (paths inside the folder), whatever the rules say: what a plan is made from must be where it is made.
+    #[must_use]
+    pub fn keeping(mut self, paths: impl IntoIterator<Item = String>) -> Self {
+        self.ignores.keep(paths);
+        self
+    }
+
     /// The rules in force.
     #[must_use]
     pub fn ignores(&self) -> &Ignores {

@@ -320,7 +320,11 @@ impl Work<'_> {
         self.events.tell(Event::Phase { name: "plan" }).await;
         let tags = match wanted.tags.is_empty() {
             true => vec![prepare::image_of(&request.tenant, &wanted.name)],
-            false => wanted.tags.clone(),
+            false => {
+                let named = wanted.tags.iter();
+                let named = named.map(|tag| prepare::in_tenant(&request.tenant, tag));
+                named.collect::<Result<_, _>>()?
+            }
         };
         let named = tags.clone();
         let site = self.shop.site.clone();

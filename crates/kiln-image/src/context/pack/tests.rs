@@ -230,6 +230,41 @@ fn limits_have_names() {
 }
 
 #[test]
+fn what_a_plan_needs_is_kept_whatever_the_rules_say() {
+    let dir = tempfile::tempdir().expect("a folder");
+    for file in [
+        "Dockerfile",
+        "deploy/Dockerfile",
+        "deploy/secret",
+        "src/a",
+        ".git/x",
+        ".env",
+    ] {
+        write(dir.path(), file, "x");
+    }
+    write(dir.path(), ".dockerignore", "*\n!src\n");
+    let kept = [
+        "Dockerfile",
+        ".dockerignore",
+        "deploy/Dockerfile",
+        ".git/x",
+        "none",
+    ];
+    let tree = tree(dir.path(), None).keeping(kept.map(str::to_owned));
+    assert_eq!(
+        packed(&tree).1,
+        [
+            ".dockerignore",
+            "Dockerfile",
+            "deploy/",
+            "deploy/Dockerfile",
+            "src/",
+            "src/a"
+        ]
+    );
+}
+
+#[test]
 fn a_file_that_changes_while_it_is_read_ends_the_stream() {
     struct Grow<'a>(&'a Path);
     impl Write for Grow<'_> {

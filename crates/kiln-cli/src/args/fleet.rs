@@ -1,0 +1,431 @@
+//! Words of the verbs that make or ask a server.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use super::parse_duration;
+
+/// Where the server is.
+#[derive(Args, Debug, Clone, Default)]
+pub(crate) struct ServerArgs {
+    /// Server to use instead of this host: https://HOST:PORT, or unix:PATH; also [server] url in kiln.toml
+    #[arg(
+        long,
+        global = true,
+        value_name = "URL",
+        env = "KILN_SERVER",
+        hide_env_values = true
+    )]
+    pub server: Option<String>,
+    /// Authority that signed the server's certificate, PEM; also [server] ca in kiln.toml
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "KILN_CA",
+        hide_env_values = true
+    )]
+    pub ca: Option<PathBuf>,
+}
+
+/// How a server queues a job.
+#[derive(Args, Debug, Clone, Default)]
+#[command(next_help_heading = "With a server")]
+pub(crate) struct QueueingArgs {
+    /// Print the job's id and do not wait for its end
+    #[arg(long)]
+    pub detach: bool,
+    /// Disk its machine may fill, for example 10G
+    #[arg(long, value_name = "SIZE")]
+    pub disk: Option<kiln_core::ByteSize>,
+    /// Queue to wait in
+    #[arg(long, value_name = "NAME")]
+    pub queue: Option<String>,
+    /// Order there, -100 (last) to 100 (first)
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    pub priority: Option<i16>,
+    /// Label its worker must have; may be given more than once
+    #[arg(long = "require", value_name = "LABEL=VALUE")]
+    pub require: Vec<String>,
+    /// At most one job of this group runs at a time
+    #[arg(long, value_name = "NAME")]
+    pub group: Option<String>,
+    /// Label for lists and filters; may be given more than once
+    #[arg(long = "label", value_name = "LABEL=VALUE")]
+    pub labels: Vec<String>,
+    /// For which tenant; the token's own without
+    #[arg(long, value_name = "NAME")]
+    pub tenant: Option<String>,
+    /// Where webhooks about it go
+    #[arg(long, value_name = "URL")]
+    pub notify_url: Option<String>,
+}
+
+/// Verbs of `kiln job`.
+#[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln job list\n  kiln job show\n  kiln job logs --follow b1m7\n  kiln job why b1m7\n\nWith a server (--server, or `kiln serve` in this home) these are its jobs, else those of this host."
+)]
+pub(crate) enum JobCommand {
+    /// List jobs, newest first
+    List {
+        /// How many
+        #[arg(long, default_value_t = 20)]
+        limit: usize,
+        /// Which of a server's jobs
+        #[command(flatten)]
+        filter: JobFilterArgs,
+    },
+    /// Show one job
+    Show {
+        /// Its id, or the beginning of it; the newest job without
+        id: Option<String>,
+    },
+    /// Print a job's log; with --json its events
+    Logs {
+        /// Its id, or the beginning of it; the newest job without
+        id: Option<String>,
+        /// Go on until the job ends
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Stop a server's jobs; those that wait never begin
+    Cancel {
+        /// Their ids, or the beginnings of them
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<String>,
+        /// Why, in a few words
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+    },
+    /// Queue a server's finished job again, as a new one
+    Retry {
+        /// Its id, or the beginning of it
+        id: String,
+    },
+    /// Print when everything happened to a server's job
+    Timeline {
+        /// Its id, or the beginning of it; the newest job without
+        id: Option<String>,
+    },
+    /// Say why a server's job has not begun, and when it is expected to
+    Why {
+        /// Its id, or the beginning of it; the newest job without
+        id: Option<String>,
+    },
+}
+
+/// Which of a server's jobs.
+#[derive(Args, Debug, Clone, Default)]
+#[command(next_help_heading = "With a server")]
+pub(crate) struct JobFilterArgs {
+    /// In these states: queued, leased, running, finished
+    #[arg(long, value_name = "STATE,...")]
+    pub state: Option<String>,
+    /// In this queue
+    #[arg(long, value_name = "NAME")]
+    pub queue: Option<String>,
+    /// Of this tenant
+    #[arg(long, value_name = "NAME")]
+    pub tenant: Option<String>,
+    /// With this label
+    #[arg(long, value_name = "LABEL=VALUE")]
+    pub label: Option<String>,
+    /// On this worker, now or last
+    #[arg(long, value_name = "NAME")]
+    pub worker: Option<String>,
+}
+
+/// Verbs of `kiln queue`.
+#[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln queue list\n  kiln queue pause default --reason \"disks are changed\"\n  kiln queue resume default"
+)]
+pub(crate) enum QueueCommand {
+    /// List queues, with what waits and runs in them
+    List,
+    /// Show one queue and what waits in it
+    Show {
+        /// Its name
+        #[arg(default_value = "default")]
+        name: String,
+    },
+    /// Count what waits, by reason
+    Stats,
+    /// Let nothing more of a queue begin; what runs goes on
+    Pause {
+        /// Its name
+        name: String,
+        /// Why, in a few words
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+    },
+    /// Let a queue go on
+    Resume {
+        /// Its name
+        name: String,
+    },
+}
+
+/// Verbs of `kiln worker`.
+#[derive(Subcommand, Debug)]
+pub(crate) enum WorkerCommand {
+    /// List a server's workers
+    List {
+        /// Of this pool
+        #[arg(long, value_name = "NAME")]
+        pool: Option<String>,
+    },
+    /// Show one worker
+    Show {
+        /// Its name
+        name: String,
+    },
+    /// Let a worker finish what it has and give it no more
+    Drain(WorkerStateArgs),
+    /// Give a worker jobs again
+    Resume(WorkerStateArgs),
+    /// Mark a worker unusable; what runs on it goes on
+    Cordon(WorkerStateArgs),
+    /// Remove a worker for good: its leases and its key are worth nothing from then on
+    Remove {
+        /// Its name
+        name: String,
+    },
+}
+
+/// Which worker, and why.
+#[derive(Args, Debug)]
+pub(crate) struct WorkerStateArgs {
+    /// Its name
+    pub name: String,
+    /// Why, in a few words
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+}
+
+/// Verbs of `kiln tenant`.
+#[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln tenant create acme --running 8 --pending 500\n  kiln tenant weight acme 200\n  kiln tenant quota acme --running none\n  kiln tenant usage acme"
+)]
+pub(crate) enum TenantCommand {
+    /// Make a tenant
+    Create {
+        /// Its name
+        name: String,
+        /// Its bounds
+        #[command(flatten)]
+        quota: QuotaArgs,
+    },
+    /// List tenants
+    List,
+    /// Bound how many jobs of a tenant run and wait
+    Quota {
+        /// Its name
+        name: String,
+        /// Its bounds
+        #[command(flatten)]
+        quota: QuotaArgs,
+    },
+    /// Set a tenant's share against others
+    Weight {
+        /// Its name
+        name: String,
+        /// 1 to 10000; 100 is usual
+        weight: u32,
+    },
+    /// Show what a tenant used
+    Usage {
+        /// Its name
+        name: String,
+        /// Of the last so many days
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3650))]
+        days: u64,
+    },
+}
+
+/// Bounds of a tenant.
+#[derive(Args, Debug)]
+pub(crate) struct QuotaArgs {
+    /// Most jobs that have a worker at a time; none for no bound
+    #[arg(long, value_name = "N|none", value_parser = parse_bound)]
+    pub running: Option<Bound>,
+    /// Most jobs that wait; none for no bound
+    #[arg(long, value_name = "N|none", value_parser = parse_bound)]
+    pub pending: Option<Bound>,
+}
+
+/// A number, or no bound.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Bound(pub Option<u32>);
+
+/// Verbs of `kiln token`.
+#[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln token create --role developer --tenant acme --description \"the nightly build\"\n  kiln token create --join --label zone=a\n  kiln token revoke kst-4f2a\n\nA token is shown once. Commands find theirs in KILN_TOKEN, or in the file `token` of kiln's configuration\ndirectory ($KILN_HOME/config), which nobody else may read."
+)]
+pub(crate) enum TokenCommand {
+    /// Make a token, and show it this once
+    Create(Box<TokenArgs>),
+    /// List tokens
+    List,
+    /// Make a token worthless, at once and for ever
+    Revoke {
+        /// Its id
+        id: String,
+    },
+}
+
+/// Options of `kiln token create`.
+#[derive(Args, Debug)]
+pub(crate) struct TokenArgs {
+    /// admin, build-engineer, security, developer or read-only
+    #[arg(long, value_name = "ROLE", required_unless_present = "join")]
+    pub role: Option<String>,
+    /// For which tenant; your own without
+    #[arg(long, value_name = "NAME")]
+    pub tenant: Option<String>,
+    /// The only actions it is good for; may be given more than once; all of its role without
+    #[arg(long = "scope", value_name = "ACTION")]
+    pub scopes: Vec<String>,
+    /// Its role reaches beyond its tenant
+    #[arg(long)]
+    pub operator: bool,
+    /// Highest priority its jobs may have
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        default_value_t = 0,
+        allow_negative_numbers = true
+    )]
+    pub priority_max: i16,
+    /// Its jobs may be trusted
+    #[arg(long)]
+    pub trusted: bool,
+    /// What it is for
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub description: String,
+    /// How long it lives, for example 12h or 90d (90d; 1h to join)
+    #[arg(long, value_name = "TIME", value_parser = parse_life)]
+    pub expires: Option<Duration>,
+    /// Make a single-use token by which one worker joins
+    #[arg(long, conflicts_with_all = ["role", "tenant", "scopes", "operator", "trusted"])]
+    pub join: bool,
+    /// Pool of the worker that joins
+    #[arg(long, value_name = "NAME", requires = "join")]
+    pub pool: Option<String>,
+    /// Label of the worker that joins; may be given more than once
+    #[arg(long = "label", value_name = "LABEL=VALUE", requires = "join")]
+    pub labels: Vec<String>,
+    /// Tenant whose jobs it may run; may be given more than once; all without
+    #[arg(long = "for", value_name = "TENANT", requires = "join")]
+    pub tenants: Vec<String>,
+}
+
+/// A number, or `none`.
+fn parse_bound(text: &str) -> Result<Bound, String> {
+    match text {
+        "none" => Ok(Bound(None)),
+        text => match text.parse() {
+            Ok(number) => Ok(Bound(Some(number))),
+            Err(_) => Err(format!("{text:?} is neither a number nor none")),
+        },
+    }
+}
+
+/// As [`parse_duration`], and days: `90d`.
+fn parse_life(text: &str) -> Result<Duration, String> {
+    let days = text
+        .strip_suffix('d')
+        .and_then(|days| days.parse::<u64>().ok());
+    match days {
+        Some(days @ 1..=36_500) => Ok(Duration::from_secs(days * 86_400)),
+        Some(_) => Err(format!("{text:?} is no sensible time")),
+        None => parse_duration(text),
+    }
+}
+
+/// Options of `kiln serve`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln serve --with-worker\n  kiln serve --listen 0.0.0.0:8443 --name ci.example.org\n  \
+kiln serve --listen 0.0.0.0:8443 --name ci.example.org --database postgres://kiln@db.example.org/kiln"
+)]
+pub(crate) struct ServeArgs {
+    /// Address and port to listen on, besides the private socket; may be given more than once
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Vec<std::net::SocketAddr>,
+    /// DNS name or address that others reach this server by; may be given more than once
+    #[arg(long = "name", value_name = "HOST")]
+    pub names: Vec<String>,
+    /// Certificate chain to show, PEM, instead of one that kiln's own authority signs
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Speak plain HTTP, also where others can listen in
+    #[arg(long, conflicts_with = "tls_cert")]
+    pub insecure_plain_http: bool,
+    /// Database: sqlite:PATH or postgres://USER@HOST/NAME; a file of the home without
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "KILN_DATABASE",
+        hide_env_values = true
+    )]
+    pub database: Option<String>,
+    /// Show /metrics at this address, plain HTTP and without a token
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics: Option<std::net::SocketAddr>,
+    /// Run jobs on this host, too
+    #[arg(long)]
+    pub with_worker: bool,
+}
+
+/// Options of `kiln worker`.
+#[derive(Args, Debug)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:\n  kiln worker --controller https://ci.example.org:8443 --join TOKEN\n  kiln worker\n  kiln worker list\n  kiln worker drain host-2 --reason \"new disks\""
+)]
+pub(crate) struct WorkerArgs {
+    /// What to do with a server's workers; without, this host becomes one
+    #[command(subcommand)]
+    pub verb: Option<WorkerCommand>,
+    /// Controller to join; without it the one that was joined before
+    #[arg(long, value_name = "URL", requires = "join")]
+    pub controller: Option<String>,
+    /// Single-use join token
+    #[arg(
+        long,
+        value_name = "TOKEN",
+        env = "KILN_JOIN_TOKEN",
+        hide_env_values = true,
+        requires = "controller"
+    )]
+    pub join: Option<String>,
+    /// Name of this worker; this host's name without
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Most machines at a time
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub machines: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lives_and_bounds() {
+        assert_eq!(parse_life("2d"), Ok(Duration::from_secs(172_800)));
+        assert!(parse_life("0d").is_err() && parse_life("d").is_err());
+        assert_eq!(parse_bound("none"), Ok(Bound(None)));
+        assert_eq!(parse_bound("7"), Ok(Bound(Some(7))));
+        assert!(parse_bound("-1").is_err());
+    }
+}

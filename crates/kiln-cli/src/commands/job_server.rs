@@ -1,0 +1,558 @@
+//! `kiln job` of a server's jobs.
+
+use std::io::IsTerminal as _;
+
+use futures_util::StreamExt as _;
+use http::Method;
+use http_body_util::BodyDataStream;
+use kiln_controller::api::{JobLine, JobView, List};
+use kiln_core::{ByteSize, FailureClass};
+use kiln_worker::host::now_unix_ms;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::table::{Facts, Table, left, right, wide, wrap};
+use super::when;
+use crate::args::{JobCommand, JobFilterArgs};
+use crate::error::{CliError, Result};
+use crate::server::follow::{Take, read_log};
+use crate::server::{Server, empty, escaped, words};
+use crate::show::{Screen, printable};
+
+/// How often a followed job is asked whether it is over.
+const OVER_POLL: std::time::Duration = std::time::Duration::from_secs(1);
+/// Rows of a page.
+const PAGE_MAX: usize = 500;
+/// Columns left for values beside their names.
+const VALUE_WIDTH: usize = 66;
+
+/// Runs a verb; gives it back when it is about a job of this host that its server does not know.
+pub(super) async fn run(
+    verb: JobCommand,
+    server: &Server,
+    screen: Screen,
+    cancel: &CancellationToken,
+) -> Result<Option<JobCommand>> {
+    match verb {
+        JobCommand::List { limit, filter } => list(server, limit, &filter, screen).await?,
+        JobCommand::Show { id } => match find(server, id.as_deref()).await? {
+            Some(job) => screen.data(&job, || show(&job, now_unix_ms())),
+            None => return Ok(Some(JobCommand::Show { id })),
+        },
+        JobCommand::Logs { id, follow } => match find(server, id.as_deref()).await? {
+            Some(job) => logs(server, &job, follow, screen, cancel).await?,
+            None => return Ok(Some(JobCommand::Logs { id, follow })),
+        },
+        JobCommand::Cancel { ids, reason } => {
+            for id in &ids {
+                cancel_one(server, id, reason.as_deref(), screen).await?;
+            }
+        }
+        JobCommand::Retry { id } => {
+            let job = server.job(Some(&id)).await?;
+            let path = format!("/v1/jobs/{}/retry", job.line.id);
+            let new: JobView = server.post(&path, &json!({})).await?;
+            let value = json!({ "event": "queued", "job": new.line.id, "again": job.line.id });
+            screen.data(&value, || new.line.id.clone());
+        }
+        JobCommand::Timeline { id } => {
+            let job = server.job(id.as_deref()).await?;
+            let events = events(server, &job).await?;
+            if screen.json() {
+                for event in &events {
+                    screen.data(event, String::new);
+                }
+            } else {
+                screen.text(&timeline(&job, &events, screen.width()));
+            }
+        }
+        JobCommand::Why { id } => {
+            let job = server.job(id.as_deref()).await?;
+            why(&job, screen);
+        }
+    }
+    Ok(None)
+}
+
+/// Filters are a server's.
+///
+/// # Errors
+/// When there is one.
+pub(super) fn refuse_filter(filter: &JobFilterArgs) -> Result<()> {
+    match query(filter).as_str() {
+        "" => Ok(()),
+        _ => Err(CliError::usage("only a server's jobs can be filtered")
+            .hint("name one with --server URL, or start one with `kiln serve`")),
+    }
+}
+
+fn query(filter: &JobFilterArgs) -> String {
+    let fields = [
+        ("state", &filter.state),
+        ("queue", &filter.queue),
+        ("tenant", &filter.tenant),
+        ("label", &filter.label),
+        ("worker", &filter.worker),
+    ];
+    let mut query = String::new();
+    for (name, value) in fields {
+        if let Some(value) = value {
+            query.push_str(&format!("&{name}={}", escaped(value)));
+        }
+    }
+    query
+}
+
+/// A job by the beginning of its id. `None` when only this host's records may know it.
+async fn find(server: &Server, id: Option<&str>) -> Result<Option<JobView>> {
+    match server.job(id).await {
+        Ok(job) => Ok(Some(job)),
+        Err(error) if server.is_own && error.class == FailureClass::Usage => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+async fn list(server: &Server, limit: usize, filter: &JobFilterArgs, screen: Screen) -> Result<()> {
+    let query = query(filter);
+    let mut jobs: Vec<JobLine> = Vec::new();
+    let mut cursor: Option<String> = None;
+    while jobs.len() < limit {
+        let page = (limit - jobs.len()).min(PAGE_MAX);
+        let from = cursor
+            .as_ref()
+            .map(|cursor| format!("&cursor={}", escaped(cursor)))
+            .unwrap_or_default();
+        let got: List<JobLine> = server
+            .get(&format!("/v1/jobs?limit={page}{query}{from}"))
+            .await?;
+        jobs.extend(got.items);
+        cursor = got.next;
+        if cursor.is_none() {
+            break;
+        }
+    }
+    if jobs.is_empty() {
+        screen.note("no jobs here; try `kiln build`");
+        return Ok(());
+    }
+    if screen.json() {
+        for job in &jobs {
+            screen.data(job, String::new);
+        }
+        return Ok(());
+    }
+    screen.text(&table(&jobs, now_unix_ms(), screen.width()));
+    if cursor.is_some() {
+        screen.note(&format!(
+            "older ones are not shown; --limit {} shows more",
+            limit.saturating_mul(5)
+        ));
+    }
+    Ok(())
+}
+
+pub(super) fn table(jobs: &[JobLine], now_unix_ms: u64, width: Option<usize>) -> String {
+    let mut table = Table::new(&[
+        left("ID"),
+        left("TENANT"),
+        left("STATE"),
+        left("CAME"),
+        right("TOOK"),
+        wide("WHAT"),
+    ])
+    .within(width);
+    for job in jobs {
+        table.row([
+            job.id.clone(),
+            job.tenant.clone(),
+            words::state(job),
+            when::ago(job.created_unix_ms, now_unix_ms),
+            took_ms(job, now_unix_ms)
+                .map(when::span)
+                .unwrap_or_default(),
+            format!("{} {}", kind(job), job.name),
+        ]);
+    }
+    table.render()
+}
+
+fn kind(job: &JobLine) -> &'static str {
+    if job.kind == "run" { "run" } else { "build" }
+}
+
+/// How long its machine has run.
+fn took_ms(job: &JobLine, now_unix_ms: u64) -> Option<u64> {
+    let end = match job.state.as_str() {
+        "finished" => job.finished_unix_ms?,
+        _ => now_unix_ms,
+    };
+    Some(end.saturating_sub(job.started_unix_ms?))
+}
+
+fn show(job: &JobView, now_unix_ms: u64) -> String {
+    let line = &job.line;
+    let mut facts = Facts::default();
+    facts.add("id", &line.id);
+    facts.add("tenant", &line.tenant);
+    facts.add(
+        "what",
+        wrap(&format!("{} {}", kind(line), line.name), VALUE_WIDTH).join("\n"),
+    );
+    facts.add("state", words::state(line));
+    facts.add("asked by", &line.submitted_by);
+    facts.add(
+        "queue",
+        format!("{}, priority {}", line.queue, line.priority),
+    );
+    facts.add(
+        "came",
+        format!(
+            "{} ({})",
+            when::stamp(line.created_unix_ms),
+            when::ago(line.created_unix_ms, now_unix_ms)
+        ),
+    );
+    if let Some(started) = line.started_unix_ms {
+        facts.add(
+            "waited",
+            when::span(started.saturating_sub(line.created_unix_ms)),
+        );
+    }
+    if let Some(ms) = took_ms(line, now_unix_ms) {
+        facts.add("took", when::span(ms));
+    }
+    if let Some(pending) = &line.pending {
+        facts.add(
+            "waits",
+            wrap(&words::waits(pending, now_unix_ms), VALUE_WIDTH).join("\n"),
+        );
+        facts.add(
+            "expected",
+            words::estimate(job.estimate.as_ref()).unwrap_or_default(),
+        );
+    }
+    facts.add("phase", job.phase.clone().unwrap_or_default());
+    ending(&mut facts, job);
+    let limits = &job.limits;
+    facts.add(
+        "limits",
+        format!(
+            "{} CPUs, {}, {}",
+            limits.cpus,
+            ByteSize(limits.memory),
+            when::span(limits.timeout_ms)
+        ),
+    );
+    let pairs: Vec<String> = job
+        .labels
+        .iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
+    facts.add("labels", pairs.join("\n"));
+    if job.attempts.len() > 1 {
+        facts.add("attempts", job.attempts.len().to_string());
+    }
+    facts.add(
+        "log",
+        format!("{}; kiln job logs {}", ByteSize(job.log_bytes), line.id),
+    );
+    facts.render()
+}
+
+/// How it ended, and where its time went.
+fn ending(facts: &mut Facts, job: &JobView) {
+    let Some(outcome) = &job.line.outcome else {
+        return;
+    };
+    if outcome.verdict != "passed" {
+        facts.add("fault", outcome.class.clone().unwrap_or_default());
+        facts.add(
+            "reason",
+            wrap(outcome.message.as_deref().unwrap_or_default(), VALUE_WIDTH).join("\n"),
+        );
+        facts.add(
+            "hint",
+            wrap(outcome.hint.as_deref().unwrap_or_default(), VALUE_WIDTH).join("\n"),
+        );
+        facts.add(
+            "exit code",
+            outcome
+                .command_code
+                .map(|code| code.to_string())
+                .unwrap_or_default(),
+        );
+    }
+    let phases: Vec<String> = outcome
+        .phases_ms
+        .iter()
+        .map(|(name, ms)| format!("{name:<8} {}", when::span(*ms)))
+        .collect();
+    facts.add("phases", phases.join("\n"));
+    let receipt = job.receipt.clone().unwrap_or_default();
+    let tags = receipt["tags"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    let tags: Vec<&str> = tags.iter().filter_map(Value::as_str).collect();
+    facts.add("image", tags.join("\n"));
+    facts.add("digest", receipt["manifest"].as_str().unwrap_or_default());
+    facts.add(
+        "size",
+        receipt["size"]
+            .as_u64()
+            .map(|size| ByteSize(size).to_string())
+            .unwrap_or_default(),
+    );
+}
+
+struct Printer {
+    screen: Screen,
+    plain: bool,
+    gone: bool,
+}
+
+impl Take for Printer {
+    async fn take(&mut self, bytes: &[u8]) -> bool {
+        let taken = match self.plain {
+            true => self.screen.raw(bytes),
+            // On a terminal a tenant's bytes must not drive it.
+            false => self
+                .screen
+                .raw(printable(&String::from_utf8_lossy(bytes)).as_bytes()),
+        };
+        self.gone |= taken.is_err();
+        !self.gone
+    }
+}
+
+/// Prints a job's log, or with `--json` its events; with `follow` until the job ends.
+async fn logs(
+    server: &Server,
+    job: &JobView,
+    follow: bool,
+    screen: Screen,
+    cancel: &CancellationToken,
+) -> Result<()> {
+    if screen.json() {
+        for event in events(server, job).await? {
+            screen.data(&event, String::new);
+        }
+        return Ok(());
+    }
+    let plain = !std::io::stdout().is_terminal();
+    let mut printer = Printer {
+        screen,
+        plain,
+        gone: false,
+    };
+    let over = CancellationToken::new();
+    if !follow || job.line.state == "finished" {
+        over.cancel();
+    }
+    let watch = async {
+        while !over.is_cancelled() {
+            tokio::time::sleep(OVER_POLL).await;
+            let path = format!("/v1/jobs/{}", job.line.id);
+            let now = server.get::<JobView>(&path).await;
+            if now.is_ok_and(|job| job.line.state == "finished") {
+                over.cancel();
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        read = read_log(server, &job.line.id, &over, &mut printer) => read,
+        () = watch => Ok(()),
+        () = cancel.cancelled() => Err(CliError::new(
+            FailureClass::Cancelled,
+            "stopped following; the job goes on",
+        )),
+    }
+}
+
+/// What happened until now, in order.
+async fn events(server: &Server, job: &JobView) -> Result<Vec<Value>> {
+    let path = format!("/v1/jobs/{}/events", job.line.id);
+    let response = server.send(Method::GET, &path, empty(), &[]).await?;
+    let mut body = BodyDataStream::new(response.into_body());
+    let mut frames = crate::server::Frames::default();
+    let mut events = Vec::new();
+    let broken = |why: String| {
+        CliError::new(
+            FailureClass::Infrastructure,
+            format!("the events broke off: {why}"),
+        )
+    };
+    loop {
+        while let Some(frame) = frames.next() {
+            let Some(number) = frame.id else {
+                return Ok(events);
+            };
+            events.push(serde_json::from_str(&frame.data).unwrap_or_default());
+            if number >= job.last_event {
+                return Ok(events);
+            }
+        }
+        match body.next().await {
+            Some(Ok(piece)) => frames
+                .push(&piece)
+                .map_err(|error| broken(error.to_string()))?,
+            Some(Err(error)) => return Err(broken(error.to_string())),
+            None => return Ok(events),
+        }
+    }
+}
+
+fn timeline(job: &JobView, events: &[Value], width: Option<usize>) -> String {
+    let mut table = Table::new(&[right("AFTER"), left("EVENT"), wide("WHAT")]).within(width);
+    for event in events {
+        let at = event["at_unix_ms"].as_u64().unwrap_or_default();
+        let data = &event["data"];
+        let kind = event["kind"].as_str().unwrap_or("?");
+        let text = |name: &str| data[name].as_str().unwrap_or_default().to_owned();
+        let what = match kind {
+            "queued" => match data["outcome"]["message"].as_str() {
+                Some(message) => format!("again: {message}"),
+                None => format!("in queue {}", text("queue")),
+            },
+            "leased" => format!("attempt {} to worker {}", data["attempt"], text("worker")),
+            "running" => format!("on worker {}", text("worker")),
+            "phase" => text("phase"),
+            "note" | "warning" => text("text"),
+            "step" => format!("#{} {} {}", data["number"], text("name"), text("state")),
+            "cancelling" => format!("asked by {}", text("by")),
+            "finished" => match data["outcome"]["message"].as_str() {
+                Some(message) => message.to_owned(),
+                None => "passed".to_owned(),
+            },
+            _ => String::new(),
+        };
+        table.row([
+            when::span(at.saturating_sub(job.line.created_unix_ms)),
+            kind.to_owned(),
+            what,
+        ]);
+    }
+    table.render()
+}
+
+fn why(job: &JobView, screen: Screen) {
+    let lines = words::chain(job, now_unix_ms());
+    let value = json!({
+        "event": "why", "job": job.line.id, "state": job.line.state, "pending": job.line.pending,
+        "estimate": job.estimate, "chain": lines,
+    });
+    screen.data(&value, || {
+        let mut text = format!(
+            "job {} ({} {})\n",
+            job.line.id,
+            kind(&job.line),
+            job.line.name
+        );
+        for line in &lines {
+            let mut indent = "  ";
+            for part in wrap(line, super::table::WIDTH - 4) {
+                text.push_str(&printable(&format!("{indent}{part}\n")));
+                indent = "    ";
+            }
+        }
+        text
+    });
+}
+
+async fn cancel_one(server: &Server, id: &str, reason: Option<&str>, screen: Screen) -> Result<()> {
+    let job = server.job(Some(id)).await?;
+    let reason = reason
+        .map(|reason| format!("?reason={}", escaped(reason)))
+        .unwrap_or_default();
+    let answer: Value = server
+        .delete(&format!("/v1/jobs/{}{reason}", job.line.id))
+        .await?;
+    screen.data(&answer, || {
+        format!(
+            "{} {}",
+            job.line.id,
+            answer["result"].as_str().unwrap_or("cancelling")
+        )
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(state: &str) -> JobLine {
+        serde_json::from_value(json!({
+            "id": "r1m7z7g68prr466fez", "tenant": "acme", "kind": "run", "name": "sh -c 'make everything that there is'",
+            "state": state, "cancel_asked": false, "queue": "default", "priority": 0, "created_unix_ms": 1_000_000,
+            "started_unix_ms": 1_018_000, "finished_unix_ms": 1_080_000, "submitted_by": "owner", "tags": [],
+            "outcome": (state == "finished").then(|| json!({"verdict": "failed", "class": "user", "message": "it ended with 7", "command_code": 7, "exit_code": 1, "phases_ms": [["run", 62_000]]})),
+        }))
+        .expect("a job")
+    }
+
+    #[test]
+    fn the_list_fits_eighty_columns() {
+        let jobs = [line("finished"), line("queued")];
+        let text = table(&jobs, 1_300_000, Some(super::super::table::WIDTH));
+        let want = "\
+ID                  TENANT  STATE   CAME             TOOK  WHAT
+r1m7z7g68prr466fez  acme    failed  5 min ago  1 min 02 s  run sh -c 'make ever…
+";
+        assert!(text.starts_with(want), "{text}");
+        assert!(
+            text.lines()
+                .all(|line| line.chars().count() <= super::super::table::WIDTH)
+        );
+    }
+
+    #[test]
+    fn the_timeline_counts_from_the_request() {
+        let mut value = serde_json::to_value(line("finished")).expect("JSON");
+        for (key, field) in [
+            (
+                "limits",
+                json!({"cpus": 1, "memory": 536_870_912, "disk": 1, "timeout_ms": 60_000}),
+            ),
+            ("network", json!({})),
+            ("trust", json!("trusted")),
+            ("labels", json!({"team": "web"})),
+            ("attempts", json!([])),
+            ("last_event", json!(3)),
+            ("log_bytes", json!(10)),
+        ] {
+            value[key] = field;
+        }
+        let job: JobView = serde_json::from_value(value).expect("a job");
+        let events = [
+            json!({"seq": 1, "at_unix_ms": 1_000_000, "kind": "queued", "data": {"queue": "default", "attempts": 0}}),
+            json!({"seq": 2, "at_unix_ms": 1_000_040, "kind": "leased", "data": {"attempt": 1, "worker": "here"}}),
+            json!({"seq": 3, "at_unix_ms": 1_080_000, "kind": "finished", "data": {"outcome": {"message": "it ended with 7"}}}),
+        ];
+        let want = "\
+      AFTER  EVENT     WHAT
+       0 ms  queued    in queue default
+      40 ms  leased    attempt 1 to worker here
+1 min 20 s  finished  it ended with 7
+";
+        let text = timeline(&job, &events, None);
+        let lean = |text: &str| {
+            text.lines()
+                .map(str::trim)
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(lean(&text), lean(want));
+        let shown = show(&job, 1_300_000);
+        for line in [
+            "waited     18.0 s",
+            "fault      user",
+            "exit code  7",
+            "labels     team=web",
+            "log        10 B; kiln job logs r1m7z7g68prr466fez",
+        ] {
+            assert!(shown.contains(line), "{line}\n{shown}");
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! `kiln run` through a server: the command is queued and followed; its output and exit code are passed through.
+
+use kiln_controller::api::{JobView, RunAsk};
+use kiln_core::{FailureClass, Verdict};
+use kiln_worker::event::Events;
+use tokio_util::sync::CancellationToken;
+
+use super::{build_server, queueing, source};
+use crate::args::RunArgs;
+use crate::error::{CliError, Result};
+use crate::server::Server;
+use crate::server::follow::{LogKind, follow};
+use crate::show::Screen;
+use crate::terminal;
+
+pub(super) async fn run(
+    server: &Server,
+    args: RunArgs,
+    screen: Screen,
+    cancel: CancellationToken,
+) -> Result<u8> {
+    refuse(&args)?;
+    let asked = RunAsk {
+        image: args.image.as_ref().map(ToString::to_string),
+        argv: args.command.clone(),
+        env: source::pairs(&args.env, "--env")?,
+        common: queueing::common(&args.queueing, &args.limits, &args.allow)?,
+    };
+    if terminal::stdin_is_piped() {
+        screen.note("standard input stays here: a command on a server has none yet");
+    }
+    let job: JobView = server.post("/v1/runs", &asked).await?;
+    if args.queueing.detach {
+        build_server::detached(&job, screen);
+        return Ok(0);
+    }
+    let (events, receiver) = Events::channel();
+    // A command's own output is what its user wants to see: progress is shown only while it waits.
+    let drawing = tokio::spawn(screen.follow_quietly(receiver));
+    let ended = follow(server, &job.line.id, LogKind::Raw, &events, screen, &cancel).await;
+    drop(events);
+    let _screen_ended = drawing.await;
+    match ended?.outcome.verdict {
+        Verdict::Passed => Ok(0),
+        Verdict::Failed {
+            class: FailureClass::User,
+            message,
+            command_code: Some(code),
+            ..
+        } => {
+            if !cancel.is_cancelled() {
+                // Tells the command's own code from one of kiln's.
+                screen.note(&format!("kiln: {message}"));
+            }
+            Ok(u8::try_from(code & 0xff).unwrap_or(1))
+        }
+        Verdict::Failed {
+            class,
+            message,
+            hint,
+            ..
+        } => {
+            let mut error = CliError::new(class, message);
+            error.hints.extend(hint);
+            Err(error)
+        }
+    }
+}
+
+/// What only works where the machine is.
+fn refuse(args: &RunArgs) -> Result<()> {
+    let flags = [
+        ("--publish", !args.publish.is_empty()),
+        ("--tty", args.tty),
+        ("--interactive", args.interactive),
+    ];
+    match flags.iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((flag, _)) => Err(CliError::usage(format!(
+            "{flag} does not work through a server yet"
+        ))
+        .hint("without a server the machine is on this host, and it works")),
+    }
+}

@@ -1,0 +1,179 @@
+//! `kiln serve` with a worker, and every verb that asks it: builds, runs, jobs, queues, workers, tenants, tokens.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+
+use serde_json::Value;
+
+use crate::annex::Annex;
+use crate::support::{Said, Started, app, free_port, path, until};
+
+/// Limits that fit any host this test runs on; a server's own defaults are a fleet's.
+const SMALL: [&str; 6] = ["--cpus", "1", "--memory", "512M", "--disk", "1G"];
+
+fn json(said: &Said) -> Value {
+    serde_json::from_str(said.out.trim()).expect("JSON")
+}
+
+/// A server of this home, with a worker and a TLS door; its private socket as a `--server`.
+fn serve(annex: &Annex, port: u16) -> (Started, String) {
+    let listen = format!("127.0.0.1:{port}");
+    let server = annex.start(&["serve", "--with-worker", "--listen", &listen]);
+    until("a worker", || {
+        let listed = annex.run(&["worker", "list", "--json"]);
+        (listed.code == 0 && listed.out.contains("\"active\"")).then_some(())
+    });
+    let socket = annex.home.join("controller/controller.sock");
+    (server, format!("unix:{}", path(&socket)))
+}
+
+#[test]
+fn a_server_builds_runs_and_explains() {
+    let Some(annex) = Annex::open() else { return };
+    let annex = annex.alone();
+    let _head = crate::support::HEAD
+        .write()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let port = free_port();
+    let (server, at) = serve(&annex, port);
+    let on = |args: &[&str]| annex.run(&[&["--server", at.as_str()], args].concat());
+
+    // A build: the Dockerfile is found although it is ignored, what else is ignored stays here.
+    // New content at every run: nothing of it is cached.
+    let dir = app(&[
+        ("Dockerfile", "FROM scratch\nCOPY . /\n"),
+        (".dockerignore", "*\n!kept\n"),
+        ("kept", path(&annex.home)),
+        ("secret", "s"),
+    ]);
+    let built = on(&[
+        &["build", path(dir.path()), "--tag", "it-serve:v1"],
+        &SMALL[..],
+    ]
+    .concat())
+    .exits(0);
+    assert!(
+        built.out.starts_with("built t/local/it-serve:v1\n"),
+        "{}",
+        built.out
+    );
+    assert!(
+        built.err.contains("== build\n") && built.err.contains("COPY . /"),
+        "{}",
+        built.err
+    );
+    let newest = json(&annex.run(&["job", "show", "--json"]).exits(0));
+    let id = newest["id"].as_str().expect("an id").to_owned();
+    assert_eq!(newest["outcome"]["verdict"], "passed");
+    let log = annex.run(&["job", "logs", &id[..14]]).exits(0);
+    assert!(log.out.contains("COPY . / Done"), "{}", log.out);
+    let timeline = annex.run(&["job", "timeline", &id]).exits(0);
+    for word in ["queued", "leased", "running", "phase", "finished"] {
+        assert!(timeline.out.contains(word), "{word}: {}", timeline.out);
+    }
+    on(&[
+        "build",
+        path(dir.path()),
+        "--push",
+        "registry.example.org/x",
+    ])
+    .exits(2)
+    .says("--push");
+
+    // A run over TLS with a token; its own exit code.
+    let token = annex
+        .run(&["token", "create", "--role", "developer", "--expires", "1h"])
+        .exits(0);
+    let client = tempfile::tempdir().expect("temp dir");
+    fs::create_dir(client.path().join("config")).expect("folder");
+    let file = client.path().join("config/token");
+    fs::write(&file, &token.out).expect("token");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("mode");
+    let ca = annex.home.join("controller/authority.pem");
+    let url = format!("https://127.0.0.1:{port}");
+    let far = |args: &[&str]| {
+        let mut command = annex.command(&[&["--server", &url, "--ca", path(&ca)], args].concat());
+        crate::support::said({
+            command.env("KILN_HOME", client.path());
+            command
+        })
+    };
+    let ran = far(&[
+        &["run"],
+        &SMALL[..],
+        &["--", "sh", "-c", "echo out; exit 7"],
+    ]
+    .concat())
+    .exits(7);
+    assert_eq!(ran.out, "out\n");
+    far(&["worker", "drain", "here"]).exits(4);
+    far(&["job", "show", "b0000000000000000z"]).exits(2);
+    fs::remove_file(&file).expect("remove");
+    far(&["job", "list"]).exits(4).says("KILN_TOKEN");
+
+    // What no worker can take waits, and says why; cancelled, it is over.
+    let waiting = on(&["run", "--require", "gpu=a100", "--detach", "--", "true"]).exits(0);
+    let waiting = waiting.out.trim();
+    let why = until("a reason", || {
+        let why = annex.run(&["job", "why", waiting]);
+        why.out.contains("label gpu=a100").then_some(why)
+    });
+    assert!(
+        why.out
+            .contains("because none of 1 worker has label gpu=a100"),
+        "{}",
+        why.out
+    );
+    let stats = json(&annex.run(&["queue", "stats", "--json"]).exits(0));
+    assert_eq!(stats["reasons"]["no_worker_matches"], 1);
+    annex
+        .run(&["job", "cancel", waiting, "--reason", "enough"])
+        .exits(0);
+    annex.run(&["job", "cancel", waiting]).exits(0);
+    let over = annex.run(&["job", "why", waiting]).exits(0);
+    assert!(over.out.contains("over (cancelled)"), "{}", over.out);
+
+    // A paused queue holds; resumed, it goes on.
+    annex
+        .run(&["queue", "pause", "default", "--reason", "a test"])
+        .exits(0);
+    let held =
+        on(&[&["run", "--detach"], &SMALL[..], &["--", "echo", "through"]].concat()).exits(0);
+    let held = held.out.trim();
+    until("the pause as reason", || {
+        annex
+            .run(&["job", "why", held])
+            .out
+            .contains("queue default is paused")
+            .then_some(())
+    });
+    annex.run(&["queue", "resume", "default"]).exits(0);
+    let log = annex.run(&["job", "logs", "--follow", held]).exits(0);
+    assert_eq!(log.out, "through\n");
+
+    // Ctrl-C stops the job, not only the one who watches it.
+    let long = annex.start(
+        &[
+            &["--server", at.as_str(), "run"],
+            &SMALL[..],
+            &["--", "sleep", "600"],
+        ]
+        .concat(),
+    );
+    until("a running job", || {
+        annex
+            .run(&["job", "list", "--state", "running"])
+            .out
+            .contains("sleep 600")
+            .then_some(())
+    });
+    long.signal("INT");
+    long.end().exits(130).says("is being cancelled");
+
+    server.signal("INT");
+    server.end().exits(0);
+    annex
+        .run(&["queue", "list"])
+        .exits(2)
+        .says("no server to ask");
+}
