@@ -34,6 +34,12 @@ test: ## Set up, then run every check and test
 	@$(MAKE) --no-print-directory build
 	cargo xtask test --kiln $(KILN) --guest $(GUEST)
 
+.PHONY: soak
+soak: ## The long versions of the fault tests: many more schedules and seeds, about 15 minutes
+	KILN_SIM_SCHEDULES=200000 cargo test --locked -p kiln-controller --test it fleet_lease_sim -- --nocapture
+	set -e; for seed in $$(seq 1 20); do \
+	  KILN_FAULT_SEED=$$seed cargo test --locked -p kiln-controller --test it fleet_faults -- --nocapture; done
+
 .PHONY: bench
 bench: setup ## Measure what PROMISES.md promises
 	$(KILN) setup --recipe machine-image --guest $(GUEST)

@@ -1,6 +1,16 @@
 //! The public interface over real HTTP on loopback: what it gives, what it refuses, what it survives.
 
 mod abuse;
+/// When a worker's leases end: the worker's own code, which this room may not depend on.
+#[path = "../../../kiln-worker/src/fleet/fence.rs"]
+#[expect(unreachable_pub, reason = "it is a part of another crate's interface")]
+mod fence;
+mod fleet_doors;
+mod fleet_faults;
+mod fleet_lease_model;
+mod fleet_lease_sim;
+mod fleet_server;
+mod fleet_worker;
 mod identity;
 mod jobs;
 mod schema;
