@@ -57,6 +57,9 @@ struct Running {
 struct State {
     fence: Fence,
     running: HashMap<AttemptId, Running>,
+    /// Attempts whose machines were destroyed here because their lease was over. Offered again, as a controller may that was away, they are
+    /// lost: an attempt runs once.
+    destroyed: BTreeSet<(AttemptId, Epoch)>,
 }
 
 struct Daemon {
@@ -85,6 +88,7 @@ pub async fn serve(
         state: Mutex::new(State {
             fence: Fence::default(),
             running: HashMap::new(),
+            destroyed: BTreeSet::new(),
         }),
         changed: Notify::new(),
         beat: Notify::new(),
@@ -178,6 +182,12 @@ impl Daemon {
         if let Some(running) = state.running.get(attempt) {
             tracing::warn!(%attempt, why, "the lease is over: its machine is destroyed");
             running.stop.fenced.cancel();
+            let gone = (attempt.clone(), running.lease.epoch);
+            if state.destroyed.len() >= DESTROYED_MAX {
+                // Ids sort by time: the oldest goes.
+                state.destroyed.pop_first();
+            }
+            state.destroyed.insert(gone);
         }
     }
 
@@ -261,7 +271,12 @@ impl Daemon {
             match self.poll().await {
                 Ok(answer) => {
                     for leased in answer.leases {
-                        self.start(leased, jobs);
+                        let name = (leased.lease.attempt.clone(), leased.lease.epoch);
+                        let over = self.lock().destroyed.contains(&name);
+                        match over {
+                            true => job::give_up(&self.shop.client, &leased.lease).await,
+                            false => self.start(leased, jobs),
+                        }
                     }
                 }
                 Err(LinkError::Refused { code, message, .. }) if code == "unknown_worker" => {
@@ -352,6 +367,8 @@ fn held_lease((attempt, epoch): &(AttemptId, Epoch)) -> HeldLease {
     }
 }
 
+/// Destroyed attempts that are remembered.
+const DESTROYED_MAX: usize = 1024;
 /// How long a new lease waits for the heartbeat that confirms it.
 const CONFIRM_MS: u64 = 10_000;
 

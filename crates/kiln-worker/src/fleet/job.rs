@@ -212,6 +212,21 @@ async fn tell_finish(to: &To, finish: Finish) {
     let _lease_over = retried(&to.fenced, send).await;
 }
 
+/// Says of an attempt whose machine is gone that it is lost.
+pub(super) async fn give_up(client: &Client, lease: &Lease) {
+    let lost = Failure::new(
+        FailureClass::Lost,
+        "its machine was destroyed when no heartbeat was answered in time",
+    );
+    let finish = finish_of(&failed(lost), None);
+    let path = job_path(&lease.attempt.job, "finish");
+    let said = client.call::<_, serde_json::Value>(&path, Some(lease), &finish, REQUEST_TIMEOUT);
+    if let Err(error) = said.await {
+        // It is offered again, or its lease ends.
+        tracing::debug!(error = crate::orders::chain(&error), "not given up yet");
+    }
+}
+
 fn receipt(report: &BuildReport, observed: &kiln_core::Observed) -> Receipt {
     let stored = serde_json::to_vec(observed).unwrap_or_default();
     Receipt {
