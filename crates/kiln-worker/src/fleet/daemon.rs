@@ -238,7 +238,17 @@ impl Daemon {
         for ((attempt, epoch), lease) in held.into_iter().zip(answer.leases) {
             match lease {
                 LeaseAnswer::Live { cancel } => {
-                    state.fence.renewed(&attempt, epoch, sent_ms, answer.ttl_ms);
+                    let first = state.running.get(&attempt).is_some_and(|running| {
+                        sent_ms >= running.arrived_ms && !running.confirmed.is_cancelled()
+                    });
+                    match first {
+                        // What was believed until now was a guess: the controller's word replaces it, be it shorter.
+                        true => {
+                            let again = attempt.clone();
+                            state.fence.granted(again, epoch, sent_ms, answer.ttl_ms);
+                        }
+                        false => state.fence.renewed(&attempt, epoch, sent_ms, answer.ttl_ms),
+                    }
                     let until = state.fence.until_ms(&attempt);
                     if let (Some(running), Some(until)) = (state.running.get(&attempt), until) {
                         self.shop
