@@ -30,8 +30,12 @@ pub(crate) fn folder(operator: &Operator) -> PathBuf {
 pub(super) async fn run(args: ServeArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
     let operator = Operator::load()?;
     let with_worker = args.with_worker;
+    let scheme = match args.insecure_plain_http {
+        true => "http",
+        false => "https",
+    };
     let running = start(&operator, args).await?;
-    tell(&running, screen);
+    tell(&running, scheme, screen);
     let worked = match with_worker {
         false => {
             cancel.cancelled().await;
@@ -135,7 +139,7 @@ fn refused(error: &StartError) -> CliError {
     }
 }
 
-fn tell(running: &Running, screen: Screen) {
+fn tell(running: &Running, scheme: &str, screen: Screen) {
     let value = serde_json::json!({
         "event": "serving", "addresses": running.addresses, "socket": running.socket,
     });
@@ -143,7 +147,7 @@ fn tell(running: &Running, screen: Screen) {
         let addresses: Vec<String> = running
             .addresses
             .iter()
-            .map(|address| format!("  https://{address}\n"))
+            .map(|address| format!("  {scheme}://{address}\n"))
             .collect();
         format!(
             "serving kiln's queue; Ctrl-C ends it\n{}  private socket {}",

@@ -8,7 +8,7 @@ use kiln_proto::fleet::{Join, Joined};
 use kiln_worker::fleet::client::{Client, LinkError, REQUEST_TIMEOUT};
 use kiln_worker::fleet::daemon::{self, Offer};
 use kiln_worker::fleet::http::Target;
-use kiln_worker::fleet::identity::{Identity, IdentityError};
+use kiln_worker::fleet::identity::{ControllerUrl, Identity, IdentityError};
 use kiln_worker::fleet::job::Workshop;
 use kiln_worker::fleet::local::LocalJobs;
 use tokio_util::sync::CancellationToken;
@@ -35,6 +35,8 @@ pub(super) async fn run(args: WorkerArgs, screen: Screen, cancel: CancellationTo
                     folder.display()
                 )));
             }
+            // Before this host is looked at: a wrong word is said at once.
+            let _legal = controller_url(url)?;
             own_name(args.name.as_deref())?
         }
         _ => match &known {
@@ -49,10 +51,14 @@ pub(super) async fn run(args: WorkerArgs, screen: Screen, cancel: CancellationTo
     let facts = daemon::facts(&shop, args.machines);
     let identity = match (known, args.controller, args.join) {
         (None, Some(url), Some(token)) => {
-            let url = url
-                .parse()
-                .map_err(|error: IdentityError| refused(&error))?;
-            let joined = Identity::join(&folder, url, &token, worker, facts.clone()).await;
+            let joined = Identity::join(
+                &folder,
+                controller_url(&url)?,
+                &token,
+                worker,
+                facts.clone(),
+            )
+            .await;
             joined.map_err(|error| refused(&error))?
         }
         (Some(known), _, _) => known,
@@ -134,6 +140,10 @@ async fn workshop(operator: &Operator, target: Target, worker: WorkerId) -> Resu
         local: LocalJobs::default(),
         authority: None,
     })
+}
+
+fn controller_url(text: &str) -> Result<ControllerUrl> {
+    text.parse().map_err(|error: IdentityError| refused(&error))
 }
 
 fn own_name(name: Option<&str>) -> Result<WorkerId> {

@@ -169,7 +169,8 @@ impl Follower {
                 return ": \n\n".to_owned();
             }
             let until = self.heartbeat.min(Instant::now() + LOOK_EVERY);
-            let _look_anyway = tokio::time::timeout_at(until, self.woken()).await;
+            let woken = woken(&mut self.wakes, &self.job);
+            let _look_anyway = tokio::time::timeout_at(until, woken).await;
         }
     }
 
@@ -179,21 +180,22 @@ impl Follower {
         Ok(job.is_none_or(|job| job.state.is_terminal()))
     }
 
-    async fn woken(&mut self) {
-        loop {
-            match self.wakes.recv().await {
-                Ok(Wake::Job(job)) if job == self.job => return,
-                Ok(Wake::Everything) | Err(RecvError::Lagged(_)) => return,
-                Ok(_) => {}
-                // No more wake-ups come: the timer looks.
-                Err(RecvError::Closed) => std::future::pending().await,
-            }
-        }
-    }
-
     fn goodbye(&mut self, word: &str) -> String {
         self.last = true;
         format!("event: {word}\ndata: {{}}\n\n")
+    }
+}
+
+/// Waits until something about this job was committed.
+pub(crate) async fn woken(wakes: &mut Receiver<Wake>, job: &JobId) {
+    loop {
+        match wakes.recv().await {
+            Ok(Wake::Job(woken)) if woken == *job => return,
+            Ok(Wake::Everything) | Err(RecvError::Lagged(_)) => return,
+            Ok(_) => {}
+            // No more wake-ups come: the timer looks.
+            Err(RecvError::Closed) => std::future::pending().await,
+        }
     }
 }
 

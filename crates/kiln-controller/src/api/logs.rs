@@ -10,14 +10,15 @@ use bytes::Bytes;
 use futures_util::stream;
 use http::{HeaderValue, header};
 use kiln_core::Action;
-use kiln_db::Job;
+use kiln_db::{Job, Wake};
 use serde::Deserialize;
+use tokio::sync::broadcast::Receiver;
 use tokio::time::Instant;
 use utoipa::IntoParams;
 
 use super::Api;
 use super::caller::Caller;
-use super::events::follower;
+use super::events::{follower, woken};
 use super::extract::{Asked, Named};
 use super::limits::Slot;
 use super::problem::{Problem, ProblemBody};
@@ -57,10 +58,12 @@ pub(crate) async fn read(
     }
     let job = caller.job(&api, &id, Action::LogRead).await?;
     let slot = follower(&api, &job.request.tenant)?;
+    let wakes = api.db().subscribe();
     let first = api.backend().read_log(&job, asked.offset, PIECE).await;
     let first = first.map_err(|error| Problem::unavailable(&error))?;
     let (size, truncated) = (first.size, first.truncated);
     let reader = Reader {
+        wakes,
         recheck: Instant::now() + api.config.heartbeat,
         offset: asked.offset + first.bytes.len() as u64,
         first: Some(first.bytes).filter(|bytes| !bytes.is_empty()),
@@ -96,6 +99,7 @@ struct Reader {
     first: Option<Bytes>,
     follow: bool,
     recheck: Instant,
+    wakes: Receiver<Wake>,
     _slot: Slot,
 }
 
@@ -120,7 +124,14 @@ impl Reader {
                 return Ok(None);
             }
             let longer = self.api.backend().log_longer_than(&self.job, self.offset);
-            let _timer = tokio::time::timeout_at(self.recheck, longer).await;
+            let changed = async {
+                tokio::select! {
+                    () = longer => {}
+                    // The job may be over without another line.
+                    () = woken(&mut self.wakes, &self.job.request.id) => {}
+                }
+            };
+            let _timer = tokio::time::timeout_at(self.recheck, changed).await;
             if Instant::now() >= self.recheck {
                 self.recheck = Instant::now() + self.api.config.heartbeat;
                 if !self.caller.is_still_good(&self.api).await {
