@@ -26,7 +26,7 @@ use crate::metrics;
 use crate::state::{Controller, Parts, Settings};
 use crate::webhooks::{Courier, CourierOptions, ReceiverPolicy, Signer};
 
-/// Life of the certificate a controller makes for itself; it makes another at each start.
+/// Most names of the certificate a controller makes for itself at each start.
 const CERTIFICATE_NAMES_MAX: usize = 64;
 /// How long requests may take to end when a controller stops.
 pub const STOP_PATIENCE: Duration = Duration::from_secs(5);
@@ -193,7 +193,6 @@ pub async fn start_with(config: ServeConfig, options: OpenOptions) -> Result<Run
         registry: config.registry,
         secrets: Secrets::default(),
         settings: Settings {
-            data: config.folder.clone(),
             pool: config.pool,
             registry_address: config.registry_address,
         },

@@ -1,6 +1,5 @@
 //! What a controller is made of: the database, keys, stores, and what it remembers only while it runs.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use kiln_core::PoolName;
@@ -45,8 +44,6 @@ pub struct Parts {
 /// What the operator set.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Where this controller keeps what is not in the database.
-    pub data: PathBuf,
     /// The pool this controller schedules.
     pub pool: PoolName,
     /// Where others reach the registry, `host:port`; none when worker and controller share one.

@@ -611,19 +611,18 @@ async fn finish(
     let observed = finish
         .observed
         .map(|observed| serde_json::to_value(observed).unwrap_or_default());
-    // Which runtime it was is planned on the worker: its word fills a closed set of labels, nothing else.
-    observe_end(
-        &controller.metrics,
-        finish.runtime.as_deref(),
-        &finish.outcome,
-    );
     let end = AttemptEnd {
-        outcome: finish.outcome,
+        outcome: finish.outcome.clone(),
         receipt: finish.receipt,
         observed,
         jitter: random(),
     };
     let done = controller.db.finish(lease, end).await?;
+    if !done.repeated {
+        // Which runtime it was is planned on the worker: its word fills a closed set of labels, nothing else.
+        let runtime = finish.runtime.as_deref();
+        observe_end(&controller.metrics, runtime, &finish.outcome);
+    }
     if let Some(why) = &done.quarantined {
         tracing::warn!(worker = %lease.worker, why, "the worker is quarantined");
     }

@@ -6,6 +6,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _};
@@ -158,6 +159,34 @@ impl SourceStore {
         Ok((file, meta.len()))
     }
 
+    /// Sources that nobody has uploaded or read the name of for `age`. Upload and repeated upload make a source young again.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn older_than(&self, age: Duration) -> Result<Vec<(TenantName, Digest)>, SourceError> {
+        let mut old = Vec::new();
+        for tenant in std::fs::read_dir(&self.dir).map_err(failed("read", &self.dir))? {
+            let folder = tenant.map_err(failed("read", &self.dir))?.path();
+            let name = folder
+                .file_name()
+                .and_then(|name| name.to_str()?.parse().ok());
+            let Some(name) = name else { continue };
+            for file in std::fs::read_dir(&folder).map_err(failed("read", &folder))? {
+                let file = file.map_err(failed("read", &folder))?;
+                let digest = file.file_name().to_str().map(|hex| format!("sha256:{hex}"));
+                let digest = digest.and_then(|digest| digest.parse().ok());
+                let since = file.metadata().and_then(|meta| meta.modified()).ok();
+                let is_old = since
+                    .and_then(|since| since.elapsed().ok())
+                    .is_some_and(|is| is >= age);
+                if let (Some(digest), true) = (digest, is_old) {
+                    old.push((TenantName::clone(&name), digest));
+                }
+            }
+        }
+        Ok(old)
+    }
+
     /// Removes a source. One that is not there is fine.
     ///
     /// # Errors
@@ -218,6 +247,14 @@ mod tests {
             .expect("dir")
             .count();
         assert_eq!(left, 1);
+        assert!(
+            store
+                .older_than(Duration::from_secs(60))
+                .expect("read")
+                .is_empty()
+        );
+        let old = store.older_than(Duration::ZERO).expect("read");
+        assert_eq!(old, [(own.clone(), stored.digest)]);
         std::fs::write(dir.path().join("acme/9-9.part"), "x").expect("write");
         let store = SourceStore::open(dir.path(), 10).expect("open");
         store.remove(&own, &stored.digest).await.expect("removed");

@@ -1,9 +1,13 @@
 //! What time takes away: leases nobody renewed, workers that fell silent, logs and sources whose jobs are over.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use kiln_db::{DbError, Retention, Sweep};
+use kiln_core::job::Source;
+use kiln_core::{AttemptId, Digest, JobKind, TenantName};
+use kiln_db::{Database, DbError, JobFilter, PAGE_MAX, Retention, Sweep};
 use kiln_store::logs::RetentionClass;
+use kiln_store::registry::RepoName;
 use tokio_util::sync::CancellationToken;
 
 use crate::state::Controller;
@@ -12,6 +16,10 @@ use crate::state::Controller;
 pub const EVERY: Duration = Duration::from_secs(1);
 /// Time between two looks at what has grown old.
 const RETAIN_EVERY: Duration = Duration::from_secs(3600);
+/// Where attempts push to.
+const QUARANTINE: &str = "quarantine";
+/// How long an upload is kept after it came, at least: its job may be repeated.
+const SOURCE_AGE: Duration = Duration::from_secs(24 * 3600);
 /// Looks at leases between two rounds of tidying.
 const TIDY_EVERY: u32 = 10;
 
@@ -50,6 +58,12 @@ pub async fn retain(controller: Controller, retention: Retention, stop: Cancella
             () = tokio::time::sleep(RETAIN_EVERY) => {}
             () = stop.cancelled() => return,
         }
+        if let Err(error) = forget_sources(&controller).await {
+            tracing::warn!(error, "old sources stay for now");
+        }
+        if let Err(error) = empty_quarantines(&controller).await {
+            tracing::warn!(error, "old quarantines stay for now");
+        }
         loop {
             match crate::retention::sweep(&controller.db, &controller.logs, retention, false).await
             {
@@ -60,6 +74,84 @@ pub async fn retain(controller: Controller, retention: Retention, stop: Cancella
                     break;
                 }
             }
+        }
+    }
+}
+
+/// Removes uploads that no job waits for or runs with, once they are old enough that nobody is about to repeat their job.
+async fn forget_sources(controller: &Controller) -> Result<(), String> {
+    let old = controller.sources.older_than(SOURCE_AGE);
+    let old = old.map_err(|error| error.to_string())?;
+    if old.is_empty() {
+        return Ok(());
+    }
+    let needed = sources_needed(&controller.db).await;
+    let needed = needed.map_err(|error| error.to_string())?;
+    for source in old {
+        if !needed.contains(&source) {
+            let (tenant, digest) = &source;
+            let removed = controller.sources.remove(tenant, digest).await;
+            removed.map_err(|error| error.to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes what attempts pushed that are over and that nobody named: their workers died in between. Quarantines of builds that this database
+/// does not know belong to commands of this home, which remove them themselves.
+async fn empty_quarantines(controller: &Controller) -> Result<(), String> {
+    let tree: RepoName = QUARANTINE.parse().map_err(|error| format!("{error}"))?;
+    let found = controller.registry.list_repositories(Some(&tree)).await;
+    for repo in found.map_err(|error| error.to_string())? {
+        let Some(attempt) = attempt_of(&repo) else {
+            continue;
+        };
+        let job = controller.db.job(&attempt.job).await;
+        let Some(job) = job.map_err(|error| error.to_string())? else {
+            continue;
+        };
+        if job.lease.is_none_or(|lease| lease.attempt != attempt) {
+            let removed = controller.registry.delete_tree(&repo).await;
+            removed.map_err(|error| error.to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// The attempt whose quarantine a repository is.
+fn attempt_of(repo: &RepoName) -> Option<AttemptId> {
+    let (job, number) = repo
+        .as_str()
+        .strip_prefix(QUARANTINE)?
+        .strip_prefix('/')?
+        .split_once('/')?;
+    Some(AttemptId {
+        job: job.parse().ok()?,
+        number: number.parse().ok()?,
+    })
+}
+
+/// Uploads of jobs that are not over.
+async fn sources_needed(db: &Database) -> Result<BTreeSet<(TenantName, Digest)>, DbError> {
+    let filter = JobFilter {
+        states: ["queued", "leased", "running"].map(str::to_owned).into(),
+        ..JobFilter::default()
+    };
+    let (mut needed, mut after) = (BTreeSet::new(), None);
+    loop {
+        let page = db.jobs(&filter, after.as_ref(), PAGE_MAX).await?;
+        for line in page.items {
+            let request = db.job(&line.id).await?.map(|job| job.request);
+            if let Some((tenant, JobKind::SourceBuild(build))) =
+                request.map(|request| (request.tenant, request.kind))
+                && let Source::Tree { digest, .. } = build.source
+            {
+                needed.insert((tenant, digest));
+            }
+        }
+        match page.next {
+            Some(next) => after = Some(next),
+            None => return Ok(needed),
         }
     }
 }
@@ -134,5 +226,78 @@ pub(crate) fn random() -> u64 {
     match getrandom::fill(&mut bytes) {
         Ok(()) => u64::from_le_bytes(bytes),
         Err(_) => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use kiln_core::job::{Limits, SourceBuild, TrustClass};
+    use kiln_core::{ByteSize, Dispatch, JobId, JobRequest, NetworkPolicy};
+    use kiln_db::{DatabaseUrl, NewJob, OpenOptions};
+
+    use super::*;
+
+    fn build(id: &str, digest: Digest) -> NewJob {
+        let source = Source::Tree { digest, size: 1 };
+        let kind = JobKind::SourceBuild(SourceBuild {
+            source,
+            name: "app".to_owned(),
+            dockerfile: None,
+            dockerfile_text: None,
+            target: None,
+            build_args: BTreeMap::new(),
+            secrets: Vec::new(),
+            tags: Vec::new(),
+            no_cache: false,
+        });
+        let limits = Limits {
+            cpus: 1,
+            memory: ByteSize::mib(512),
+            disk: ByteSize::mib(512),
+            timeout_ms: 1_000,
+        };
+        let request = JobRequest {
+            id: id.parse().expect("name"),
+            tenant: TenantName::local(),
+            kind,
+            network: NetworkPolicy::Isolated,
+            limits,
+            trust: TrustClass::Untrusted,
+            dispatch: Dispatch::default(),
+        };
+        NewJob {
+            request,
+            idempotency: None,
+            submitted_by: "test".to_owned(),
+            notify_url: None,
+            labels: BTreeMap::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn sources_of_jobs_that_are_not_over_are_needed() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let url = DatabaseUrl::Sqlite(dir.path().join("kiln.db"));
+        let db = Database::open(&url, OpenOptions::default())
+            .await
+            .expect("open");
+        let (waits, over) = (Digest::of(b"waits"), Digest::of(b"over"));
+        db.submit(build("b1", waits)).await.expect("submitted");
+        db.submit(build("b2", over)).await.expect("submitted");
+        let ended: JobId = "b2".parse().expect("name");
+        db.cancel(&ended, "test", None).await.expect("cancelled");
+        let needed = sources_needed(&db).await.expect("read");
+        assert_eq!(needed, [(TenantName::local(), waits)].into());
+        db.close().await;
+    }
+
+    #[test]
+    fn quarantines_name_their_attempts() {
+        let of = |text: &str| attempt_of(&text.parse().expect("a repository"));
+        let attempt = of("quarantine/b1/2").expect("an attempt");
+        assert_eq!((attempt.job.as_str(), attempt.number), ("b1", 2));
+        assert!(of("quarantine/b1").is_none() && of("t/local/quarantine/1").is_none());
     }
 }
