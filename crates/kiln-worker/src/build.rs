@@ -11,7 +11,7 @@ use std::time::Duration;
 use kiln_core::job::TrustClass;
 use kiln_core::network::RangeException;
 use kiln_core::{
-    Digest, FailureClass, GitCommit, ImageRef, JobRequest, Lease, NetworkPolicy, Observed,
+    Digest, FailureClass, GitCommit, ImageRef, JobRequest, Lease, NetworkPolicy, Observed, Receipt,
 };
 use kiln_image::context::Tree;
 use kiln_image::heads::Head;
@@ -114,6 +114,21 @@ pub struct BuildReport {
     pub same_as: Option<String>,
     /// Hosts reached and refused.
     pub egress: EgressSummary,
+}
+
+impl BuildReport {
+    /// Proof of what was stored, beside what the host saw.
+    #[must_use]
+    pub fn receipt(&self, observed: &Observed) -> Receipt {
+        let stored = serde_json::to_vec(observed).unwrap_or_default();
+        Receipt {
+            tags: self.reference.parse().into_iter().collect(),
+            manifest: self.digest,
+            size: self.size,
+            observed: Digest::of(&stored),
+            head: self.head.1.clone(),
+        }
+    }
 }
 
 /// How a build ended.

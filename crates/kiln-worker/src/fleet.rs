@@ -10,7 +10,6 @@ mod far;
 pub mod fence;
 pub mod http;
 pub mod identity;
-pub mod image;
 pub mod job;
 pub mod local;
 pub mod mask;

@@ -10,6 +10,7 @@ pub mod build;
 pub mod buildkit;
 pub mod checkout;
 pub mod commit;
+pub mod container;
 pub mod event;
 pub mod failure;
 pub mod fleet;

@@ -81,6 +81,26 @@ pub struct RunEnd {
     pub egress: EgressSummary,
 }
 
+/// As a shell has it: 128 and the signal's number.
+#[must_use]
+pub fn exit_code(exit: &Exit) -> i32 {
+    match (exit.code, exit.signal) {
+        (Some(code), _) => code & 0xff,
+        (None, Some(signal)) => 128 + (signal & 0x7f),
+        (None, None) => 1,
+    }
+}
+
+/// How a command ended, for a person.
+#[must_use]
+pub fn ending(exit: &Exit) -> String {
+    match (exit.code, exit.signal) {
+        (Some(code), _) => format!("the command ended with exit code {code}"),
+        (None, Some(signal)) => format!("the command was ended by signal {signal}"),
+        (None, None) => "the command ended".to_owned(),
+    }
+}
+
 /// Runs one command. The lease must be live; it is ended here.
 pub async fn run(
     host: &Host,

@@ -3,18 +3,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use kiln_core::job::{ImageBuild, TrustClass};
-use kiln_core::{
-    Digest, ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, Receipt, TenantName, Verdict,
-};
-use kiln_image::context::{self, ContextError, Tree};
-use kiln_image::plan::{Options, Plan};
-use kiln_network::registries::Runtime;
+use kiln_core::job::TrustClass;
+use kiln_core::{ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, TenantName, Verdict};
+use kiln_image::context::ContextError;
+use kiln_image::plan::Options;
 use kiln_store::records::NewRecord;
 use kiln_worker::build::{BuildEnd, BuildInput, BuildReport};
 use kiln_worker::event::Events;
 use kiln_worker::host::{new_job_id, now_unix_ms};
 use kiln_worker::joblog::JobLog;
+use kiln_worker::prepare::{self, Prepared, Wishes};
+use kiln_worker::site::Site;
 use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
@@ -51,8 +50,9 @@ pub(super) async fn run(
     let file = args.file.as_deref();
     let local =
         super::checkout::local(&operator, source, file, limits.timeout_ms, screen, &cancel).await?;
-    let (plan, tree) = planned(&args, &operator, &local.dir)?;
-    let prepared = Prepared::new(&args, &operator, &local.name, &plan, tree)?;
+    let site = operator.site()?;
+    let named = secrets.iter().map(|(id, _)| id.clone()).collect();
+    let prepared = prepared(&args, &site, &local, named)?;
     let (events, receiver) = Events::channel();
     let follow = tokio::spawn(screen.follow(receiver));
     let id = new_job_id('b').map_err(CliError::from_failure)?;
@@ -67,10 +67,7 @@ pub(super) async fn run(
     let request = JobRequest {
         id: id.clone(),
         tenant: TenantName::local(),
-        kind: JobKind::ImageBuild(ImageBuild {
-            secrets: secrets.iter().map(|(id, _)| id.clone()).collect(),
-            ..prepared.build
-        }),
+        kind: JobKind::ImageBuild(prepared.build),
         network: prepared.network,
         limits,
         trust: TrustClass::Trusted,
@@ -82,10 +79,10 @@ pub(super) async fn run(
         git: local.git(),
         secrets,
         ssh_agents,
-        ca_bundle: operator.ca_bundle()?,
-        step_env: operator.step_env(&prepared.runtimes),
-        exceptions: operator.exceptions(),
-        proxy: operator.proxy()?,
+        step_env: site.step_env(&prepared.runtimes),
+        exceptions: site.exceptions(),
+        ca_bundle: site.ca_bundle,
+        proxy: site.proxy,
         log: Arc::clone(&log),
     };
     let end = work(&operator, input, limits.timeout_ms, &events, &cancel).await;
@@ -143,7 +140,7 @@ fn finish(log: &JobLog, end: BuildEnd, screen: Screen) -> Result<BuildReport> {
         .as_ref()
         .ok()
         .zip(observed.as_ref())
-        .map(|(report, observed)| receipt(report, observed));
+        .map(|(report, observed)| report.receipt(observed));
     let kept = log.finish(
         Outcome { verdict, phases_ms },
         receipt,
@@ -167,17 +164,6 @@ fn finish(log: &JobLog, end: BuildEnd, screen: Screen) -> Result<BuildReport> {
             }
             Err(CliError::from_failure(failure))
         }
-    }
-}
-
-fn receipt(report: &BuildReport, observed: &kiln_core::Observed) -> Receipt {
-    let stored = serde_json::to_vec(observed).unwrap_or_default();
-    Receipt {
-        tags: report.reference.parse().into_iter().collect(),
-        manifest: report.digest,
-        size: report.size,
-        observed: Digest::of(&stored),
-        head: report.head.1.clone(),
     }
 }
 
@@ -239,33 +225,21 @@ pub(super) fn record(id: &kiln_core::JobId, kind: &str, title: String) -> NewRec
     }
 }
 
-struct Prepared {
-    build: ImageBuild,
-    network: NetworkPolicy,
-    runtimes: Vec<Runtime>,
-    tree: Tree,
-}
-
-fn planned(args: &BuildArgs, operator: &Operator, dir: &Path) -> Result<(Plan, Tree)> {
-    let options = options(args, dir)?;
-    let bases = operator.bases()?;
-    let plan = kiln_image::plan::plan(dir, &options, &bases).map_err(super::plan::plan_error)?;
-    if let Some(base) = plan.unbaked().first() {
-        return Err(
-            CliError::usage(format!("the base {} is not there yet", base.written))
-                .hint("run `kiln setup` once"),
-        );
-    }
-    let root = dir.join(&plan.root);
-    let extra: Vec<&str> = plan.extra_ignores.iter().map(String::as_str).collect();
-    let tree = Tree::open(
-        &root,
-        plan.dockerfile_path.as_deref(),
-        &extra,
-        context::Limits::default(),
-    )
-    .map_err(|error| source_error(&error))?;
-    Ok((plan, tree))
+/// Plans the folder and prepares its build, as a worker does.
+fn prepared(
+    args: &BuildArgs,
+    site: &Site,
+    local: &super::checkout::Local,
+    secrets: Vec<String>,
+) -> Result<Prepared> {
+    let wishes = Wishes {
+        options: options(args, &local.dir)?,
+        tags: tags(args, &local.name)?,
+        secrets,
+        no_cache: args.no_cache,
+        allow: &NetworkPolicy::from_rules(args.allow.iter().cloned()),
+    };
+    prepare::prepare(&local.dir, wishes, site).map_err(CliError::from_failure)
 }
 
 /// A folder that cannot be a source: whose fault, and what to do.
@@ -289,89 +263,6 @@ pub(super) fn options(args: &BuildArgs, dir: &Path) -> Result<Options> {
         target: args.target.clone(),
         build_args,
     })
-}
-
-impl Prepared {
-    fn new(
-        args: &BuildArgs,
-        operator: &Operator,
-        name: &str,
-        plan: &Plan,
-        tree: Tree,
-    ) -> Result<Self> {
-        let packed = context::digest(&tree).map_err(|error| source_error(&error))?;
-        let runtimes: Vec<Runtime> = Runtime::ALL
-            .into_iter()
-            .filter(|runtime| plan.registries.iter().any(|name| name == runtime.name()))
-            .collect();
-        if operator.registries.is_none() && !runtimes.is_empty() {
-            return Err(CliError::usage(
-                "which hosts builds may reach for packages is not known yet",
-            )
-            .hint("run `kiln setup` once, or `kiln registries discover`"));
-        }
-        let rules = operator
-            .rules(&runtimes)
-            .into_iter()
-            .chain(args.allow.iter().cloned());
-        let network = NetworkPolicy::from_rules(rules);
-        check_lockfiles(plan, &network)?;
-        let build = ImageBuild {
-            source: packed.digest,
-            dockerfile: plan.dockerfile.clone(),
-            target: args.target.clone(),
-            build_args: source::pairs(&args.build_args, "--build-arg")?,
-            secrets: Vec::new(),
-            bases: plan
-                .bases
-                .iter()
-                .map(|base| (base.written.clone(), base.reference.clone()))
-                .collect(),
-            tags: tags(args, name)?,
-            no_cache: args.no_cache,
-        };
-        Ok(Self {
-            build,
-            network,
-            runtimes,
-            tree,
-        })
-    }
-}
-
-/// A lockfile that names hosts the build may not reach is an error that lists them, before anything starts.
-fn check_lockfiles(plan: &Plan, network: &NetworkPolicy) -> Result<()> {
-    let refused: Vec<_> = plan
-        .hosts_named
-        .iter()
-        .filter(|mention| !network.knows_host(&mention.host))
-        .collect();
-    if refused.is_empty() {
-        return Ok(());
-    }
-    let lines: Vec<String> = refused
-        .iter()
-        .take(10)
-        .map(|mention| {
-            let file = kiln_image::plan::shown(&mention.file);
-            format!("  {file}:{} names {}", mention.line, mention.host)
-        })
-        .collect();
-    let mut hosts: Vec<&str> = refused
-        .iter()
-        .map(|mention| mention.host.as_str())
-        .collect();
-    hosts.sort_unstable();
-    hosts.dedup();
-    let flags: Vec<String> = hosts.iter().map(|host| format!("--allow {host}")).collect();
-    Err(CliError::new(
-        kiln_core::FailureClass::Policy,
-        format!(
-            "lockfiles name hosts that this build may not reach:\n{}",
-            lines.join("\n")
-        ),
-    )
-    .hint(format!("admit them with {}", flags.join(" "))))
 }
 
 /// `t/local/<name>:<tag>` for every --tag, else for the source's own name.

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use kiln_core::AllowRule;
 use kiln_core::network::RangeException;
 use kiln_image::bases::Bases;
 use kiln_network::gateway::proxy::ProxyConfig;
-use kiln_network::registries::{Registries, Runtime};
+use kiln_network::registries::Registries;
 use kiln_store::host::{HostConfig, HostRegistry};
 use kiln_worker::home::Home;
 use kiln_worker::host::Host;
@@ -64,17 +63,6 @@ impl Operator {
         setup::load_bases(&self.home).map_err(CliError::from_failure)
     }
 
-    /// Rules for the named runtimes.
-    pub(crate) fn rules(&self, runtimes: &[Runtime]) -> Vec<AllowRule> {
-        let Some(registries) = &self.registries else {
-            return Vec::new();
-        };
-        runtimes
-            .iter()
-            .flat_map(|runtime| registries.rules(*runtime).iter().cloned())
-            .collect()
-    }
-
     /// Exceptions for names in special ranges.
     pub(crate) fn exceptions(&self) -> Vec<RangeException> {
         self.registries
@@ -116,40 +104,7 @@ impl Operator {
         Ok(bundle.map(|bundle| bundle.pem))
     }
 
-    /// Environment of RUN steps: where the tools of these runtimes find their packages.
-    pub(crate) fn step_env(&self, runtimes: &[Runtime]) -> Vec<(String, String)> {
-        let mut env = Vec::new();
-        let Some(registries) = &self.registries else {
-            return env;
-        };
-        for runtime in runtimes {
-            let Some(index) = registries.index(*runtime) else {
-                continue;
-            };
-            let names: &[&str] = match runtime {
-                Runtime::Node => &[
-                    "NPM_CONFIG_REGISTRY",
-                    "YARN_REGISTRY",
-                    "YARN_NPM_REGISTRY_SERVER",
-                ],
-                Runtime::Python => &[
-                    "PIP_INDEX_URL",
-                    "UV_DEFAULT_INDEX",
-                    "PIPENV_PYPI_MIRROR",
-                    "PDM_PYPI_URL",
-                ],
-                Runtime::Debian => &[],
-            };
-            env.extend(
-                names
-                    .iter()
-                    .map(|name| ((*name).to_owned(), index.to_owned())),
-            );
-        }
-        env
-    }
-
-    /// The operator's decisions, for a worker that runs jobs of others.
+    /// The operator's decisions, as the worker's room applies them.
     ///
     /// # Errors
     /// When a file cannot be used.

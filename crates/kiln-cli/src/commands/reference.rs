@@ -65,24 +65,7 @@ pub(crate) fn existing(reference: &ImageRef) -> Result<ImageRef> {
 
 /// A name from a folder's name.
 pub(crate) fn of_folder(folder: &str) -> ImageRef {
-    let mut name = String::new();
-    for c in folder.to_lowercase().chars() {
-        let legal = c.is_ascii_lowercase() || c.is_ascii_digit();
-        if legal {
-            name.push(c);
-        } else if !name.is_empty() && !name.ends_with('-') {
-            name.push('-');
-        }
-    }
-    let name = name.trim_end_matches('-');
-    let name = if name.is_empty() { "app" } else { name };
-    let name: String = name.chars().take(128).collect();
-    ImageRef {
-        registry: None,
-        repository: format!("t/{}/{}", TenantName::local(), name.trim_end_matches('-')),
-        tag: Some("latest".to_owned()),
-        digest: None,
-    }
+    kiln_worker::prepare::image_of(&TenantName::local(), folder)
 }
 
 #[cfg(test)]

@@ -9,22 +9,20 @@ use kiln_core::{
     FailureClass, ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, TenantName, Verdict,
 };
 use kiln_proto::msg::{ContainerSpec, Exit, TtySize};
-use kiln_store::image::{Select, VerifiedImage, Verify};
-use kiln_store::registry::{Reference, RepoName};
+use kiln_worker::container;
 use kiln_worker::event::Events;
 use kiln_worker::failure::Failure;
 use kiln_worker::host::{Host, new_job_id};
 use kiln_worker::joblog::JobLog;
 use kiln_worker::orders::Control;
-use kiln_worker::registry::RegistryAccess;
-use kiln_worker::run::{RunEnd, RunInput};
-use kiln_worker::unpack::{self, Unpacked};
+use kiln_worker::run::{RunEnd, RunInput, ending};
+use kiln_worker::unpack::Unpacked;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
-use super::{reference, source};
+use super::source;
 use crate::args::{RunArgs, ServerArgs};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
@@ -225,21 +223,9 @@ fn finish(log: &JobLog, end: RunEnd, cancel: &CancellationToken, screen: Screen)
     }
 }
 
-/// As a shell has it: 128 and the signal's number.
+/// As a process ends with it.
 fn exit_code(exit: &Exit) -> u8 {
-    match (exit.code, exit.signal) {
-        (Some(code), _) => u8::try_from(code & 0xff).unwrap_or(1),
-        (None, Some(signal)) => u8::try_from(128 + (signal & 0x7f)).unwrap_or(1),
-        (None, None) => 1,
-    }
-}
-
-fn ending(exit: &Exit) -> String {
-    match (exit.code, exit.signal) {
-        (Some(code), _) => format!("the command ended with exit code {code}"),
-        (None, Some(signal)) => format!("the command was ended by signal {signal}"),
-        (None, None) => "the command ended".to_owned(),
-    }
+    u8::try_from(kiln_worker::run::exit_code(exit)).unwrap_or(1)
 }
 
 fn wants_terminal(args: &RunArgs) -> bool {
@@ -257,94 +243,14 @@ async fn prepare_image(
     events: &Events,
 ) -> Result<(Unpacked, ContainerSpec)> {
     let registry = operator.registry().await?;
-    let full = reference::existing(image)?;
-    let (repo, image) = find(&registry, &full).await?;
-    let unpacked = unpack::ensure(host, &registry, &repo, &image, job, events)
+    let command = container::Command {
+        argv: &args.command,
+        env,
+    };
+    let named = (&TenantName::local(), image);
+    container::prepare(host, &registry, named, command, job, events)
         .await
-        .map_err(CliError::from_failure)?;
-    Ok((unpacked, container(&image, args, env)?))
-}
-
-/// The image behind a reference, verified.
-async fn find(registry: &RegistryAccess, full: &ImageRef) -> Result<(RepoName, VerifiedImage)> {
-    let repo: RepoName =
-        full.repository
-            .parse()
-            .map_err(|error: kiln_store::registry::ParseRepoError| {
-                CliError::usage(error.to_string())
-            })?;
-    let missing = || {
-        CliError::usage(format!("there is no image {full} here"))
-            .hint("`kiln registry list` shows what there is; `kiln build` makes one; images of other registries are not fetched")
-    };
-    let digest = match (&full.digest, &full.tag) {
-        (Some(digest), _) => *digest,
-        (None, tag) => {
-            let tag: Reference = tag
-                .as_deref()
-                .unwrap_or("latest")
-                .parse()
-                .or_infrastructure()?;
-            match registry.host.resolve(&repo, &tag).await {
-                Ok(digest) => digest,
-                Err(error) if error.is_not_found() => return Err(missing()),
-                Err(error) => return Err(CliError::infrastructure(&error)),
-            }
-        }
-    };
-    let asked = Verify {
-        rehash: false,
-        select: Select::LinuxAmd64,
-        ..Verify::image(repo.clone(), digest)
-    };
-    let image = kiln_worker::publish::read_image(registry, &asked)
-        .await
-        .or_infrastructure()?;
-    Ok((repo, image))
-}
-
-/// Entrypoint, command, environment and user as `docker run` joins them.
-fn container(
-    image: &VerifiedImage,
-    args: &RunArgs,
-    env: &std::collections::BTreeMap<String, String>,
-) -> Result<ContainerSpec> {
-    let config = &image.config;
-    let mut argv = config.entrypoint.clone();
-    argv.extend(if args.command.is_empty() {
-        config.cmd.clone()
-    } else {
-        args.command.clone()
-    });
-    if argv.is_empty() {
-        return Err(CliError::usage("the image names no command").hint("give one after --"));
-    }
-    let mut all: Vec<String> = config
-        .env
-        .iter()
-        .filter(|pair| {
-            !pair
-                .split_once('=')
-                .is_some_and(|(key, _)| env.contains_key(key))
-        })
-        .cloned()
-        .collect();
-    if !all.iter().any(|pair| pair.starts_with("PATH=")) {
-        all.push("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
-    }
-    all.extend(env.iter().map(|(key, value)| format!("{key}={value}")));
-    let cwd = if config.workdir.is_empty() {
-        "/".to_owned()
-    } else {
-        config.workdir.clone()
-    };
-    Ok(ContainerSpec {
-        argv,
-        env: all,
-        cwd,
-        user: config.user.clone(),
-        ..ContainerSpec::default()
-    })
+        .map_err(CliError::from_failure)
 }
 
 /// Binds every published port before anything starts.

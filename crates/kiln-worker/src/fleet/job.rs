@@ -11,7 +11,7 @@ use kiln_core::digest::Hasher;
 use kiln_core::job::{Source, SourceBuild};
 use kiln_core::{
     Digest, FailureClass, GitCommit, JobId, JobKind, JobRequest, Lease, NetworkPolicy, Outcome,
-    Receipt, Verdict,
+    Verdict,
 };
 use kiln_image::context::{self, Limits};
 use kiln_image::plan::{DockerfileChoice, Options};
@@ -23,20 +23,20 @@ use tokio_util::sync::CancellationToken;
 
 use super::client::{Client, REQUEST_TIMEOUT, job_path};
 use super::far::publish_far;
-use super::image;
 use super::local::{LocalFolder, LocalJob, LocalJobs, LocalRun};
 use super::mask::Mask;
 use super::report::{Reporter, To, retried};
 use super::spool::Spool;
 use crate::build::{self, BuildEnd, BuildInput, BuildReport};
 use crate::checkout::{self, Address, Checkout, CheckoutDir, CheckoutInput};
+use crate::container;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
 use crate::host::Host;
 use crate::joblog::JobLog;
 use crate::prepare::{self, Prepared, Wishes};
 use crate::registry::RegistryAccess;
-use crate::run::{RunEnd, RunInput};
+use crate::run::{RunEnd, RunInput, ending, exit_code};
 use crate::site::Site;
 
 /// Longest wait for the end of a log to be acknowledged.
@@ -184,7 +184,7 @@ fn failed(failure: Failure) -> JobEnd {
 
 fn finish_of(end: &JobEnd, observed: Option<Box<kiln_core::Observed>>) -> Finish {
     let receipt = match (&end.result, &observed) {
-        (Ok(Ended::Built(report)), Some(observed)) => Some(receipt(report, observed)),
+        (Ok(Ended::Built(report)), Some(observed)) => Some(report.receipt(observed)),
         _ => None,
     };
     let details = match &end.result {
@@ -224,17 +224,6 @@ pub(super) async fn give_up(client: &Client, lease: &Lease) {
     if let Err(error) = said.await {
         // It is offered again, or its lease ends.
         tracing::debug!(error = crate::orders::chain(&error), "not given up yet");
-    }
-}
-
-fn receipt(report: &BuildReport, observed: &kiln_core::Observed) -> Receipt {
-    let stored = serde_json::to_vec(observed).unwrap_or_default();
-    Receipt {
-        tags: report.reference.parse().into_iter().collect(),
-        manifest: report.digest,
-        size: report.size,
-        observed: Digest::of(&stored),
-        head: report.head.1.clone(),
     }
 }
 
@@ -493,12 +482,12 @@ impl Work<'_> {
         let image = match &command.image {
             None => None,
             Some(image) => {
-                let wanted = image::Command {
+                let wanted = container::Command {
                     argv: &command.argv,
                     env: &command.env,
                 };
                 let names = (&request.tenant, image);
-                let prepared = image::prepare(
+                let prepared = container::prepare(
                     &shop.host,
                     &shop.registry,
                     names,
@@ -606,26 +595,6 @@ fn ran(end: RunEnd) -> JobEnd {
         result: end.result.map(Ended::Ran),
         egress: end.egress,
         runtime: None,
-    }
-}
-
-/// As a shell has it: 128 and the signal's number.
-#[must_use]
-pub fn exit_code(exit: &Exit) -> i32 {
-    match (exit.code, exit.signal) {
-        (Some(code), _) => code & 0xff,
-        (None, Some(signal)) => 128 + (signal & 0x7f),
-        (None, None) => 1,
-    }
-}
-
-/// How a command ended, for a person.
-#[must_use]
-pub fn ending(exit: &Exit) -> String {
-    match (exit.code, exit.signal) {
-        (Some(code), _) => format!("the command ended with exit code {code}"),
-        (None, Some(signal)) => format!("the command was ended by signal {signal}"),
-        (None, None) => "the command ended".to_owned(),
     }
 }
 

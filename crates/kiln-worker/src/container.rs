@@ -86,8 +86,8 @@ async fn find(
         .parse()
         .map_err(|error| Failure::new(FailureClass::Usage, format!("{full}: {error}")))?;
     let missing = || {
-        Failure::new(FailureClass::Usage, format!("there is no image {full}"))
-            .hint("`kiln registry list` shows what there is")
+        Failure::new(FailureClass::Usage, format!("there is no image {full} here"))
+            .hint("`kiln registry list` shows what there is; `kiln build` makes one; images of other registries are not fetched")
     };
     let digest = match (full.digest, &full.tag) {
         (Some(digest), _) => digest,
