@@ -2,6 +2,7 @@
 
 mod demo;
 mod docs;
+mod lanes;
 mod layers;
 mod run;
 mod test;

@@ -329,6 +329,9 @@ pub struct WorkerFacts {
     pub runtimes: BTreeSet<Label>,
     /// Room of the whole host for machines.
     pub capacity: Room,
+    /// CPUs of the host that can be given to a machine whole; none means as many as its capacity, that is, no overcommitment.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub whole_cpus: Option<u32>,
     /// Program version.
     pub version: String,
     /// Tenants whose head it holds, so that warm hosts are preferred. Bounded by the worker.

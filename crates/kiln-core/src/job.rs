@@ -21,6 +21,9 @@ pub struct JobRequest {
     pub limits: Limits,
     /// Whether its results may enter the tenant's cache: decided from the token and the verified ref, never by the request.
     pub trust: TrustClass,
+    /// Bits per second that it may exchange with the network, each way; none means no bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_bits: Option<u64>,
     /// How it is queued.
     #[serde(default)]
     pub dispatch: Dispatch,
@@ -125,6 +128,16 @@ pub struct RunCommand {
     pub tty: bool,
     /// Connect standard input.
     pub stdin: bool,
+}
+
+impl JobRequest {
+    /// The bound of its network as a gateway counts it, bytes per second of each direction.
+    #[must_use]
+    pub fn network_bytes_per_second(&self) -> Option<std::num::NonZeroU64> {
+        // A bound below a byte a second is one all the same.
+        self.network_bits
+            .map(|bits| std::num::NonZeroU64::new(bits / 8).unwrap_or(std::num::NonZeroU64::MIN))
+    }
 }
 
 /// What a job may use.

@@ -106,6 +106,9 @@ pub struct MachineSpec {
     /// Until when the machine may outlive the process that started it, milliseconds since the Unix epoch. `None`: it ends with its owner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_until_unix_ms: Option<u64>,
+    /// CPUs of the host that are this machine's alone, by the kernel's numbers; none means that it shares those that are nobody's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_cpus: Vec<u32>,
 }
 
 impl MachineSpec {

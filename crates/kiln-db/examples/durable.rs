@@ -152,6 +152,7 @@ fn facts() -> WorkerFacts {
             disk: ByteSize::gib(1_000_000),
             machines: 1_000_000,
         },
+        whole_cpus: None,
         version: "0".to_owned(),
         warm: BTreeSet::new(),
     }
@@ -191,6 +192,7 @@ fn job(id: JobId) -> NewJob {
             timeout_ms: 600_000,
         },
         trust: TrustClass::Untrusted,
+        network_bits: None,
         dispatch: Dispatch::default(),
     };
     NewJob {

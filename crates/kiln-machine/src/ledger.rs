@@ -11,8 +11,14 @@
 //! looks removes the file. Order numbers make the queue; a small need may pass a large one that does not fit yet, but only
 //! [`PASSES_MAX`] times, so that nobody starves. Waiting is on inotify with a level-triggered recheck.
 //! A kept machine that nobody owns counts too, by its record: its owner's entry went with the owner.
-//! It reserves nothing in the kernel: limits are [`crate::cgroup`]'s.
+//! It reserves nothing in the kernel: limits are [`crate::cgroup`]'s. Whole CPUs are given out here too, by number, and freed like all else;
+//! the machines are moved by [`crate::pins`] under this lock:
+//!
+//! ```text
+//! <home>/ledger/pinned                     somebody has CPUs of his own, or had and nobody looked since
+//! ```
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::future::Future;
 use std::io;
@@ -28,6 +34,8 @@ use tokio::io::unix::AsyncFd;
 mod book;
 #[cfg(test)]
 mod tests;
+
+use crate::pins;
 
 use book::{Book, Entry, Verdict};
 
@@ -47,6 +55,9 @@ pub struct Need {
     pub cpu_milli: u64,
     /// Memory of the guest and of its VMM.
     pub memory: ByteSize,
+    /// Whole CPUs of the host for this machine alone.
+    #[serde(default)]
+    pub whole_cpus: u32,
 }
 
 impl Need {
@@ -56,6 +67,26 @@ impl Need {
         Self {
             cpu_milli: u64::from(cpus) * 1000,
             memory,
+            whole_cpus: 0,
+        }
+    }
+
+    /// The need of a machine of this size with CPUs of its own.
+    #[must_use]
+    pub fn pinned(cpus: u32, memory: ByteSize) -> Self {
+        Self {
+            whole_cpus: cpus,
+            ..Self::of(cpus, memory)
+        }
+    }
+
+    /// What it takes of a host with this many CPUs: a whole one is worth as much of the capacity as there is for each.
+    fn charged(self, capacity: Self, cpus: usize) -> Self {
+        let each = capacity.cpu_milli / u64::try_from(cpus.max(1)).unwrap_or(u64::MAX);
+        let whole = u64::from(self.whole_cpus).saturating_mul(each);
+        Self {
+            cpu_milli: self.cpu_milli.max(whole),
+            ..self
         }
     }
 
@@ -63,6 +94,7 @@ impl Need {
         Self {
             cpu_milli: self.cpu_milli.saturating_add(other.cpu_milli),
             memory: ByteSize(self.memory.0.saturating_add(other.memory.0)),
+            whole_cpus: self.whole_cpus.saturating_add(other.whole_cpus),
         }
     }
 
@@ -100,6 +132,7 @@ impl Capacity {
         Ok(Self(Need {
             cpu_milli: cpus * 10 * u64::from(overcommit_percent),
             memory: ByteSize((total_kib << 10).saturating_sub(reserve.0)),
+            whole_cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
         }))
     }
 }
@@ -110,6 +143,8 @@ impl Capacity {
 pub enum Resource {
     /// CPU time.
     Cpus,
+    /// CPUs that nobody else uses.
+    WholeCpus,
     /// Memory.
     Memory,
     /// A place in the queue: it would fit, but somebody else waits longer.
@@ -152,6 +187,11 @@ impl fmt::Display for WaitReason {
                 cpus(self.need.cpu_milli),
                 cpus(self.held.cpu_milli),
                 cpus(self.capacity.cpu_milli)
+            ),
+            Resource::WholeCpus => write!(
+                f,
+                "{} whole CPUs: {} of {} are given to single machines",
+                self.need.whole_cpus, self.held.whole_cpus, self.capacity.whole_cpus
             ),
             Resource::Turn => write!(f, "its turn: {} waited longer", self.ahead),
         }
@@ -199,13 +239,16 @@ pub enum LedgerError {
 pub struct Ledger {
     dir: PathBuf,
     capacity: Capacity,
+    /// CPUs of the host, by the kernel's numbers.
+    cpus: BTreeSet<u32>,
 }
 
 /// Room for one machine. Dropping it gives the room back.
 #[derive(Debug)]
 pub struct Ticket {
     need: Need,
-    _entry: Entry,
+    book: Book,
+    entry: Option<Entry>,
 }
 
 impl Ticket {
@@ -213,6 +256,23 @@ impl Ticket {
     #[must_use]
     pub fn need(&self) -> Need {
         self.need
+    }
+
+    /// CPUs of the host that are this machine's alone, by the kernel's numbers.
+    #[must_use]
+    pub fn cpus(&self) -> &[u32] {
+        self.entry.as_ref().map_or(&[], Entry::cpus)
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let pinned = !self.cpus().is_empty();
+        drop(self.entry.take());
+        // A process that is killed never gets here: whoever looks next does it.
+        if pinned {
+            self.book.settle();
+        }
     }
 }
 
@@ -234,7 +294,19 @@ impl Ledger {
         Self {
             dir: home.join("ledger"),
             capacity,
+            cpus: pins::usable().unwrap_or_default(),
         }
+    }
+
+    /// With these CPUs of the host instead of those that this process may use.
+    #[must_use]
+    pub fn with_cpus(mut self, cpus: BTreeSet<u32>) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    fn book(&self) -> Book {
+        Book::new(self.dir.clone(), self.capacity.0, self.cpus.clone())
     }
 
     /// Waits until there is room. `who` is shown to others; `on_wait` is told each time the reason to wait changes.
@@ -250,11 +322,12 @@ impl Ledger {
         mut on_wait: impl FnMut(&WaitReason) + Send,
     ) -> Result<Ticket, LedgerError> {
         let capacity = self.capacity.0;
+        let need = need.charged(capacity, self.cpus.len());
         if need.exceeds(capacity).is_some() {
             return Err(LedgerError::NeverFits { need, capacity });
         }
         let end = tokio::time::Instant::now() + deadline;
-        let book = Book::new(self.dir.clone(), capacity);
+        let book = self.book();
         let who = who.to_owned();
         let mut entry = blocking({
             let book = book.clone();
@@ -274,7 +347,8 @@ impl Ledger {
                 Verdict::Admitted(entry) => {
                     return Ok(Ticket {
                         need,
-                        _entry: entry,
+                        book,
+                        entry: Some(entry),
                     });
                 }
                 Verdict::Wait(waiting, reason) => {
@@ -298,8 +372,27 @@ impl Ledger {
     /// # Errors
     /// On the file system's word. A ledger that was never used is empty.
     pub async fn list(&self) -> Result<Vec<Holder>, LedgerError> {
-        let book = Book::new(self.dir.clone(), self.capacity.0);
+        let book = self.book();
         blocking(move || book.list()).await
+    }
+}
+
+/// Puts a machine that was just started where it belongs, and with it every other one of the home. Does nothing on a home where nobody has
+/// CPUs of his own. Blocks for moments.
+///
+/// # Errors
+/// When this machine could not be moved to CPUs of its own.
+pub(crate) fn settle_started(home: &Path, pid: u32, own: &[u32]) -> io::Result<()> {
+    let dir = home.join("ledger");
+    if own.is_empty() && !book::somebody_pins(&dir) {
+        return Ok(());
+    }
+    let all = pins::usable()?;
+    let none = Capacity(Need::default());
+    Book::new(dir, none.0, all).settle();
+    match own.is_empty() {
+        true => Ok(()),
+        false => pins::place(pid, &own.iter().copied().collect()),
     }
 }
 

@@ -3,7 +3,7 @@
 //! Read [`driver`] first: the trait and its words. It knows nothing of jobs, tenants or builds. [`bring_up`] leads from a
 //! specification to a guest that may be given work; [`record`] and [`reap`] make sure that nothing stays after a crash, and that
 //! a kept machine finds a new owner;
-//! [`ledger`] shares the host between kiln processes.
+//! [`ledger`] shares the host between kiln processes, [`pins`] its single CPUs.
 
 mod adopt;
 pub mod bring_up;
@@ -11,6 +11,7 @@ pub mod cgroup;
 pub mod disk;
 pub mod driver;
 pub mod ledger;
+pub mod pins;
 pub mod proc;
 pub mod qemu;
 pub mod reap;

@@ -156,6 +156,7 @@ impl QemuDriver {
             user_check(&self.users),
         ];
         checks.extend(self.cgroups.checks());
+        checks.push(crate::pins::check());
         HostProbe {
             driver: self.name().to_owned(),
             accelerator: verdict.accelerator,

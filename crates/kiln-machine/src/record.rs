@@ -73,6 +73,9 @@ pub struct MachineRecord {
     /// What an adopter has to know of a machine that outlives its owner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept: Option<KeptRecord>,
+    /// CPUs of the host that are this machine's alone; none means that it shares the others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_cpus: Vec<u32>,
 }
 
 /// What an adopter has to know of a kept machine.
@@ -201,6 +204,7 @@ impl MachineDir {
             owner: ProcessIdentity::of_self(),
             created_unix_ms: unix_ms(),
             kept: None,
+            host_cpus: Vec::new(),
         };
         let home_lock = lock_home(home)?;
         match fs::DirBuilder::new().mode(0o700).create(&dir) {
@@ -297,6 +301,17 @@ impl MachineDir {
             record.cgroups = cgroups.to_vec();
             record.state = RecordState::Launching { program };
         })
+    }
+
+    /// These CPUs of the host are the machine's alone.
+    ///
+    /// # Errors
+    /// As [`Self::update`].
+    pub fn set_host_cpus(&self, cpus: &[u32]) -> Result<(), RecordError> {
+        match cpus.is_empty() {
+            true => Ok(()),
+            false => self.update(|record| record.host_cpus = cpus.to_vec()),
+        }
     }
 
     /// The VMM runs with this number.

@@ -54,6 +54,7 @@ fn worker(number: usize, held: u32) -> Worker {
                 disk: ByteSize::gib(10 * u64::from(SLOTS)),
                 machines: SLOTS,
             },
+            whole_cpus: None,
             version: "1".to_owned(),
             warm: (0..3).map(|at| tenant((number + at) % TENANTS)).collect(),
         },

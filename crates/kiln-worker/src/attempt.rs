@@ -106,6 +106,7 @@ pub fn spec(
         disks,
         boot_timeout_ms: u64::try_from(BOOT_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
         keep_until_unix_ms: None,
+        host_cpus: Vec::new(),
     }
 }
 
@@ -115,10 +116,11 @@ async fn bring_up(
     host: &Host,
     wanted: &Wanted<'_>,
     memory: ByteSize,
+    cpus: &[u32],
     events: &Events,
 ) -> Result<(Chosen, Ready), Failure> {
     let chosen = templates::choose(host, wanted, memory, events).await?;
-    let error = match start_as(host, wanted, memory, &chosen).await {
+    let error = match start_as(host, wanted, memory, cpus, &chosen).await {
         Ok(ready) => return Ok((chosen, ready)),
         Err(error) => error,
     };
@@ -140,7 +142,7 @@ async fn bring_up(
         template: None,
         holds_head: false,
     };
-    let ready = start_as(host, wanted, memory, &cold).await;
+    let ready = start_as(host, wanted, memory, cpus, &cold).await;
     Ok((cold, ready.map_err(templates::bring_up_failure)?))
 }
 
@@ -148,6 +150,7 @@ async fn start_as(
     host: &Host,
     wanted: &Wanted<'_>,
     memory: ByteSize,
+    cpus: &[u32],
     chosen: &Chosen,
 ) -> Result<Ready, BringUpError> {
     let mut disks = vec![root_disk(host)];
@@ -157,7 +160,10 @@ async fn start_as(
     ) {
         disks.push(state_disk(host, head));
     }
-    let spec = spec(host, wanted.name.clone(), wanted.cpus, memory, disks);
+    let spec = MachineSpec {
+        host_cpus: cpus.to_vec(),
+        ..spec(host, wanted.name.clone(), wanted.cpus, memory, disks)
+    };
     let start = chosen
         .template
         .as_ref()
@@ -194,7 +200,7 @@ impl Attempt {
         events: &Events,
     ) -> Result<Self, Failure> {
         let memory = templates::size_class(wanted.memory);
-        let (chosen, ready) = bring_up(host, &wanted, memory, events).await?;
+        let (chosen, ready) = bring_up(host, &wanted, memory, ticket.cpus(), events).await?;
         let Ready {
             machine,
             session,

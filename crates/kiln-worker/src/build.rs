@@ -317,12 +317,7 @@ impl Job<'_> {
         let memory = crate::templates::size_class(limits.memory);
         let ticket = self
             .host
-            .admit(
-                limits.cpus,
-                memory,
-                self.lease.attempt.job.as_str(),
-                &self.events,
-            )
+            .admit_for(&self.input.request, memory, &self.events)
             .await?;
         phases.begin("machine").await;
         let head = fork::head(
@@ -374,6 +369,7 @@ impl Job<'_> {
         let mut config = GatewayConfig::new(policy, Arc::clone(&self.egress) as _);
         config.exceptions.clone_from(&self.input.exceptions);
         config.proxy = self.input.proxy.clone();
+        config.limits.bytes_per_second = self.input.request.network_bytes_per_second();
         // Layers of the bases, and of the images that get another tag now, lie in the registry already.
         let known = self
             .build

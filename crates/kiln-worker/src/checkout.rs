@@ -66,6 +66,8 @@ pub struct CheckoutInput {
     pub limits: Limits,
     /// How long it may take in all.
     pub timeout: Duration,
+    /// Bytes per second of its network, each way; none means no bound.
+    pub bytes_per_second: Option<std::num::NonZeroU64>,
 }
 
 /// A commit's files on this host.
@@ -174,6 +176,7 @@ async fn start(
     let mut config = GatewayConfig::new(policy, egress as _);
     config.exceptions.clone_from(&input.exceptions);
     config.proxy = input.proxy.clone();
+    config.limits.bytes_per_second = input.bytes_per_second;
     config.services = KilnNames::default();
     Attempt::start(host, wanted, ticket, Gateway::new(config), events).await
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_core::lease::Epoch;
-use kiln_core::{AttemptId, ByteSize, JobId, Lease, TenantName, WorkerId};
+use kiln_core::{AttemptId, ByteSize, JobId, JobRequest, Lease, TenantName, WorkerId};
 use kiln_image::heads::HeadStore;
 use kiln_machine::driver::{Driver, ReapReport};
 use kiln_machine::ledger::{Capacity, Ledger, Need, Ticket};
@@ -156,9 +156,31 @@ impl Host {
         who: &str,
         events: &Events,
     ) -> Result<Ticket, Failure> {
+        self.admit_need(Need::of(cpus, memory), who, events).await
+    }
+
+    /// As [`Self::admit`], for a job: with CPUs of its own where it asks for them.
+    ///
+    /// # Errors
+    /// As [`Self::admit`].
+    pub async fn admit_for(
+        &self,
+        request: &JobRequest,
+        memory: ByteSize,
+        events: &Events,
+    ) -> Result<Ticket, Failure> {
+        let cpus = request.limits.cpus;
+        let need = match request.dispatch.requires.pinned_cpus {
+            true => Need::pinned(cpus, memory),
+            false => Need::of(cpus, memory),
+        };
+        self.admit_need(need, request.id.as_str(), events).await
+    }
+
+    async fn admit_need(&self, need: Need, who: &str, events: &Events) -> Result<Ticket, Failure> {
         let told = events.clone();
         self.ledger
-            .acquire(Need::of(cpus, memory), who, QUEUE_TIMEOUT, move |reason| {
+            .acquire(need, who, QUEUE_TIMEOUT, move |reason| {
                 told.tell_now(Event::Progress {
                     what: "waiting for room on this host".to_owned(),
                     detail: reason.to_string(),

@@ -230,6 +230,7 @@ mod tests {
                 timeout_ms: 1,
             },
             trust: TrustClass::Trusted,
+            network_bits: None,
             dispatch: kiln_core::Dispatch::default(),
         }
     }

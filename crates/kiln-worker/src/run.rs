@@ -151,7 +151,7 @@ async fn work(
     let limits = input.request.limits;
     let memory = crate::templates::size_class(limits.memory);
     let ticket = tokio::select! {
-        ticket = host.admit(limits.cpus, memory, lease.attempt.job.as_str(), events) => ticket?,
+        ticket = host.admit_for(&input.request, memory, events) => ticket?,
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
     phases.begin("machine").await;
@@ -169,6 +169,7 @@ async fn work(
     let mut config = GatewayConfig::new(input.request.network.clone(), egress as _);
     config.exceptions.clone_from(&input.exceptions);
     config.proxy = input.proxy.clone();
+    config.limits.bytes_per_second = input.request.network_bytes_per_second();
     config.services = KilnNames::default();
     let attempt = tokio::select! {
         attempt = Attempt::start(host, wanted, ticket, Gateway::new(config), events) => attempt?,

@@ -177,6 +177,7 @@ pub(super) async fn many(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     let need = Need {
         cpu_milli: 1000,
         memory: ByteSize(IDLE_MEMORY.0 * u64::from(MANY)),
+        whole_cpus: 0,
     };
     let room = async {
         let wait = machines

@@ -71,6 +71,7 @@ pub(super) async fn run(
         network: prepared.network,
         limits,
         trust: TrustClass::Trusted,
+        network_bits: None,
         dispatch: kiln_core::Dispatch::default(),
     };
     let input = BuildInput {

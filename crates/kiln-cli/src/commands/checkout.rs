@@ -70,6 +70,7 @@ pub(super) async fn local(
         proxy: operator.proxy()?,
         limits: Limits::default(),
         timeout: Duration::from_millis(timeout_ms),
+        bytes_per_second: None,
     };
     let host = operator.host().await?;
     let (events, receiver) = Events::channel();

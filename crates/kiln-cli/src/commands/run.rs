@@ -102,6 +102,7 @@ pub(super) async fn run(
         network: NetworkPolicy::from_rules(args.allow.iter().cloned()),
         limits,
         trust: TrustClass::Untrusted,
+        network_bits: None,
         dispatch: kiln_core::Dispatch::default(),
     };
     let (end, printed) = attach(

@@ -64,6 +64,9 @@ pub struct Common {
     /// Wall time in seconds.
     #[schema(minimum = 1)]
     pub timeout_seconds: Option<u64>,
+    /// Most bits per second to and from the network, each way.
+    #[schema(minimum = 1)]
+    pub network_rate: Option<u64>,
     /// Destinations `host[:ports]`; none means no network.
     pub allow: Vec<String>,
     /// `trusted` or `untrusted`; at most what the token allows.
@@ -238,7 +241,7 @@ impl Common {
             memory: size("memory", &self.memory)?,
             disk: size("disk", &self.disk)?,
             timeout_ms: self.timeout_seconds.map(|s| s.saturating_mul(1000)),
-            network_bits: None,
+            network_bits: self.network_rate,
             network: NetworkPolicy::from_rules(rules),
             priority: Priority::try_from(self.priority.unwrap_or(0))
                 .map_err(|error| Problem::invalid("priority", error.to_string()))?,
@@ -469,6 +472,7 @@ pub(crate) fn new_job(
         network: granted.network,
         limits: granted.limits,
         trust,
+        network_bits: Some(granted.network_bits),
         dispatch: common.dispatch(granted.priority)?,
     };
     let labels = labels("labels", &common.labels)?;
@@ -476,6 +480,7 @@ pub(crate) fn new_job(
         &request.kind,
         &request.network,
         &request.limits,
+        request.network_bits,
         request.trust,
         &request.dispatch,
         &labels,

@@ -312,7 +312,9 @@ pub(crate) async fn retry(
         memory: Some(request.limits.memory.min(most.memory)),
         disk: Some(request.limits.disk.min(most.disk)),
         timeout_ms: Some(request.limits.timeout_ms.min(most.timeout_ms)),
-        network_bits: None,
+        network_bits: request
+            .network_bits
+            .map(|bits| bits.min(api.config.ceiling.network_bits)),
         network: request.network.clone(),
         priority: request.dispatch.priority.min(caller.principal.priority_max),
     };
@@ -326,6 +328,7 @@ pub(crate) async fn retry(
         )
         .map_err(|outside| Problem::invalid(outside.field, outside.to_string()))?;
     request.limits = granted.limits;
+    request.network_bits = Some(granted.network_bits);
     request.dispatch.priority = granted.priority;
     let new = NewJob {
         idempotency: key.map(|key| Idempotency {

@@ -290,7 +290,7 @@ fn worker((worker, left): (kiln_db::Worker, Room)) -> Worker {
         labels: worker.placement.labels,
         tenants: worker.placement.tenants,
         held,
-        whole_cpus: None,
+        whole_cpus: worker.facts.whole_cpus,
         infra_failures: worker.infra_failures,
         templates: std::collections::BTreeSet::new(),
         facts: worker.facts,

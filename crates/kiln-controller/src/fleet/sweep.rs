@@ -265,6 +265,7 @@ mod tests {
             network: NetworkPolicy::Isolated,
             limits,
             trust: TrustClass::Untrusted,
+            network_bits: None,
             dispatch: Dispatch::default(),
         };
         NewJob {

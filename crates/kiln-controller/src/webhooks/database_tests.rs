@@ -32,6 +32,7 @@ pub(crate) fn job(id: &str, notify_url: Option<String>) -> NewJob {
             timeout_ms: 60_000,
         },
         trust: TrustClass::Untrusted,
+        network_bits: None,
         dispatch: Dispatch::default(),
     };
     NewJob {

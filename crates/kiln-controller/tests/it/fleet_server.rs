@@ -229,6 +229,7 @@ pub(crate) fn script(id: &str, lines: u64, pause_ms: u64) -> NewJob {
                 timeout_ms: 60_000,
             },
             trust: TrustClass::Untrusted,
+            network_bits: None,
             dispatch,
         },
         idempotency: None,

@@ -222,6 +222,7 @@ pub(crate) fn facts(machines: u32) -> WorkerFacts {
             disk: ByteSize::gib(u64::from(machines) * 20),
             machines,
         },
+        whole_cpus: None,
         version: "1".to_owned(),
         warm: BTreeSet::new(),
     }

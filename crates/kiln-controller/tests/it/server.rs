@@ -296,6 +296,7 @@ impl Server {
                 arch: "amd64".parse().expect("label"),
                 runtimes: std::collections::BTreeSet::new(),
                 capacity: room,
+                whole_cpus: None,
                 version: "1".to_owned(),
                 warm: std::collections::BTreeSet::new(),
             },

@@ -211,6 +211,7 @@ pub(crate) fn request(id: &str) -> JobRequest {
             timeout_ms: 60_000,
         },
         trust: TrustClass::Untrusted,
+        network_bits: None,
         dispatch: Dispatch::default(),
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Not async, and no waiting in here but for the ledger's own lock, which is held for moments.
 
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
@@ -9,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::adopt;
+use crate::{adopt, pins};
 
 use super::{ENTRIES_MAX, Holder, LedgerError, Need, PASSES_MAX, Resource, WaitReason};
 
@@ -20,6 +21,8 @@ const WHO_CHARS_MAX: usize = 200;
 
 const WAIT: &str = "wait-";
 const LEASE: &str = "lease-";
+/// There while somebody has CPUs of his own: without it nobody has to look for them.
+const PINNED: &str = "pinned";
 
 /// An own entry: its file is removed when it is dropped.
 #[derive(Debug)]
@@ -27,8 +30,17 @@ pub(super) struct Entry {
     path: PathBuf,
     order: u64,
     need: Need,
+    who: String,
+    /// Of the host, its alone.
+    cpus: Vec<u32>,
     /// Holds the lock.
-    _file: File,
+    file: File,
+}
+
+impl Entry {
+    pub(super) fn cpus(&self) -> &[u32] {
+        &self.cpus
+    }
 }
 
 impl Drop for Entry {
@@ -45,6 +57,9 @@ struct Page {
     need: Need,
     /// How often later ones passed it.
     passes: u32,
+    /// CPUs of the host that are its alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    cpus: Vec<u32>,
 }
 
 /// Somebody else's live entry.
@@ -67,11 +82,49 @@ pub(super) enum Verdict {
 pub(super) struct Book {
     dir: PathBuf,
     capacity: Need,
+    /// The host's.
+    cpus: BTreeSet<u32>,
 }
 
 impl Book {
-    pub(super) fn new(dir: PathBuf, capacity: Need) -> Self {
-        Self { dir, capacity }
+    pub(super) fn new(dir: PathBuf, capacity: Need, cpus: BTreeSet<u32>) -> Self {
+        Self {
+            dir,
+            capacity,
+            cpus,
+        }
+    }
+
+    /// Puts every machine of the home on the CPUs where it belongs now.
+    pub(super) fn settle(&self) {
+        let settled = self.lock().and_then(|_lock| {
+            let others = self.others(None)?;
+            self.settle_as(&pinned(&others))
+        });
+        if let Err(error) = settled {
+            tracing::warn!(%error, "machines stay on the CPUs they are on");
+        }
+    }
+
+    /// With the ledger's lock held.
+    fn settle_as(&self, pinned: &BTreeSet<u32>) -> Result<(), LedgerError> {
+        if let Some(home) = self.dir.parent() {
+            for problem in pins::settle(home, &self.cpus, pinned) {
+                tracing::warn!(problem, "a machine stays on the CPUs it is on");
+            }
+        }
+        let marker = self.dir.join(PINNED);
+        match (pinned.is_empty(), fs::remove_file(&marker)) {
+            (false, Ok(())) => self.mark(),
+            (true, Err(error)) if error.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove", &marker)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn mark(&self) -> Result<(), LedgerError> {
+        open_private(&self.dir.join(PINNED)).map(drop)
     }
 
     /// Puts a need at the end of the queue.
@@ -99,6 +152,7 @@ impl Book {
             who: who.chars().take(WHO_CHARS_MAX).collect(),
             need,
             passes: 0,
+            cpus: Vec::new(),
         };
         let written = file
             .try_lock()
@@ -108,7 +162,9 @@ impl Book {
             path,
             order,
             need,
-            _file: file,
+            who: page.who,
+            cpus: Vec::new(),
+            file,
         };
         // On an error the entry is dropped, and its file with it.
         written.map_err(io_error("write", &entry.path))?;
@@ -119,7 +175,9 @@ impl Book {
     pub(super) fn look(&self, mut entry: Entry) -> Result<Verdict, LedgerError> {
         let _lock = self.lock()?;
         let others = self.others(Some(&entry.path))?;
-        if let Some(reason) = judge(&entry, &others, self.capacity) {
+        let pinned = pinned(&others);
+        let free: Vec<u32> = self.cpus.difference(&pinned).copied().collect();
+        if let Some(reason) = judge(&entry, &others, self.capacity, free.len()) {
             return Ok(Verdict::Wait(entry, reason));
         }
         for passed in others
@@ -132,7 +190,43 @@ impl Book {
         let lease = self.dir.join(name.replacen(WAIT, LEASE, 1));
         fs::rename(&entry.path, &lease).map_err(io_error("rename", &entry.path))?;
         entry.path = lease;
+        self.pin(&mut entry, &free, pinned)?;
         Ok(Verdict::Admitted(entry))
+    }
+
+    /// Gives an entry the CPUs it needs, and moves everybody else off them.
+    fn pin(
+        &self,
+        entry: &mut Entry,
+        free: &[u32],
+        mut pinned: BTreeSet<u32>,
+    ) -> Result<(), LedgerError> {
+        if entry.need.whole_cpus == 0 {
+            // Somebody may have been killed who had some.
+            return match somebody_pins(&self.dir) {
+                true => self.settle_as(&pinned),
+                false => Ok(()),
+            };
+        }
+        self.mark()?;
+        // From the end: the first CPUs serve the host's own devices.
+        let wanted = usize::try_from(entry.need.whole_cpus).unwrap_or(usize::MAX);
+        entry.cpus = free.iter().rev().take(wanted).copied().collect();
+        let page = Page {
+            who: entry.who.clone(),
+            need: entry.need,
+            passes: 0,
+            cpus: entry.cpus.clone(),
+        };
+        let bytes = page_bytes(&page);
+        entry
+            .file
+            .rewind()
+            .and_then(|()| entry.file.write_all(&bytes))
+            .and_then(|()| entry.file.set_len(bytes.len() as u64))
+            .map_err(io_error("write", &entry.path))?;
+        pinned.extend(&entry.cpus);
+        self.settle_as(&pinned)
     }
 
     /// All live entries in order.
@@ -223,6 +317,7 @@ impl Book {
                     who: name.clone(),
                     need: self.capacity,
                     passes: PASSES_MAX,
+                    cpus: Vec::new(),
                 });
             others.push(Other {
                 path,
@@ -241,8 +336,13 @@ impl Book {
                 holds: true,
                 page: Page {
                     who: record.name.to_string(),
-                    need: Need::of(spec.cpus, spec.memory),
+                    need: match spec.host_cpus.is_empty() {
+                        true => Need::of(spec.cpus, spec.memory),
+                        false => Need::pinned(spec.cpus, spec.memory)
+                            .charged(self.capacity, self.cpus.len()),
+                    },
                     passes: 0,
+                    cpus: spec.host_cpus,
                 },
             })
         }));
@@ -252,7 +352,7 @@ impl Book {
 }
 
 /// Why this entry has to wait; `None` when it may start.
-fn judge(entry: &Entry, others: &[Other], capacity: Need) -> Option<WaitReason> {
+fn judge(entry: &Entry, others: &[Other], capacity: Need, free_cpus: usize) -> Option<WaitReason> {
     let held = others
         .iter()
         .filter(|other| other.holds)
@@ -269,14 +369,32 @@ fn judge(entry: &Entry, others: &[Other], capacity: Need) -> Option<WaitReason> 
         ahead: ahead.len(),
         capacity,
     };
-    if let Some(short) = held.plus(entry.need).exceeds(capacity) {
+    let short = |need: Need| {
+        let whole = usize::try_from(need.whole_cpus).unwrap_or(usize::MAX);
+        let cpus = (whole > free_cpus).then_some(Resource::WholeCpus);
+        held.plus(need).exceeds(capacity).or(cpus)
+    };
+    if let Some(short) = short(entry.need) {
         return Some(reason(short));
     }
     // It fits. It may pass those who wait longer only if none of them fits now, and none was passed too often.
-    let must_yield = ahead.iter().any(|other| {
-        held.plus(other.page.need).exceeds(capacity).is_none() || other.page.passes >= PASSES_MAX
-    });
+    let must_yield = ahead
+        .iter()
+        .any(|other| short(other.page.need).is_none() || other.page.passes >= PASSES_MAX);
     must_yield.then(|| reason(Resource::Turn))
+}
+
+/// CPUs that somebody holds alone.
+fn pinned(others: &[Other]) -> BTreeSet<u32> {
+    let holders = others.iter().filter(|other| other.holds);
+    holders
+        .flat_map(|other| other.page.cpus.iter().copied())
+        .collect()
+}
+
+/// Whether anybody has CPUs of his own, or had and nobody looked since.
+pub(super) fn somebody_pins(dir: &Path) -> bool {
+    dir.join(PINNED).exists()
 }
 
 fn count_pass(passed: &Other) -> Result<(), LedgerError> {

@@ -238,3 +238,57 @@ async fn a_machine_between_two_owners_holds_what_it_takes() {
     let report = crate::reap::reap_home(home.path());
     assert_eq!(report.reaped, [spec.name.as_str()]);
 }
+
+fn pinning(home: &Path, cpus: &[u32]) -> Ledger {
+    let capacity = u32::try_from(cpus.len()).expect("few") * 4;
+    ledger(home, capacity, 64).with_cpus(cpus.iter().copied().collect())
+}
+
+async fn pin(ledger: &Ledger, cpus: u32) -> Result<Ticket, LedgerError> {
+    let need = Need::pinned(cpus, ByteSize::gib(1));
+    ledger
+        .acquire(need, "pinned", Duration::from_millis(50), |_| {})
+        .await
+}
+
+#[tokio::test]
+async fn whole_cpus_are_given_to_one_each_and_freed() {
+    let home = tempfile::tempdir().expect("temp");
+    // Two processes of one home, as far as the ledger knows.
+    let (one, two) = (
+        pinning(home.path(), &[0, 1, 4, 5]),
+        pinning(home.path(), &[0, 1, 4, 5]),
+    );
+    let plain = take(&one, 1).await;
+    assert_eq!(plain.cpus(), [0_u32; 0]);
+    let first = pin(&one, 2).await.expect("two CPUs");
+    let second = pin(&two, 1).await.expect("a third");
+    assert_eq!((first.cpus(), second.cpus()), (&[5, 4][..], &[1][..]));
+    // The last one has the machine that shares: only its share of the capacity is left.
+    let third = pin(&two, 1)
+        .await
+        .expect_err("no whole CPU's worth is left");
+    assert!(third.to_string().contains("CPUs"), "{third}");
+    drop(plain);
+    let third = pin(&two, 1).await.expect("now it is");
+    assert_eq!(third.cpus(), [0]);
+    let none = one
+        .acquire(need(1), "shares", Duration::from_millis(50), |_| {})
+        .await;
+    assert!(none.is_err(), "nothing is left to share");
+    drop(first);
+    let again = pin(&two, 2).await.expect("given back");
+    assert_eq!(again.cpus(), [5, 4]);
+    drop((second, third, again));
+    assert!(
+        !home.path().join("ledger/pinned").exists(),
+        "nobody has any"
+    );
+}
+
+#[tokio::test]
+async fn more_whole_cpus_than_there_are_can_never_be_given() {
+    let home = tempfile::tempdir().expect("temp");
+    let refused = pin(&pinning(home.path(), &[0, 1]), 3).await;
+    assert!(matches!(refused, Err(LedgerError::NeverFits { .. })));
+}

@@ -28,6 +28,7 @@ use super::users::OwnUsers;
 use super::{CHANNEL_SOCKET, launch_error, probe, spawn};
 use crate::cgroup::{CgroupHost, Limits};
 use crate::driver::{CONSOLE_BYTES_MAX, LaunchError, MachineState, Start, StopReason};
+use crate::ledger;
 use crate::record::{MachineDir, RecordError};
 
 /// The VMM's own words that are kept.
@@ -102,6 +103,7 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         Start::Template(template) => Some(save::open(template)?),
     };
     let dir = MachineDir::create(host.home, &spec.name, "qemu").map_err(record_error)?;
+    dir.set_host_cpus(&spec.host_cpus).map_err(record_error)?;
     let user = own_user(host, &dir)?;
     let dir_fd: OwnedFd = File::open(dir.dir())
         .map_err(launch_error("open", dir.dir()))?
@@ -363,6 +365,19 @@ async fn run(
         keepable,
     });
     machine.dir.set_running(pid).map_err(record_error)?;
+    // After the record: whoever takes CPUs for himself from now on finds this VMM, and who did before is found here.
+    match ledger::settle_started(host.home, pid, &spec.host_cpus) {
+        Ok(()) => {}
+        Err(error) if spec.host_cpus.is_empty() => {
+            tracing::warn!(machine = %machine.name, %error, "the machine runs on any CPU");
+        }
+        Err(error) => {
+            machine.status.kill(StopReason::Killed);
+            return Err(launch_error("give CPUs of its own to", machine.dir.dir())(
+                error,
+            ));
+        }
+    }
     Ok((machine, started.limited))
 }
 

@@ -117,6 +117,7 @@ impl SimDriver {
         };
         let faults = self.faults_for(&spec.name);
         let dir = MachineDir::create(&self.home, &spec.name, NAME).map_err(launch_error)?;
+        dir.set_host_cpus(&spec.host_cpus).map_err(launch_error)?;
         self.config.reached(Phase::DirMade);
         if faults.contains(&Fault::HostDiskFull) {
             return Err(LaunchError::DiskFull(dir.dir().to_owned()));
@@ -134,6 +135,13 @@ impl SimDriver {
         self.config.reached(Phase::Spawned);
         if let Some(pid) = stand_in.as_ref().and_then(Child::id) {
             dir.set_running(pid).map_err(launch_error)?;
+            crate::ledger::settle_started(&self.home, pid, &spec.host_cpus).map_err(|source| {
+                LaunchError::Io {
+                    action: "give CPUs of its own to",
+                    path: dir.dir().to_owned(),
+                    source,
+                }
+            })?;
         }
         self.config.reached(Phase::Running);
         let guest = Guest::new(memory, faults, self.config.script.clone());

@@ -8,6 +8,7 @@ mod clones;
 mod disks;
 mod ends;
 pub(crate) mod kept;
+mod pins;
 
 /// One test per case and driver, named `conformance::<driver>::<case>`. A driver that this host cannot test says so once per case and
 /// passes, unless the environment requires it.
@@ -62,6 +63,7 @@ macro_rules! for_drivers {
             adoption_is_refused_by_reason = super::kept::adoption_is_refused_by_reason,
             not_kept_before_it_is_ready = super::kept::not_kept_before_it_is_ready,
             adoption_given_up_changes_nothing = super::kept::adoption_given_up_changes_nothing,
+            whole_cpus = super::pins::whole_cpus,
         ]);)*
     };
 }

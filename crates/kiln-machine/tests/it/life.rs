@@ -66,6 +66,7 @@ impl Sim {
             ],
             boot_timeout_ms: 10_000,
             keep_until_unix_ms: None,
+            host_cpus: Vec::new(),
         }
     }
 

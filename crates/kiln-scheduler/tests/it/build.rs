@@ -50,6 +50,7 @@ pub(crate) fn host(id: &str, size: u32) -> Worker {
                 machines: size,
                 ..cpus(size)
             },
+            whole_cpus: None,
             version: "1".to_owned(),
             warm: BTreeSet::new(),
         },

@@ -414,6 +414,9 @@ pub fn facts(shop: &Workshop, machines_max: u32) -> WorkerFacts {
             disk: free_disk(&shop.host.home.data),
             machines: machines_max,
         },
+        whole_cpus: kiln_machine::pins::usable()
+            .ok()
+            .and_then(|cpus| u32::try_from(cpus.len()).ok()),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         warm,
     }

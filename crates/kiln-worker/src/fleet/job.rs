@@ -420,6 +420,7 @@ impl Work<'_> {
                     proxy: site.proxy.clone(),
                     limits: Limits::default(),
                     timeout: Duration::from_millis(request.limits.timeout_ms),
+                    bytes_per_second: request.network_bytes_per_second(),
                 };
                 let checked =
                     checkout::checkout(&self.shop.host, input, self.events, &self.cancel).await?;

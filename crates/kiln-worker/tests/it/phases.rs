@@ -36,6 +36,55 @@ async fn an_honest_build_is_verified_named_and_recorded() {
     shop.assert_left(&["t/local/app"], "built").await;
 }
 
+/// What the records of the machines of this home say of their CPUs.
+fn host_cpus(shop: &Workshop) -> Vec<Vec<u64>> {
+    let machines = std::fs::read_dir(shop.host.home.data.join("machines"));
+    let records = machines.into_iter().flatten().flatten();
+    let texts = records.filter_map(|entry| std::fs::read(entry.path().join("record.json")).ok());
+    let values = texts.filter_map(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
+    let cpus = values.filter_map(|record| serde_json::from_value(record["host_cpus"].clone()).ok());
+    cpus.collect()
+}
+
+#[tokio::test]
+async fn a_job_that_asks_for_whole_cpus_gets_a_machine_with_its_own() {
+    let shop = Workshop::open(Guest::Honest).await;
+    let dispatch = kiln_core::Dispatch {
+        requires: kiln_core::dispatch::Requirements {
+            pinned_cpus: true,
+            ..Default::default()
+        },
+        ..Default::default()
+    };
+    // Its guest says nothing any more once it is to build, so that the machine can be looked at.
+    shop.driver
+        .inject_always(Fault::At(Step::Exec, Trouble::Silent));
+    let cancel = CancellationToken::new();
+    let building = shop.build_as(dispatch, TIMEOUT_MS, &cancel);
+    let looking = async {
+        loop {
+            if let Some(cpus) = host_cpus(&shop).pop() {
+                cancel.cancel();
+                return cpus;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    let (end, cpus) = tokio::join!(building, looking);
+    assert_eq!(
+        end.result.expect_err("cancelled").class,
+        FailureClass::Cancelled
+    );
+    let last = kiln_machine::pins::usable()
+        .expect("affinity")
+        .last()
+        .copied();
+    assert_eq!(cpus, [u64::from(last.expect("a CPU"))]);
+    let left = shop.host.ledger.list().await.expect("a list");
+    assert!(left.is_empty(), "given back: {left:?}");
+    shop.assert_left(&[], "cancelled").await;
+}
+
 #[tokio::test]
 async fn a_guest_that_lies_about_its_image_is_a_guest_fault_and_nothing_gets_a_name() {
     let lies = [

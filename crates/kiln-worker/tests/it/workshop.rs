@@ -100,6 +100,17 @@ impl Workshop {
 
     /// Builds one folder, within this time.
     pub(crate) async fn build(&self, timeout_ms: u64, cancel: &CancellationToken) -> BuildEnd {
+        let dispatch = kiln_core::Dispatch::default();
+        self.build_as(dispatch, timeout_ms, cancel).await
+    }
+
+    /// As [`Self::build`], with these needs.
+    pub(crate) async fn build_as(
+        &self,
+        dispatch: kiln_core::Dispatch,
+        timeout_ms: u64,
+        cancel: &CancellationToken,
+    ) -> BuildEnd {
         let source = tempfile::tempdir().expect("temp dir");
         std::fs::write(source.path().join("file"), "content").expect("write");
         let tree = Tree::open(source.path(), None, &[], context::Limits::default());
@@ -133,7 +144,8 @@ impl Workshop {
                 timeout_ms,
             },
             trust: TrustClass::Trusted,
-            dispatch: kiln_core::Dispatch::default(),
+            network_bits: None,
+            dispatch,
         };
         let input = BuildInput {
             request,

@@ -58,6 +58,7 @@ pub(super) async fn machines(home: &Home) -> Vec<Check> {
             };
             let mut checks = vec![fail("qemu", chain(&error), hint)];
             checks.extend(CgroupHost::detect().checks());
+            checks.push(kiln_machine::pins::check());
             checks
         }
     }

@@ -153,6 +153,7 @@ impl UnderTest {
             }],
             boot_timeout_ms: u64::try_from(self.deadline.as_millis()).expect("fits"),
             keep_until_unix_ms: None,
+            host_cpus: Vec::new(),
         }
     }
 
@@ -300,7 +301,7 @@ impl UnderTest {
     }
 
     /// The VMM's process as the record names it.
-    fn vmm_pid(&self, machine: &dyn Machine) -> i32 {
+    pub(crate) fn vmm_pid(&self, machine: &dyn Machine) -> i32 {
         let record = self.record(machine.name()).expect("a record");
         let pid = &record["state"]["vmm"]["pid"];
         i32::try_from(pid.as_u64().expect("a running VMM")).expect("fits")
