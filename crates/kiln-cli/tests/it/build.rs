@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::PoisonError;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::support::{HEAD, Kiln, app, free_port, get, kiln, path, root, until};
+use crate::annex::Annex;
+use crate::support::{Kiln, app, free_port, get, kiln, path, root, until};
 
 /// Runs an image until its page says what it should.
 fn answers(kiln: &Kiln, image: &str, guest_port: u16, target: &str, want: &str) {
@@ -44,12 +44,10 @@ fn copy_tree(from: &Path, to: &Path) {
 }
 
 fn example(name: &str, file: &str, from: &str, to: &str, guest_port: u16) {
-    let Some(kiln) = kiln() else { return };
-    let _alone = HEAD.write().unwrap_or_else(PoisonError::into_inner);
-    let kiln = Kiln {
-        alone: true,
-        ..kiln
+    let Some(mut kiln) = Annex::open() else {
+        return;
     };
+    kiln.fresh_heads();
     let dir = copy(&format!("examples/{name}"));
     let tag = format!("it-{name}");
     // A home that has seen this test before must not know the source already.

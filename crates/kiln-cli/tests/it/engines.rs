@@ -2,11 +2,11 @@
 
 use std::path::Path;
 use std::process::{Command, Output};
-use std::sync::PoisonError;
 
 use serde_json::Value;
 
-use crate::support::{HEAD, Kiln, app, free_port, kiln, path, said, until};
+use crate::annex::Annex;
+use crate::support::{app, free_port, kiln, path, said, until};
 
 /// Places for credentials and images that nobody else uses.
 fn at_home(command: &mut Command, home: &Path) {
@@ -53,16 +53,14 @@ fn is_here(program: &str) -> bool {
 
 #[test]
 fn skopeo_reads_built_images_from_the_registry() {
-    let Some(kiln) = kiln() else { return };
+    let Some(mut kiln) = Annex::open() else {
+        return;
+    };
     if !is_here("skopeo") {
         return;
     }
     // The registry's door is open while `registry serve` owns the store: no other build holds it meanwhile.
-    let _alone = HEAD.write().unwrap_or_else(PoisonError::into_inner);
-    let kiln = Kiln {
-        alone: true,
-        ..kiln
-    };
+    kiln.own_registry();
     let dir = app(&[
         (
             "Dockerfile",
@@ -155,7 +153,6 @@ fn a_built_image_is_loaded_into_podman() {
         let mut command = kiln.command(&args);
         at_home(&mut command, home.path());
         command.env("PATH", engines);
-        let _shared = HEAD.read().unwrap_or_else(PoisonError::into_inner);
         said(command)
     };
     #[expect(

@@ -91,8 +91,9 @@ fn a_corrupt_template_is_removed_and_made_again() {
 
 #[test]
 fn a_corrupt_cache_head_is_left_behind_and_a_corrupt_shared_one_refused() {
-    let Some(annex) = Annex::open() else { return };
-    let mut annex = annex.alone();
+    let Some(mut annex) = Annex::open() else {
+        return;
+    };
     let heads = annex.own_heads();
     let first = build_alive(&annex, "it-rot-head", &[]);
     assert!(first["head"][1].is_string(), "it committed: {first}");
@@ -129,8 +130,9 @@ fn a_corrupt_cache_head_is_left_behind_and_a_corrupt_shared_one_refused() {
 
 #[test]
 fn corrupt_blobs_and_disks_are_refused_or_made_again_and_a_scrub_finds_everything() {
-    let Some(annex) = Annex::open() else { return };
-    let mut annex = annex.alone();
+    let Some(mut annex) = Annex::open() else {
+        return;
+    };
     let registry = annex.own("registry");
     let built = build_alive(&annex, "it-rot-blob", &["--no-cache"]);
     lives(&annex, "it-rot-blob");

@@ -29,11 +29,11 @@ fn serve(annex: &Annex, port: u16) -> (Started, String) {
 
 #[test]
 fn a_server_builds_runs_and_explains() {
-    let Some(annex) = Annex::open() else { return };
-    let annex = annex.alone();
-    let _head = crate::support::HEAD
-        .write()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Some(mut annex) = Annex::open() else {
+        return;
+    };
+    annex.fresh_heads();
+    annex.own_registry();
     let port = free_port();
     let (server, at) = serve(&annex, port);
     let on = |args: &[&str]| annex.run(&[&["--server", at.as_str()], args].concat());

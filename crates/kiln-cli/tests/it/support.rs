@@ -4,17 +4,12 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 /// Longest wait for a state a test waits for.
 pub(crate) const WAIT: Duration = Duration::from_secs(120);
 /// Pause between two looks at a state that cannot be waited for.
 const POLL: Duration = Duration::from_millis(50);
-
-/// Builds that commit a cache head at the same time race for it, and the loser keeps nothing: a test that counts on its own
-/// head holds this alone.
-pub(crate) static HEAD: RwLock<()> = RwLock::new(());
 
 /// What a kiln command said.
 #[derive(Debug)]
@@ -63,7 +58,6 @@ pub(crate) fn kiln() -> Option<Kiln> {
         (Some(program), Some(home)) => Some(Kiln {
             program: program.into(),
             home: home.into(),
-            alone: false,
         }),
         _ => {
             assert!(
@@ -76,13 +70,12 @@ pub(crate) fn kiln() -> Option<Kiln> {
     }
 }
 
-/// A kiln program with a home.
+/// A kiln program with a home. Builds that commit a cache head at the same time race for it, and the loser keeps nothing: a test that counts
+/// on its own head has [`crate::annex::Annex::fresh_heads`].
 #[derive(Clone, Debug)]
 pub(crate) struct Kiln {
     pub(crate) program: PathBuf,
     pub(crate) home: PathBuf,
-    /// The caller holds [`HEAD`] alone.
-    pub(crate) alone: bool,
 }
 
 impl Kiln {
@@ -98,8 +91,6 @@ impl Kiln {
 
     /// Runs a command to its end.
     pub(crate) fn run(&self, args: &[&str]) -> Said {
-        let shares_head = !self.alone && args.first() == Some(&"build");
-        let _shared = shares_head.then(|| HEAD.read().unwrap_or_else(PoisonError::into_inner));
         said(self.command(args))
     }
 
