@@ -236,6 +236,7 @@ pub(crate) fn facts() -> WorkerFacts {
             disk: ByteSize::gib(100_000),
             machines: 20_000,
         },
+        whole_cpus: None,
         version: "0.1.0".to_owned(),
         warm: BTreeSet::new(),
     }
