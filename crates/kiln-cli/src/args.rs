@@ -11,8 +11,8 @@ use kiln_core::{AllowRule, ByteSize, ImageRef};
 #[cfg(test)]
 pub(crate) use fleet::Bound;
 pub(crate) use fleet::{
-    JobCommand, JobFilterArgs, QueueCommand, QueueingArgs, QuotaArgs, ServeArgs, ServerArgs,
-    TenantCommand, TokenArgs, TokenCommand, WorkerArgs, WorkerCommand, WorkerStateArgs,
+    BackupCommand, JobCommand, JobFilterArgs, QueueCommand, QueueingArgs, QuotaArgs, ServeArgs,
+    ServerArgs, TenantCommand, TokenArgs, TokenCommand, WorkerArgs, WorkerCommand, WorkerStateArgs,
 };
 
 /// Builds container images and runs untrusted commands, each in a fresh microVM on this machine.
@@ -89,6 +89,9 @@ pub(crate) enum Command {
     /// Make, list and revoke a server's tokens
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Copy this home's queue while it is served, and put a copy back
+    #[command(subcommand)]
+    Backup(BackupCommand),
     /// Measure what PROMISES.md promises
     Bench(BenchArgs),
     /// Do all set-up that needs no root: machine image, bases, registries, templates

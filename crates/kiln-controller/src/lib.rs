@@ -5,6 +5,7 @@
 pub mod access;
 pub mod api;
 mod backend;
+pub mod backup;
 pub mod fleet;
 pub mod metrics;
 pub mod retention;

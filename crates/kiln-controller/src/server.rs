@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::access::{Access, SealedError, TrustedIssuer, tls};
 use crate::api::{self, ApiConfig, ListenConfig, ListenError, Sockets};
+use crate::backup;
 use crate::fleet::secrets::Secrets;
 use crate::fleet::source::{SourceError, SourceStore};
 use crate::fleet::{doors, schedule, sweep};
@@ -64,6 +65,8 @@ pub struct ServeConfig {
     pub receivers: ReceiverPolicy,
     /// How long finished jobs are kept.
     pub retention: Retention,
+    /// Generation of the worker protocol that it speaks, with the one before: [`kiln_proto::fleet::GENERATION`], but in tests of an update.
+    pub generation: u32,
 }
 
 /// How TCP listeners are protected.
@@ -164,7 +167,7 @@ pub async fn start_with(config: ServeConfig, options: OpenOptions) -> Result<Run
     let lock = lock(&config.folder)?;
     let database = config
         .database
-        .unwrap_or_else(|| DatabaseUrl::Sqlite(config.folder.join("kiln.db")));
+        .unwrap_or_else(|| DatabaseUrl::Sqlite(config.folder.join(backup::DATABASE_FILE)));
     let db = Database::open(&database, options).await?;
     let now_ms = crate::fleet::who::now_unix_ms();
     let keys = config.folder.join("keys");
@@ -195,6 +198,7 @@ pub async fn start_with(config: ServeConfig, options: OpenOptions) -> Result<Run
         settings: Settings {
             pool: config.pool,
             registry_address: config.registry_address,
+            generation: config.generation,
         },
         holder: holder(),
     };
@@ -207,7 +211,8 @@ pub async fn start_with(config: ServeConfig, options: OpenOptions) -> Result<Run
         addresses.push(sockets.tcp(address, tls.clone(), router.clone()).await?);
     }
     let socket = socket_path(&config.folder);
-    sockets.unix(socket.clone(), router)?;
+    let private = router.merge(backup::router(controller.clone(), &config.folder));
+    sockets.unix(socket.clone(), private)?;
     sockets.close_removed(controller.db.clone());
     // Numbers, no names: plain HTTP, as Prometheus asks.
     let door = Sockets::new(ListenConfig {
@@ -262,7 +267,8 @@ impl Running {
     }
 }
 
-fn lock(folder: &Path) -> Result<File, StartError> {
+/// Takes a folder for one controller, or for whoever changes its files; it is free again when the file is closed.
+pub(crate) fn lock(folder: &Path) -> Result<File, StartError> {
     use std::os::unix::fs::DirBuilderExt as _;
     let failed = |path: &Path| {
         let path = path.to_owned();

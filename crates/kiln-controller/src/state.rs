@@ -48,6 +48,8 @@ pub struct Settings {
     pub pool: PoolName,
     /// Where others reach the registry, `host:port`; none when worker and controller share one.
     pub registry_address: Option<String>,
+    /// Generation of the worker protocol; the one before is served too.
+    pub generation: u32,
 }
 
 impl Controller {

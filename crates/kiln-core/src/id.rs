@@ -187,6 +187,18 @@ impl AttemptId {
     pub fn machine_name(&self, role: &str) -> Result<MachineName, ParseIdError> {
         format!("{}-{}-{role}", self.job, self.number).parse()
     }
+
+    /// The attempt and the role that a machine's name was made of; none when it is no such name.
+    #[must_use]
+    pub fn of_machine(name: &MachineName) -> Option<(Self, &str)> {
+        let (rest, role) = name.as_str().rsplit_once('-')?;
+        let (job, number) = rest.rsplit_once('-')?;
+        let attempt = Self {
+            job: job.parse().ok()?,
+            number: number.parse().ok()?,
+        };
+        Some((attempt, role))
+    }
 }
 
 impl fmt::Display for AttemptId {
@@ -229,6 +241,11 @@ mod tests {
             job: early,
             number: 1,
         };
-        assert!(attempt.machine_name("build").is_ok());
+        let name = attempt.machine_name("build").expect("a name");
+        assert_eq!(AttemptId::of_machine(&name), Some((attempt, "build")));
+        for other in ["template", "a-b-run", "x-run"] {
+            let other = other.parse().expect("a name");
+            assert_eq!(AttemptId::of_machine(&other), None);
+        }
     }
 }

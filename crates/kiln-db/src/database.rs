@@ -31,6 +31,8 @@ pub struct OpenOptions {
     pub statement_timeout: Duration,
     /// Every commit and every read takes this much longer: for tests of what a slow database does to everybody else.
     pub delay: Duration,
+    /// One more step of the schema, as a newer kiln would take it: for tests of updates.
+    pub later: Option<&'static str>,
 }
 
 impl Default for OpenOptions {
@@ -42,6 +44,7 @@ impl Default for OpenOptions {
             connections: 16,
             statement_timeout: Duration::from_secs(10),
             delay: Duration::ZERO,
+            later: None,
         }
     }
 }

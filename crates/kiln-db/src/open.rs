@@ -214,7 +214,7 @@ async fn prepare_file(
         check_file(tx, "pragma quick_check(1)", place).await?;
     }
     let found = schema::version(tx).await.map_err(wrap)?;
-    refuse_newer(found, place)?;
+    refuse_newer(found, options.later, place)?;
     let inode = inode_of(path).map_err(wrap)?;
     let known = if found == 0 {
         None
@@ -231,7 +231,7 @@ async fn prepare_file(
         check_file(tx, "pragma integrity_check(1)", place).await?;
     }
     tx.exec("begin immediate", args![]).await.map_err(wrap)?;
-    schema::migrate(tx).await.map_err(wrap)?;
+    schema::migrate(tx, options.later).await.map_err(wrap)?;
     let incarnation = first_rows(tx).await.map_err(wrap)?;
     let incarnation = if copied {
         // Leases of the file that this was copied from may be alive elsewhere.
@@ -274,12 +274,17 @@ pub(crate) async fn check_file(
     }
 }
 
-pub(crate) fn refuse_newer(found: u32, place: &str) -> Result<(), OpenError> {
-    if found > schema::VERSION {
+pub(crate) fn refuse_newer(
+    found: u32,
+    later: Option<&'static str>,
+    place: &str,
+) -> Result<(), OpenError> {
+    let known = schema::known(later);
+    if found > known {
         return Err(OpenError::Newer {
             url: place.to_owned(),
             found,
-            known: schema::VERSION,
+            known,
         });
     }
     Ok(())
@@ -389,9 +394,9 @@ async fn prepare_server(
         });
     }
     let found = schema::version(&mut tx).await.map_err(wrap)?;
-    refuse_newer(found, place)?;
-    let after = schema::migrate(&mut tx).await.map_err(wrap)?;
-    refuse_newer(after, place)?;
+    refuse_newer(found, None, place)?;
+    let after = schema::migrate(&mut tx, None).await.map_err(wrap)?;
+    refuse_newer(after, None, place)?;
     let incarnation = first_rows(&mut tx).await.map_err(wrap)?;
     let incarnation = crate::restore::notice_other_server(&mut tx, incarnation)
         .await

@@ -216,7 +216,7 @@ async fn check_backup(from: &Path) -> Result<(), OpenError> {
     let mut tx = Tx::new(Conn::Writer(conn), "check the backup", &clock);
     open::check_file(&mut tx, "pragma integrity_check(1)", &place).await?;
     let found = schema::version(&mut tx).await.map_err(wrap)?;
-    open::refuse_newer(found, &place)?;
+    open::refuse_newer(found, None, &place)?;
     if found == 0 {
         return Err(OpenError::Damaged {
             url: place,
@@ -245,7 +245,7 @@ async fn renew(file: &Path) -> Result<Restored, OpenError> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
     let mut tx = Tx::new(Conn::Writer(conn), "begin a new life", &clock);
     tx.exec("begin immediate", args![]).await.map_err(wrap)?;
-    schema::migrate(&mut tx).await.map_err(wrap)?;
+    schema::migrate(&mut tx, None).await.map_err(wrap)?;
     let incarnation = open::incarnation(&mut tx).await.map_err(wrap)? + 1;
     let leases_ended = end_leases(&mut tx).await.map_err(wrap)?;
     set_incarnation(&mut tx, incarnation).await.map_err(wrap)?;

@@ -10,8 +10,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use kiln_core::MachineName;
+
 use crate::cgroup::{self, CgroupHost};
-use crate::driver::ReapReport;
+use crate::driver::{LeakReport, ReapReport};
 use crate::proc::{self, ProcessIdentity, Wanted};
 use crate::record::{self, LOCK_FILE, MachineRecord, REAPING_PREFIX, RECORD_FILE, RecordState};
 
@@ -171,6 +173,38 @@ pub fn reap_home(home: &Path) -> ReapReport {
     }
     report.reaped.sort();
     report
+}
+
+/// Machines of a home that this very process owns, by their records; not those that are kept.
+#[must_use]
+pub fn own_machines(home: &Path) -> Vec<MachineName> {
+    let own = ProcessIdentity::of_self();
+    let entries = fs::read_dir(home.join(record::MACHINES_DIR));
+    let records = entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| record::read_record(&entry.path()));
+    let mut names: Vec<_> = records
+        .filter(|record| record.kept.is_none() && record.owner == own)
+        .map(|record| record.name)
+        .collect();
+    names.sort();
+    names
+}
+
+/// Kills and removes a machine that this very process owns, whoever holds its handle: for one that nobody answers for any more. Its handle, if
+/// there still is one, finds it stopped. Blocks.
+#[must_use]
+pub fn end_own(home: &Path, name: &MachineName) -> LeakReport {
+    let dir = home.join(record::MACHINES_DIR).join(name.as_str());
+    let own = ProcessIdentity::of_self();
+    let record = record::read_record(&dir).filter(|record| record.owner == own);
+    let leaks = match &record {
+        Some(found) => remove_machine(&dir, &found.token, Some(found), Scan::Always),
+        None => Vec::new(),
+    };
+    LeakReport { leaks }
 }
 
 /// Removes files and directories directly in `dirs` that a dead process was writing: see [`proc::partial_name`]. Gives what was removed

@@ -171,6 +171,9 @@ pub struct Heartbeat {
     /// The operator asked this worker, on its host, to take no more.
     #[serde(default)]
     pub draining: bool,
+    /// Machines without a lease that it found and destroyed since the last heartbeat that was answered.
+    #[serde(default)]
+    pub orphans: u64,
 }
 
 /// One lease in a heartbeat.

@@ -13,5 +13,6 @@ pub mod identity;
 pub mod job;
 pub mod local;
 pub mod mask;
+pub mod reconcile;
 pub mod report;
 pub mod spool;

@@ -325,6 +325,27 @@ pub(crate) struct TokenArgs {
     pub tenants: Vec<String>,
 }
 
+/// Verbs of `kiln backup`.
+#[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln backup create /backup/kiln-monday.db\n  kiln backup restore --replace /backup/kiln-monday.db\n\nIt holds the queue, its history, tenants and tokens. Sources, logs, images and keys are files of the home: copy\nthem after it. A PostgreSQL database has its own tools (docs/design/state.md)."
+)]
+pub(crate) enum BackupCommand {
+    /// Write a whole copy of the database of this home's server, while it serves
+    Create {
+        /// Where to; nothing is overwritten
+        file: PathBuf,
+    },
+    /// Put a copy back into this home, while no server runs
+    Restore {
+        /// The copy
+        file: PathBuf,
+        /// Put it in the place of the database that is there, which is kept under another name
+        #[arg(long)]
+        replace: bool,
+    },
+}
+
 /// A number, or `none`.
 fn parse_bound(text: &str) -> Result<Bound, String> {
     match text {

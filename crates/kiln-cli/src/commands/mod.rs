@@ -1,5 +1,6 @@
 //! One verb, one module.
 
+mod backup;
 mod bases;
 mod bench;
 mod build;
@@ -74,6 +75,7 @@ pub(crate) async fn run(
         },
         Command::Tenant(verb) => tenant::run(verb, server, screen).await,
         Command::Token(verb) => token::run(verb, server, screen).await,
+        Command::Backup(verb) => backup::run(verb, server, screen).await,
         Command::Bench(args) => bench::run(args, screen, cancel).await,
         Command::Setup(args) => setup::run(args, screen, cancel).await,
         Command::Uninstall(args) => uninstall::run(&args, screen).await,

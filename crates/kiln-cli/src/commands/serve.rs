@@ -82,6 +82,7 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
         prefix: Prefix::default(),
         receivers: ReceiverPolicy::default(),
         retention: Retention::default(),
+        generation: kiln_proto::fleet::GENERATION,
     };
     let ca = config.folder.join("authority.pem");
     let running = server::start(config).await;

@@ -155,11 +155,57 @@ impl Problem {
         .hint("try again; the operator finds the cause in the server's log")
         .retry_after(2)
     }
+
+    /// This server has no room to keep it; the cause goes to the log alone.
+    #[must_use]
+    pub fn disk_full(cause: &dyn std::error::Error) -> Self {
+        let told = Self::unavailable(cause);
+        Self {
+            status: StatusCode::INSUFFICIENT_STORAGE,
+            code: "disk_full",
+            detail: "this server's disk is full or cannot be written: nothing was changed"
+                .to_owned(),
+            hint: Some("the operator makes room; the same request works then".to_owned()),
+            retry_after: Some(30),
+            ..told
+        }
+    }
+
+    /// A file of ours could not be written or read.
+    #[must_use]
+    pub fn of_io(error: &std::io::Error) -> Self {
+        match is_disk_full(error) {
+            true => Self::disk_full(error),
+            false => Self::unavailable(error),
+        }
+    }
+}
+
+/// Whether an error is, or was caused by, a disk without room.
+pub(crate) fn is_disk_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    use std::io::ErrorKind;
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let full = |error: &std::io::Error| {
+            matches!(
+                error.kind(),
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
+            )
+        };
+        if error.downcast_ref::<std::io::Error>().is_some_and(full) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }
 
 impl From<kiln_db::DbError> for Problem {
     fn from(error: kiln_db::DbError) -> Self {
-        Self::unavailable(&error)
+        match error {
+            kiln_db::DbError::Disk { .. } => Self::disk_full(&error),
+            error => Self::unavailable(&error),
+        }
     }
 }
 

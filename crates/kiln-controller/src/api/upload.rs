@@ -11,7 +11,7 @@ use multer::{Constraints, Field, Multipart, SizeLimit};
 
 use super::Api;
 use super::ports::SourceRefused;
-use super::problem::Problem;
+use super::problem::{Problem, is_disk_full};
 
 /// Largest part that is not a source.
 const PART_MAX: u64 = 1 << 20;
@@ -155,6 +155,7 @@ pub(crate) async fn source(
         .map_err(|error| match error {
             SourceRefused::TooLarge(_) => too_large(api),
             SourceRefused::Cut(cause) => cut(api, &cause),
+            SourceRefused::Store(cause) if is_disk_full(&*cause) => Problem::disk_full(&*cause),
             SourceRefused::Store(cause) => Problem::unavailable(&*cause),
         })
 }

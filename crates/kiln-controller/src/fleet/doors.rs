@@ -27,6 +27,7 @@ use kiln_store::logs::{LogError, LogName, RetentionClass};
 use kiln_store::registry::RepoName;
 use tokio::sync::broadcast::error::RecvError;
 
+use super::former_life;
 use super::refusal::Refused;
 use super::registry_door;
 use super::sweep::random;
@@ -222,6 +223,7 @@ async fn heartbeat(
             .await
             .map_err(|error| Refused::unknown_worker(error.to_string()))?;
     }
+    controller.metrics.orphans(beat.orphans);
     let leases = answer.leases.into_iter().map(|(_, answer)| match answer {
         Answer::Live { cancel, .. } => LeaseAnswer::Live { cancel },
         Answer::Refused(why) => LeaseAnswer::Gone {
@@ -461,6 +463,9 @@ async fn log(
     }
     let name = log_name(&held.lease);
     let length = piece.len() as u64;
+    if from == 0 && length > 0 {
+        former_life::forget(&controller, &name).await?;
+    }
     match controller.logs.append(&name, from, piece).await {
         Ok(appended) => {
             controller.db.log_mark(&held.lease, from, length).await?;

@@ -3,6 +3,7 @@
 //! Read next: [`schedule`] (who runs what), [`doors`] (what a worker may do under its lease), [`sweep`] (what is lost).
 
 pub mod doors;
+mod former_life;
 pub mod refusal;
 pub mod registry_door;
 pub mod schedule;

@@ -4,14 +4,17 @@ use axum::extract::{FromRequestParts, Path};
 use http::request::Parts;
 use kiln_core::{AttemptId, JobId, Lease, WorkerId};
 use kiln_db::NewAudit;
-use kiln_proto::fleet::{GENERATION, GENERATION_HEADER, LEASE_HEADER, LeaseHeader, WORKER_HEADER};
+use kiln_proto::fleet::{GENERATION_HEADER, LEASE_HEADER, LeaseHeader, WORKER_HEADER};
 
 use super::refusal::Refused;
 use crate::access::Peer;
 use crate::state::Controller;
 
-/// Oldest generation of `/worker/v1` that is served.
-pub const GENERATION_MIN: u32 = if GENERATION > 1 { GENERATION - 1 } else { 1 };
+/// Oldest generation of `/worker/v1` that a controller of a generation serves: the one before its own.
+#[must_use]
+pub fn generation_min(own: u32) -> u32 {
+    own.saturating_sub(1).max(1)
+}
 
 /// A worker whose connection proves it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -27,7 +30,7 @@ impl FromRequestParts<Controller> for Worker {
         parts: &mut Parts,
         controller: &Controller,
     ) -> Result<Self, Refused> {
-        generation(parts)?;
+        generation(parts, controller.settings.generation)?;
         let peer = parts.extensions.get::<Peer>();
         let peer = peer.ok_or_else(|| Refused::unknown_worker("nobody knows who asks"))?;
         if peer.is_owner() {
@@ -63,16 +66,17 @@ pub(crate) fn now_unix_ms() -> u64 {
     u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }
 
-fn generation(parts: &Parts) -> Result<(), Refused> {
+fn generation(parts: &Parts, own: u32) -> Result<(), Refused> {
+    let oldest = generation_min(own);
     let header = parts.headers.get(GENERATION_HEADER);
     let spoken: Option<u32> = header.and_then(|value| value.to_str().ok()?.parse().ok());
     match spoken {
-        Some(spoken) if (GENERATION_MIN..=GENERATION).contains(&spoken) => Ok(()),
+        Some(spoken) if (oldest..=own).contains(&spoken) => Ok(()),
         Some(spoken) => Err(Refused::new(
             http::StatusCode::UPGRADE_REQUIRED,
             "generation",
             format!(
-                "the worker speaks generation {spoken}, this controller {GENERATION_MIN} to {GENERATION}: update the older of the two"
+                "the worker speaks generation {spoken}, this controller {oldest} to {own}: update the older of the two"
             ),
         )),
         None => Err(Refused::bad("the request says no generation")),

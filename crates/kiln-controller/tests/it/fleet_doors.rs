@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use kiln_core::{FailureClass, JobId, JobState, Lease, Verdict, WorkerId};
 use kiln_db::{LeaseTimes, OpenOptions};
-use kiln_proto::fleet::{HeldLease, LeaseAnswer, LeaseHeader, Leased};
+use kiln_proto::fleet::{Heartbeat, HeartbeatAnswer, HeldLease, LeaseAnswer, LeaseHeader, Leased};
 use kiln_testkit::wait_until;
 use tokio::io::AsyncWriteExt as _;
 
 use crate::fleet_server::{Fleet, PATIENCE, times};
-use crate::fleet_worker::{Line, NoAnswer, send};
+use crate::fleet_worker::{Line, NoAnswer, facts, send};
 use crate::server::{FORM, Got, archive, multipart};
 
 /// Every request about a job: method, what, and a body that makes sense there.
@@ -177,6 +177,29 @@ async fn a_worker_that_lies_is_refused_at_every_door() {
         "{lies} lies at {} doors: all refused, all in the audit log",
         DOORS.len()
     );
+    fleet.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn orphans_that_a_worker_found_are_counted() {
+    let folder = tempfile::tempdir().expect("folder");
+    let fleet = Fleet::start(folder.path(), OpenOptions::default()).await;
+    let line = joined(&fleet, "w1", 1).await;
+    for orphans in [0, 2, 1] {
+        let beat = Heartbeat {
+            facts: facts(1),
+            held: Vec::new(),
+            draining: false,
+            orphans,
+        };
+        let told: Result<HeartbeatAnswer, _> = line
+            .call("/worker/v1/heartbeat", None, &beat, PATIENCE)
+            .await;
+        told.expect("answers");
+    }
+    let shown = fleet.running.controller.metrics.render();
+    let line = "kiln_machine_orphans_total 3";
+    assert!(shown.lines().any(|shown| shown == line), "{shown}");
     fleet.stop().await;
 }
 
@@ -354,7 +377,7 @@ async fn cancels_race_finishes() {
 }
 
 /// Everything below the folder of uploads.
-fn uploads(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+pub(crate) fn uploads(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![folder.join("controller/sources")];
     while let Some(next) = folders.pop() {

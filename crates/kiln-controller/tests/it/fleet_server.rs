@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use kiln_controller::api::{ApiConfig, ListenConfig};
-use kiln_controller::server::{Running, ServeConfig, Tls, socket_path, start_with};
+use kiln_controller::server::{Running, ServeConfig, StartError, Tls, socket_path, start_with};
 use kiln_controller::webhooks::ReceiverPolicy;
 use kiln_core::job::{Limits, RunCommand, TrustClass};
 use kiln_core::{
@@ -15,6 +15,7 @@ use kiln_core::{
     Verdict,
 };
 use kiln_db::{LeaseTimes, NewJob, OpenOptions, Retention};
+use kiln_proto::fleet::GENERATION;
 use kiln_store::HostRegistry;
 use kiln_store::host::HostConfig;
 use kiln_store::logs::LogName;
@@ -45,19 +46,36 @@ pub(crate) struct Fleet {
     pub(crate) socket: PathBuf,
 }
 
+/// What a newer kiln adds to the database.
+const LATER: &str =
+    "create table later (id integer primary key); alter table workers add column later text";
+
+/// As a newer kiln would start: with one more step of the schema, and the next generation of the workers' protocol.
+pub(crate) fn newer(options: OpenOptions) -> OpenOptions {
+    OpenOptions {
+        later: Some(LATER),
+        ..options
+    }
+}
+
 pub(crate) async fn serve(folder: &Path, options: OpenOptions) -> Running {
+    try_serve(folder, options).await.expect("starts")
+}
+
+pub(crate) async fn try_serve(folder: &Path, options: OpenOptions) -> Result<Running, StartError> {
     let registry = folder.join("registry");
     std::fs::create_dir_all(&registry).expect("folder");
     let registry = HostRegistry::open_or_attach(&registry, HostConfig::default()).await;
     let api = ApiConfig {
         requests_per_s: 100_000,
         requests_burst: 100_000,
+        followers_per_tenant: 10_000,
         ..ApiConfig::default()
     };
     let config = ServeConfig {
         folder: folder.join("controller"),
         database: None,
-        listen: Vec::new(),
+        listen: vec!["127.0.0.1:0".parse().expect("an address")],
         tls: Tls::Plain,
         sockets: ListenConfig::default(),
         api,
@@ -70,8 +88,9 @@ pub(crate) async fn serve(folder: &Path, options: OpenOptions) -> Running {
         prefix: Prefix::default(),
         receivers: ReceiverPolicy::default(),
         retention: Retention::default(),
+        generation: GENERATION + u32::from(options.later.is_some()),
     };
-    start_with(config, options).await.expect("starts")
+    start_with(config, options).await
 }
 
 /// Where the private socket of a controller in `folder` is.
@@ -247,6 +266,11 @@ pub(crate) struct Served {
 impl Served {
     /// Starts it, and waits until it says that it is ready.
     pub(crate) fn start(folder: &Path) -> Self {
+        Self::start_with(folder, SHORT)
+    }
+
+    /// With other times of leases.
+    pub(crate) fn start_with(folder: &Path, lease: LeaseTimes) -> Self {
         let mut child = Command::new(std::env::current_exe().expect("own path"))
             .args(["--exact", "fleet_server::controller_child"])
             .args(["--ignored", "--nocapture"])
@@ -256,11 +280,17 @@ impl Served {
             .spawn()
             .expect("starts");
         let stdin = child.stdin.as_mut().expect("piped");
-        writeln!(stdin, "{}", folder.display()).expect("is told");
+        let (ttl, grace) = (lease.ttl_ms, lease.grace_ms);
+        writeln!(stdin, "{ttl} {grace} {}", folder.display()).expect("is told");
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         let ready = lines.any(|line| line.is_ok_and(|line| line.contains("serves")));
         assert!(ready, "the controller did not start");
         Self { child }
+    }
+
+    /// Its number.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// `kill -9`.
@@ -273,14 +303,19 @@ impl Served {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a part of other tests, which start it"]
 async fn controller_child() {
-    let mut folder = String::new();
+    let mut told = String::new();
     std::io::stdin()
-        .read_line(&mut folder)
+        .read_line(&mut told)
         .expect("is told where");
-    if folder.trim().is_empty() {
+    let mut words = told.trim().splitn(3, ' ');
+    let (Some(ttl), Some(grace), Some(folder)) = (words.next(), words.next(), words.next()) else {
         return;
-    }
-    let running = serve(Path::new(folder.trim()), times(SHORT)).await;
+    };
+    let lease = LeaseTimes {
+        ttl_ms: ttl.parse().expect("a number"),
+        grace_ms: grace.parse().expect("a number"),
+    };
+    let running = serve(Path::new(folder), times(lease)).await;
     println!("serves {}", running.socket.display());
     // Until it is killed, or nobody is there any more who could.
     let mut end = String::new();

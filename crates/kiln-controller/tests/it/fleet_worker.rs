@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use kiln_core::dispatch::{Room, WorkerFacts};
 use kiln_core::{AttemptId, ByteSize, Epoch, JobKind, Lease, Outcome, Verdict};
 use kiln_proto::fleet::{
-    Finish, GENERATION_HEADER, Heartbeat, HeartbeatAnswer, HeldLease, JobEvents, Join, Joined,
-    LEASE_HEADER, LeaseAnswer, LeaseHeader, Leased, LogAnswer, Poll, PollAnswer, WORKER_HEADER,
+    Finish, GENERATION, GENERATION_HEADER, Heartbeat, HeartbeatAnswer, HeldLease, JobEvents, Join,
+    Joined, LEASE_HEADER, LeaseAnswer, LeaseHeader, Leased, LogAnswer, Poll, PollAnswer,
+    WORKER_HEADER,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -76,6 +77,8 @@ pub(crate) async fn send(
 pub(crate) struct Line {
     pub(crate) socket: PathBuf,
     pub(crate) worker: String,
+    /// Generation of the protocol that it speaks.
+    pub(crate) generation: u32,
     /// Nothing gets through.
     pub(crate) cut: Arc<AtomicBool>,
 }
@@ -85,6 +88,7 @@ impl Line {
         Self {
             socket: socket.to_owned(),
             worker: worker.to_owned(),
+            generation: GENERATION,
             cut: Arc::default(),
         }
     }
@@ -96,8 +100,9 @@ impl Line {
         lease: Option<&str>,
         body: &[u8],
     ) -> std::io::Result<Got> {
+        let generation = self.generation.to_string();
         let mut headers = vec![
-            (GENERATION_HEADER, "1"),
+            (GENERATION_HEADER, generation.as_str()),
             (WORKER_HEADER, self.worker.as_str()),
             ("content-type", "application/json"),
         ];
@@ -162,6 +167,7 @@ impl Line {
             facts: facts(machines),
             held,
             draining: false,
+            orphans: 0,
         };
         self.call("/worker/v1/heartbeat", None, &beat, ANSWER).await
     }

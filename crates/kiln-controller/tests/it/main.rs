@@ -5,11 +5,16 @@ mod abuse;
 #[path = "../../../kiln-worker/src/fleet/fence.rs"]
 #[expect(unreachable_pub, reason = "it is a part of another crate's interface")]
 mod fence;
+mod fleet_backup;
+mod fleet_disk;
 mod fleet_doors;
 mod fleet_faults;
+mod fleet_followers;
 mod fleet_lease_model;
 mod fleet_lease_sim;
 mod fleet_server;
+mod fleet_tokens;
+mod fleet_update;
 mod fleet_worker;
 mod identity;
 mod jobs;

@@ -19,12 +19,15 @@ use super::client::{LinkError, REQUEST_TIMEOUT};
 use super::clock::boot_ms;
 use super::fence::Fence;
 use super::job::{self, Stop, Workshop};
+use super::reconcile::{self, Reconciler};
 use crate::host::{CPU_OVERCOMMIT_PERCENT, MEMORY_RESERVE, steady_unix_ms};
 
 /// Wait before a poll or heartbeat that failed is sent again.
 const RETRY: Duration = Duration::from_millis(500);
 /// Longest wait for the controller when the worker leaves.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest wait for the answer to a heartbeat. Short, so that one that went into a dead connection leaves time for another within a lease's life.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long machines get to end after the worker was asked to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -60,6 +63,8 @@ struct State {
     /// Attempts whose machines were destroyed here because their lease was over. Offered again, as a controller may that was away, they are
     /// lost: an attempt runs once.
     destroyed: BTreeSet<(AttemptId, Epoch)>,
+    /// Machines without a lease that were destroyed and that the controller was not told of yet.
+    orphans: u64,
 }
 
 struct Daemon {
@@ -70,6 +75,8 @@ struct Daemon {
     changed: Notify,
     /// A heartbeat is wanted at once.
     beat: Notify,
+    /// A heartbeat was not answered: what else waits on the line waits in vain.
+    silent: Notify,
 }
 
 /// Works for the controller until `stop`, or until the controller no longer knows this worker. Jobs that run then are lost for this worker and
@@ -89,9 +96,11 @@ pub async fn serve(
             fence: Fence::default(),
             running: HashMap::new(),
             destroyed: BTreeSet::new(),
+            orphans: 0,
         }),
         changed: Notify::new(),
         beat: Notify::new(),
+        silent: Notify::new(),
     });
     let released = tokio::select! {
         released = daemon.release() => released,
@@ -102,6 +111,7 @@ pub async fn serve(
     let ended = tokio::select! {
         ended = daemon.heartbeats() => Err(ended),
         never = daemon.fence() => match never {},
+        never = daemon.reconcile() => match never {},
         ended = daemon.polls(&mut jobs) => Err(ended),
         () = stop.cancelled() => Ok(()),
     };
@@ -176,6 +186,24 @@ impl Daemon {
         }
     }
 
+    /// Ends machines that no lease answers for: see [`super::reconcile`].
+    async fn reconcile(&self) -> Never {
+        let mut reconciler = Reconciler::default();
+        loop {
+            tokio::time::sleep(reconcile::EVERY).await;
+            let held = {
+                let state = self.lock();
+                let live = state
+                    .running
+                    .iter()
+                    .filter(|(_, running)| !running.stop.fenced.is_cancelled());
+                live.map(|(attempt, _)| attempt.clone()).collect()
+            };
+            let found = reconciler.look(&self.shop.host, &held).await;
+            self.lock().orphans += found.orphans();
+        }
+    }
+
     fn destroy(&self, state: &mut State, attempt: &AttemptId, why: &str) {
         state.fence.ended(attempt);
         self.shop.host.leases.end(attempt);
@@ -210,24 +238,29 @@ impl Daemon {
                 Err(error) => {
                     tracing::debug!(error = crate::orders::chain(&error), "no heartbeat");
                     failed = true;
+                    self.silent.notify_waiters();
                 }
             }
         }
     }
 
     async fn heartbeat(&self) -> Result<(), LinkError> {
-        let held = self.lock().fence.held();
+        let (held, orphans) = {
+            let state = self.lock();
+            (state.fence.held(), state.orphans)
+        };
         let named = held.iter().map(held_lease).collect();
         let message = Heartbeat {
             facts: self.offer.facts.clone(),
             held: named,
             draining: !self.offer.takes_jobs,
+            orphans,
         };
         let sent_ms = boot_ms();
         let answer: HeartbeatAnswer = self
             .shop
             .client
-            .call("/worker/v1/heartbeat", None, &message, REQUEST_TIMEOUT)
+            .call("/worker/v1/heartbeat", None, &message, HEARTBEAT_TIMEOUT)
             .await?;
         if answer.leases.len() != held.len() {
             return Err(LinkError::Answer(
@@ -235,6 +268,7 @@ impl Daemon {
             ));
         }
         let mut state = self.lock();
+        state.orphans = state.orphans.saturating_sub(orphans);
         for ((attempt, epoch), lease) in held.into_iter().zip(answer.leases) {
             match lease {
                 LeaseAnswer::Live { cancel } => {
@@ -278,7 +312,15 @@ impl Daemon {
                 self.changed.notified().await;
                 continue;
             }
-            match self.poll().await {
+            // A poll is held open for long: on a line that is dead it would keep this worker idle long after there is another one.
+            let polled = tokio::select! {
+                polled = self.poll() => polled,
+                () = self.silent.notified() => {
+                    tokio::time::sleep(RETRY).await;
+                    continue;
+                }
+            };
+            match polled {
                 Ok(answer) => {
                     for leased in answer.leases {
                         let name = (leased.lease.attempt.clone(), leased.lease.epoch);
@@ -354,19 +396,35 @@ impl Daemon {
         let runtime = tokio::runtime::Handle::current();
         // A thread of its own: a job keeps borrowed parts of this host over its waits, and lives long.
         jobs.spawn_blocking(move || {
+            // However it ends, a panic included: a lease without a job would be kept alive for ever.
+            let _over = Over {
+                daemon: &daemon,
+                attempt,
+            };
             runtime.block_on(async {
                 tokio::select! {
                     () = confirmed.cancelled() => job::run(&daemon.shop, leased, stop).await,
                     () = stop.fenced.cancelled() => {}
                 }
             });
-            let mut state = daemon.lock();
-            state.fence.ended(&attempt);
-            state.running.remove(&attempt);
-            daemon.shop.host.leases.end(&attempt);
-            drop(state);
-            daemon.changed.notify_one();
         });
+    }
+}
+
+/// Gives up what a job had when it is over.
+struct Over<'a> {
+    daemon: &'a Daemon,
+    attempt: AttemptId,
+}
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        let mut state = self.daemon.lock();
+        state.fence.ended(&self.attempt);
+        state.running.remove(&self.attempt);
+        self.daemon.shop.host.leases.end(&self.attempt);
+        drop(state);
+        self.daemon.changed.notify_one();
     }
 }
 

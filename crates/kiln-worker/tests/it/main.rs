@@ -1,4 +1,5 @@
 //! Integration tests of the worker: whole builds in simulated machines, with the real registry.
 
+mod orphans;
 mod phases;
 mod workshop;
