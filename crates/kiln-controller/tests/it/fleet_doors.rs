@@ -335,10 +335,20 @@ async fn cancels_race_finishes() {
                     let path = format!("/v1/jobs/{}", lease.attempt.job);
                     let cancel = send(&socket, "DELETE", &path, &[], b"");
                     let finish = line.finish(&lease);
-                    // Which of them comes first differs.
-                    let (cancel, finish) = match order % 2 {
-                        0 => tokio::join!(cancel, finish),
+                    // Which of them comes first differs; of each round two are sure, so that both ends are seen on any host.
+                    let (cancel, finish) = match order {
+                        0 => (cancel.await, finish.await),
+                        1 => {
+                            let finish = finish.await;
+                            (cancel.await, finish)
+                        }
+                        _ if order % 2 == 0 => tokio::join!(cancel, finish),
                         _ => {
+                            let later = Duration::from_millis(order as u64 % 16);
+                            let cancel = async {
+                                tokio::time::sleep(later).await;
+                                cancel.await
+                            };
                             let (finish, cancel) = tokio::join!(finish, cancel);
                             (cancel, finish)
                         }

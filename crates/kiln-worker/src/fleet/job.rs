@@ -153,7 +153,6 @@ async fn attempt(shop: &Workshop, leased: Leased, stop: Stop) {
     reporter.drain(DRAIN_TIMEOUT).await;
     let end = masked(end, &mask);
     tell_finish(&to, finish_of(&end, observed)).await;
-    spool.remove();
     if let Some(done) = done {
         let _nobody_waits = done.send(end);
     }

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 /// Most bytes of one attempt's log.
 pub const LOG_BYTES_MAX: u64 = 256 << 20;
 
-/// A log file that grows.
+/// A log file that grows. It has a name for a moment only: however its process ends, nothing of it stays.
 #[derive(Debug)]
 pub struct Spool {
     path: PathBuf,
@@ -38,7 +38,7 @@ pub struct Progress {
 }
 
 impl Spool {
-    /// A new, empty log at `path`, readable by its owner alone. One of the same name is from an attempt that never ended: it is replaced.
+    /// A new, empty log on the disk of `path`, readable by its owner alone. What has that name is of an attempt that never ended, and goes.
     ///
     /// # Errors
     /// What the file system says.
@@ -53,6 +53,7 @@ impl Spool {
             .truncate(true)
             .mode(0o600)
             .open(path)?;
+        std::fs::remove_file(path)?;
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -121,11 +122,6 @@ impl Spool {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.dropped
     }
-
-    /// Removes the file: everything was acknowledged, or nobody will ask any more.
-    pub fn remove(&self) {
-        let _gone_already = std::fs::remove_file(&self.path);
-    }
 }
 
 #[cfg(test)]
@@ -147,5 +143,7 @@ mod tests {
             (progress.bytes, progress.ended, spool.dropped()),
             (8, true, 0)
         );
+        let names = std::fs::read_dir(dir.path().join("below")).expect("folder");
+        assert_eq!(names.count(), 0, "a kill leaves nothing");
     }
 }
