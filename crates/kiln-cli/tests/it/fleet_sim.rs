@@ -225,6 +225,7 @@ pub(crate) fn facts(machines: u32) -> WorkerFacts {
         },
         version: "1".to_owned(),
         warm: BTreeSet::new(),
+        whole_cpus: None,
     }
 }
 
@@ -252,6 +253,7 @@ pub(crate) fn job(id: &str) -> NewJob {
                 timeout_ms: 300_000,
             },
             trust: TrustClass::Untrusted,
+            network_bits: None,
             dispatch: Dispatch {
                 attempts_max: 10,
                 ..Dispatch::default()
