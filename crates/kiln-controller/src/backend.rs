@@ -12,6 +12,7 @@ use kiln_store::logs::{LogError, LogName};
 use crate::access::{Access, Door};
 use crate::api::{Backend, LogPiece, Pieces, SourceRefused};
 use crate::fleet::source::SourceError;
+use crate::peers::{Home, PeerError};
 use crate::state::Controller;
 
 impl Controller {
@@ -28,6 +29,55 @@ impl Controller {
         let name =
             |number| LogName::new(job.request.tenant.clone(), job.request.id.clone(), number);
         Ok(number.map(name))
+    }
+
+    /// A piece of a log from here or from where ended logs are.
+    async fn near_piece(&self, name: &LogName, offset: u64, max: usize) -> io::Result<LogPiece> {
+        let Some(status) = self.logs.status(name).await.map_err(io::Error::other)? else {
+            return Ok(LogPiece::default());
+        };
+        let bytes = match self.logs.read(name, offset, max).await {
+            Ok(bytes) => bytes,
+            Err(LogError::NotFound { .. }) => bytes::Bytes::new(),
+            Err(error) => return Err(io::Error::other(error)),
+        };
+        Ok(LogPiece {
+            bytes,
+            size: status.bytes,
+            truncated: status.truncated,
+        })
+    }
+
+    /// A piece of a log that another controller keeps, or kept; nothing when what is near is all that can be had.
+    async fn far_piece(
+        &self,
+        job: &Job,
+        name: &LogName,
+        home: &Home,
+        offset: u64,
+        max: usize,
+    ) -> io::Result<Option<LogPiece>> {
+        let runs = job
+            .lease
+            .as_ref()
+            .is_some_and(|lease| lease.attempt == name.attempt);
+        if !runs {
+            let archived = self.logs.is_archived(name).await;
+            if archived.map_err(io::Error::other)? {
+                // What a worker sent here before it moved is a part of it.
+                self.logs.discard(name).await.map_err(io::Error::other)?;
+                return Ok(None);
+            }
+        }
+        let Home::At(url) = home else {
+            return Ok(None);
+        };
+        match self.far_log(url, name, offset, max).await {
+            Ok(piece) => Ok(Some(piece)),
+            Err(PeerError::NotFound) => Ok(None),
+            // The reader comes back; by then the other one answers, or is known to be away.
+            Err(error) => Err(io::Error::other(error)),
+        }
     }
 }
 
@@ -50,7 +100,7 @@ impl Backend for Controller {
             let stored = stored.map_err(|error| match error {
                 SourceError::TooLarge { max } => SourceRefused::TooLarge(max),
                 SourceError::Cut(error) => SourceRefused::Cut(error),
-                error @ SourceError::Io { .. } => SourceRefused::Store(error.into()),
+                error => SourceRefused::Store(error.into()),
             })?;
             Ok((stored.digest, stored.size))
         }
@@ -76,19 +126,14 @@ impl Backend for Controller {
             let Some(name) = self.log_of(job).await? else {
                 return Ok(LogPiece::default());
             };
-            let Some(status) = self.logs.status(&name).await.map_err(io::Error::other)? else {
-                return Ok(LogPiece::default());
-            };
-            let bytes = match self.logs.read(&name, offset, max).await {
-                Ok(bytes) => bytes,
-                Err(LogError::NotFound { .. }) => bytes::Bytes::new(),
-                Err(error) => return Err(io::Error::other(error)),
-            };
-            Ok(LogPiece {
-                bytes,
-                size: status.bytes,
-                truncated: status.truncated,
-            })
+            let attempt = &name.attempt;
+            let home = self.home_of(attempt).await.map_err(io::Error::other)?;
+            if home != Home::Here
+                && let Some(piece) = self.far_piece(job, &name, &home, offset, max).await?
+            {
+                return Ok(piece);
+            }
+            self.near_piece(&name, offset, max).await
         }
         .boxed()
     }
@@ -98,6 +143,12 @@ impl Backend for Controller {
             let Ok(Some(name)) = self.log_of(job).await else {
                 return std::future::pending().await;
             };
+            match self.home_of(&name.attempt).await {
+                Ok(Home::Here) => {}
+                Ok(Home::At(url)) => return self.far_log_longer(&url, &name, offset).await,
+                // It goes on elsewhere, or not at all: the caller's own timer looks.
+                Ok(Home::Away) | Err(_) => return std::future::pending().await,
+            }
             let mut follower = std::pin::pin!(self.logs.follow(&name, offset));
             // A log that ended gives nothing more: the caller's own timer looks at the job then.
             if follower.next().await.is_none() {

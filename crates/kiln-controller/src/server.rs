@@ -11,7 +11,7 @@ use std::time::Duration;
 use kiln_core::PoolName;
 use kiln_db::{Database, DatabaseUrl, OpenError, OpenOptions, Retention};
 use kiln_store::HostRegistry;
-use kiln_store::logs::{LogConfig, LogError, LogStore};
+use kiln_store::logs::{LogConfig, LogError, LogStore, ObjectTarget};
 use kiln_telemetry::metrics::{Metrics, Prefix};
 use rustix::fs::{FlockOperation, flock};
 use tokio_util::sync::CancellationToken;
@@ -24,6 +24,9 @@ use crate::fleet::secrets::Secrets;
 use crate::fleet::source::{SourceError, SourceStore};
 use crate::fleet::{doors, schedule, sweep};
 use crate::metrics;
+use crate::peers::{self, Peers};
+use crate::shared;
+pub use crate::shared::{SharedError, Sharing};
 use crate::state::{Controller, Parts, Settings};
 use crate::webhooks::{Courier, CourierOptions, ReceiverPolicy, Signer};
 
@@ -39,6 +42,8 @@ pub struct ServeConfig {
     pub folder: PathBuf,
     /// The database; none: a file of the folder.
     pub database: Option<DatabaseUrl>,
+    /// What it shares with other controllers of that database.
+    pub sharing: Sharing,
     /// Addresses to listen on besides the private socket.
     pub listen: Vec<SocketAddr>,
     /// Whether those speak TLS.
@@ -103,6 +108,9 @@ pub enum StartError {
     /// The database.
     #[error(transparent)]
     Database(#[from] OpenError),
+    /// Other controllers of the database.
+    #[error(transparent)]
+    Shared(#[from] SharedError),
     /// The keys.
     #[error(transparent)]
     Keys(#[from] SealedError),
@@ -115,6 +123,9 @@ pub enum StartError {
     /// Certificates of webhooks.
     #[error("trust the certificates of webhooks")]
     Webhooks(#[source] rustls::Error),
+    /// Certificates of other controllers.
+    #[error("trust the certificates of other controllers")]
+    Peers(#[source] rustls::Error),
     /// TLS.
     #[error(transparent)]
     Tls(#[from] tls::TlsError),
@@ -163,48 +174,136 @@ pub async fn start(config: ServeConfig) -> Result<Running, StartError> {
 ///
 /// # Errors
 /// See [`StartError`]; nothing listens then.
-pub async fn start_with(config: ServeConfig, options: OpenOptions) -> Result<Running, StartError> {
+pub async fn start_with(
+    mut config: ServeConfig,
+    options: OpenOptions,
+) -> Result<Running, StartError> {
     let lock = lock(&config.folder)?;
+    let (parts, tls) = parts(&mut config, options).await?;
+    let db = parts.db.clone();
+    match serve(config, parts, tls, lock).await {
+        Ok(running) => Ok(running),
+        Err(error) => {
+            db.close().await;
+            Err(error)
+        }
+    }
+}
+
+type TlsConfig = Option<Arc<rustls::ServerConfig>>;
+
+/// Everything that is opened before anybody is answered.
+async fn parts(
+    config: &mut ServeConfig,
+    options: OpenOptions,
+) -> Result<(Parts, TlsConfig), StartError> {
+    let unusable = |source| StartError::Folder {
+        path: config.folder.clone(),
+        source,
+    };
+    let id = peers::own_id(&config.folder).map_err(unusable)?;
     let database = config
         .database
+        .take()
         .unwrap_or_else(|| DatabaseUrl::Sqlite(config.folder.join(backup::DATABASE_FILE)));
     let db = Database::open(&database, options).await?;
+    match opened(config, db.clone(), id).await {
+        Ok(parts) => Ok(parts),
+        Err(error) => {
+            db.close().await;
+            Err(error)
+        }
+    }
+}
+
+async fn opened(
+    config: &mut ServeConfig,
+    db: Database,
+    id: String,
+) -> Result<(Parts, TlsConfig), StartError> {
     let now_ms = crate::fleet::who::now_unix_ms();
     let keys = config.folder.join("keys");
-    let access = Access::open(&keys, &config.issuer, config.trusted, now_ms)?;
-    let tls = match config.tls {
-        Tls::Plain => None,
+    let sharing = &config.sharing;
+    let adopt = shared::may_adopt(&db, &id, sharing.adopt).await?;
+    shared::keys_expected(&db, &keys, adopt).await?;
+    let issuer = shared::issuer(&db, config.issuer.clone(), adopt).await?;
+    let trusted = std::mem::take(&mut config.trusted);
+    let access = Access::open(&keys, &issuer, trusted, now_ms)?;
+    shared::keys(&db, &access, &keys, adopt).await?;
+    let bucket = shared::store(&db, sharing.store.as_ref(), &id, adopt).await?;
+    let tls = tls_config(config, &access, now_ms)?;
+    let mut logs = LogConfig::in_folder(config.folder.join("logs"));
+    if let Some(store) = &config.sharing.store {
+        logs.ended = ObjectTarget::S3(store.clone());
+    }
+    let sources = config.folder.join("sources");
+    let process = holder();
+    let peers = Peers::new(id, process.clone(), db.is_shared(), access.authority());
+    let parts = Parts {
+        metrics: Metrics::new(config.prefix, env!("CARGO_PKG_VERSION")),
+        db,
+        access,
+        sources: SourceStore::open(&sources, config.api.source_max, bucket)?,
+        logs: LogStore::open(logs).await?,
+        registry: config.registry.clone(),
+        secrets: Secrets::default(),
+        peers: peers.map_err(StartError::Peers)?,
+        settings: Settings {
+            pool: config.pool.clone(),
+            registry_address: config.registry_address.clone(),
+            generation: config.generation,
+        },
+        holder: process,
+    };
+    Ok((parts, tls))
+}
+
+fn tls_config(config: &ServeConfig, access: &Access, now_ms: u64) -> Result<TlsConfig, StartError> {
+    let identity = match &config.tls {
+        Tls::Plain => return Ok(None),
         Tls::Own(names) => {
+            let mut names = names.clone();
+            // The others verify the name they reach it by.
+            names.extend(config.sharing.advertise.as_deref().map(host_of));
             if names.len() > CERTIFICATE_NAMES_MAX {
                 return Err(StartError::Names);
             }
-            let identity = access.authority().server_identity(&names, now_ms)?;
-            Some(tls::server_config(identity, access.authority())?)
+            access.authority().server_identity(&names, now_ms)?
         }
-        Tls::Given { chain, key } => {
-            let identity = tls::identity_from_pem(&chain, &key)?;
-            Some(tls::server_config(identity, access.authority())?)
-        }
+        Tls::Given { chain, key } => tls::identity_from_pem(chain, key)?,
     };
-    let counters = Metrics::new(config.prefix, env!("CARGO_PKG_VERSION"));
-    let parts = Parts {
-        metrics: counters.clone(),
-        db,
-        access,
-        sources: SourceStore::open(&config.folder.join("sources"), config.api.source_max)?,
-        logs: LogStore::open(LogConfig::in_folder(config.folder.join("logs"))).await?,
-        registry: config.registry,
-        secrets: Secrets::default(),
-        settings: Settings {
-            pool: config.pool,
-            registry_address: config.registry_address,
-            generation: config.generation,
-        },
-        holder: holder(),
-    };
+    Ok(Some(tls::server_config(identity, access.authority())?))
+}
+
+/// The host of `HOST:PORT`.
+fn host_of(address: &str) -> String {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    host.trim_matches(['[', ']']).to_owned()
+}
+
+/// Where other controllers reach this one.
+fn own_url(advertise: Option<&str>, addresses: &[SocketAddr], secure: bool) -> Option<String> {
+    let scheme = if secure { "https" } else { "http" };
+    if let Some(advertise) = advertise {
+        return Some(format!("{scheme}://{advertise}"));
+    }
+    let first = addresses
+        .first()
+        .filter(|first| !first.ip().is_unspecified())?;
+    Some(format!("{scheme}://{first}"))
+}
+
+async fn serve(
+    config: ServeConfig,
+    parts: Parts,
+    tls: TlsConfig,
+    lock: File,
+) -> Result<Running, StartError> {
+    let counters = parts.metrics.clone();
     let controller = Controller::new(parts);
     let router = api::router(Arc::new(controller.clone()), config.api)
-        .merge(doors::router(controller.clone()));
+        .merge(doors::router(controller.clone()))
+        .merge(peers::routes::router(controller.clone()));
     let sockets = Sockets::new(config.sockets);
     let mut addresses = Vec::new();
     for address in config.listen {
@@ -223,6 +322,17 @@ pub async fn start_with(config: ServeConfig, options: OpenOptions) -> Result<Run
         door.tcp(address, None, metrics::router(counters.clone()))
             .await?;
     }
+    if controller.db.is_shared() {
+        let advertise = config.sharing.advertise.as_deref();
+        match own_url(advertise, &addresses, tls.is_some()) {
+            Some(url) => controller.peers.reached_at(url),
+            None => tracing::warn!(
+                "other controllers cannot reach this one: logs of jobs that run are followed here alone"
+            ),
+        }
+        // Before the first request: a log that this controller keeps is looked for here.
+        controller.meet().await.map_err(SharedError::Database)?;
+    }
     let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
     let options = CourierOptions {
         policy: config.receivers,
@@ -240,6 +350,7 @@ pub async fn start_with(config: ServeConfig, options: OpenOptions) -> Result<Run
         config.retention,
         stop.clone(),
     ));
+    tasks.spawn(peers::run(controller.clone(), stop.clone()));
     tasks.spawn(schedule::run(controller.clone(), stop.clone()));
     tasks.spawn(sweep::run(controller.clone(), stop.clone()));
     Ok(Running {
@@ -257,9 +368,10 @@ pub async fn start_with(config: ServeConfig, options: OpenOptions) -> Result<Run
 impl Running {
     /// Takes no more requests, ends the loops, and closes the database.
     pub async fn stop(self) {
+        // First, so that another controller schedules while the last requests are answered here.
+        self.stop.cancel();
         self.sockets.close(STOP_PATIENCE).await;
         self.metrics.close(STOP_PATIENCE).await;
-        self.stop.cancel();
         self.tasks.close();
         let _cut = tokio::time::timeout(STOP_PATIENCE, self.tasks.wait()).await;
         let _gone = std::fs::remove_file(&self.socket);

@@ -11,6 +11,7 @@ use kiln_telemetry::metrics::Metrics;
 use crate::access::Access;
 use crate::fleet::secrets::Secrets;
 use crate::fleet::source::SourceStore;
+use crate::peers::Peers;
 
 /// One controller. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -33,6 +34,8 @@ pub struct Parts {
     pub registry: HostRegistry,
     /// Secrets that came with a request: in memory alone.
     pub secrets: Secrets,
+    /// Other controllers of the same database.
+    pub peers: Peers,
     /// What is counted.
     pub metrics: Metrics,
     /// The operator's settings.

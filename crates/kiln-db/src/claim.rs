@@ -216,7 +216,7 @@ async fn write(tx: &mut Tx, rows: &str, incarnation: u64, until: u64) -> Result<
     let now = tx.now().await?;
     let sql = "update jobs set state = 'leased', worker = e.value ->> 1, life = $2,
             epoch = cast(e.value ->> 3 as bigint), leased_ms = $3, until_ms = $4, started_ms = null, phase = null,
-            estimate = null, event_seq = event_seq + 1, log_next = 0
+            estimate = null, event_seq = event_seq + 1, log_next = 0, log_home = ''
         from json_each($1) e where jobs.id = (e.value ->> 0)";
     tx.exec(sql, args![rows, incarnation, now, until]).await?;
     let sql = "insert into attempts (job, number, worker, life, epoch, leased_ms)

@@ -241,22 +241,27 @@ impl Database {
         })?
     }
 
-    /// Takes note that the log from `from` to `from + length` is stored, if it continues what is there.
+    /// Takes note that the log from `from` to `from + length` is stored by the controller `home`, if it continues what is there. From
+    /// then on the log of this attempt is that controller's: it alone ends it.
     ///
     /// # Errors
     /// When the lease is not the live one.
     pub async fn log_mark(
         &self,
         lease: &Lease,
+        home: &str,
         from: u64,
         length: u64,
     ) -> Result<LogMark, DoorError> {
-        let lease = lease.clone();
-        write_tx!(self, "mark the log", [lease], |tx| {
+        let (lease, home) = (lease.clone(), home.to_owned());
+        write_tx!(self, "mark the log", [lease, home], |tx| {
             let live = match enter(tx, &lease, "log").await? {
                 Ok(live) => live,
                 Err(refused) => return Ok(Err(refused)),
             };
+            if live.log_home != *home {
+                move_log(tx, &live, &home).await?;
+            }
             let next = from.saturating_add(length);
             if from > live.log_next || next <= live.log_next {
                 let next = live.log_next;
@@ -384,6 +389,17 @@ async fn append(
         .await?;
     tx.wake(Wake::Job(live.id.clone()));
     Ok(seq)
+}
+
+async fn move_log(tx: &mut Tx, live: &Live, home: &str) -> Result<(), DbError> {
+    let sql = "update jobs set log_home = $2 where id = $1";
+    tx.exec(sql, args![live.id.as_str(), home]).await?;
+    let sql = "update attempts set log_home = $3 where job = $1 and number = $2";
+    let number = live.attempt().number;
+    tx.exec(sql, args![live.id.as_str(), number, home]).await?;
+    // Who follows it elsewhere looks where it is now.
+    tx.wake(Wake::Job(live.id.clone()));
+    Ok(())
 }
 
 async fn note_artifact(

@@ -224,6 +224,7 @@ pub(crate) struct Live {
     pub(crate) cancel: Option<CancelMark>,
     pub(crate) event_seq: u64,
     pub(crate) log_next: u64,
+    pub(crate) log_home: String,
 }
 
 impl Live {
@@ -251,6 +252,7 @@ impl Live {
             cancel: cancel_mark(row)?,
             event_seq: row.u64("event_seq")?,
             log_next: row.u64("log_next")?,
+            log_home: row.text("log_home")?,
         })
     }
 

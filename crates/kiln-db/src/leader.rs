@@ -5,6 +5,7 @@ use kiln_core::PoolName;
 use crate::database::{Database, write_tx};
 use crate::engine::{Tx, args};
 use crate::error::DbError;
+use crate::wake::Wake;
 
 /// The right to schedule one pool.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,7 +47,10 @@ impl Database {
             let sql =
                 "update leaders set until_ms = 0 where pool = $1 and holder = $2 and epoch = $3";
             let values = args![own.pool.as_str(), own.holder.as_str(), own.epoch];
-            tx.exec(sql, values).await.map(drop)
+            if tx.exec(sql, values).await? > 0 {
+                tx.wake(Wake::Lead(own.pool.clone()));
+            }
+            Ok(())
         })
     }
 }
@@ -57,6 +61,14 @@ async fn take(
     holder: &str,
     ttl_ms: u64,
 ) -> Result<Option<Leadership>, DbError> {
+    // Whoever cannot have it does not stand in the way of the claims of whoever has.
+    let sql = "select holder, until_ms from leaders where pool = $1";
+    if let Some(row) = tx.row(sql, args![pool.as_str()]).await?
+        && row.text("holder")? != holder
+        && tx.now().await? < row.u64("until_ms")?
+    {
+        return Ok(None);
+    }
     let sql = "insert into leaders (pool, holder, epoch, until_ms) values ($1, '', 0, 0) on conflict (pool) do nothing";
     tx.exec(sql, args![pool.as_str()]).await?;
     let sql = "select holder, epoch, until_ms from leaders where pool = $1 /*lock leaders*/";

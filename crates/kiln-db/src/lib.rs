@@ -10,6 +10,7 @@ mod cancel;
 mod claim;
 mod clock;
 mod close;
+mod controllers;
 mod database;
 mod door;
 mod engine;
@@ -39,6 +40,7 @@ pub use audit::{AuditRow, NewAudit};
 pub use cancel::{CancelError, Cancelled};
 pub use claim::{CLAIM_MAX, ClaimError, ClaimRefused, Claimed};
 pub use clock::{Clock, SystemClock};
+pub use controllers::{Controller, Settled};
 pub use database::{Database, LeaseTimes, OpenOptions};
 pub use door::{
     ARTIFACTS_MAX, AttemptEnd, Door, DoorError, DoorKind, EVENT_BYTES_MAX, EVENT_KIND_MAX,

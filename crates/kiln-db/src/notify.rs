@@ -113,6 +113,7 @@ fn word(wake: &Wake) -> String {
         Wake::Queue(pool) => format!("q:{pool}"),
         Wake::Job(job) => format!("j:{job}"),
         Wake::Worker(worker) => format!("w:{worker}"),
+        Wake::Lead(pool) => format!("l:{pool}"),
         Wake::Outbox => "o".to_owned(),
         Wake::Everything => "*".to_owned(),
     }
@@ -121,6 +122,7 @@ fn word(wake: &Wake) -> String {
 fn read(word: &str) -> Option<Wake> {
     match word.split_once(':') {
         Some(("q", pool)) => pool.parse().ok().map(Wake::Queue),
+        Some(("l", pool)) => pool.parse().ok().map(Wake::Lead),
         Some(("j", job)) => job.parse().ok().map(Wake::Job),
         Some(("w", worker)) => worker.parse().ok().map(Wake::Worker),
         Some(_) => None,

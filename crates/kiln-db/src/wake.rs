@@ -12,6 +12,8 @@ pub enum Wake {
     Job(JobId),
     /// A worker got leases, a cancel or another state.
     Worker(WorkerId),
+    /// Nobody schedules this pool any more.
+    Lead(PoolName),
     /// Webhooks wait to be sent.
     Outbox,
     /// More happened than was kept: look at everything.

@@ -4,6 +4,7 @@
 //! lets only those read or write whom the wiring named. Read next: [`host`] (the interface of the worker
 //! and the command line), [`registry`] (what is behind it).
 
+pub mod bucket;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod host;
@@ -14,4 +15,5 @@ pub mod records;
 pub mod registry;
 pub mod remote;
 
+pub use bucket::{Bucket, BucketError};
 pub use host::HostRegistry;

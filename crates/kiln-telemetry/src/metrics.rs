@@ -47,7 +47,7 @@ pub const STATUSES: [&str; 10] = [
 /// Where something was found in the cache, or looked for.
 pub const CACHE_TIERS: [&str; 3] = ["shared", "tenant", "registry"];
 /// Doors that callers come through.
-pub const DOORS: [&str; 4] = ["user", "worker", "registry", "metrics"];
+pub const DOORS: [&str; 5] = ["user", "worker", "registry", "metrics", "controller"];
 /// What became of a try to deliver a webhook.
 pub const WEBHOOK_RESULTS: [&str; 4] = ["delivered", "failed", "refused", "dead"];
 /// What a worker may be, for the gauge of workers.

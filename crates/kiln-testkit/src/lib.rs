@@ -6,6 +6,8 @@ mod clock;
 mod fixture;
 mod golden;
 mod home;
+pub mod postgres;
+pub mod seaweed;
 mod wait;
 
 pub use clock::FakeClock;

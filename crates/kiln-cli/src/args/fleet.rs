@@ -346,6 +346,22 @@ pub(crate) enum BackupCommand {
     },
 }
 
+/// `HOST:PORT`, as it is put into a URL.
+fn parse_host_port(text: &str) -> Result<String, String> {
+    let wrong = || "write HOST:PORT".to_owned();
+    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+    let bare = host.trim_matches(['[', ']']);
+    let legal = !bare.is_empty()
+        && bare
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-.:".contains(&b))
+        && (host.starts_with('[') || !host.contains(':'));
+    match (legal, port.parse::<u16>()) {
+        (true, Ok(1..)) => Ok(text.to_owned()),
+        _ => Err(wrong()),
+    }
+}
+
 /// A number, or `none`.
 fn parse_bound(text: &str) -> Result<Bound, String> {
     match text {
@@ -373,7 +389,8 @@ fn parse_life(text: &str) -> Result<Duration, String> {
 #[derive(Args, Debug)]
 #[command(
     after_help = "Examples:\n  kiln serve --with-worker\n  kiln serve --listen 0.0.0.0:8443 --name ci.example.org\n  \
-kiln serve --listen 0.0.0.0:8443 --name ci.example.org --database postgres://kiln@db.example.org/kiln"
+kiln serve --listen 0.0.0.0:8443 --name ci.example.org --database postgres://kiln@db.example.org/kiln\n  \
+kiln serve --listen 10.0.0.2:8443 --name ci.example.org --database postgres://kiln@db.example.org/kiln --store s3://kiln/ci"
 )]
 pub(crate) struct ServeArgs {
     /// Address and port to listen on, besides the private socket; may be given more than once
@@ -399,6 +416,25 @@ pub(crate) struct ServeArgs {
         hide_env_values = true
     )]
     pub database: Option<String>,
+    /// Bucket for logs and uploaded sources, s3://BUCKET/FOLDER?endpoint=https://HOST:PORT&region=NAME; the home without. Its key is
+    /// in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
+    #[arg(long, value_name = "URL", env = "KILN_STORE", hide_env_values = true)]
+    pub store: Option<String>,
+    /// Key of the bucket: a file with access_key_id = "..." and secret_access_key = "...", which nobody else may read
+    #[arg(long, value_name = "FILE", requires = "store")]
+    pub store_key: Option<PathBuf>,
+    /// Authority that signed the bucket's certificate, PEM, when the host does not trust it already
+    #[arg(long, value_name = "FILE", requires = "store")]
+    pub store_ca: Option<PathBuf>,
+    /// Speak plain HTTP to the bucket, also where others can listen in
+    #[arg(long, requires = "store")]
+    pub store_plain_http: bool,
+    /// Where other controllers of the database reach this one; the first --listen address without
+    #[arg(long, value_name = "HOST:PORT", value_parser = parse_host_port)]
+    pub advertise: Option<String>,
+    /// Take over a database whose controllers are gone, with other keys or another store than theirs
+    #[arg(long, requires = "database")]
+    pub adopt_database: bool,
     /// Show /metrics at this address, plain HTTP and without a token
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub metrics: Option<std::net::SocketAddr>,
@@ -445,6 +481,12 @@ mod tests {
     fn lives_and_bounds() {
         assert_eq!(parse_life("2d"), Ok(Duration::from_secs(172_800)));
         assert!(parse_life("0d").is_err() && parse_life("d").is_err());
+        for bad in ["", "a", "a:0", ":1", "::1:80", "a/b:1", "a:x"] {
+            assert!(parse_host_port(bad).is_err(), "{bad}");
+        }
+        assert!(
+            parse_host_port("[::1]:80").is_ok() && parse_host_port("ci.example.org:8443").is_ok()
+        );
         assert_eq!(parse_bound("none"), Ok(Bound(None)));
         assert_eq!(parse_bound("7"), Ok(Bound(Some(7))));
         assert!(parse_bound("-1").is_err());

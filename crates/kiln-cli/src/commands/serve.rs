@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use kiln_controller::api::{ApiConfig, ListenConfig};
-use kiln_controller::server::{self, Running, ServeConfig, StartError, Tls};
+use kiln_controller::server::{self, Running, ServeConfig, SharedError, Sharing, StartError, Tls};
 use kiln_controller::webhooks::ReceiverPolicy;
 use kiln_core::{FailureClass, PoolName};
 use kiln_db::{DatabaseUrl, Retention};
+use kiln_store::logs::{S3Credentials, S3Target};
 use kiln_telemetry::metrics::Prefix;
 use kiln_worker::fleet::http::Target;
 use tokio_util::sync::CancellationToken;
@@ -14,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::operator::Operator;
 use super::worker;
 use crate::args::ServeArgs;
+use crate::environment;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
 use crate::show::Screen;
 
@@ -53,6 +55,7 @@ pub(super) async fn run(args: ServeArgs, screen: Screen, cancel: CancellationTok
 async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
     operator.home.prepare().or_infrastructure()?;
     let database = args.database.as_deref().map(database).transpose()?;
+    let sharing = sharing(&args)?;
     let tls = tls(&args)?;
     let registry = operator.registry().await?.host;
     let registry_address = args.listen.first().map(|address| match args.names.first() {
@@ -62,6 +65,7 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
     let config = ServeConfig {
         folder: folder(operator),
         database,
+        sharing,
         listen: args.listen,
         tls,
         sockets: ListenConfig {
@@ -98,15 +102,81 @@ fn database(text: &str) -> Result<DatabaseUrl> {
     parsed.map_err(|error: kiln_db::ParseUrlError| CliError::usage(format!("--database: {error}")))
 }
 
+/// What it shares with other controllers of its database.
+fn sharing(args: &ServeArgs) -> Result<Sharing> {
+    let store = match &args.store {
+        None => None,
+        Some(url) => {
+            let wrong = |error| CliError::usage(format!("--store: {}", chain(&error)));
+            let key = bucket_key(args.store_key.as_deref())?;
+            let mut target = S3Target::from_url(url, key).map_err(wrong)?;
+            target.allow_http = args.store_plain_http;
+            target.extra_roots = args.store_ca.as_deref().map(read).transpose()?;
+            Some(target)
+        }
+    };
+    Ok(Sharing {
+        store,
+        advertise: args.advertise.clone(),
+        adopt: args.adopt_database,
+    })
+}
+
+/// Key of a bucket in a file.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KeyFile {
+    access_key_id: String,
+    secret_access_key: String,
+    #[serde(default)]
+    session_token: Option<String>,
+}
+
+/// The bucket's key: of the file, else of the environment, else what the host's instance gives.
+fn bucket_key(file: Option<&Path>) -> Result<Option<S3Credentials>> {
+    if let Some(path) = file {
+        use std::os::unix::fs::MetadataExt as _;
+        let mode = std::fs::metadata(path).map(|meta| meta.mode());
+        if mode.is_ok_and(|mode| mode & 0o077 != 0) {
+            return Err(CliError::usage(format!("{path:?} can be read by others"))
+                .hint("chmod 600 it, and think about replacing the key"));
+        }
+        let text = String::from_utf8_lossy(&read(path)?).into_owned();
+        // The file's own words could repeat the key.
+        let key: KeyFile = toml::from_str(&text).map_err(|_| {
+            CliError::usage(format!("{path:?} is not a key of a bucket"))
+                .hint("it holds two lines: access_key_id = \"...\" and secret_access_key = \"...\"")
+        })?;
+        return Ok(Some(S3Credentials {
+            access_key_id: key.access_key_id,
+            secret_access_key: key.secret_access_key,
+            session_token: key.session_token,
+        }));
+    }
+    let given = |name: &str| environment::var(name).filter(|value| !value.is_empty());
+    match (given("AWS_ACCESS_KEY_ID"), given("AWS_SECRET_ACCESS_KEY")) {
+        (Some(access_key_id), Some(secret_access_key)) => Ok(Some(S3Credentials {
+            access_key_id,
+            secret_access_key,
+            session_token: given("AWS_SESSION_TOKEN"),
+        })),
+        (None, None) => Ok(None),
+        _ => Err(CliError::usage(
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go together: one is missing",
+        )),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path)
+        .map_err(|error| CliError::usage(format!("could not read {path:?}: {error}")))
+}
+
 fn tls(args: &ServeArgs) -> Result<Tls> {
     if args.insecure_plain_http {
         return Ok(Tls::Plain);
     }
     if let (Some(chain), Some(key)) = (&args.tls_cert, &args.tls_key) {
-        let read = |path: &Path| {
-            std::fs::read(path)
-                .map_err(|error| CliError::usage(format!("could not read {path:?}: {error}")))
-        };
         return Ok(Tls::Given {
             chain: read(chain)?,
             key: read(key)?,
@@ -127,6 +197,26 @@ fn refused(error: &StartError) -> CliError {
         StartError::Taken(_) => (
             FailureClass::Usage,
             Some("stop it, or set KILN_HOME to another directory"),
+        ),
+        StartError::Shared(SharedError::FileStore { .. }) => (
+            FailureClass::Usage,
+            Some(
+                "stop the other one, start it with --store s3://... and --adopt-database, then this one with the same --store; docs/guides/server.md",
+            ),
+        ),
+        StartError::Shared(SharedError::OtherStore { .. }) => (
+            FailureClass::Usage,
+            Some("give the same --store as the others"),
+        ),
+        StartError::Shared(SharedError::OtherKeys(_) | SharedError::NoKeys(_)) => (
+            FailureClass::Usage,
+            Some(
+                "copy the folder controller/keys from another controller's home, or share it, before this one starts",
+            ),
+        ),
+        StartError::Shared(SharedError::InUse(_)) => (
+            FailureClass::Usage,
+            Some("leave --adopt-database out, or stop that controller"),
         ),
         StartError::Listen(_) | StartError::Names | StartError::Tls(_) => {
             (FailureClass::Usage, None)

@@ -125,6 +125,7 @@ pub(crate) async fn controller(
     let config = ServeConfig {
         folder: folder.join("controller"),
         database: None,
+        sharing: kiln_controller::server::Sharing::default(),
         listen,
         tls: Tls::Own(names),
         sockets: ListenConfig::default(),

@@ -13,11 +13,19 @@ pub enum Door {
     Registry,
     /// Webhooks out.
     Webhook,
+    /// `/peer/v1`: other controllers of the same database.
+    Controller,
 }
 
 impl Door {
     /// Every door.
-    pub const ALL: [Self; 4] = [Self::User, Self::Worker, Self::Registry, Self::Webhook];
+    pub const ALL: [Self; 5] = [
+        Self::User,
+        Self::Worker,
+        Self::Registry,
+        Self::Webhook,
+        Self::Controller,
+    ];
 
     /// Stable name: folder of its keys, label of its metrics.
     #[must_use]
@@ -27,6 +35,7 @@ impl Door {
             Self::Worker => "worker",
             Self::Registry => "registry",
             Self::Webhook => "webhook",
+            Self::Controller => "controller",
         }
     }
 }
@@ -35,6 +44,8 @@ impl Door {
 pub const USER_LIFE_MAX_S: u64 = 3600;
 /// Longest life of a token of the registry door.
 pub const REGISTRY_LIFE_MAX_S: u64 = 300;
+/// Longest life of a token of the controllers' door.
+pub const CONTROLLER_LIFE_MAX_S: u64 = 120;
 
 /// Tokens of the user door.
 pub(crate) const USER: Kind = Kind {
@@ -48,4 +59,11 @@ pub(crate) const REGISTRY: Kind = Kind {
     typ: "kiln-registry+jwt",
     audience: "kiln:registry",
     life_max_s: REGISTRY_LIFE_MAX_S,
+};
+
+/// Tokens of the controllers' door.
+pub(crate) const CONTROLLER: Kind = Kind {
+    typ: "kiln-controller+jwt",
+    audience: "kiln:controller",
+    life_max_s: CONTROLLER_LIFE_MAX_S,
 };

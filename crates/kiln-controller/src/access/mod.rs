@@ -4,6 +4,7 @@
 //! database keeps hashes. Read next: [`door`], [`jwt`], [`authority`].
 
 pub mod authority;
+mod controller_token;
 pub mod door;
 pub mod jwt;
 mod keys;
@@ -37,7 +38,7 @@ pub use registry_token::{
 pub use sealed::SealedError;
 pub use user_token::{UserToken, VerifiedUser};
 
-use door::{REGISTRY_LIFE_MAX_S, USER_LIFE_MAX_S};
+use door::{CONTROLLER_LIFE_MAX_S, REGISTRY_LIFE_MAX_S, USER_LIFE_MAX_S};
 use keys::KeyRing;
 use sealed::Vault;
 
@@ -47,6 +48,7 @@ pub struct Access {
     issuer: String,
     user: KeyRing,
     registry: KeyRing,
+    controller: KeyRing,
     authority: Authority,
     webhook: [u8; 32],
     cursor: [u8; 32],
@@ -83,6 +85,7 @@ impl Access {
             issuer: issuer.to_owned(),
             user: ring(Door::User, USER_LIFE_MAX_S)?,
             registry: ring(Door::Registry, REGISTRY_LIFE_MAX_S)?,
+            controller: ring(Door::Controller, CONTROLLER_LIFE_MAX_S)?,
             authority: Authority::open(&vault.inner(Door::Worker.name())?, now_ms)?,
             webhook: secret(&vault.inner(Door::Webhook.name())?, "master.key")?,
             cursor: secret(&vault, "cursor.key")?,
@@ -106,6 +109,42 @@ impl Access {
     #[must_use]
     pub fn issuers(&self) -> &Issuers {
         &self.issuers
+    }
+
+    /// Digest of what never changes among these keys: controllers of one database have the same.
+    #[must_use]
+    pub fn fingerprint(&self) -> kiln_core::Digest {
+        let mut bytes = self.authority.fingerprint().to_string().into_bytes();
+        bytes.extend_from_slice(&self.webhook);
+        bytes.extend_from_slice(&self.cursor);
+        kiln_core::Digest::of(&bytes)
+    }
+
+    /// Digest of all keys of this moment, those that are replaced now and then included.
+    #[must_use]
+    pub fn fingerprint_now(&self) -> kiln_core::Digest {
+        let rings = [&self.user, &self.registry, &self.controller].map(KeyRing::public);
+        let text = format!("{} {}", self.fingerprint(), serde_json::json!(rings));
+        kiln_core::Digest::of(text.as_bytes())
+    }
+
+    /// Makes a token by which this controller is known to the others of its database, for a minute or two.
+    ///
+    /// # Errors
+    /// When signing fails.
+    pub fn issue_controller(&self, id: &str, now_ms: u64) -> Result<String, SignError> {
+        controller_token::issue(&self.controller, &self.issuer, id, now_ms)
+    }
+
+    /// Checks such a token; gives the other controller's name.
+    ///
+    /// # Errors
+    /// Why it was refused.
+    pub fn verify_controller(&self, token: &str, now_ms: u64) -> Result<String, TokenRefused> {
+        if secret_token::is_secret(token) {
+            return Err(TokenRefused::Kind);
+        }
+        controller_token::verify(&self.controller, &self.issuer, token, now_ms)
     }
 
     /// What the signing secrets of webhooks are derived from; nothing else is.
@@ -132,6 +171,7 @@ impl Access {
     /// When a key file cannot be written.
     pub fn rotate(&self, now_ms: u64) -> Result<(), SealedError> {
         self.user.rotate(now_ms)?;
+        self.controller.rotate(now_ms)?;
         self.registry.rotate(now_ms)
     }
 
@@ -141,6 +181,7 @@ impl Access {
     /// When a key file cannot be read.
     pub fn reload(&self, now_ms: u64) -> Result<(), SealedError> {
         self.user.reload(now_ms)?;
+        self.controller.reload(now_ms)?;
         self.registry.reload(now_ms)
     }
 

@@ -16,12 +16,12 @@ use tokio::sync::broadcast::Receiver;
 use tokio::time::Instant;
 use utoipa::IntoParams;
 
-use super::Api;
 use super::caller::Caller;
 use super::events::{follower, woken};
 use super::extract::{Asked, Named};
 use super::limits::Slot;
 use super::problem::{Problem, ProblemBody};
+use super::{Api, LogPiece};
 
 /// Bytes of one look.
 pub(crate) const PIECE: usize = 64 * 1024;
@@ -111,11 +111,13 @@ impl Reader {
         loop {
             // Asked before the log is read: what is written until then is read.
             let over = !self.follow || self.reread().await?;
-            let piece = self
-                .api
-                .backend()
-                .read_log(&self.job, self.offset, PIECE)
-                .await?;
+            let read = self.api.backend().read_log(&self.job, self.offset, PIECE);
+            let piece = match read.await {
+                Ok(piece) => piece,
+                // The controller that keeps it is away for a moment, or for good: then the worker goes to another.
+                Err(_) if !over => LogPiece::default(),
+                Err(error) => return Err(error),
+            };
             if !piece.bytes.is_empty() {
                 self.offset += piece.bytes.len() as u64;
                 return Ok(Some(piece.bytes));

@@ -34,6 +34,7 @@ use super::sweep::random;
 use super::who::{Held, Live, Worker, now_unix_ms};
 use crate::access::{Peer, RegistryAction, RepositoryGrant, secret_token};
 use crate::metrics::observe_end;
+use crate::peers::Home;
 use crate::state::Controller;
 
 /// Most names of one image.
@@ -352,12 +353,17 @@ async fn source(State(controller): State<Controller>, held: Live) -> Result<Body
         digest.to_string(),
     )
     .await?;
-    let (file, _) = controller
-        .sources
-        .open_source(&tenant, &digest)
-        .await
-        .map_err(|_| Refused::missing("the source is gone"))?;
-    Ok(Body::from_stream(tokio_util::io::ReaderStream::new(file)))
+    match controller.sources.open_source(&tenant, &digest).await {
+        Ok((pieces, _)) => Ok(Body::from_stream(pieces)),
+        Err(error) if error.is_absent() => Err(Refused::missing("the source is gone")),
+        Err(error) => {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "a source was not read"
+            );
+            Err(Refused::unavailable("the source cannot be read now"))
+        }
+    }
 }
 
 async fn secrets(
@@ -376,7 +382,7 @@ async fn secrets(
             return Err(Refused::missing("the job names no such secret"));
         }
         open_door(&controller, &held.lease, DoorKind::Secret, name.clone()).await?;
-        if let Some(value) = controller.secrets.get(&held.lease.attempt.job, &name) {
+        if let Some(value) = controller.secret_of(&held.lease.attempt.job, &name).await {
             values.insert(name, STANDARD.encode(value));
         }
     }
@@ -468,7 +474,11 @@ async fn log(
     }
     match controller.logs.append(&name, from, piece).await {
         Ok(appended) => {
-            controller.db.log_mark(&held.lease, from, length).await?;
+            let home = controller.peers.id();
+            controller
+                .db
+                .log_mark(&held.lease, home, from, length)
+                .await?;
             Ok(Json(LogAnswer {
                 next: appended.next,
                 full: appended.full,
@@ -640,11 +650,37 @@ async fn finish(
 }
 
 async fn end_log(controller: &Controller, lease: &Lease) -> Result<(), Refused> {
+    end_log_of(controller, &log_name(lease)).await
+}
+
+/// Puts the log of an attempt that is over away, or asks the controller that keeps it to. A log whose keeper is away stays with it until
+/// it comes back: what others have may be a part.
+async fn end_log_of(controller: &Controller, name: &LogName) -> Result<(), Refused> {
+    match controller.home_now(&name.attempt).await? {
+        Home::Here => {}
+        Home::At(url) => {
+            controller.far_log_end(&url, name).await;
+            return Ok(());
+        }
+        Home::Away => return Ok(()),
+    }
     let now = controller.db.now().await?;
-    let name = log_name(lease);
-    if let Err(error) = controller.logs.end(&name, RetentionClass::Hot, now).await {
+    if let Err(error) = controller.logs.end(name, RetentionClass::Hot, now).await {
         // The sweep tries again.
         tracing::warn!(log = %name, %error, "the log was not put away");
     }
     Ok(())
+}
+
+/// The same, when the database says that the attempt is over.
+pub(crate) async fn end_log_if_over(
+    controller: &Controller,
+    name: &LogName,
+) -> Result<(), Refused> {
+    let job = controller.db.job(&name.attempt.job).await?;
+    let runs = job.and_then(|job| job.lease);
+    if runs.is_some_and(|lease| lease.attempt == name.attempt) {
+        return Ok(());
+    }
+    end_log_of(controller, name).await
 }

@@ -26,39 +26,54 @@ pub const SWEEP: Duration = Duration::from_secs(2);
 pub const PENDING_MAX: u32 = 10_000;
 /// How long wake-ups that come together are collected.
 const COLLECT: Duration = Duration::from_millis(3);
+/// Longest time a controller that stops waits to give its right back.
+const RESIGN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Wait after the database failed.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// Schedules the controller's pool until `stop`.
+/// Schedules the controller's pool until `stop`, and gives the right to do so back then: another controller need not wait for its end.
 pub async fn run(controller: Controller, stop: CancellationToken) {
-    let work = plans(&controller);
-    let lead = tokio::select! {
-        never = work => match never {},
-        () = stop.cancelled() => controller.db.lead(
-            &controller.settings.pool,
-            &controller.holder,
-            1,
-        ),
-    };
-    // Another controller need not wait for the end of a right nobody uses.
-    if let Ok(Some(own)) = lead.await {
-        let _ends_by_itself = controller.db.resign(&own).await;
+    let mut lead = Lead::default();
+    tokio::select! {
+        never = plans(&controller, &mut lead) => match never {},
+        () = stop.cancelled() => {}
+    }
+    if let Some(own) = lead.own {
+        let resigned = tokio::time::timeout(RESIGN_TIMEOUT, controller.db.resign(&own)).await;
+        if !matches!(resigned, Ok(Ok(()))) {
+            tracing::warn!("the right to schedule was not given back: it ends by itself");
+        }
+    }
+}
+
+/// What is known of the right to schedule.
+#[derive(Debug, Default)]
+struct Lead {
+    own: Option<Leadership>,
+    /// When the database was asked last.
+    asked: Option<Instant>,
+}
+
+impl Lead {
+    /// Whether it is to be asked for: now and then, whether it is ours or another's.
+    fn is_stale(&self) -> bool {
+        self.asked
+            .is_none_or(|asked| asked.elapsed() >= LEAD_TTL / 3)
     }
 }
 
 enum Never {}
 
-async fn plans(controller: &Controller) -> Never {
+async fn plans(controller: &Controller, lead: &mut Lead) -> Never {
     let mut wakes = controller.db.subscribe();
     let mut reserved = Vec::new();
-    let mut lead: Option<(Leadership, Instant)> = None;
     loop {
-        let done = one(controller, &mut lead, &mut reserved).await;
+        let done = one(controller, lead, &mut reserved).await;
         let again = match done {
             Ok(again) => again,
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "no plan was made");
-                lead = None;
+                *lead = Lead::default();
                 tokio::time::sleep(RETRY).await;
                 continue;
             }
@@ -70,6 +85,10 @@ async fn plans(controller: &Controller) -> Never {
             loop {
                 match wakes.recv().await {
                     Ok(Wake::Queue(pool)) if pool == controller.settings.pool => return,
+                    Ok(Wake::Lead(pool)) if pool == controller.settings.pool => {
+                        lead.asked = None;
+                        return;
+                    }
                     Ok(Wake::Everything) | Err(RecvError::Lagged(_)) => return,
                     Ok(_) => {}
                     // The database is closing: the loop is about to be stopped.
@@ -79,7 +98,11 @@ async fn plans(controller: &Controller) -> Never {
         };
         if tokio::time::timeout(SWEEP, woken).await.is_ok() {
             tokio::time::sleep(COLLECT).await;
-            while wakes.try_recv().is_ok() {}
+            while let Ok(wake) = wakes.try_recv() {
+                if matches!(wake, Wake::Lead(_)) {
+                    lead.asked = None;
+                }
+            }
         }
     }
 }
@@ -87,19 +110,25 @@ async fn plans(controller: &Controller) -> Never {
 /// One look, plan and claim. True when the world changed under it and it should look again at once.
 async fn one(
     controller: &Controller,
-    lead: &mut Option<(Leadership, Instant)>,
+    lead: &mut Lead,
     reserved: &mut Vec<Reservation>,
 ) -> Result<bool, DbError> {
     let (db, pool) = (&controller.db, &controller.settings.pool);
-    let fresh = |since: &Instant| since.elapsed() < LEAD_TTL / 3;
-    if !lead.as_ref().is_some_and(|(_, since)| fresh(since)) {
+    if lead.is_stale() {
         let asked = Instant::now();
         let ttl_ms = u64::try_from(LEAD_TTL.as_millis()).unwrap_or(u64::MAX);
-        let taken = db.lead(pool, &controller.holder, ttl_ms).await?;
-        *lead = taken.map(|leadership| (leadership, asked));
+        let own = db.lead(pool, &controller.holder, ttl_ms).await?;
+        if own.is_none() && lead.own.is_some() {
+            tracing::warn!("another controller schedules now");
+        }
+        *lead = Lead {
+            own,
+            asked: Some(asked),
+        };
     }
-    let Some((leadership, _)) = lead.as_ref() else {
+    let Some(leadership) = lead.own.clone() else {
         // Another controller plans for this pool.
+        reserved.clear();
         return Ok(false);
     };
     let rows = db.pool_view(pool, PENDING_MAX).await?;
@@ -132,7 +161,7 @@ async fn one(
     let mut refused = 0;
     let claimed = assignments.len();
     for part in assignments.chunks(CLAIM_MAX) {
-        match db.claim(leadership, part.to_vec()).await {
+        match db.claim(&leadership, part.to_vec()).await {
             Ok(answers) => {
                 for lease in answers.iter().flatten() {
                     let waits = waiting.get(&lease.attempt.job).copied();
@@ -147,7 +176,7 @@ async fn one(
             Err(ClaimError::Database(error)) => return Err(error),
             Err(error) => {
                 tracing::warn!(%error, "this controller no longer leads");
-                *lead = None;
+                *lead = Lead::default();
                 return Ok(false);
             }
         }

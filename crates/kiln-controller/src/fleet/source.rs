@@ -1,7 +1,8 @@
 //! Uploaded sources: streamed to disk, named by their digest, removed when no job needs them.
 //!
 //! A source is one archive as it came (tar, plain or compressed). It is written under a name of its own and renamed when it is whole,
-//! so a kill leaves only files that the next start removes.
+//! so a kill leaves only files that the next start removes. Where several controllers share a bucket it goes there once it is whole:
+//! `sources/TENANT/DIGEST`.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,14 +10,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::stream::BoxStream;
 use futures_util::{Stream, StreamExt as _};
 use kiln_core::digest::Hasher;
 use kiln_core::{Digest, TenantName};
+use kiln_store::{Bucket, BucketError};
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt as _;
 
 /// Suffix of an upload that is not whole yet.
 const PART: &str = "part";
+/// Folder of the bucket.
+const FOLDER: &str = "sources";
 
 /// Why a source was not stored.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +46,21 @@ pub enum SourceError {
         #[source]
         source: io::Error,
     },
+    /// The bucket could not write or read it.
+    #[error("use the object store")]
+    Bucket(#[from] BucketError),
+}
+
+impl SourceError {
+    /// Whether there is no such source, as opposed to one that cannot be read now.
+    #[must_use]
+    pub fn is_absent(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            Self::Bucket(error) => matches!(error, BucketError::NotFound(_)),
+            Self::TooLarge { .. } | Self::Cut(_) => false,
+        }
+    }
 }
 
 /// A stored source.
@@ -56,8 +76,13 @@ pub struct Stored {
 #[derive(Debug)]
 pub struct SourceStore {
     dir: PathBuf,
+    bucket: Option<Bucket>,
     max: u64,
     counter: AtomicU64,
+}
+
+fn key(tenant: &TenantName, digest: &Digest) -> String {
+    format!("{FOLDER}/{tenant}/{}", digest.hex())
 }
 
 fn failed<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> SourceError + 'a {
@@ -69,11 +94,11 @@ fn failed<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> 
 }
 
 impl SourceStore {
-    /// Opens the store; sources have at most `max` bytes. Uploads that a kill left are removed.
+    /// Opens the store; sources have at most `max` bytes and end in `bucket`, if there is one. Uploads that a kill left are removed.
     ///
     /// # Errors
     /// When the folder cannot be made or read.
-    pub fn open(dir: &Path, max: u64) -> Result<Self, SourceError> {
+    pub fn open(dir: &Path, max: u64, bucket: Option<Bucket>) -> Result<Self, SourceError> {
         std::fs::create_dir_all(dir).map_err(failed("make", dir))?;
         for tenant in std::fs::read_dir(dir).map_err(failed("read", dir))? {
             let tenant = tenant.map_err(failed("read", dir))?.path();
@@ -88,6 +113,7 @@ impl SourceStore {
         }
         Ok(Self {
             dir: dir.to_owned(),
+            bucket,
             max,
             counter: AtomicU64::new(0),
         })
@@ -137,6 +163,10 @@ impl SourceStore {
         }
         file.sync_all().await.map_err(failed("write", &part.0))?;
         let (digest, size) = hasher.finish();
+        if let Some(bucket) = &self.bucket {
+            bucket.put_file(&key(tenant, &digest), &part.0).await?;
+            return Ok(Stored { digest, size });
+        }
         let path = self.path(tenant, &digest);
         tokio::fs::rename(&part.0, &path)
             .await
@@ -152,18 +182,32 @@ impl SourceStore {
         &self,
         tenant: &TenantName,
         digest: &Digest,
-    ) -> Result<(File, u64), SourceError> {
+    ) -> Result<(BoxStream<'static, io::Result<Bytes>>, u64), SourceError> {
+        if let Some(bucket) = &self.bucket {
+            return Ok(bucket.get(&key(tenant, digest)).await?);
+        }
         let path = self.path(tenant, digest);
         let file = File::open(&path).await.map_err(failed("open", &path))?;
         let meta = file.metadata().await.map_err(failed("read", &path))?;
-        Ok((file, meta.len()))
+        Ok((tokio_util::io::ReaderStream::new(file).boxed(), meta.len()))
     }
 
     /// Sources that nobody has uploaded or read the name of for `age`. Upload and repeated upload make a source young again.
     ///
     /// # Errors
     /// When the folder cannot be read.
-    pub fn older_than(&self, age: Duration) -> Result<Vec<(TenantName, Digest)>, SourceError> {
+    pub async fn older_than(
+        &self,
+        age: Duration,
+    ) -> Result<Vec<(TenantName, Digest)>, SourceError> {
+        if let Some(bucket) = &self.bucket {
+            let old = bucket.older_than(FOLDER, age).await?;
+            return Ok(old.iter().filter_map(|found| named(&found.key)).collect());
+        }
+        self.older_files(age)
+    }
+
+    fn older_files(&self, age: Duration) -> Result<Vec<(TenantName, Digest)>, SourceError> {
         let mut old = Vec::new();
         for tenant in std::fs::read_dir(&self.dir).map_err(failed("read", &self.dir))? {
             let folder = tenant.map_err(failed("read", &self.dir))?.path();
@@ -192,12 +236,24 @@ impl SourceStore {
     /// # Errors
     /// When it cannot be removed.
     pub async fn remove(&self, tenant: &TenantName, digest: &Digest) -> Result<(), SourceError> {
+        if let Some(bucket) = &self.bucket {
+            return Ok(bucket.remove(&key(tenant, digest)).await?);
+        }
         let path = self.path(tenant, digest);
         match tokio::fs::remove_file(&path).await {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             done => done.map_err(failed("remove", &path)),
         }
     }
+}
+
+/// The source that an object is.
+fn named(key: &str) -> Option<(TenantName, Digest)> {
+    let (tenant, hex) = key
+        .strip_prefix(FOLDER)?
+        .strip_prefix('/')?
+        .split_once('/')?;
+    Some((tenant.parse().ok()?, format!("sha256:{hex}").parse().ok()?))
 }
 
 /// An upload that is removed unless it was renamed.
@@ -221,7 +277,7 @@ mod tests {
     #[tokio::test]
     async fn a_source_is_its_tenants_alone_and_bounded() {
         let dir = tempfile::tempdir().expect("temp dir");
-        let store = SourceStore::open(dir.path(), 10).expect("open");
+        let store = SourceStore::open(dir.path(), 10, None).expect("open");
         let (own, other): (TenantName, TenantName) = (
             "acme".parse().expect("name"),
             "rival".parse().expect("name"),
@@ -250,13 +306,14 @@ mod tests {
         assert!(
             store
                 .older_than(Duration::from_secs(60))
+                .await
                 .expect("read")
                 .is_empty()
         );
-        let old = store.older_than(Duration::ZERO).expect("read");
+        let old = store.older_than(Duration::ZERO).await.expect("read");
         assert_eq!(old, [(own.clone(), stored.digest)]);
         std::fs::write(dir.path().join("acme/9-9.part"), "x").expect("write");
-        let store = SourceStore::open(dir.path(), 10).expect("open");
+        let store = SourceStore::open(dir.path(), 10, None).expect("open");
         store.remove(&own, &stored.digest).await.expect("removed");
         store.remove(&own, &stored.digest).await.expect("again");
         assert_eq!(

@@ -6,10 +6,11 @@ use std::time::Duration;
 use kiln_core::job::Source;
 use kiln_core::{AttemptId, Digest, JobKind, TenantName};
 use kiln_db::{Database, DbError, JobFilter, PAGE_MAX, Retention, Sweep};
-use kiln_store::logs::RetentionClass;
+use kiln_store::logs::{LogError, LogName, RetentionClass};
 use kiln_store::registry::RepoName;
 use tokio_util::sync::CancellationToken;
 
+use crate::peers::Home;
 use crate::state::Controller;
 
 /// Time between two looks at leases.
@@ -20,6 +21,8 @@ const RETAIN_EVERY: Duration = Duration::from_secs(3600);
 const QUARANTINE: &str = "quarantine";
 /// How long an upload is kept after it came, at least: its job may be repeated.
 const SOURCE_AGE: Duration = Duration::from_secs(24 * 3600);
+/// A controller that is silent for this long does not come back, as far as the logs it kept are concerned.
+const KEEPER_GONE: Duration = Duration::from_secs(24 * 3600);
 /// Looks at leases between two rounds of tidying.
 const TIDY_EVERY: u32 = 10;
 
@@ -39,10 +42,10 @@ pub async fn run(controller: Controller, stop: CancellationToken) {
             );
             continue;
         }
+        // At once after a start: an earlier life may have left something.
+        let tidies = round.is_multiple_of(TIDY_EVERY);
         round = round.wrapping_add(1);
-        if round.is_multiple_of(TIDY_EVERY)
-            && let Err(error) = tidy(&controller).await
-        {
+        if tidies && let Err(error) = tidy(&controller).await {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "not everything was tidied"
@@ -80,7 +83,7 @@ pub async fn retain(controller: Controller, retention: Retention, stop: Cancella
 
 /// Removes uploads that no job waits for or runs with, once they are old enough that nobody is about to repeat their job.
 async fn forget_sources(controller: &Controller) -> Result<(), String> {
-    let old = controller.sources.older_than(SOURCE_AGE);
+    let old = controller.sources.older_than(SOURCE_AGE).await;
     let old = old.map_err(|error| error.to_string())?;
     if old.is_empty() {
         return Ok(());
@@ -210,14 +213,32 @@ async fn tidy(controller: &Controller) -> Result<(), DbError> {
                     .lease
                     .is_some_and(|lease| lease.attempt.number > name.attempt.number)
         });
-        if ended {
-            let now = controller.db.now().await?;
-            if let Err(error) = controller.logs.end(&name, RetentionClass::Hot, now).await {
-                tracing::warn!(log = %name, %error, "a log was not put away");
-            }
+        if ended && let Err(error) = put_away(controller, &name).await? {
+            tracing::warn!(log = %name, error = &error as &dyn std::error::Error, "a log was not put away");
         }
     }
     Ok(())
+}
+
+/// Ends a log that is here. One that another controller keeps is what a worker sent before it moved there: a part, which goes once the
+/// whole is where ended logs are, and stands for the whole when that controller does not come back.
+async fn put_away(
+    controller: &Controller,
+    name: &LogName,
+) -> Result<Result<(), LogError>, DbError> {
+    if controller.home_now(&name.attempt).await? != Home::Here {
+        match controller.logs.is_archived(name).await {
+            Ok(true) => return Ok(controller.logs.discard(name).await),
+            Ok(false) => {}
+            Err(error) => return Ok(Err(error)),
+        }
+        if !controller.home_is_lost(&name.attempt, KEEPER_GONE).await? {
+            return Ok(Ok(()));
+        }
+    }
+    let now = controller.db.now().await?;
+    let ended = controller.logs.end(name, RetentionClass::Hot, now).await;
+    Ok(ended.map(drop))
 }
 
 /// A random number, for backoffs and names; 0 without the kernel's help.

@@ -7,7 +7,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use kiln_controller::api::{ApiConfig, ListenConfig};
-use kiln_controller::server::{Running, ServeConfig, StartError, Tls, socket_path, start_with};
+use kiln_controller::server::{
+    Running, ServeConfig, Sharing, StartError, Tls, socket_path, start_with,
+};
 use kiln_controller::webhooks::ReceiverPolicy;
 use kiln_core::job::{Limits, RunCommand, TrustClass};
 use kiln_core::{
@@ -63,6 +65,13 @@ pub(crate) async fn serve(folder: &Path, options: OpenOptions) -> Running {
 }
 
 pub(crate) async fn try_serve(folder: &Path, options: OpenOptions) -> Result<Running, StartError> {
+    let mut config = config(folder).await;
+    config.generation += u32::from(options.later.is_some());
+    start_with(config, options).await
+}
+
+/// A controller of a folder, on SQLite.
+pub(crate) async fn config(folder: &Path) -> ServeConfig {
     let registry = folder.join("registry");
     std::fs::create_dir_all(&registry).expect("folder");
     let registry = HostRegistry::open_or_attach(&registry, HostConfig::default()).await;
@@ -72,9 +81,10 @@ pub(crate) async fn try_serve(folder: &Path, options: OpenOptions) -> Result<Run
         followers_per_tenant: 10_000,
         ..ApiConfig::default()
     };
-    let config = ServeConfig {
+    ServeConfig {
         folder: folder.join("controller"),
         database: None,
+        sharing: Sharing::default(),
         listen: vec!["127.0.0.1:0".parse().expect("an address")],
         tls: Tls::Plain,
         sockets: ListenConfig::default(),
@@ -88,9 +98,8 @@ pub(crate) async fn try_serve(folder: &Path, options: OpenOptions) -> Result<Run
         prefix: Prefix::default(),
         receivers: ReceiverPolicy::default(),
         retention: Retention::default(),
-        generation: GENERATION + u32::from(options.later.is_some()),
-    };
-    start_with(config, options).await
+        generation: GENERATION,
+    }
 }
 
 /// Where the private socket of a controller in `folder` is.
@@ -100,7 +109,10 @@ pub(crate) fn socket(folder: &Path) -> PathBuf {
 
 impl Fleet {
     pub(crate) async fn start(folder: &Path, options: OpenOptions) -> Self {
-        let running = serve(folder, options).await;
+        Self::of(serve(folder, options).await)
+    }
+
+    pub(crate) fn of(running: Running) -> Self {
         let socket = running.socket.clone();
         Self { running, socket }
     }
@@ -271,8 +283,15 @@ impl Served {
 
     /// With other times of leases.
     pub(crate) fn start_with(folder: &Path, lease: LeaseTimes) -> Self {
+        let (ttl, grace) = (lease.ttl_ms, lease.grace_ms);
+        let line = format!("{ttl} {grace} {}", folder.display());
+        Self::spawn("fleet_server::controller_child", &line)
+    }
+
+    /// Starts a test that is one, which is told this line.
+    pub(crate) fn spawn(test: &str, line: &str) -> Self {
         let mut child = Command::new(std::env::current_exe().expect("own path"))
-            .args(["--exact", "fleet_server::controller_child"])
+            .args(["--exact", test])
             .args(["--ignored", "--nocapture"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -280,8 +299,7 @@ impl Served {
             .spawn()
             .expect("starts");
         let stdin = child.stdin.as_mut().expect("piped");
-        let (ttl, grace) = (lease.ttl_ms, lease.grace_ms);
-        writeln!(stdin, "{ttl} {grace} {}", folder.display()).expect("is told");
+        writeln!(stdin, "{line}").expect("is told");
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         let ready = lines.any(|line| line.is_ok_and(|line| line.contains("serves")));
         assert!(ready, "the controller did not start");
@@ -315,9 +333,13 @@ async fn controller_child() {
         ttl_ms: ttl.parse().expect("a number"),
         grace_ms: grace.parse().expect("a number"),
     };
-    let running = serve(Path::new(folder), times(lease)).await;
+    until_killed(serve(Path::new(folder), times(lease)).await).await;
+}
+
+/// Says that it serves, until it is killed, or nobody is there any more who could.
+#[expect(clippy::print_stdout, reason = "whoever started it reads it")]
+pub(crate) async fn until_killed(running: Running) {
     println!("serves {}", running.socket.display());
-    // Until it is killed, or nobody is there any more who could.
     let mut end = String::new();
     let ended = tokio::task::spawn_blocking(move || std::io::stdin().read_line(&mut end));
     let _gone = ended.await;

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -76,6 +76,9 @@ pub(crate) async fn send(
 #[derive(Clone)]
 pub(crate) struct Line {
     pub(crate) socket: PathBuf,
+    /// Sockets of other controllers: gone to when the one that was used last does not answer.
+    pub(crate) others: Vec<PathBuf>,
+    at: Arc<AtomicUsize>,
     pub(crate) worker: String,
     /// Generation of the protocol that it speaks.
     pub(crate) generation: u32,
@@ -87,6 +90,8 @@ impl Line {
     pub(crate) fn new(socket: &Path, worker: &str) -> Self {
         Self {
             socket: socket.to_owned(),
+            others: Vec::new(),
+            at: Arc::default(),
             worker: worker.to_owned(),
             generation: GENERATION,
             cut: Arc::default(),
@@ -107,7 +112,20 @@ impl Line {
             ("content-type", "application/json"),
         ];
         headers.extend(lease.map(|lease| (LEASE_HEADER, lease)));
-        send(&self.socket, method, path, &headers, body).await
+        let all = 1 + self.others.len();
+        let at = self.at.load(Ordering::SeqCst) % all;
+        let socket = match at {
+            0 => &self.socket,
+            other => &self.others[other - 1],
+        };
+        let sent = send(socket, method, path, &headers, body).await;
+        if sent.is_err() && all > 1 {
+            let next = (at + 1) % all;
+            let _moved = self
+                .at
+                .compare_exchange(at, next, Ordering::SeqCst, Ordering::SeqCst);
+        }
+        sent
     }
 
     pub(crate) async fn post<A: DeserializeOwned>(
@@ -506,33 +524,48 @@ impl Inner {
             events: vec![serde_json::json!({ "event": "phase", "name": "machine" })],
             started: true,
         };
-        if !self.until_taken(|| self.line.event(lease, &started)).await {
+        let said = self.until_taken(|| self.line.event(lease, &started));
+        if said.await.is_none() {
             return false;
         }
-        let mut at = 0_u64;
+        let (mut all, mut at) = (String::new(), 0);
         for number in 0..lines {
             tokio::time::sleep(pause).await;
-            let line = text(&lease.attempt, number);
-            let sent = || self.line.log(lease, at, line.as_bytes());
-            if !self.until_taken(sent).await {
+            all += &text(&lease.attempt, number);
+            if !self.say(lease, &all, &mut at).await {
                 return false;
             }
-            at += line.len() as u64;
         }
-        true
+        // A controller that did not hear the beginning wants it all.
+        self.say(lease, &all, &mut at).await
     }
 
-    async fn until_taken<T, F>(&self, send: impl Fn() -> F) -> bool
+    /// Sends what is missing of a log; false when its lease was refused.
+    async fn say(&self, lease: &Lease, all: &str, at: &mut usize) -> bool {
+        loop {
+            let from = *at;
+            let sent = || self.line.log(lease, from as u64, &all.as_bytes()[from..]);
+            let Some(answer) = self.until_taken(sent).await else {
+                return false;
+            };
+            *at = usize::try_from(answer.next).expect("short").min(all.len());
+            if *at == all.len() {
+                return true;
+            }
+        }
+    }
+
+    async fn until_taken<T, F>(&self, send: impl Fn() -> F) -> Option<T>
     where
         F: Future<Output = Result<T, NoAnswer>>,
     {
         loop {
             match send().await {
-                Ok(_) => return true,
+                Ok(answer) => return Some(answer),
                 Err(NoAnswer::Gone) => tokio::time::sleep(AGAIN).await,
                 Err(NoAnswer::Refused(..)) => {
                     self.ledger.refused.fetch_add(1, Ordering::SeqCst);
-                    return false;
+                    return None;
                 }
             }
         }

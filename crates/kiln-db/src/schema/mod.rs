@@ -7,12 +7,15 @@ use crate::engine::{Tx, args};
 use crate::error::DbError;
 
 /// Steps in order; the schema's version is how many were taken.
-const STEPS: &[&str] = &[include_str!("001-first.sql")];
+const STEPS: &[&str] = &[
+    include_str!("001-first.sql"),
+    include_str!("002-controllers.sql"),
+];
 /// What PostgreSQL needs besides, step by step.
-const STEPS_POSTGRES: &[&str] = &[include_str!("001-first.postgres.sql")];
+const STEPS_POSTGRES: &[&str] = &[include_str!("001-first.postgres.sql"), ""];
 
 /// The schema that this build writes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const _: () = assert!(STEPS.len() == VERSION as usize && STEPS_POSTGRES.len() == STEPS.len());
 

@@ -56,7 +56,7 @@ async fn every_door(w: &World, lease: &Lease) -> Vec<LeaseRefused> {
             .await
             .map(drop),
         db.artifact(lease, &artifact()).await,
-        db.log_mark(lease, 0, 5).await.map(drop),
+        db.log_mark(lease, "c1", 0, 5).await.map(drop),
         db.finish(lease, end(passed())).await.map(drop),
     ];
     for kind in KINDS {
@@ -272,7 +272,11 @@ async fn a_cancel_wins_only_when_it_came_first(w: World) {
 async fn logs_go_on_where_they_ended(w: World) {
     let one = w.worker("w1").await;
     let lease = w.leased("b1", &one).await;
-    let mark = async |from, length| w.db.log_mark(&lease, from, length).await.expect("opens");
+    let mark = async |from, length| {
+        w.db.log_mark(&lease, "c1", from, length)
+            .await
+            .expect("opens")
+    };
     assert_eq!(
         mark(0, 5).await,
         LogMark {

@@ -6,8 +6,8 @@ use kiln_core::JobState;
 use kiln_db::{
     BackupError, Database, DatabaseUrl, OpenError, OpenOptions, RestoreError, SCHEMA_VERSION,
 };
+use kiln_testkit::postgres::server;
 
-use crate::server::server;
 use crate::support::{World, end, file_url, id, job, passed};
 
 async fn open(url: &DatabaseUrl) -> Result<Database, OpenError> {
@@ -292,7 +292,7 @@ async fn controllers_wake_each_other() {
 /// Nothing that was acknowledged is lost, and work goes on by itself when the server is back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_restarts_under_load() {
-    let own = crate::server::start(None);
+    let own = kiln_testkit::postgres::start(None);
     let url: DatabaseUrl = own.url(&own.database()).parse().expect("url");
     let db = open(&url).await.expect("opens");
     let (acknowledged, mut names) = tokio::sync::mpsc::unbounded_channel();
@@ -333,7 +333,7 @@ async fn postgres_restarts_under_load() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tls_to_postgres_is_verified() {
     let port = kiln_testkit::free_port();
-    let own = crate::server::start(Some(port));
+    let own = kiln_testkit::postgres::start(Some(port));
     let root = own.folder().join("root.crt");
     let try_open = async |host: &str, options: &str| {
         let url = format!("postgres://kiln@{host}:{port}/postgres?{options}");

@@ -9,7 +9,6 @@ mod jobs;
 mod model;
 mod people;
 mod races;
-mod server;
 mod support;
 mod webhooks;
 

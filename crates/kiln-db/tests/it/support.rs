@@ -16,8 +16,7 @@ use kiln_db::{
     Placement, Sweep, Swept,
 };
 use kiln_testkit::FakeClock;
-
-use crate::server::server;
+use kiln_testkit::postgres::server;
 
 /// Where the fake clock of PostgreSQL begins.
 const START_UNIX_MS: u64 = 1_767_225_600_000;

@@ -27,6 +27,7 @@ use std::path::PathBuf;
 use kiln_core::{AttemptId, JobId, TenantName};
 
 pub use error::LogError;
+pub(crate) use objects::open as open_objects;
 pub use objects::{ConditionalPut, ObjectTarget, S3Credentials, S3Target};
 pub use retention::{
     Doomed, Holds, Periods, RetentionClass, RetentionPlan, RetentionPolicy, Swept,

@@ -147,7 +147,7 @@ impl S3Target {
 }
 
 /// Opens the place where ended logs go.
-pub(super) fn open(target: &ObjectTarget) -> Result<Arc<dyn ObjectStore>, LogError> {
+pub(crate) fn open(target: &ObjectTarget) -> Result<Arc<dyn ObjectStore>, LogError> {
     match target {
         ObjectTarget::Folder(dir) => {
             std::fs::create_dir_all(dir).map_err(LogError::io("create", dir))?;

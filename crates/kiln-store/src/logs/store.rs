@@ -340,6 +340,36 @@ impl LogStore {
         .await
     }
 
+    /// Whether an ended log is where ended logs are, whatever is here.
+    ///
+    /// # Errors
+    /// When the object store refuses.
+    pub async fn is_archived(&self, name: &LogName) -> Result<bool, LogError> {
+        Ok(self.opened(name).await?.is_some())
+    }
+
+    /// Whether files of the log are here: it is being written, or has not moved away yet.
+    #[must_use]
+    pub fn is_here(&self, name: &LogName) -> bool {
+        self.find_live(name).is_some()
+    }
+
+    /// Forgets what is here of a log that another controller keeps. What is where ended logs are stays.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub async fn discard(&self, name: &LogName) -> Result<(), LogError> {
+        let Some(live) = self.find_live(name) else {
+            return Ok(());
+        };
+        let _once = live.moving.lock().await;
+        let dir = live.dir().to_owned();
+        blocking(move || live::remove_files(&dir)).await?;
+        live.leave();
+        lock(&self.inner.live).by_name.remove(name);
+        Ok(())
+    }
+
     /// Removes an ended log for good, whatever its class: for a caller who decides by rules of its own. Its absence is fine.
     ///
     /// # Errors

@@ -1,8 +1,9 @@
 //! HTTP/1.1 to a controller: over its private socket, over TCP, or over mutual TLS. Connections are kept and used again.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -15,12 +16,14 @@ use hyper_util::client::legacy::Client as Pool;
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::ServerName;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 /// Longest wait for a connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Addresses of one name that are tried.
+const ADDRESSES_MAX: usize = 8;
 /// Idle connections kept.
 const IDLE_MAX: usize = 8;
 
@@ -77,6 +80,7 @@ impl Http {
             .pool_max_idle_per_host(IDLE_MAX)
             .build(Connector {
                 target: Arc::new(target),
+                last: Arc::default(),
             });
         Self { pool, authority }
     }
@@ -100,6 +104,9 @@ impl Http {
 #[derive(Clone, Debug)]
 struct Connector {
     target: Arc<Target>,
+    /// The address that answered last. A name may have several, of controllers that stand in for each other: as long as one answers it
+    /// is not left, since it keeps the logs it was sent.
+    last: Arc<Mutex<Option<SocketAddr>>>,
 }
 
 enum Wire {
@@ -114,13 +121,15 @@ impl Connection for Wire {
     }
 }
 
-async fn connect(target: &Target) -> std::io::Result<Wire> {
+type Last = Mutex<Option<SocketAddr>>;
+
+async fn connect(target: &Target, last: &Last) -> std::io::Result<Wire> {
     match target {
         Target::Socket(path) => Ok(Wire::Socket(TokioIo::new(UnixStream::connect(path).await?))),
-        Target::Tcp { host, port } => Ok(Wire::Tcp(TokioIo::new(tcp(host, *port).await?))),
+        Target::Tcp { host, port } => Ok(Wire::Tcp(TokioIo::new(tcp(host, *port, last).await?))),
         Target::Tls { host, port, config } => {
             let name = ServerName::try_from(host.clone()).map_err(std::io::Error::other)?;
-            let tcp = tcp(host, *port).await?;
+            let tcp = tcp(host, *port, last).await?;
             let tls = TlsConnector::from(Arc::clone(config))
                 .connect(name, tcp)
                 .await?;
@@ -129,10 +138,35 @@ async fn connect(target: &Target) -> std::io::Result<Wire> {
     }
 }
 
-async fn tcp(host: &str, port: u16) -> std::io::Result<TcpStream> {
-    let stream = TcpStream::connect((host, port)).await?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
+/// Connects to the address that answered last, else to the first that does: one whose host is gone may not use up the others' time.
+async fn tcp(host: &str, port: u16, last: &Last) -> std::io::Result<TcpStream> {
+    let lock = || last.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut addresses: Vec<_> = lookup_host((host, port)).await?.collect();
+    addresses.truncate(ADDRESSES_MAX);
+    let known = *lock();
+    match known.and_then(|known| addresses.iter().position(|address| *address == known)) {
+        Some(at) => addresses.swap(0, at),
+        // Workers spread over what the name gives.
+        None if !addresses.is_empty() => {
+            let turn = std::process::id() as usize % addresses.len();
+            addresses.rotate_left(turn);
+        }
+        None => {}
+    }
+    let each = CONNECT_TIMEOUT / u32::try_from(addresses.len().max(1)).unwrap_or(1);
+    let mut failed = std::io::Error::from(std::io::ErrorKind::NotFound);
+    for address in addresses {
+        match tokio::time::timeout(each, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => {
+                *lock() = Some(address);
+                stream.set_nodelay(true)?;
+                return Ok(stream);
+            }
+            Ok(Err(error)) => failed = error,
+            Err(_) => failed = std::io::ErrorKind::TimedOut.into(),
+        }
+    }
+    Err(failed)
 }
 
 impl tower::Service<Uri> for Connector {
@@ -145,9 +179,10 @@ impl tower::Service<Uri> for Connector {
     }
 
     fn call(&mut self, _uri: Uri) -> Self::Future {
-        let target = Arc::clone(&self.target);
+        let (target, last) = (Arc::clone(&self.target), Arc::clone(&self.last));
         Box::pin(async move {
-            tokio::time::timeout(CONNECT_TIMEOUT, connect(&target))
+            // With time for TLS.
+            tokio::time::timeout(2 * CONNECT_TIMEOUT, connect(&target, &last))
                 .await
                 .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
         })

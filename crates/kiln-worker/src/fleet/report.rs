@@ -180,10 +180,12 @@ async fn send_events(to: To, mut queued: mpsc::Receiver<Said>) {
 
 async fn send_log(to: To, spool: Arc<Spool>) {
     let mut progress = spool.progress();
-    let mut at = 0;
+    let (mut at, mut asked) = (0, false);
     loop {
         let now = *progress.borrow_and_update();
-        if now.bytes <= at {
+        // At the end it is asked once more, with nothing: another controller than the one that heard the beginning wants it all.
+        let last = now.ended && now.bytes > 0 && !asked;
+        if now.bytes <= at && !last {
             if now.ended {
                 return;
             }
@@ -193,6 +195,7 @@ async fn send_log(to: To, spool: Arc<Spool>) {
             }
             continue;
         }
+        asked = now.bytes <= at;
         let piece = match spool.read(at, LOG_PIECE_MAX) {
             Ok(piece) => bytes::Bytes::from(piece),
             Err(error) => {

@@ -9,43 +9,53 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock};
 
-/// The server of this run.
-pub(crate) struct Server {
+/// A server.
+#[derive(Debug)]
+pub struct Postgres {
     bin: PathBuf,
     folder: PathBuf,
     /// Its standard input is the life line.
     shell: Mutex<(Child, BufReader<ChildStdout>)>,
 }
 
-static SERVER: OnceLock<Server> = OnceLock::new();
+static SERVER: OnceLock<Postgres> = OnceLock::new();
 static NAMES: AtomicU32 = AtomicU32::new(0);
 
 /// Starts the server, or gives the one that runs.
-pub(crate) fn server() -> &'static Server {
+pub fn server() -> &'static Postgres {
     SERVER.get_or_init(|| start(None))
 }
 
-impl Server {
+impl Postgres {
     /// Makes an empty database; gives its name.
-    pub(crate) fn database(&self) -> String {
+    ///
+    /// # Panics
+    /// When it cannot.
+    #[must_use]
+    pub fn database(&self) -> String {
         let name = format!("t{}", NAMES.fetch_add(1, Ordering::Relaxed));
         self.sql("postgres", &format!("create database {name}"));
         name
     }
 
-    /// Where it is: certificates are there.
-    pub(crate) fn folder(&self) -> &Path {
+    /// Where it is: its socket and certificates are there.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
         &self.folder
     }
 
     /// The place of a database.
-    pub(crate) fn url(&self, database: &str) -> String {
+    #[must_use]
+    pub fn url(&self, database: &str) -> String {
         let host = self.folder.display();
         format!("postgres://kiln@localhost/{database}?host={host}")
     }
 
     /// Stops the server as a crash would and starts it again.
-    pub(crate) fn restart(&self) {
+    ///
+    /// # Panics
+    /// When it does not come back.
+    pub fn restart(&self) {
         let mut shell = self.shell.lock().expect("nobody panicked");
         let (child, words) = &mut *shell;
         let orders = child.stdin.as_mut().expect("piped");
@@ -56,7 +66,10 @@ impl Server {
     }
 
     /// Runs a statement as the operator's own tool would; gives what it prints.
-    pub(crate) fn sql(&self, database: &str, sql: &str) -> String {
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub fn sql(&self, database: &str, sql: &str) -> String {
         let done = Command::new(self.bin.join("psql"))
             .args([
                 "-X",
@@ -81,7 +94,11 @@ impl Server {
 
 /// Starts a server of one's own; with a port it also listens on 127.0.0.1, by TLS alone, as `localhost` with a certificate of
 /// `root.crt` in its folder.
-pub(crate) fn start(tls: Option<u16>) -> Server {
+///
+/// # Panics
+/// When it does not start.
+#[must_use]
+pub fn start(tls: Option<u16>) -> Postgres {
     let bin = binaries();
     let folder = tempfile::Builder::new()
         .prefix("kiln-pg-")
@@ -115,7 +132,7 @@ pub(crate) fn start(tls: Option<u16>) -> Server {
         said.push_str(&line);
         assert!(read > 0, "PostgreSQL did not start:\n{said}");
     }
-    Server {
+    Postgres {
         bin,
         folder,
         shell: Mutex::new((shell, words)),

@@ -1,0 +1,306 @@
+//! What one controller asks another: HTTP/1.1 over verified TLS, each request with a token of its own, few at a time.
+//!
+//! The other's certificate is of the authority they share, or one the host trusts; its name is the one in its URL.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, Uri, header};
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::body::Incoming;
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::client::legacy::Client as Pool;
+use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use kiln_core::JobId;
+use kiln_store::logs::{LogName, READ_MAX};
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio_rustls::TlsConnector;
+
+use super::routes;
+use crate::access::Authority;
+use crate::api::LogPiece;
+use crate::fleet::secrets::JOB_BYTES_MAX;
+use crate::fleet::who::now_unix_ms;
+use crate::state::Controller;
+
+/// Time for the connection to another controller, TLS included.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Time until another controller has answered, beside what it was asked to wait.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Requests to other controllers at a time.
+const ASKED_MAX: usize = 256;
+/// Connections that are kept for the next request, to each.
+const IDLE_MAX: usize = 16;
+
+/// Why another controller gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// It is not reached, or the connection broke.
+    #[error("the other controller at {url} does not answer")]
+    Unreachable {
+        /// Where.
+        url: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// It has not what was asked for.
+    #[error("the other controller has no such thing")]
+    NotFound,
+    /// It refused.
+    #[error("the other controller refused ({0})")]
+    Refused(StatusCode),
+    /// No token could be made.
+    #[error("no token for the other controller could be made")]
+    Sign(#[from] crate::access::SignError),
+}
+
+/// A part of a log that is asked for.
+#[derive(Clone, Debug)]
+pub(super) struct Asked {
+    path: String,
+    wait: Duration,
+}
+
+impl Asked {
+    /// At most `max` bytes from `offset` on; with none there yet the other waits for `wait`.
+    pub(super) fn log(name: &LogName, offset: u64, max: usize, wait: Duration) -> Self {
+        let (path, wait_ms) = (routes::log_path(name), wait.as_millis());
+        Self {
+            path: format!(
+                "{path}?offset={offset}&max={}&wait_ms={wait_ms}",
+                max.min(READ_MAX)
+            ),
+            wait,
+        }
+    }
+}
+
+/// A part of a log that another controller keeps.
+#[derive(Clone, Debug)]
+pub(super) struct FarPiece {
+    pub(super) piece: LogPiece,
+    /// Nothing more will come.
+    pub(super) ended: bool,
+}
+
+/// Connections to other controllers.
+pub(super) struct Client {
+    pool: Pool<Dial, Empty<Bytes>>,
+    slots: Semaphore,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("peers::Client")
+    }
+}
+
+impl Client {
+    pub(super) fn new(authority: &Authority) -> Result<Self, rustls::Error> {
+        let mut roots = rustls::RootCertStore::empty();
+        // Controllers may show certificates of the operator's own, which the host trusts.
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        roots.add(authority.der().clone())?;
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let dial = Dial {
+            tls: TlsConnector::from(Arc::new(config)),
+        };
+        let pool = Pool::builder(TokioExecutor::new())
+            .pool_max_idle_per_host(IDLE_MAX)
+            .build(dial);
+        Ok(Self {
+            pool,
+            slots: Semaphore::new(ASKED_MAX),
+        })
+    }
+
+    pub(super) async fn log(
+        &self,
+        controller: &Controller,
+        url: &str,
+        asked: &Asked,
+    ) -> Result<FarPiece, PeerError> {
+        let answer = self.ask(controller, Method::GET, url, &asked.path, asked.wait);
+        let answer = answer.await?;
+        let number =
+            |name: &str| -> Option<u64> { answer.headers().get(name)?.to_str().ok()?.parse().ok() };
+        let size = number(routes::SIZE).unwrap_or(0);
+        let truncated = number(routes::TRUNCATED) == Some(1);
+        let ended = number(routes::ENDED) == Some(1);
+        let bytes = body(answer, url, READ_MAX).await?;
+        let piece = LogPiece {
+            bytes,
+            size,
+            truncated,
+        };
+        Ok(FarPiece { piece, ended })
+    }
+
+    pub(super) async fn end(
+        &self,
+        controller: &Controller,
+        url: &str,
+        name: &LogName,
+    ) -> Result<(), PeerError> {
+        let path = format!("{}/end", routes::log_path(name));
+        self.ask(controller, Method::POST, url, &path, Duration::ZERO)
+            .await
+            .map(drop)
+    }
+
+    pub(super) async fn secret(
+        &self,
+        controller: &Controller,
+        url: &str,
+        job: &JobId,
+        name: &str,
+    ) -> Result<Vec<u8>, PeerError> {
+        let path = routes::secret_path(job, name);
+        let answer = self.ask(controller, Method::GET, url, &path, Duration::ZERO);
+        let bytes = body(answer.await?, url, JOB_BYTES_MAX).await?;
+        Ok(bytes.to_vec())
+    }
+
+    async fn ask(
+        &self,
+        controller: &Controller,
+        method: Method,
+        url: &str,
+        path: &str,
+        wait: Duration,
+    ) -> Result<Response<Incoming>, PeerError> {
+        let lost = |source: Box<dyn std::error::Error + Send + Sync>| PeerError::Unreachable {
+            url: url.to_owned(),
+            source,
+        };
+        let _slot = self
+            .slots
+            .acquire()
+            .await
+            .map_err(|shut| lost(shut.into()))?;
+        let access = &controller.access;
+        let token = access.issue_controller(controller.peers.id(), now_unix_ms())?;
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("{url}{path}"))
+            .header(header::AUTHORIZATION, format!("Bearer {token}"))
+            .body(Empty::new())
+            .map_err(|error| lost(error.into()))?;
+        let asked = tokio::time::timeout(wait + ANSWER_TIMEOUT, self.pool.request(request));
+        let answer = asked
+            .await
+            .map_err(|late| lost(late.into()))?
+            .map_err(|error| lost(error.into()))?;
+        match answer.status() {
+            status if status.is_success() => Ok(answer),
+            StatusCode::NOT_FOUND => Err(PeerError::NotFound),
+            status => Err(PeerError::Refused(status)),
+        }
+    }
+}
+
+async fn body(answer: Response<Incoming>, url: &str, max: usize) -> Result<Bytes, PeerError> {
+    let lost = |source: Box<dyn std::error::Error + Send + Sync>| PeerError::Unreachable {
+        url: url.to_owned(),
+        source,
+    };
+    let whole = Limited::new(answer.into_body(), max).collect();
+    let whole = tokio::time::timeout(ANSWER_TIMEOUT, whole).await;
+    Ok(whole
+        .map_err(|late| lost(late.into()))?
+        .map_err(lost)?
+        .to_bytes())
+}
+
+/// TCP, and TLS where the URL says so.
+#[derive(Clone)]
+struct Dial {
+    tls: TlsConnector,
+}
+
+impl tower::Service<Uri> for Dial {
+    type Response = Link;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Link>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let tls = self.tls.clone();
+        Box::pin(async move {
+            tokio::time::timeout(CONNECT_TIMEOUT, dial(tls, &uri))
+                .await
+                .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+        })
+    }
+}
+
+async fn dial(tls: TlsConnector, uri: &Uri) -> io::Result<Link> {
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    let secure = uri.scheme_str() == Some("https");
+    let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
+    let tcp = TcpStream::connect((host, port)).await?;
+    tcp.set_nodelay(true)?;
+    if !secure {
+        return Ok(Link(TokioIo::new(Box::new(tcp))));
+    }
+    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+    Ok(Link(TokioIo::new(Box::new(tls.connect(name, tcp).await?))))
+}
+
+trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+
+struct Link(TokioIo<Box<dyn Duplex>>);
+
+impl Connection for Link {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl Read for Link {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl Write for Link {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
