@@ -10,10 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kiln_controller::server::Running;
+use kiln_core::JobId;
 use kiln_core::dispatch::WorkerState;
-use kiln_core::{JobId, JobState, Verdict};
-use kiln_db::LeaseTimes;
-use kiln_proto::fleet::{Join, Joined};
 use kiln_worker::fleet::client::Client;
 use kiln_worker::fleet::daemon::{self, Offer};
 use kiln_worker::fleet::http::Target;
@@ -23,17 +21,11 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::runtime::{Builder, Runtime};
 use tokio_util::sync::CancellationToken;
 
-use crate::fleet_sim::{self, Ledgered, Pace, Ran, facts, job, machines};
-
-/// Longest wait for anything here.
-const PATIENCE: Duration = Duration::from_secs(120);
-/// Longest wait for a short answer.
-const ANSWER: Duration = Duration::from_secs(10);
-/// Short leases; a heartbeat comes every 5 s.
-const LEASE: LeaseTimes = LeaseTimes {
-    ttl_ms: 8_000,
-    grace_ms: 2_000,
+use crate::fleet_sim::{
+    self, ANSWER, LEASE, Ledgered, PATIENCE, Pace, Ran, all_over, count, facts, job, machines,
+    until, work_near,
 };
+
 /// An address that no network card here has.
 const NOBODY: &str = "02:00:00:00:00:99";
 
@@ -241,66 +233,6 @@ impl Far {
     }
 }
 
-/// A worker beside the controller, over its private socket.
-async fn near(
-    running: &Running,
-    home: &std::path::Path,
-    ledger: &Arc<Ledgered>,
-    stop: CancellationToken,
-) {
-    let target = Target::Socket(running.socket.clone());
-    let pace: Pace = Arc::new(Mutex::new(Duration::from_millis(300)));
-    let shop = fleet_sim::workshop(home, "near", target, ledger, &pace).await;
-    let join = Join {
-        worker: "near".parse().expect("a name"),
-        token: String::new(),
-        csr: String::new(),
-        labels: std::collections::BTreeMap::new(),
-        facts: facts(3),
-    };
-    let joined = shop
-        .client
-        .call::<_, Joined>("/worker/v1/join", None, &join, ANSWER);
-    joined.await.expect("joins");
-    let offer = Offer {
-        facts: facts(3),
-        takes_jobs: true,
-    };
-    tokio::spawn(daemon::serve(Arc::new(shop), offer, stop));
-}
-
-async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "waited too long for {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-async fn all_over(running: &Running, jobs: &[JobId]) {
-    let deadline = Instant::now() + PATIENCE;
-    for id in jobs {
-        loop {
-            let job = running
-                .controller
-                .db
-                .job(id)
-                .await
-                .expect("reads")
-                .expect("is there");
-            if job.state.is_terminal() {
-                break;
-            }
-            assert!(
-                Instant::now() < deadline,
-                "{id} is not over: {:?}",
-                job.reason
-            );
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-}
-
 async fn join_token(running: &Running) -> String {
     let client = Client::new(
         Target::Socket(running.socket.clone()),
@@ -312,26 +244,6 @@ async fn join_token(running: &Running) -> String {
         .as_str()
         .expect("a token")
         .to_owned()
-}
-
-/// Jobs lost, jobs that ended other than once, leases and rooms that nobody uses.
-async fn count(running: &Running, jobs: &[JobId]) -> [usize; 3] {
-    let db = &running.controller.db;
-    let (mut lost, mut twice) = (0, 0);
-    for id in jobs {
-        let job = db.job(id).await.expect("reads").expect("is there");
-        let passed = matches!(&job.state, JobState::Finished { outcome } if outcome.verdict == Verdict::Passed);
-        lost += usize::from(!passed);
-        let events = db.events_after(id, 0, 500).await.expect("reads");
-        let ends = events
-            .iter()
-            .filter(|event| event.kind == "finished")
-            .count();
-        twice += usize::from(ends != 1);
-    }
-    let pool = kiln_core::PoolName::default_pool();
-    let rows = db.pool_view(&pool, 100).await.expect("reads");
-    [lost, twice, rows.held.len()]
 }
 
 /// The commands of a job, in order.
@@ -438,7 +350,10 @@ async fn a_worker_whose_line_is_cut_ends_its_machine_before_its_job_is_given_awa
     .await;
     let near_home = tempfile::tempdir().expect("folder");
     let stop_near = CancellationToken::new();
-    near(&running, near_home.path(), &ledger, stop_near.clone()).await;
+    let target = Target::Socket(running.socket.clone());
+    let pace: Pace = Arc::new(Mutex::new(Duration::from_millis(300)));
+    let shop = fleet_sim::workshop(near_home.path(), "near", target, &ledger, &pace).await;
+    work_near(shop, "near", 3, stop_near.clone()).await;
 
     let cut_at = Instant::now();
     far.iter().for_each(|far| far.cable.cut(far.cut));

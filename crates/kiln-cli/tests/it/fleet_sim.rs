@@ -13,8 +13,8 @@ use kiln_core::dispatch::{Room, WorkerFacts};
 use kiln_core::job::{Limits, RunCommand, TrustClass};
 use kiln_core::machine::BootSource;
 use kiln_core::{
-    ByteSize, Digest, Dispatch, JobId, JobKind, JobRequest, NetworkPolicy, PoolName, TenantName,
-    WorkerId,
+    ByteSize, Digest, Dispatch, JobId, JobKind, JobRequest, JobState, NetworkPolicy, PoolName,
+    TenantName, Verdict, WorkerId,
 };
 use kiln_db::{LeaseTimes, NewJob, OpenOptions, Retention};
 use kiln_image::heads::HeadStore;
@@ -22,12 +22,13 @@ use kiln_machine::driver::BoxFuture;
 use kiln_machine::ledger::{Capacity, Ledger};
 use kiln_machine::sim::{ExecCall, ExecEnd, Script, SimConfig, SimDriver};
 use kiln_machine::template::TemplateStore;
-use kiln_proto::fleet::GENERATION;
+use kiln_proto::fleet::{GENERATION, Join, Joined};
 use kiln_store::HostRegistry;
 use kiln_store::host::HostConfig;
 use kiln_store::registry::LeaseTable;
 use kiln_telemetry::metrics::Prefix;
 use kiln_worker::fleet::client::Client;
+use kiln_worker::fleet::daemon::{self, Offer};
 use kiln_worker::fleet::http::Target;
 use kiln_worker::fleet::job::Workshop;
 use kiln_worker::fleet::local::LocalJobs;
@@ -36,6 +37,17 @@ use kiln_worker::host::{Host, steady_unix_ms};
 use kiln_worker::image::CurrentImage;
 use kiln_worker::registry::RegistryAccess;
 use kiln_worker::site::Site;
+use tokio_util::sync::CancellationToken;
+
+/// Longest wait for anything here.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+/// Longest wait for a short answer.
+pub(crate) const ANSWER: Duration = Duration::from_secs(10);
+/// Short leases; a heartbeat comes every 5 s.
+pub(crate) const LEASE: LeaseTimes = LeaseTimes {
+    ttl_ms: 8_000,
+    grace_ms: 2_000,
+};
 
 /// One command that ran in some machine.
 #[derive(Clone, Debug)]
@@ -148,6 +160,17 @@ pub(crate) async fn controller(
     start_with(config, options).await.expect("starts")
 }
 
+/// How machines of a worker behave.
+pub(crate) fn machines_of(name: &str, ledger: &Arc<Ledgered>, pace: &Pace) -> SimConfig {
+    let mut config = SimConfig {
+        script: script(name, ledger, pace),
+        stand_in: true,
+        ..SimConfig::default()
+    };
+    config.capabilities.templates = false;
+    config
+}
+
 /// A host below `folder`, with simulated machines.
 pub(crate) async fn workshop(
     folder: &Path,
@@ -162,12 +185,7 @@ pub(crate) async fn workshop(
     for file in ["kernel", "initrd", "root.img"] {
         std::fs::write(folder.join(file), "a disk with nothing on it").expect("write");
     }
-    let mut config = SimConfig {
-        script: script(name, ledger, pace),
-        stand_in: true,
-        ..SimConfig::default()
-    };
-    config.capabilities.templates = false;
+    let config = machines_of(name, ledger, pace);
     let registry = HostRegistry::open_or_attach(&home.registry(), HostConfig::default()).await;
     let spool: PathBuf = home.cache.join("spool");
     std::fs::create_dir_all(&spool).expect("folder");
@@ -275,4 +293,78 @@ pub(crate) fn machines(home: &Path) -> Vec<String> {
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
         .filter(|name| name != ".lock")
         .collect()
+}
+
+/// Joins and works beside the controller, over its private socket, until `stop`.
+pub(crate) async fn work_near(shop: Workshop, name: &str, machines: u32, stop: CancellationToken) {
+    let join = Join {
+        worker: name.parse().expect("a name"),
+        token: String::new(),
+        csr: String::new(),
+        labels: BTreeMap::new(),
+        facts: facts(machines),
+    };
+    let joined = shop
+        .client
+        .call::<_, Joined>("/worker/v1/join", None, &join, ANSWER);
+    joined.await.expect("joins");
+    let offer = Offer {
+        facts: facts(machines),
+        takes_jobs: true,
+    };
+    tokio::spawn(daemon::serve(Arc::new(shop), offer, stop));
+}
+
+/// Waits for a state that nobody announces.
+pub(crate) async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited too long for {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Waits until all jobs are over.
+pub(crate) async fn all_over(running: &Running, jobs: &[JobId]) {
+    let deadline = Instant::now() + PATIENCE;
+    for id in jobs {
+        loop {
+            let job = running
+                .controller
+                .db
+                .job(id)
+                .await
+                .expect("reads")
+                .expect("is there");
+            if job.state.is_terminal() {
+                break;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{id} is not over: {:?}",
+                job.reason
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+/// Jobs lost, jobs that ended other than once, leases and rooms that nobody uses.
+pub(crate) async fn count(running: &Running, jobs: &[JobId]) -> [usize; 3] {
+    let db = &running.controller.db;
+    let (mut lost, mut twice) = (0, 0);
+    for id in jobs {
+        let job = db.job(id).await.expect("reads").expect("is there");
+        let passed = matches!(&job.state, JobState::Finished { outcome } if outcome.verdict == Verdict::Passed);
+        lost += usize::from(!passed);
+        let events = db.events_after(id, 0, 500).await.expect("reads");
+        let ends = events
+            .iter()
+            .filter(|event| event.kind == "finished")
+            .count();
+        twice += usize::from(ends != 1);
+    }
+    let pool = kiln_core::PoolName::default_pool();
+    let rows = db.pool_view(&pool, 100).await.expect("reads");
+    [lost, twice, rows.held.len()]
 }

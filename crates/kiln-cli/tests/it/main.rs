@@ -15,6 +15,7 @@ mod faults_large;
 mod faults_rot;
 mod fleet_kill;
 mod fleet_network;
+mod fleet_orphans;
 mod fleet_sim;
 mod git;
 mod input;
