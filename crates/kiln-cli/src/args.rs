@@ -12,7 +12,8 @@ use kiln_core::{AllowRule, ByteSize, ImageRef};
 pub(crate) use fleet::Bound;
 pub(crate) use fleet::{
     BackupCommand, JobCommand, JobFilterArgs, QueueCommand, QueueingArgs, QuotaArgs, ServeArgs,
-    ServerArgs, TenantCommand, TokenArgs, TokenCommand, WorkerArgs, WorkerCommand, WorkerStateArgs,
+    ServerArgs, TenantCommand, TokenArgs, TokenCommand, WebhookCommand, WorkerArgs, WorkerCommand,
+    WorkerStateArgs,
 };
 
 /// Builds container images and runs untrusted commands, each in a fresh microVM on this machine.
@@ -92,6 +93,9 @@ pub(crate) enum Command {
     /// Copy this home's queue while it is served, and put a copy back
     #[command(subcommand)]
     Backup(BackupCommand),
+    /// Make, list, remove and replay a server's webhooks
+    #[command(subcommand)]
+    Webhook(WebhookCommand),
     /// Measure what PROMISES.md promises
     Bench(BenchArgs),
     /// Do all set-up that needs no root: machine image, bases, registries, templates

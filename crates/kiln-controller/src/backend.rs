@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
 
 use futures_util::future::BoxFuture;
-use futures_util::{FutureExt as _, StreamExt as _};
+use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use kiln_core::{Digest, JobId, TenantName};
 use kiln_db::{Artifact, Database, Job};
+use kiln_store::artifacts::{ArtifactError, Stored};
 use kiln_store::logs::{LogError, LogName};
 
 use crate::access::{Access, Door};
@@ -160,11 +162,29 @@ impl Backend for Controller {
 
     fn open_artifact<'a>(
         &'a self,
-        _job: &'a Job,
-        _artifact: &'a Artifact,
+        job: &'a Job,
+        artifact: &'a Artifact,
+        range: Range<u64>,
     ) -> BoxFuture<'a, io::Result<Pieces<'static>>> {
-        // No worker of this generation stores artifacts, so there are no rows to ask for.
-        async { Err(io::ErrorKind::NotFound.into()) }.boxed()
+        async move {
+            let stored = Stored {
+                digest: artifact.digest,
+                size: artifact.size,
+            };
+            let (tenant, id) = (&job.request.tenant, &job.request.id);
+            let pieces = self.artifacts.read(tenant, id, stored, range).await;
+            let pieces = pieces.map_err(|error| match error {
+                ArtifactError::NotFound => io::ErrorKind::NotFound.into(),
+                error => io::Error::other(error),
+            })?;
+            let id = id.clone();
+            let pieces = pieces.map_err(move |error| {
+                tracing::warn!(job = %id, error = &error as &dyn std::error::Error, "an artifact broke off");
+                io::Error::other(error)
+            });
+            Ok(pieces.boxed())
+        }
+        .boxed()
     }
 
     fn count(&self, door: Door, action: &'static str, refused: Option<&'static str>) {

@@ -11,7 +11,8 @@ use std::time::Duration;
 use kiln_core::PoolName;
 use kiln_db::{Database, DatabaseUrl, OpenError, OpenOptions, Retention};
 use kiln_store::HostRegistry;
-use kiln_store::logs::{LogConfig, LogError, LogStore, ObjectTarget};
+use kiln_store::artifacts::{ArtifactError, ArtifactStore};
+use kiln_store::logs::{LogConfig, LogError, LogKeys, LogStore, ObjectTarget};
 use kiln_telemetry::metrics::{Metrics, Prefix};
 use rustix::fs::{FlockOperation, flock};
 use tokio_util::sync::CancellationToken;
@@ -120,6 +121,9 @@ pub enum StartError {
     /// The log store.
     #[error(transparent)]
     Logs(#[from] LogError),
+    /// The store of artifacts.
+    #[error(transparent)]
+    Artifacts(#[from] ArtifactError),
     /// Certificates of webhooks.
     #[error("trust the certificates of webhooks")]
     Webhooks(#[source] rustls::Error),
@@ -236,6 +240,11 @@ async fn opened(
     if let Some(store) = &config.sharing.store {
         logs.ended = ObjectTarget::S3(store.clone());
     }
+    let kept = match &config.sharing.store {
+        Some(store) => ObjectTarget::S3(store.clone()),
+        None => ObjectTarget::Folder(config.folder.clone()),
+    };
+    let arriving = config.folder.join("arriving");
     let sources = config.folder.join("sources");
     let process = holder();
     let peers = Peers::new(id, process.clone(), db.is_shared(), access.authority());
@@ -245,6 +254,7 @@ async fn opened(
         access,
         sources: SourceStore::open(&sources, config.api.source_max, bucket)?,
         logs: LogStore::open(logs).await?,
+        artifacts: ArtifactStore::open(arriving, &kept, LogKeys::default())?,
         registry: config.registry.clone(),
         secrets: Secrets::default(),
         peers: peers.map_err(StartError::Peers)?,
@@ -301,8 +311,13 @@ async fn serve(
 ) -> Result<Running, StartError> {
     let counters = parts.metrics.clone();
     let controller = Controller::new(parts);
-    let router = api::router(Arc::new(controller.clone()), config.api)
-        .merge(doors::router(controller.clone()))
+    let api = ApiConfig {
+        receivers: config.receivers.clone(),
+        ..config.api
+    };
+    let doors = doors::router(controller.clone(), api.body_stall);
+    let router = api::router(Arc::new(controller.clone()), api)
+        .merge(doors)
         .merge(peers::routes::router(controller.clone()));
     let sockets = Sockets::new(config.sockets);
     let mut addresses = Vec::new();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kiln_core::PoolName;
 use kiln_db::Database;
 use kiln_store::HostRegistry;
+use kiln_store::artifacts::ArtifactStore;
 use kiln_store::logs::LogStore;
 use kiln_telemetry::metrics::Metrics;
 
@@ -30,6 +31,8 @@ pub struct Parts {
     pub sources: SourceStore,
     /// Logs of attempts.
     pub logs: LogStore,
+    /// Files that jobs left.
+    pub artifacts: ArtifactStore,
     /// The registry of this installation.
     pub registry: HostRegistry,
     /// Secrets that came with a request: in memory alone.

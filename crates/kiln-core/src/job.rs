@@ -128,6 +128,9 @@ pub struct RunCommand {
     pub tty: bool,
     /// Connect standard input.
     pub stdin: bool,
+    /// Files and folders of the machine that are kept when the command has ended, however it did.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub artifacts: Vec<crate::ArtifactPath>,
 }
 
 impl JobRequest {

@@ -5,6 +5,7 @@
 //! Read next: [`job`] (what is asked), [`machine`] (what is started), [`outcome`] (what came out).
 
 pub mod access;
+pub mod artifact;
 pub mod digest;
 pub mod dispatch;
 pub mod id;
@@ -18,6 +19,7 @@ pub mod outcome;
 pub mod size;
 
 pub use access::{Action, Principal, Role};
+pub use artifact::{ArtifactName, ArtifactPath};
 pub use digest::Digest;
 pub use dispatch::{Assignment, Dispatch, Label, PendingReason, Priority};
 pub use id::{AttemptId, JobId, MachineName, PoolName, QueueName, TenantName, TokenId, WorkerId};

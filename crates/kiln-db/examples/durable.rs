@@ -183,6 +183,7 @@ fn job(id: JobId) -> NewJob {
             ports: Vec::new(),
             tty: false,
             stdin: false,
+            artifacts: Vec::new(),
         }),
         network: NetworkPolicy::Isolated,
         limits: Limits {

@@ -1,5 +1,6 @@
 //! Doors: side effects of an attempt. Each takes the lease and checks worker and live epoch in the transaction of its effect.
 
+use kiln_core::artifact::{ARTIFACTS_BYTES_MAX, ARTIFACTS_MAX};
 use kiln_core::job::JobEvent;
 use kiln_core::lease::LeaseRefused;
 use kiln_core::{FailureClass, JobState, Lease, Outcome, Receipt, Verdict};
@@ -22,8 +23,6 @@ pub const EVENT_KIND_MAX: usize = 60;
 pub const EVENT_BYTES_MAX: usize = 64 * 1024;
 /// Most events of one job.
 pub const EVENTS_MAX: u64 = 100_000;
-/// Most artifacts of one job.
-pub const ARTIFACTS_MAX: u32 = 1_000;
 
 /// Why a door stayed closed.
 #[derive(Debug, thiserror::Error)]
@@ -407,11 +406,15 @@ async fn note_artifact(
     live: &Live,
     artifact: &Artifact,
 ) -> Result<Admitted<()>, DbError> {
-    let sql = "select count(*) as n from artifacts where job = $1 and name <> $2";
+    let sql = "select count(*) as n, cast(coalesce(sum(size), 0) as bigint) as bytes from artifacts where job = $1 and name <> $2";
     let values = args![live.id.as_str(), artifact.name.as_str()];
-    let row = tx.row(sql, values).await?;
-    if row.ok_or(DbError::missing("n"))?.u32("n")? >= ARTIFACTS_MAX {
+    let row = tx.row(sql, values).await?.ok_or(DbError::missing("n"))?;
+    if row.u32("n")? >= ARTIFACTS_MAX {
         let text = format!("the job has {ARTIFACTS_MAX} artifacts");
+        return Ok(Err(DoorError::TooMuch(text)));
+    }
+    if row.u64("bytes")?.saturating_add(artifact.size) > ARTIFACTS_BYTES_MAX {
+        let text = format!("the artifacts of a job have at most {ARTIFACTS_BYTES_MAX} bytes");
         return Ok(Err(DoorError::TooMuch(text)));
     }
     let now = tx.now().await?;

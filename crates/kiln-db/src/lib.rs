@@ -43,8 +43,8 @@ pub use clock::{Clock, SystemClock};
 pub use controllers::{Controller, Settled};
 pub use database::{Database, LeaseTimes, OpenOptions};
 pub use door::{
-    ARTIFACTS_MAX, AttemptEnd, Door, DoorError, DoorKind, EVENT_BYTES_MAX, EVENT_KIND_MAX,
-    EVENTS_MAX, Finish, LogMark,
+    AttemptEnd, Door, DoorError, DoorKind, EVENT_BYTES_MAX, EVENT_KIND_MAX, EVENTS_MAX, Finish,
+    LogMark,
 };
 pub use error::{Cause, DbError};
 pub use event::Event;
@@ -56,7 +56,7 @@ pub use leader::Leadership;
 pub use lease::{Heartbeat, HeartbeatError, LeaseAnswer, UnnamedLease};
 pub use list::{Artifact, Cursor, JobFilter, JobSummary, PAGE_MAX, Page, ParseCursorError};
 pub use open::OpenError;
-pub use outbox::{Message, Webhook};
+pub use outbox::{Message, MessageFilter, WEBHOOKS_MAX, Webhook};
 pub use restore::{BackupError, RestoreError, Restored};
 pub use retention::{Aged, Hold, Retention};
 pub use schema::VERSION as SCHEMA_VERSION;

@@ -5,13 +5,27 @@ use std::collections::BTreeSet;
 use kiln_core::{JobId, TenantName, TokenId};
 
 use crate::database::{Database, write_tx};
-use crate::engine::{Row, args, json};
+use crate::engine::{Row, Tx, args, json};
 use crate::error::DbError;
 use crate::list::PAGE_MAX;
 use crate::wake::Wake;
 
 /// Longest kept text of a failure.
 const ERROR_MAX: usize = 500;
+
+/// Most webhooks of one tenant, and of the installation beside them.
+pub const WEBHOOKS_MAX: u32 = 50;
+
+/// Which messages a list holds.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct MessageFilter {
+    /// Of this tenant's jobs alone.
+    pub tenant: Option<TenantName>,
+    /// Of this webhook alone.
+    pub webhook: Option<TokenId>,
+    /// Given up, or waiting; none means both.
+    pub dead: Option<bool>,
+}
 
 /// Somebody who is told of changes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -64,28 +78,79 @@ pub struct Message {
 }
 
 impl Database {
+    /// Makes a webhook. False when there are [`WEBHOOKS_MAX`] already.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn create_webhook(&self, webhook: Webhook) -> Result<bool, DbError> {
+        write_tx!(self, "make a webhook", [webhook], |tx| {
+            let tenant = webhook.tenant.as_ref().map_or("", TenantName::as_str);
+            let sql = "select count(*) as n from webhooks where coalesce(tenant, '') = $1";
+            let row = tx.row(sql, args![tenant]).await?;
+            if row.ok_or(DbError::missing("n"))?.u32("n")? >= WEBHOOKS_MAX {
+                return Ok(false);
+            }
+            put(tx, &webhook).await.map(|()| true)
+        })
+    }
+
+    /// One webhook.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn webhook(&self, id: &TokenId) -> Result<Option<Webhook>, DbError> {
+        let id = id.clone();
+        self.read("read a webhook", |tx| {
+            Box::pin(async move {
+                let sql = "select * from webhooks where id = $1";
+                let row = tx.row(sql, args![id.as_str()]).await?;
+                row.as_ref().map(webhook).transpose()
+            })
+        })
+        .await
+    }
+
+    /// Messages that wait or were given up, by name, after the one named `after`.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn messages(
+        &self,
+        filter: &MessageFilter,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Message>, DbError> {
+        let tenant = filter
+            .tenant
+            .as_ref()
+            .map_or(String::new(), ToString::to_string);
+        let webhook = filter
+            .webhook
+            .as_ref()
+            .map_or(String::new(), ToString::to_string);
+        let dead = filter.dead.map_or(-1, i64::from);
+        let after = after.unwrap_or_default().to_owned();
+        self.read("list webhook messages", |tx| {
+            Box::pin(async move {
+                let sql = "select o.*, w.secret from outbox o left join webhooks w on w.id = o.webhook
+                    where ($1 = '' or o.tenant = $1) and ($2 = '' or o.webhook = $2) and o.id > $4
+                        and ($3 < 0 or ($3 = 1 and o.dead_ms is not null) or ($3 = 0 and o.dead_ms is null))
+                    order by o.id limit $5";
+                let values = args![tenant, webhook, dead, after, limit.min(PAGE_MAX)];
+                let rows = tx.rows(sql, values).await?;
+                rows.iter().map(message).collect()
+            })
+        })
+        .await
+    }
+
     /// Keeps a webhook, in place of one of the same name.
     ///
     /// # Errors
     /// When the database does not answer.
     pub async fn put_webhook(&self, webhook: Webhook) -> Result<(), DbError> {
         write_tx!(self, "keep a webhook", [webhook], |tx| {
-            let now = tx.now().await?;
-            let sql = "insert into webhooks (id, tenant, url, secret, kinds, enabled, created_ms, created_by)
-                values ($1, $2, $3, $4, $5, $6, $7, $8)
-                on conflict (id) do update set tenant = excluded.tenant, url = excluded.url, secret = excluded.secret,
-                    kinds = excluded.kinds, enabled = excluded.enabled";
-            let values = args![
-                webhook.id.as_str(),
-                webhook.tenant.as_ref().map(TenantName::as_str),
-                webhook.url.as_str(),
-                webhook.secret.as_str(),
-                json(&webhook.kinds),
-                webhook.enabled,
-                now,
-                webhook.created_by.as_str(),
-            ];
-            tx.exec(sql, values).await.map(drop)
+            put(tx, &webhook).await
         })
     }
 
@@ -248,6 +313,25 @@ impl Database {
             Ok(changed == 1)
         })
     }
+}
+
+async fn put(tx: &mut Tx, webhook: &Webhook) -> Result<(), DbError> {
+    let now = tx.now().await?;
+    let sql = "insert into webhooks (id, tenant, url, secret, kinds, enabled, created_ms, created_by)
+        values ($1, $2, $3, $4, $5, $6, $7, $8)
+        on conflict (id) do update set tenant = excluded.tenant, url = excluded.url, secret = excluded.secret,
+            kinds = excluded.kinds, enabled = excluded.enabled";
+    let values = args![
+        webhook.id.as_str(),
+        webhook.tenant.as_ref().map(TenantName::as_str),
+        webhook.url.as_str(),
+        webhook.secret.as_str(),
+        json(&webhook.kinds),
+        webhook.enabled,
+        now,
+        webhook.created_by.as_str(),
+    ];
+    tx.exec(sql, values).await.map(drop)
 }
 
 fn webhook(row: &Row) -> Result<Webhook, DbError> {

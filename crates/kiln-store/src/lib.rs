@@ -1,9 +1,10 @@
-//! Where results live: the embedded OCI registry and the records of jobs.
+//! Where results live: the embedded OCI registry, the records and logs of jobs, the files they left.
 //!
 //! This room decides nothing about builds: it keeps what it is given, proves it is unchanged, and
 //! lets only those read or write whom the wiring named. Read next: [`host`] (the interface of the worker
 //! and the command line), [`registry`] (what is behind it).
 
+pub mod artifacts;
 pub mod bucket;
 #[doc(hidden)]
 pub mod fuzz;

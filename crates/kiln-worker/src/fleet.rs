@@ -3,6 +3,7 @@
 //! The controller decides who runs what; here nothing is decided but how. Read next: [`daemon`] (the loops), [`fence`] (when a lease is over
 //! without a word from anybody), [`job`] (one lease from source to finish), and `docs/design/control-plane.md` for the wire.
 
+mod artifacts;
 pub mod client;
 pub mod clock;
 pub mod daemon;

@@ -9,6 +9,7 @@ pub mod attempt;
 pub mod build;
 pub mod buildkit;
 pub mod checkout;
+pub mod collect;
 pub mod commit;
 pub mod container;
 pub mod event;

@@ -9,8 +9,8 @@ use kiln_proto::Session;
 use kiln_proto::Stream;
 use kiln_proto::codec::{self, CodecError};
 use kiln_proto::msg::{
-    CallResult, ExecRequest, Exit, GuestError, Order, OrderReply, Place, PutFile, PutTree, Signal,
-    TreeReport, TtySize, chunk, kind,
+    CallResult, ExecRequest, Exit, GetTree, GuestError, Order, OrderReply, Place, PutFile, PutTree,
+    Signal, TreeReport, TtySize, chunk, kind,
 };
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -239,6 +239,24 @@ pub async fn put_file(
             .await
             .map_err(codec_error(what))?;
         reply.map_err(|error| CallError::Refused { what, error })
+    })
+    .await
+}
+
+/// Asks for a tree; what comes is a tar stream of the guest's. Its end without an error is the end of the tree.
+///
+/// # Errors
+/// See [`CallError`]. A guest that refuses ends the stream with an error.
+pub async fn get_tree(
+    session: &Session,
+    what: &'static str,
+    order: &GetTree,
+) -> Result<Stream, CallError> {
+    within(what, ORDER_TIMEOUT, async {
+        let mut stream = open(session, what, kind::GET_TREE, order).await?;
+        // A guest that refused already has let go of the stream: reading says so.
+        let _refused_already = stream.shutdown().await;
+        Ok(stream)
     })
     .await
 }

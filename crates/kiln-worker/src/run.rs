@@ -1,5 +1,6 @@
 //! A command in a fresh machine: in the machine image itself, or in a container image under runc.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::attempt::{Attempt, Wanted};
+use crate::collect::{self, Collected};
 use crate::event::Events;
 use crate::failure::Failure;
 use crate::host::Host;
@@ -60,6 +62,8 @@ pub struct RunInput {
     pub proxy: ProxyConfig,
     /// The log that is kept.
     pub log: Arc<JobLog>,
+    /// An empty folder for the files that the request wants kept; without one none is.
+    pub artifacts: Option<PathBuf>,
 }
 
 impl std::fmt::Debug for RunInput {
@@ -79,6 +83,8 @@ pub struct RunEnd {
     pub phases_ms: Vec<(String, u64)>,
     /// What the gateway decided.
     pub egress: EgressSummary,
+    /// Files that were kept.
+    pub artifacts: Vec<Collected>,
 }
 
 /// As a shell has it: 128 and the signal's number.
@@ -110,6 +116,7 @@ pub async fn run(
     cancel: &CancellationToken,
 ) -> RunEnd {
     let mut phases = Phases::new(events.clone());
+    let mut artifacts = Vec::new();
     let egress = Arc::new(EgressLog::new());
     let limit = Duration::from_millis(input.request.limits.timeout_ms);
     let work = work(
@@ -119,7 +126,7 @@ pub async fn run(
         Arc::clone(&egress),
         events,
         cancel,
-        &mut phases,
+        (&mut phases, &mut artifacts),
     );
     let result = match tokio::time::timeout(limit, work).await {
         Ok(result) => result,
@@ -135,6 +142,7 @@ pub async fn run(
         result,
         phases_ms: phases.finish(),
         egress: summary,
+        artifacts,
     }
 }
 
@@ -145,7 +153,7 @@ async fn work(
     egress: Arc<EgressLog>,
     events: &Events,
     cancel: &CancellationToken,
-    phases: &mut Phases,
+    (phases, kept): (&mut Phases, &mut Vec<Collected>),
 ) -> Result<Exit, Failure> {
     phases.begin("queue").await;
     let limits = input.request.limits;
@@ -175,7 +183,7 @@ async fn work(
         attempt = Attempt::start(host, wanted, ticket, Gateway::new(config), events) => attempt?,
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
-    let result = in_machine(&attempt, input, lease, cancel, phases).await;
+    let result = in_machine(&attempt, input, lease, cancel, (&mut *phases, events, kept)).await;
     let result = match result {
         Err(failure) => Err(attempt.explain(failure).await),
         ok => ok,
@@ -189,7 +197,7 @@ async fn in_machine(
     input: RunInput,
     lease: &Lease,
     cancel: &CancellationToken,
-    phases: &mut Phases,
+    (phases, events, kept): (&mut Phases, &Events, &mut Vec<Collected>),
 ) -> Result<Exit, Failure> {
     let RunInput {
         request,
@@ -201,6 +209,7 @@ async fn in_machine(
         listeners,
         ca_bundle,
         log,
+        artifacts,
         ..
     } = input;
     let kiln_core::JobKind::Run(command) = request.kind else {
@@ -215,10 +224,16 @@ async fn in_machine(
         )
         .await?;
     }
-    let exec = match image {
-        None => plain_exec(&command, tty, stdin.is_some()),
+    let (exec, place) = match image {
+        None => {
+            let exec = plain_exec(&command, tty, stdin.is_some());
+            let cwd = exec.cwd.clone();
+            (exec, (String::new(), cwd))
+        }
         Some((unpacked, spec)) => {
-            container_exec(attempt, &unpacked, spec, tty, stdin.is_some(), lease).await?
+            let place = (collect::CONTAINER_ROOT.to_owned(), spec.cwd.clone());
+            let exec = container_exec(attempt, &unpacked, spec, tty, stdin.is_some(), lease);
+            (exec.await?, place)
         }
     };
     let forwards: Vec<_> = listeners
@@ -242,6 +257,16 @@ async fn in_machine(
         task.abort();
     }
     let exit = result?;
+    if let Some(dir) = artifacts.filter(|_| !command.artifacts.is_empty()) {
+        phases.begin("collect").await;
+        // Also of a command that failed: its report says why.
+        let place = (place.0.as_str(), place.1.as_str());
+        let found = collect::collect(&attempt.session, &command.artifacts, place, &dir).await;
+        for text in found.left_out {
+            events.warn(text).await;
+        }
+        *kept = found.files;
+    }
     if exit.oom {
         return Err(Failure {
             // As a shell has it: 128 and the signal's number.

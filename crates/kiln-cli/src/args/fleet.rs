@@ -362,6 +362,67 @@ fn parse_host_port(text: &str) -> Result<String, String> {
     }
 }
 
+/// Verbs of `kiln webhook`.
+#[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln webhook create https://hooks.example.org/kiln --kind finished\n  kiln webhook deliveries --dead\n  kiln webhook replay b1m7z8.4.kwh-2f\n\nMessages are signed as Standard Webhooks has it. The secret is shown once, when it is made."
+)]
+pub(crate) enum WebhookCommand {
+    /// Make a webhook, and show its secret this once
+    Create {
+        /// Where to, https://
+        url: String,
+        /// Told of this state: queued, leased, running or finished; may be given more than once; of all without
+        #[arg(long = "kind", value_name = "STATE")]
+        kinds: Vec<String>,
+        /// Of this tenant's jobs; your own without
+        #[arg(long, value_name = "NAME", conflicts_with = "all_tenants")]
+        tenant: Option<String>,
+        /// Of every tenant's jobs
+        #[arg(long)]
+        all_tenants: bool,
+    },
+    /// List webhooks
+    List,
+    /// Give a webhook another secret, and show it this once
+    Rotate {
+        /// Its id
+        id: String,
+    },
+    /// Let a webhook be told again
+    Enable {
+        /// Its id
+        id: String,
+    },
+    /// Tell a webhook nothing more until it is enabled
+    Disable {
+        /// Its id
+        id: String,
+    },
+    /// Remove a webhook; what waits for it is not sent
+    Remove {
+        /// Its id
+        id: String,
+    },
+    /// List messages that wait or were given up
+    Deliveries {
+        /// Only those that were given up
+        #[arg(long)]
+        dead: bool,
+        /// Only those of this webhook
+        #[arg(long, value_name = "ID")]
+        webhook: Option<String>,
+    },
+    /// Send messages that were given up again
+    Replay {
+        /// Their names; `kiln webhook deliveries --dead` has them
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Show the secret that signs messages to the notify URLs of your tenant's jobs
+    NotifySecret,
+}
+
 /// A number, or `none`.
 fn parse_bound(text: &str) -> Result<Bound, String> {
     match text {

@@ -34,6 +34,7 @@ mod template;
 mod tenant;
 mod token;
 mod uninstall;
+mod webhook;
 pub(crate) mod when;
 mod worker;
 mod worker_server;
@@ -76,6 +77,7 @@ pub(crate) async fn run(
         Command::Tenant(verb) => tenant::run(verb, server, screen).await,
         Command::Token(verb) => token::run(verb, server, screen).await,
         Command::Backup(verb) => backup::run(verb, server, screen).await,
+        Command::Webhook(verb) => webhook::run(verb, server, screen).await,
         Command::Bench(args) => bench::run(args, screen, cancel).await,
         Command::Setup(args) => setup::run(args, screen, cancel).await,
         Command::Uninstall(args) => uninstall::run(&args, screen).await,

@@ -98,6 +98,7 @@ pub(super) async fn run(
             ports: Vec::new(),
             tty: size.is_some(),
             stdin: false,
+            artifacts: Vec::new(),
         }),
         network: NetworkPolicy::from_rules(args.allow.iter().cloned()),
         limits,
@@ -164,6 +165,7 @@ async fn attach(
         exceptions: operator.exceptions(),
         proxy: operator.proxy()?,
         log: Arc::clone(log),
+        artifacts: None,
     };
     let end = kiln_worker::run::run(host, input, lease, events, &stop).await;
     let printed = printing.await.unwrap_or(Ok(()));
@@ -191,6 +193,7 @@ fn finish(log: &JobLog, end: RunEnd, cancel: &CancellationToken, screen: Screen)
         result,
         phases_ms,
         egress,
+        ..
     } = end;
     let code = result.as_ref().ok().map(exit_code);
     let verdict = match &result {

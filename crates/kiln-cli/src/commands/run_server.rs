@@ -21,6 +21,7 @@ pub(super) async fn run(
 ) -> Result<u8> {
     refuse(&args)?;
     let asked = RunAsk {
+        artifacts: Vec::new(),
         image: args.image.as_ref().map(ToString::to_string),
         argv: args.command.clone(),
         env: source::pairs(&args.env, "--env")?,

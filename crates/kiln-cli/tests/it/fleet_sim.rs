@@ -258,6 +258,7 @@ pub(crate) fn job(id: &str) -> NewJob {
         ports: Vec::new(),
         tty: false,
         stdin: false,
+        artifacts: Vec::new(),
     };
     NewJob {
         request: JobRequest {

@@ -36,6 +36,7 @@ pub use registry_token::{
     Holder, IssuedRegistryToken, RegistryAction, RegistryGrant, RegistryRefused, RepositoryGrant,
 };
 pub use sealed::SealedError;
+pub(crate) use sealed::random;
 pub use user_token::{UserToken, VerifiedUser};
 
 use door::{CONTROLLER_LIFE_MAX_S, REGISTRY_LIFE_MAX_S, USER_LIFE_MAX_S};

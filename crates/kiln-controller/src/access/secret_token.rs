@@ -69,6 +69,12 @@ pub fn new_join(authority: &Digest) -> NewSecret {
     new(SecretKind::Join, &format!("_{}", authority.hex()))
 }
 
+/// A name for a webhook; it is no secret.
+pub(crate) fn new_webhook_id() -> TokenId {
+    let name = format!("kwh-{}", hex::encode(random::<8>()));
+    name.parse().unwrap_or_else(|_| unreachable!("{name}"))
+}
+
 fn new(kind: SecretKind, tail: &str) -> NewSecret {
     let name = format!("{}-{}", kind.prefix(), hex::encode(random::<8>()));
     let secret = hex::encode(random::<32>());

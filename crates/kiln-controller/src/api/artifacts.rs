@@ -1,11 +1,12 @@
 //! `/v1/jobs/{id}/artifacts`: what a job left.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use kiln_core::Action;
 
 use super::Api;
@@ -43,13 +44,19 @@ pub(crate) async fn list(
     Ok(Answer(StatusCode::OK, list))
 }
 
-/// Fetches one artifact. Always as bytes to keep, never as something a browser would show.
+/// Fetches one artifact, or a range of its bytes. Always as bytes to keep, never as something a browser would show. A slash in its name is
+/// written `%2F`.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}/artifacts/{name}", tag = "jobs",
-    params(("id" = String, Path), ("name" = String, Path)),
+    params(
+        ("id" = String, Path), ("name" = String, Path),
+        ("Range" = Option<String>, Header, description = "One range: `bytes=FROM-TO`, `bytes=FROM-` or `bytes=-LAST`. What is no such range is not looked at."),
+        ("If-Range" = Option<String>, Header, description = "The range only while the artifact has this `etag`."),
+    ),
     responses(
         (status = 200, description = "Its bytes; `etag` is its digest", body = String, content_type = "application/octet-stream"),
-        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = 206, description = "The range, named in `content-range`", body = String, content_type = "application/octet-stream"),
+        (status = "4XX", description = "Refused; 416 for a range beyond its end", body = ProblemBody, content_type = "application/problem+json"),
         (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
@@ -57,24 +64,135 @@ pub(crate) async fn fetch(
     State(api): State<Arc<Api>>,
     caller: Caller,
     Path((id, name)): Path<(String, String)>,
+    asked: HeaderMap,
 ) -> Result<Response, Problem> {
     let job = caller.job(&api, &id, Action::ArtifactRead).await?;
     let all = api.db().artifacts(&job.request.id).await?;
     let found = all.into_iter().find(|artifact| artifact.name == name);
     let artifact = found.ok_or_else(|| Problem::not_found("artifact", &name))?;
-    let pieces = api.backend().open_artifact(&job, &artifact).await;
-    let pieces = pieces.map_err(|error| Problem::unavailable(&error))?;
+    let tag = format!("\"{}\"", artifact.digest);
+    let size = artifact.size;
+    let same = asked
+        .get(header::IF_RANGE)
+        .is_none_or(|known| known == tag.as_str());
+    let range = asked.get(header::RANGE).filter(|_| same);
+    let range = match range.map(|range| wanted(range.to_str().unwrap_or_default(), size)) {
+        Some(Wanted::Beyond) => return Ok(beyond(size)),
+        Some(Wanted::Part(range)) => Some(range),
+        Some(Wanted::All) | None => None,
+    };
+    let bytes = range.clone().unwrap_or(0..size);
+    let length = bytes.end - bytes.start;
+    let pieces = api.backend().open_artifact(&job, &artifact, bytes).await;
+    let pieces = pieces.map_err(|error| match error.kind() {
+        // Its job has grown old: the row is kept longer than the file.
+        std::io::ErrorKind::NotFound => Problem::not_found("artifact", &name),
+        _ => Problem::unavailable(&error),
+    })?;
     let mut response = Body::from_stream(pieces).into_response();
-    let headers = response.headers_mut();
-    let kind = HeaderValue::from_static("application/octet-stream");
-    headers.insert(header::CONTENT_TYPE, kind);
-    headers.insert(
-        header::CONTENT_DISPOSITION,
-        HeaderValue::from_static("attachment"),
-    );
-    headers.insert(header::CONTENT_LENGTH, HeaderValue::from(artifact.size));
-    if let Ok(tag) = HeaderValue::try_from(format!("\"{}\"", artifact.digest)) {
-        headers.insert(header::ETAG, tag);
+    if let Some(range) = range {
+        *response.status_mut() = StatusCode::PARTIAL_CONTENT;
+        let said = format!("bytes {}-{}/{size}", range.start, range.end - 1);
+        set(&mut response, header::CONTENT_RANGE, &said);
+    }
+    for (name, value) in [
+        (header::CONTENT_TYPE, "application/octet-stream"),
+        (header::CONTENT_DISPOSITION, "attachment"),
+        (header::ACCEPT_RANGES, "bytes"),
+        (header::CONTENT_LENGTH, &length.to_string()),
+        (header::ETAG, &tag),
+    ] {
+        set(&mut response, name, value);
     }
     Ok(response)
+}
+
+fn set(response: &mut Response, name: header::HeaderName, value: &str) {
+    if let Ok(value) = HeaderValue::try_from(value) {
+        response.headers_mut().insert(name, value);
+    }
+}
+
+fn beyond(size: u64) -> Response {
+    let problem = Problem::new(
+        StatusCode::RANGE_NOT_SATISFIABLE,
+        "range",
+        format!("the artifact has {size} bytes"),
+    );
+    let mut response = problem.into_response();
+    set(
+        &mut response,
+        header::CONTENT_RANGE,
+        &format!("bytes */{size}"),
+    );
+    response
+}
+
+/// What a `Range` header asks of a file.
+#[derive(PartialEq, Eq, Debug)]
+enum Wanted {
+    /// It is no range that is known here, or several: RFC 9110 §14.2 lets a server give the whole.
+    All,
+    Part(Range<u64>),
+    /// No byte of it is there.
+    Beyond,
+}
+
+fn wanted(text: &str, size: u64) -> Wanted {
+    let number = |text: &str| {
+        let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        // A number that is too large is beyond any file.
+        digits.then(|| text.parse().unwrap_or(u64::MAX))
+    };
+    let Some((first, last)) = text
+        .strip_prefix("bytes=")
+        .and_then(|range| range.trim().split_once('-'))
+    else {
+        return Wanted::All;
+    };
+    match (number(first), number(last)) {
+        (None, Some(0)) if first.is_empty() => Wanted::Beyond,
+        (None, Some(_)) if first.is_empty() && size == 0 => Wanted::Beyond,
+        (None, Some(count)) if first.is_empty() => Wanted::Part(size.saturating_sub(count)..size),
+        (Some(first), Some(last)) if first > last => Wanted::All,
+        (Some(first), Some(_) | None)
+            if first >= size && (last.is_empty() || number(last).is_some()) =>
+        {
+            Wanted::Beyond
+        }
+        (Some(first), Some(last)) => Wanted::Part(first..last.saturating_add(1).min(size)),
+        (Some(first), None) if last.is_empty() => Wanted::Part(first..size),
+        _ => Wanted::All,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_as_rfc_9110_has_them() {
+        for (text, size, want) in [
+            ("bytes=0-9", 100, Wanted::Part(0..10)),
+            ("bytes=90-", 100, Wanted::Part(90..100)),
+            ("bytes=-10", 100, Wanted::Part(90..100)),
+            ("bytes=-1000", 100, Wanted::Part(0..100)),
+            ("bytes=95-1000", 100, Wanted::Part(95..100)),
+            ("bytes=0-99999999999999999999", 100, Wanted::Part(0..100)),
+            ("bytes=100-", 100, Wanted::Beyond),
+            ("bytes=99999999999999999999-", 100, Wanted::Beyond),
+            ("bytes=-0", 100, Wanted::Beyond),
+            ("bytes=0-0", 0, Wanted::Beyond),
+            ("bytes=-5", 0, Wanted::Beyond),
+            ("bytes=5-4", 100, Wanted::All),
+            ("bytes=0-1,5-6", 100, Wanted::All),
+            ("bytes=200-x", 100, Wanted::All),
+            ("bytes=-", 100, Wanted::All),
+            ("bytes=+1-2", 100, Wanted::All),
+            ("lines=0-1", 100, Wanted::All),
+            ("", 100, Wanted::All),
+        ] {
+            assert_eq!(wanted(text, size), want, "{text} of {size}");
+        }
+    }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use http::HeaderMap;
 use kiln_core::access::{Asked, Granted};
+use kiln_core::artifact::ARTIFACT_PATHS_MAX;
 use kiln_core::dispatch::{LABELS_MAX, Requirements, TAGS_MAX};
 use kiln_core::job::{RunCommand, Source, SourceBuild};
 use kiln_core::{
@@ -17,6 +18,7 @@ use utoipa::ToSchema;
 use super::caller::Caller;
 use super::limits::ApiConfig;
 use super::problem::Problem;
+use crate::webhooks::Destination;
 
 /// Longest `Idempotency-Key`.
 const KEY_MAX: usize = 128;
@@ -117,6 +119,10 @@ pub struct RunAsk {
     pub argv: Vec<String>,
     /// Environment.
     pub env: BTreeMap<String, String>,
+    /// Files and folders of the machine that are kept as artifacts when the command has ended, however it did; relative to its working
+    /// directory. At most 64.
+    #[schema(max_items = 64)]
+    pub artifacts: Vec<String>,
     /// What every submission may say.
     #[serde(flatten)]
     pub common: Common,
@@ -415,7 +421,13 @@ impl RunAsk {
             bounded("argv", word)?;
         }
         entries("env", &self.env)?;
+        if self.artifacts.len() > ARTIFACT_PATHS_MAX {
+            let text = format!("at most {ARTIFACT_PATHS_MAX} paths");
+            return Err(Problem::invalid("artifacts", text));
+        }
+        let artifacts = self.artifacts.iter().map(|path| parsed("artifacts", path));
         Ok(JobKind::Run(RunCommand {
+            artifacts: artifacts.collect::<Result<_, _>>()?,
             image,
             argv: self.argv.clone(),
             env: self.env.clone(),
@@ -463,7 +475,8 @@ pub(crate) fn new_job(
         (Some(_), _) => return Err(Problem::invalid("trust", "it is `trusted` or `untrusted`")),
     };
     if let Some(address) = &common.notify_url {
-        url("notify_url", address, &["https", "http"])?;
+        let usable = Destination::parse(address, &config.receivers);
+        usable.map_err(|why| Problem::invalid("notify_url", why.to_string()))?;
     }
     let request = JobRequest {
         id,

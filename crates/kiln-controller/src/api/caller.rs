@@ -8,13 +8,13 @@ use http::request::Parts;
 use http::{StatusCode, header};
 use kiln_core::access::{Action, Principal, Refused, Target, decide};
 use kiln_core::{Role, TenantName};
-use kiln_db::NewAudit;
+use kiln_db::{Database, NewAudit};
 
 use super::Api;
 use super::limits::Slot;
 use super::problem::Problem;
 use crate::access::secret_token::{self, SecretKind};
-use crate::access::{Door, Peer, TokenRefused, owner};
+use crate::access::{Access, Door, Peer, TokenRefused, owner};
 
 /// A proven caller of one request.
 #[derive(Clone, Debug)]
@@ -116,43 +116,52 @@ pub(crate) enum Unproven {
     Unavailable(Problem),
 }
 
+/// Who a token of the user door speaks for, at `now_ms` (milliseconds since the Unix epoch).
+pub(crate) async fn authenticate(
+    access: &Access,
+    db: &Database,
+    token: &str,
+    now_ms: u64,
+) -> Result<Principal, Unproven> {
+    if secret_token::is_secret(token) {
+        return authenticate_service(db, token).await;
+    }
+    let verified = access
+        .verify_user(token, now_ms)
+        .map_err(Unproven::Refused)?;
+    for id in &verified.revocable {
+        match db.session_revoked(id.as_str()).await {
+            Ok(false) => {}
+            Ok(true) => return Err(Unproven::Refused(TokenRefused::Revoked)),
+            Err(error) => return Err(Unproven::Unavailable(error.into())),
+        }
+    }
+    Ok(verified.principal)
+}
+
+async fn authenticate_service(db: &Database, token: &str) -> Result<Principal, Unproven> {
+    let shown = secret_token::parse(SecretKind::Service, token).map_err(Unproven::Refused)?;
+    let kept = match db.use_token(&shown.hash).await {
+        Ok(kept) => kept,
+        Err(error) => {
+            return Err(match error {
+                kiln_db::TokenRefused::Unknown => Unproven::Refused(TokenRefused::Unknown),
+                kiln_db::TokenRefused::Expired(_) => Unproven::Refused(TokenRefused::Expired),
+                kiln_db::TokenRefused::Revoked(_) => Unproven::Refused(TokenRefused::Revoked),
+                kiln_db::TokenRefused::Database(error) => Unproven::Unavailable(error.into()),
+            });
+        }
+    };
+    if kept.id != shown.id {
+        return Err(Unproven::Refused(TokenRefused::Unknown));
+    }
+    super::tokens::principal(&kept).map_err(|_| Unproven::Refused(TokenRefused::Malformed))
+}
+
 impl Api {
     /// Who a token of the user door speaks for, now.
     pub(crate) async fn authenticate(&self, token: &str) -> Result<Principal, Unproven> {
-        if secret_token::is_secret(token) {
-            return self.authenticate_service(token).await;
-        }
-        let verified = self
-            .access()
-            .verify_user(token, self.now_ms())
-            .map_err(Unproven::Refused)?;
-        for id in &verified.revocable {
-            match self.db().session_revoked(id.as_str()).await {
-                Ok(false) => {}
-                Ok(true) => return Err(Unproven::Refused(TokenRefused::Revoked)),
-                Err(error) => return Err(Unproven::Unavailable(error.into())),
-            }
-        }
-        Ok(verified.principal)
-    }
-
-    async fn authenticate_service(&self, token: &str) -> Result<Principal, Unproven> {
-        let shown = secret_token::parse(SecretKind::Service, token).map_err(Unproven::Refused)?;
-        let kept = match self.db().use_token(&shown.hash).await {
-            Ok(kept) => kept,
-            Err(error) => {
-                return Err(match error {
-                    kiln_db::TokenRefused::Unknown => Unproven::Refused(TokenRefused::Unknown),
-                    kiln_db::TokenRefused::Expired(_) => Unproven::Refused(TokenRefused::Expired),
-                    kiln_db::TokenRefused::Revoked(_) => Unproven::Refused(TokenRefused::Revoked),
-                    kiln_db::TokenRefused::Database(error) => Unproven::Unavailable(error.into()),
-                });
-            }
-        };
-        if kept.id != shown.id {
-            return Err(Unproven::Refused(TokenRefused::Unknown));
-        }
-        super::tokens::principal(&kept).map_err(|_| Unproven::Refused(TokenRefused::Malformed))
+        authenticate(self.access(), self.db(), token, self.now_ms()).await
     }
 
     /// Notes that somebody without a good proof was turned away. Rows are bounded, counts are not.

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use kiln_core::access::Ceiling;
 use kiln_core::job::Limits;
 
+use crate::webhooks::ReceiverPolicy;
+
 /// Buckets that are remembered; a full one more is forgotten first.
 const BUCKETS_MAX: usize = 10_000;
 
@@ -37,6 +39,8 @@ pub struct ApiConfig {
     pub body_stall: Duration,
     /// Hosts that this server is called by, beside addresses; empty means any. Keeps pages of other sites from reaching it.
     pub hosts: Vec<String>,
+    /// Where webhooks may go.
+    pub receivers: ReceiverPolicy,
 }
 
 impl Default for ApiConfig {
@@ -60,6 +64,7 @@ impl Default for ApiConfig {
             request_timeout: Duration::from_secs(30),
             body_stall: Duration::from_secs(20),
             hosts: Vec::new(),
+            receivers: ReceiverPolicy::default(),
         }
     }
 }

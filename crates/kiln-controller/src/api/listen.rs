@@ -87,11 +87,49 @@ pub struct Sockets {
     table: Arc<Table>,
 }
 
+/// The connection that a request came on: another extension of every request.
+#[derive(Clone, Debug)]
+pub(crate) struct Connection {
+    table: Arc<Table>,
+    cut: CancellationToken,
+    entered: Arc<Mutex<Option<Entered>>>,
+}
+
+impl Connection {
+    /// Notes that it is a worker's, who proved it by something else than a certificate: it is closed when the worker is removed. False when
+    /// that was known already.
+    pub(crate) fn belongs_to(&self, worker: &WorkerId) -> bool {
+        let mut entered = self.entered.lock().unwrap_or_else(PoisonError::into_inner);
+        if entered
+            .as_ref()
+            .is_some_and(|known| known.worker == *worker)
+        {
+            return false;
+        }
+        // Of two workers one after the other the later one counts: both prove themselves at every request.
+        *entered = Some(self.table.enter(worker, self.cut.clone()));
+        true
+    }
+}
+
 #[derive(Debug, Default)]
 struct Table {
     addresses: Mutex<HashMap<IpAddr, usize>>,
     workers: Mutex<HashMap<WorkerId, Vec<(u64, CancellationToken)>>>,
     next: std::sync::atomic::AtomicU64,
+}
+
+impl Table {
+    fn enter(self: &Arc<Self>, worker: &WorkerId, cut: CancellationToken) -> Entered {
+        let id = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        workers.entry(worker.clone()).or_default().push((id, cut));
+        Entered {
+            table: Arc::clone(self),
+            worker: worker.clone(),
+            id,
+        }
+    }
 }
 
 impl Sockets {
@@ -290,7 +328,7 @@ impl Sockets {
             let cut = CancellationToken::new();
             let entered = certificate
                 .as_ref()
-                .map(|own| this.enter(&own.worker, cut.clone()));
+                .map(|own| this.table.enter(&own.worker, cut.clone()));
             let peer = Peer::Tls {
                 address: from,
                 certificate,
@@ -298,24 +336,6 @@ impl Sockets {
             this.serve(stream, peer, router, cut).await;
             drop((entered, place));
         });
-    }
-
-    fn enter(&self, worker: &WorkerId, cut: CancellationToken) -> Entered {
-        let id = self
-            .table
-            .next
-            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let mut workers = self
-            .table
-            .workers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        workers.entry(worker.clone()).or_default().push((id, cut));
-        Entered {
-            table: Arc::clone(&self.table),
-            worker: worker.clone(),
-            id,
-        }
     }
 
     fn place(&self, address: IpAddr) -> Option<Place> {
@@ -344,9 +364,15 @@ impl Sockets {
         router: Router,
         cut: CancellationToken,
     ) {
+        let connection = Connection {
+            table: Arc::clone(&self.table),
+            cut: cut.clone(),
+            entered: Arc::default(),
+        };
         let service = service_fn(move |request: hyper::Request<Incoming>| {
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(peer.clone());
+            request.extensions_mut().insert(connection.clone());
             router.clone().oneshot(request)
         });
         let connection = hyper::server::conn::http1::Builder::new()
@@ -400,6 +426,7 @@ impl Drop for Place {
 }
 
 /// A worker's connection in the table.
+#[derive(Debug)]
 struct Entered {
     table: Arc<Table>,
     worker: WorkerId,

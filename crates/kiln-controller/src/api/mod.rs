@@ -7,25 +7,26 @@ mod artifacts;
 mod ask;
 mod audit;
 mod builds;
-mod caller;
+pub(crate) mod caller;
 mod cursor;
 mod docs;
 mod events;
 mod extract;
 mod hypeman;
 mod jobs;
-mod limits;
+pub(crate) mod limits;
 pub mod listen;
 mod logs;
 mod ports;
 mod problem;
 mod queues;
 mod runs;
-mod shield;
+pub(crate) mod shield;
 mod tenants;
 mod tokens;
 mod upload;
 mod view;
+mod webhooks;
 mod workers;
 
 use std::sync::Arc;
@@ -48,6 +49,7 @@ pub use view::{
     ArtifactView, AttemptView, JobLine, JobView, LimitsView, List, OutcomeView, QueueView,
     RoomView, TenantView, TokenView, UsageView, WorkerView,
 };
+pub use webhooks::{DeliveryView, WebhookView};
 
 use crate::access::Access;
 use limits::{Rates, Slots};
@@ -154,6 +156,12 @@ fn handlers() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(tokens::revoke))
         .routes(routes!(tokens::exchange))
         .routes(routes!(tokens::who_am_i))
+        .routes(routes!(webhooks::list, webhooks::create))
+        .routes(routes!(webhooks::show, webhooks::change, webhooks::remove))
+        .routes(routes!(webhooks::rotate))
+        .routes(routes!(webhooks::notify_secret))
+        .routes(routes!(webhooks::deliveries))
+        .routes(routes!(webhooks::replay))
         .routes(routes!(audit::list))
         .routes(routes!(hypeman::create, hypeman::list))
         .routes(routes!(hypeman::show, hypeman::cancel))

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -75,11 +76,12 @@ pub trait Backend: Send + Sync {
     /// Waits until the log is longer than `offset`; may come back early, never later than the caller's own timer.
     fn log_longer_than<'a>(&'a self, job: &'a Job, offset: u64) -> BoxFuture<'a, ()>;
 
-    /// The content of an artifact.
+    /// The content of an artifact, of it this range of bytes.
     fn open_artifact<'a>(
         &'a self,
         job: &'a Job,
         artifact: &'a Artifact,
+        range: Range<u64>,
     ) -> BoxFuture<'a, io::Result<Pieces<'static>>>;
 
     /// Counts one attempt to do something, allowed or refused. Label sets are closed: names of actions and codes of refusals.

@@ -16,9 +16,9 @@ use super::problem::Problem;
 use super::upload::Stalled;
 
 /// Longest time an upload may take as a whole.
-const UPLOAD_TIME: Duration = Duration::from_secs(2 * 3600);
+pub(crate) const UPLOAD_TIME: Duration = Duration::from_secs(2 * 3600);
 /// Longest path and query.
-const URI_MAX: usize = 8 * 1024;
+pub(crate) const URI_MAX: usize = 8 * 1024;
 
 /// Headers that every answer has.
 const HEADERS: [(HeaderName, &str); 6] = [
@@ -118,7 +118,7 @@ fn other_host(api: &Api, request: &Request) -> Option<Problem> {
 }
 
 /// A body that ends with [`Stalled`] when no byte comes for `stall`.
-fn bounded(body: Body, stall: Duration) -> Body {
+pub(crate) fn bounded(body: Body, stall: Duration) -> Body {
     if body.is_end_stream() {
         return body;
     }

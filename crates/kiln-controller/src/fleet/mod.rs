@@ -3,11 +3,17 @@
 //! Read next: [`schedule`] (who runs what), [`doors`] (what a worker may do under its lease), [`sweep`] (what is lost).
 
 pub mod doors;
+mod enrol;
 mod former_life;
+mod inputs;
 pub mod refusal;
 pub mod registry_door;
+mod registry_login;
+pub(crate) mod reports;
+mod results;
 pub mod schedule;
 pub mod secrets;
+pub mod shield;
 pub mod source;
 pub mod sweep;
 pub mod who;

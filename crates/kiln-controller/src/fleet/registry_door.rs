@@ -1,23 +1,31 @@
 //! `/v2` of a controller: workers of other hosts push what they verified into the quarantine of their attempt, with a token that is bound to
-//! its live epoch. The host then verifies again and names it (`POST …/image`).
+//! its live epoch. The host then verifies again and names it (`POST …/image`). People read and write their tenant's repositories with a token of
+//! [`super::registry_login`].
 //!
 //! The lease is checked at every request, and by the registry again before a write takes effect.
 
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse as _, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use http::{HeaderMap, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use kiln_core::lease::LeaseRefused;
 use kiln_core::{JobKind, Lease};
 use kiln_db::DoorError;
-use kiln_store::registry::{AttemptAuthority, Authority, LeaseCheck, RepoName};
+use kiln_store::registry::{
+    self, AttemptAuthority, Authority, Grant, LeaseCheck, Names, RepoName, UserAuthority,
+};
 
+use super::registry_login::SERVICE;
+use super::shield::DoorLimits;
 use super::who::now_unix_ms;
+use crate::access::{Door, Holder, Peer, RegistryAction, RegistryGrant};
+use crate::api::listen::Connection;
 use crate::state::Controller;
 
 /// Bytes between this server and the registry that may wait in memory, each way.
@@ -66,9 +74,16 @@ pub(super) async fn authority(controller: &Controller, lease: Lease) -> AttemptA
 }
 
 /// Any request below `/v2`.
-pub async fn serve(State(controller): State<Controller>, request: Request) -> Response {
+pub(super) async fn serve(
+    State(controller): State<Controller>,
+    Extension(limits): Extension<Arc<DoorLimits>>,
+    peer: Option<Extension<Peer>>,
+    connection: Option<Extension<Connection>>,
+    request: Request,
+) -> Response {
+    let challenge = challenge(peer.as_deref(), request.headers(), Some(&request));
     let Some(token) = token(request.headers()) else {
-        return refuse("a token is needed");
+        return refuse("a token is needed", &challenge);
     };
     let verified = controller
         .access
@@ -78,12 +93,34 @@ pub async fn serve(State(controller): State<Controller>, request: Request) -> Re
         });
     let grant = match verified.await {
         Ok(grant) => grant,
-        Err(error) => return refuse(&error.to_string()),
+        Err(error) => {
+            controller.metrics.access(Door::Registry.name(), false);
+            return refuse(&error.to_string(), &challenge);
+        }
     };
-    let Some(lease) = grant.lease() else {
-        return refuse("this token is not of an attempt");
+    let writes = !matches!(*request.method(), Method::GET | Method::HEAD);
+    if writes && !limits.may_push(&grant.tenant) {
+        let status = StatusCode::TOO_MANY_REQUESTS;
+        return error(
+            status,
+            "TOOMANYREQUESTS",
+            "this tenant writes too much at once",
+        );
+    }
+    let authority = match grant.lease() {
+        Some(lease) => {
+            let first = connection.is_some_and(|known| known.belongs_to(&lease.worker));
+            // Its worker may have been removed before this connection was known to be its.
+            if first && live(&controller, lease.clone()).await.is_err() {
+                return refuse("the worker does not hold its lease", &challenge);
+            }
+            Authority::Attempt(authority(&controller, lease).await)
+        }
+        None => match person(&controller, &grant).await {
+            Ok(user) => Authority::User(user),
+            Err(why) => return refuse(why, &challenge),
+        },
     };
-    let authority = Authority::Attempt(authority(&controller, lease).await);
     match forward(&controller, authority, request).await {
         Ok(response) => response,
         Err(error) => {
@@ -93,8 +130,40 @@ pub async fn serve(State(controller): State<Controller>, request: Request) -> Re
     }
 }
 
+/// What a person may do in the registry, while the token behind theirs is good.
+async fn person(
+    controller: &Controller,
+    grant: &RegistryGrant,
+) -> Result<UserAuthority, &'static str> {
+    let token = match &grant.holder {
+        Holder::Person { token } => token.clone(),
+        Holder::Attempt { .. } => return Err("this token is not a person's"),
+    };
+    if let Some(token) = &token {
+        // Without an answer nothing is opened.
+        let revoked = controller.db.session_revoked(token.as_str()).await;
+        if revoked.unwrap_or(true) {
+            return Err("the token behind this one was called back");
+        }
+    }
+    let grants = grant.access.iter().filter_map(|access| {
+        let actions = access.actions.iter().map(|action| match action {
+            RegistryAction::Pull => registry::Action::Pull,
+            RegistryAction::Push => registry::Action::Push,
+        });
+        Some(Grant {
+            names: Names::Exactly(access.name.parse().ok()?),
+            actions: actions.collect(),
+        })
+    });
+    Ok(UserAuthority {
+        name: token.map_or_else(|| "owner".to_owned(), String::from),
+        grants: grants.collect(),
+    })
+}
+
 /// The token of a request: a bearer, or the password of a login, as registry clients send either.
-fn token(headers: &HeaderMap) -> Option<String> {
+pub(super) fn token(headers: &HeaderMap) -> Option<String> {
     let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
     let (scheme, rest) = value.split_once(' ')?;
     if scheme.eq_ignore_ascii_case("bearer") {
@@ -107,13 +176,59 @@ fn token(headers: &HeaderMap) -> Option<String> {
     Some(decoded.split_once(':')?.1.to_owned())
 }
 
-fn refuse(why: &str) -> Response {
-    let body = serde_json::json!({ "errors": [{ "code": "UNAUTHORIZED", "message": why }] });
-    let headers = [
-        (header::WWW_AUTHENTICATE, "Basic realm=\"kiln\""),
-        (header::CONTENT_TYPE, "application/json"),
-    ];
-    (StatusCode::UNAUTHORIZED, headers, body.to_string()).into_response()
+/// Says where tokens are to be had, and for which scope: the address is the one that the client used itself.
+pub(super) fn challenge(
+    peer: Option<&Peer>,
+    headers: &HeaderMap,
+    request: Option<&Request>,
+) -> String {
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok());
+    let legal = |host: &&str| {
+        let known = |b: u8| b.is_ascii_alphanumeric() || b".-:[]_".contains(&b);
+        !host.is_empty() && host.len() <= 300 && host.bytes().all(known)
+    };
+    let host = host.filter(legal).unwrap_or("localhost");
+    let scheme = match peer {
+        Some(Peer::Tls { .. }) => "https",
+        _ => "http",
+    };
+    let mut text = format!("Bearer realm=\"{scheme}://{host}/v2/token\",service=\"{SERVICE}\"");
+    if let Some((repo, request)) = request.and_then(|asked| Some((repository(asked)?, asked))) {
+        let actions = match *request.method() {
+            Method::GET | Method::HEAD => "pull",
+            _ => "pull,push",
+        };
+        text.push_str(&format!(",scope=\"repository:{repo}:{actions}\""));
+    }
+    text
+}
+
+/// The repository that a path is about: `/v2/NAME/(manifests|blobs|tags|referrers)/...`.
+fn repository(request: &Request) -> Option<RepoName> {
+    let rest = request.uri().path().strip_prefix("/v2/")?;
+    let end = ["/manifests/", "/blobs/", "/tags/", "/referrers/"]
+        .iter()
+        .filter_map(|word| rest.rfind(word))
+        .max()?;
+    rest[..end].parse().ok()
+}
+
+pub(super) fn refuse(why: &str, challenge: &str) -> Response {
+    let mut response = error(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", why);
+    if let Ok(value) = HeaderValue::try_from(challenge) {
+        response
+            .headers_mut()
+            .insert(header::WWW_AUTHENTICATE, value);
+    }
+    response
+}
+
+fn error(status: StatusCode, code: &str, why: &str) -> Response {
+    let body = serde_json::json!({ "errors": [{ "code": code, "message": why }] });
+    let kind = [(header::CONTENT_TYPE, "application/json")];
+    (status, kind, body.to_string()).into_response()
 }
 
 /// The registry may be this process's or another's: it is spoken to over a connection either way.

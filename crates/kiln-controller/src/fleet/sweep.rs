@@ -68,8 +68,9 @@ pub async fn retain(controller: Controller, retention: Retention, stop: Cancella
             tracing::warn!(error, "old quarantines stay for now");
         }
         loop {
-            match crate::retention::sweep(&controller.db, &controller.logs, retention, false).await
-            {
+            let (db, logs) = (&controller.db, &controller.logs);
+            let swept = crate::retention::sweep(db, logs, &controller.artifacts, retention, false);
+            match swept.await {
                 Ok(aged) if aged.is_empty() => break,
                 Ok(aged) => tracing::info!(jobs = aged.len(), "finished jobs grew older"),
                 Err(error) => {

@@ -16,8 +16,8 @@ use kiln_store::logs::{LogError, LogName, READ_MAX};
 use serde::Deserialize;
 
 use crate::access::Door;
-use crate::fleet::doors;
 use crate::fleet::refusal::Refused;
+use crate::fleet::reports;
 use crate::fleet::who::now_unix_ms;
 use crate::state::Controller;
 
@@ -156,7 +156,7 @@ async fn end(
 ) -> Result<StatusCode, Refused> {
     let name = named(&tenant, &job, attempt)?;
     if controller.logs.is_here(&name) {
-        doors::end_log_if_over(&controller, &name).await?;
+        reports::end_log_if_over(&controller, &name).await?;
     }
     Ok(StatusCode::NO_CONTENT)
 }

@@ -23,6 +23,7 @@ pub(crate) fn job(id: &str, notify_url: Option<String>) -> NewJob {
             ports: Vec::new(),
             tty: false,
             stdin: false,
+            artifacts: Vec::new(),
         }),
         network: NetworkPolicy::Isolated,
         limits: Limits {

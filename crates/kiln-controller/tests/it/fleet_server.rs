@@ -246,6 +246,7 @@ pub(crate) fn script(id: &str, lines: u64, pause_ms: u64) -> NewJob {
         ports: Vec::new(),
         tty: false,
         stdin: false,
+        artifacts: Vec::new(),
     };
     NewJob {
         request: JobRequest {

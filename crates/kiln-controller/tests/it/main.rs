@@ -5,6 +5,7 @@ mod abuse;
 #[path = "../../../kiln-worker/src/fleet/fence.rs"]
 #[expect(unreachable_pub, reason = "it is a part of another crate's interface")]
 mod fence;
+mod fleet_artifacts;
 mod fleet_backup;
 mod fleet_disk;
 mod fleet_doors;
@@ -20,5 +21,7 @@ mod fleet_update;
 mod fleet_worker;
 mod identity;
 mod jobs;
+mod registry_people;
 mod schema;
 mod server;
+mod webhooks;

@@ -338,6 +338,13 @@ async fn bounds_of_events_and_artifacts_hold(w: World) {
         ..artifact()
     };
     w.db.artifact(&lease, &second).await.expect("replaces");
+    let large = Artifact {
+        name: "large".to_owned(),
+        size: kiln_core::artifact::ARTIFACTS_BYTES_MAX - 1,
+        ..artifact()
+    };
+    let refused = w.db.artifact(&lease, &large).await;
+    assert!(matches!(refused, Err(DoorError::TooMuch(_))));
     assert_eq!(w.db.artifacts(&id("b1")).await.expect("reads"), [second]);
     let done = w.db.finish(&lease, end(failed(FailureClass::User))).await;
     assert!(done.expect("keeps hostile text").state.is_terminal());

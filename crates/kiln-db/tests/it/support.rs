@@ -201,6 +201,7 @@ pub(crate) fn request(id: &str) -> JobRequest {
             ports: Vec::new(),
             tty: false,
             stdin: false,
+            artifacts: Vec::new(),
         }),
         network: NetworkPolicy::Isolated,
         limits: Limits {

@@ -265,7 +265,7 @@ pub(super) async fn open(
     let Some((preamble, sealed)) = bytes.split_first_chunk::<PREAMBLE>() else {
         return Err(damaged(name, "its index is cut short"));
     };
-    let sealer = Sealer::open_file(keys, MAGIC, preamble, name)?;
+    let sealer = Sealer::open_file(keys, MAGIC, preamble).map_err(|why| why.of_log(name))?;
     let json = sealer
         .open(INDEX_NUMBER, about(name, 0).as_bytes(), sealed.to_vec())
         .ok_or_else(|| damaged(name, "its index does not open"))?;

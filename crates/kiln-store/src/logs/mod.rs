@@ -15,9 +15,9 @@ mod error;
 mod http;
 mod live;
 pub mod load;
-mod objects;
+pub(crate) mod objects;
 mod retention;
-mod seal;
+pub(crate) mod seal;
 mod segment;
 mod store;
 

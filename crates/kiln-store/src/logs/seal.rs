@@ -15,9 +15,9 @@ use super::{LogError, LogName};
 /// Bytes of a [`LogKey`].
 pub const KEY_BYTES: usize = 32;
 /// Bytes of a preamble: magic 8, kind 8, key id 8, salt 32, checksum 8.
-pub(super) const PREAMBLE: usize = 64;
+pub(crate) const PREAMBLE: usize = 64;
 /// Most bytes that sealing adds.
-pub(super) const SEAL_MAX: usize = 16;
+pub(crate) const SEAL_MAX: usize = 16;
 
 const SUM: usize = 8;
 const INFO: &[&[u8]] = &[b"kiln log file 1"];
@@ -69,8 +69,28 @@ impl LogKeys {
     }
 }
 
+/// Why a file was not opened.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum NotOpened {
+    /// It is not what was written.
+    Damaged(&'static str),
+    /// It was sealed with this key, which is not among those given.
+    Key(String),
+}
+
+impl NotOpened {
+    /// As an error of a log.
+    pub(crate) fn of_log(self, name: &LogName) -> LogError {
+        let name = name.clone();
+        match self {
+            Self::Damaged(what) => LogError::Damaged { name, what },
+            Self::Key(key) => LogError::Key { name, key },
+        }
+    }
+}
+
 /// What protects the pieces of one file.
-pub(super) struct Sealer {
+pub(crate) struct Sealer {
     key: Option<LessSafeKey>,
 }
 
@@ -84,7 +104,7 @@ impl fmt::Debug for Sealer {
 
 impl Sealer {
     /// Of a new file, with the preamble it starts with.
-    pub(super) fn create(
+    pub(crate) fn create(
         keys: &LogKeys,
         magic: &[u8; 8],
     ) -> Result<(Self, [u8; PREAMBLE]), LogError> {
@@ -110,16 +130,12 @@ impl Sealer {
     }
 
     /// Of a file that starts with this preamble.
-    pub(super) fn open_file(
+    pub(crate) fn open_file(
         keys: &LogKeys,
         magic: &[u8; 8],
         preamble: &[u8; PREAMBLE],
-        name: &LogName,
-    ) -> Result<Self, LogError> {
-        let damaged = |what| LogError::Damaged {
-            name: name.clone(),
-            what,
-        };
+    ) -> Result<Self, NotOpened> {
+        let damaged = NotOpened::Damaged;
         if preamble[..8] != magic[..] {
             return Err(damaged("a file does not start as one"));
         }
@@ -134,11 +150,9 @@ impl Sealer {
                     .0
                     .iter()
                     .find(|key| key.id == *id)
-                    .ok_or_else(|| LogError::Key {
-                        name: name.clone(),
-                        key: hex::encode(id),
-                    })?;
-                Some(derive(key, &preamble[24..56])?)
+                    .ok_or_else(|| NotOpened::Key(hex::encode(id)))?;
+                let derived = derive(key, &preamble[24..56]);
+                Some(derived.map_err(|_| damaged("its key cannot be derived"))?)
             }
             _ => {
                 return Err(damaged(
@@ -150,12 +164,12 @@ impl Sealer {
     }
 
     /// Bytes that sealing adds.
-    pub(super) fn overhead(&self) -> u32 {
+    pub(crate) fn overhead(&self) -> u32 {
         if self.key.is_some() { 16 } else { 8 }
     }
 
     /// Seals a piece; `number` is used once in the file, `about` is checked when it is opened.
-    pub(super) fn seal(&self, number: u64, about: &[u8], mut piece: Vec<u8>) -> Option<Vec<u8>> {
+    pub(crate) fn seal(&self, number: u64, about: &[u8], mut piece: Vec<u8>) -> Option<Vec<u8>> {
         match &self.key {
             None => {
                 let sum = checksum(number, about, &piece);
@@ -169,7 +183,7 @@ impl Sealer {
     }
 
     /// The piece, or nothing when it is not the one that was sealed.
-    pub(super) fn open(&self, number: u64, about: &[u8], mut sealed: Vec<u8>) -> Option<Vec<u8>> {
+    pub(crate) fn open(&self, number: u64, about: &[u8], mut sealed: Vec<u8>) -> Option<Vec<u8>> {
         match &self.key {
             None => {
                 let at = sealed.len().checked_sub(SUM)?;
@@ -231,7 +245,7 @@ mod tests {
     fn a_piece_opens_only_in_its_place_and_unchanged() {
         for keys in [LogKeys::default(), LogKeys::new(LogKey::new([7; 32]), [])] {
             let (sealer, preamble) = Sealer::create(&keys, MAGIC).unwrap();
-            let again = Sealer::open_file(&keys, MAGIC, &preamble, &name()).unwrap();
+            let again = Sealer::open_file(&keys, MAGIC, &preamble).unwrap();
             let sealed = sealer.seal(3, b"about", b"line".to_vec()).unwrap();
             assert!(sealed.len() <= 4 + SEAL_MAX);
             assert_eq!(again.open(3, b"about", sealed.clone()).unwrap(), b"line");
@@ -254,9 +268,10 @@ mod tests {
         let sealed = sealer.seal(0, b"", b"x".to_vec()).unwrap();
         assert!(!sealed.starts_with(b"x"));
         let both = LogKeys::new(new.clone(), [old.clone()]);
-        let opened = Sealer::open_file(&both, MAGIC, &preamble, &name()).unwrap();
+        let opened = Sealer::open_file(&both, MAGIC, &preamble).unwrap();
         assert_eq!(opened.open(0, b"", sealed).unwrap(), b"x");
-        let error = Sealer::open_file(&LogKeys::new(new, []), MAGIC, &preamble, &name())
+        let error = Sealer::open_file(&LogKeys::new(new, []), MAGIC, &preamble)
+            .map_err(|why| why.of_log(&name()))
             .expect_err("other key");
         assert!(error.to_string().contains(&old.id()), "{error}");
         assert!(!format!("{old:?}").contains("1, 1"), "{old:?}");

@@ -370,7 +370,8 @@ pub(super) fn recover(
     if last && (have < PREAMBLE || preamble == [0; PREAMBLE]) {
         return Ok(None);
     }
-    let sealer = Arc::new(Sealer::open_file(keys, MAGIC, &preamble, name)?);
+    let sealer = Sealer::open_file(keys, MAGIC, &preamble).map_err(|why| why.of_log(name))?;
+    let sealer = Arc::new(sealer);
     let mut found = Recovered {
         segment: Segment {
             path: path.to_owned(),

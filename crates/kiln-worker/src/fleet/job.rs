@@ -10,8 +10,8 @@ use base64::engine::general_purpose::STANDARD;
 use kiln_core::digest::Hasher;
 use kiln_core::job::{Source, SourceBuild};
 use kiln_core::{
-    Digest, FailureClass, GitCommit, JobId, JobKind, JobRequest, Lease, NetworkPolicy, Outcome,
-    Verdict,
+    ArtifactName, Digest, FailureClass, GitCommit, JobId, JobKind, JobRequest, Lease,
+    NetworkPolicy, Outcome, Verdict,
 };
 use kiln_image::context::{self, Limits};
 use kiln_image::plan::{DockerfileChoice, Options};
@@ -21,6 +21,7 @@ use tokio::sync::mpsc;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use tokio_util::sync::CancellationToken;
 
+use super::artifacts;
 use super::client::{Client, REQUEST_TIMEOUT, job_path};
 use super::far::publish_far;
 use super::local::{LocalFolder, LocalJob, LocalJobs, LocalRun};
@@ -76,6 +77,8 @@ pub struct JobEnd {
     pub egress: kiln_network::record::EgressSummary,
     /// Language runtime of an image build, as it was planned.
     pub runtime: Option<String>,
+    /// Artifacts that the controller has.
+    pub artifacts: Vec<ArtifactName>,
 }
 
 /// What came of a job that ended by itself.
@@ -139,6 +142,7 @@ async fn attempt(shop: &Workshop, leased: Leased, stop: Stop) {
     );
     let work = Work {
         shop,
+        to: &to,
         lease: &lease,
         events: &events,
         cancel: stop.cancel.clone(),
@@ -178,6 +182,7 @@ fn failed(failure: Failure) -> JobEnd {
         result: Err(failure),
         egress: kiln_network::record::EgressSummary::default(),
         runtime: None,
+        artifacts: Vec::new(),
     }
 }
 
@@ -188,7 +193,9 @@ fn finish_of(end: &JobEnd, observed: Option<Box<kiln_core::Observed>>) -> Finish
     };
     let details = match &end.result {
         Ok(Ended::Built(report)) => serde_json::json!({ "build": report }),
-        Ok(Ended::Ran(exit)) => serde_json::json!({ "exit": exit, "egress": end.egress }),
+        Ok(Ended::Ran(exit)) => serde_json::json!({
+            "exit": exit, "egress": end.egress, "artifacts": end.artifacts,
+        }),
         Err(_) => serde_json::json!({ "egress": end.egress }),
     };
     Finish {
@@ -268,6 +275,7 @@ async fn secrets(
 
 struct Work<'a> {
     shop: &'a Workshop,
+    to: &'a To,
     lease: &'a Lease,
     events: &'a Events,
     cancel: CancellationToken,
@@ -498,6 +506,15 @@ impl Work<'_> {
                 Some(prepared.await?)
             }
         };
+        let dir = match command.artifacts.is_empty() {
+            true => None,
+            false => {
+                let parent = shop.host.home.cache.join("checkouts");
+                let name = format!("{}-artifacts", request.id);
+                let made = CheckoutDir::fresh(&parent, &name);
+                Some(made.map_err(|error| Failure::infrastructure(&error))?)
+            }
+        };
         let local = local.unwrap_or_else(nobody_watches);
         let input = RunInput {
             request,
@@ -511,10 +528,16 @@ impl Work<'_> {
             exceptions: shop.site.exceptions(),
             proxy: shop.site.proxy.clone(),
             log: Arc::clone(self.log),
+            artifacts: dir.as_ref().map(|dir| dir.path().to_owned()),
         };
         let lease = self.lease.clone();
-        let end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;
-        Ok(ran(end))
+        let mut end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;
+        let files = std::mem::take(&mut end.artifacts);
+        let sent = artifacts::send(self.to, &files, self.events).await;
+        Ok(JobEnd {
+            artifacts: sent,
+            ..ran(end)
+        })
     }
 }
 
@@ -573,6 +596,7 @@ fn built(end: BuildEnd) -> JobEnd {
         result: end.result.map(|report| Ended::Built(Box::new(report))),
         egress: end.egress,
         runtime: None,
+        artifacts: Vec::new(),
     }
 }
 
@@ -595,6 +619,7 @@ fn ran(end: RunEnd) -> JobEnd {
         result: end.result.map(Ended::Ran),
         egress: end.egress,
         runtime: None,
+        artifacts: Vec::new(),
     }
 }
 

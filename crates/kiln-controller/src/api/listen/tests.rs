@@ -256,3 +256,31 @@ async fn no_more_connections_than_may_be_and_places_come_back() {
     }
     sockets.close(Duration::from_millis(100)).await;
 }
+
+#[tokio::test]
+async fn a_connection_that_turned_out_to_be_a_workers_is_cut_with_it() {
+    async fn mine(Extension(connection): Extension<Connection>) -> String {
+        let first = connection.belongs_to(&"w1".parse().expect("name"));
+        first.to_string()
+    }
+    let sockets = Sockets::new(ListenConfig::default());
+    let any = "127.0.0.1:0".parse().expect("address");
+    let router = Router::new().route("/mine", get(mine));
+    let address = sockets.tcp(any, None, router).await.expect("listens");
+    let mut line = TcpStream::connect(address).await.expect("connects");
+    for want in ["true", "false"] {
+        let asked = b"GET /mine HTTP/1.1\r\nhost: controller.test\r\n\r\n";
+        line.write_all(asked).await.expect("writes");
+        let mut bytes = vec![0; 4096];
+        let got = line.read(&mut bytes).await.expect("reads");
+        let text = String::from_utf8_lossy(&bytes[..got]).into_owned();
+        assert!(text.ends_with(want), "{text}");
+    }
+    sockets.close_worker(&"w2".parse().expect("name"));
+    assert_eq!(sockets.connected(), ["w1".parse().expect("name")]);
+    sockets.close_worker(&"w1".parse().expect("name"));
+    let mut byte = [0];
+    let cut = tokio::time::timeout(PATIENCE, line.read(&mut byte)).await;
+    assert!(matches!(cut, Ok(Ok(0) | Err(_))), "{cut:?}");
+    sockets.close(PATIENCE).await;
+}

@@ -1,0 +1,71 @@
+//! What a worker fetches for an attempt: the uploaded tree, and the values of secrets that the request names.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use kiln_db::DoorKind;
+use kiln_proto::fleet::{AskSecrets, Secrets};
+
+use super::doors::{Answered, open_door};
+use super::refusal::Refused;
+use super::who::Live;
+use crate::state::Controller;
+
+pub(super) async fn source(
+    State(controller): State<Controller>,
+    held: Live,
+) -> Result<Body, Refused> {
+    let job = controller.db.job(&held.lease.attempt.job).await?;
+    let kind = job.map(|job| (job.request.tenant, job.request.kind));
+    let Some((tenant, kiln_core::JobKind::SourceBuild(build))) = kind else {
+        return Err(Refused::missing("the job has no source"));
+    };
+    let kiln_core::job::Source::Tree { digest, .. } = build.source else {
+        return Err(Refused::missing("the job's source is a git URL"));
+    };
+    open_door(
+        &controller,
+        &held.lease,
+        DoorKind::Source,
+        digest.to_string(),
+    )
+    .await?;
+    match controller.sources.open_source(&tenant, &digest).await {
+        Ok((pieces, _)) => Ok(Body::from_stream(pieces)),
+        Err(error) if error.is_absent() => Err(Refused::missing("the source is gone")),
+        Err(error) => {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "a source was not read"
+            );
+            Err(Refused::unavailable("the source cannot be read now"))
+        }
+    }
+}
+
+pub(super) async fn secrets(
+    State(controller): State<Controller>,
+    held: Live,
+    Json(ask): Json<AskSecrets>,
+) -> Answered<Secrets> {
+    let job = controller.db.job(&held.lease.attempt.job).await?;
+    let named = match job.map(|job| job.request.kind) {
+        Some(kiln_core::JobKind::SourceBuild(build)) => build.secrets,
+        _ => Vec::new(),
+    };
+    let mut values = BTreeMap::new();
+    for name in ask.names {
+        if !named.contains(&name) {
+            return Err(Refused::missing("the job names no such secret"));
+        }
+        open_door(&controller, &held.lease, DoorKind::Secret, name.clone()).await?;
+        if let Some(value) = controller.secret_of(&held.lease.attempt.job, &name).await {
+            values.insert(name, STANDARD.encode(value));
+        }
+    }
+    Ok(Json(Secrets { values }))
+}
