@@ -21,7 +21,39 @@ pub struct Event {
     pub data: Value,
 }
 
+/// How far a job's events have come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct EventMark {
+    /// Number of the last one.
+    pub last: u64,
+    /// The job is over: no more will come.
+    pub over: bool,
+}
+
 impl Database {
+    /// How far a job's events have come, for many who look often; none without such a job.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn event_mark(&self, job: &JobId) -> Result<Option<EventMark>, DbError> {
+        let job = job.clone();
+        self.read("see whether a job has news", |tx| {
+            Box::pin(async move {
+                let sql = "select event_seq, cast(0 as bigint) as ended from jobs where id = $1
+                    union all select event_seq, cast(1 as bigint) as ended from history where id = $1";
+                let row = tx.row(sql, args![job.as_str()]).await?;
+                row.map(|row| {
+                    Ok(EventMark {
+                        last: row.u64("event_seq")?,
+                        over: row.int("ended")? == 1,
+                    })
+                })
+                .transpose()
+            })
+        })
+        .await
+    }
+
     /// Events of a job after the one numbered `after`, at most `limit` (and [`PAGE_MAX`]).
     ///
     /// # Errors

@@ -47,7 +47,7 @@ pub use door::{
     LogMark,
 };
 pub use error::{Cause, DbError};
-pub use event::Event;
+pub use event::{Event, EventMark};
 pub use expire::{Expired, Sweep, Swept};
 pub use job::{
     Attempt, CancelMark, Estimate, HeldJob, Idempotency, Job, NewJob, PendingJob, Tier, kind_name,

@@ -244,8 +244,9 @@ fn builds_survive_kill_9_of_server_and_worker() {
             .lines()
             .map(|line| serde_json::from_str(line).expect("JSON"));
         let mut own: Vec<Value> = images.collect();
+        let tag = number.to_string();
         own.retain(|image| {
-            image["repository"] == "t/local/it-kill" && image["tag"] == number.to_string()
+            image["repository"] == "t/local/it-kill" && image["tag"] == tag.as_str()
         });
         let there = own.len() == 1
             && own[0]["digest"] == shown["receipt"]["manifest"]

@@ -143,15 +143,7 @@ impl Follower {
     /// The next piece of text: events, or a sign of life, or the last words.
     async fn next(&mut self) -> String {
         loop {
-            let Ok(over) = self.is_over().await else {
-                return self.goodbye("unavailable");
-            };
-            let page = self
-                .api
-                .db()
-                .events_after(&self.job, self.after, PAGE)
-                .await;
-            let Ok(page) = page else {
+            let Ok((page, over)) = self.look().await else {
                 return self.goodbye("unavailable");
             };
             if let Some(last) = page.last() {
@@ -174,10 +166,17 @@ impl Follower {
         }
     }
 
-    /// Whether nothing more will come: asked before the events are read, so that none is missed.
-    async fn is_over(&self) -> Result<bool, kiln_db::DbError> {
-        let job = self.api.db().job(&self.job).await?;
-        Ok(job.is_none_or(|job| job.state.is_terminal()))
+    /// What is new, and whether nothing more will come: that is asked before the events are read, so that none is missed.
+    async fn look(&self) -> Result<(Vec<Event>, bool), kiln_db::DbError> {
+        let _turn = self.api.look().await;
+        let Some(mark) = self.api.db().event_mark(&self.job).await? else {
+            return Ok((Vec::new(), true));
+        };
+        if mark.last <= self.after {
+            return Ok((Vec::new(), mark.over));
+        }
+        let events = self.api.db().events_after(&self.job, self.after, PAGE);
+        Ok((events.await?, mark.over))
     }
 
     fn goodbye(&mut self, word: &str) -> String {

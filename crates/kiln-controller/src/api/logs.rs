@@ -144,6 +144,7 @@ impl Reader {
     }
 
     async fn reread(&mut self) -> io::Result<bool> {
+        let _turn = self.api.look().await;
         let job = self.api.db().job(&self.job.request.id).await;
         match job.map_err(io::Error::other)? {
             Some(job) => self.job = job,

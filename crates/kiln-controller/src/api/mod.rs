@@ -34,6 +34,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use kiln_db::Database;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use utoipa::OpenApi;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa_axum::router::OpenApiRouter;
@@ -54,6 +55,8 @@ pub use webhooks::{DeliveryView, WebhookView};
 use crate::access::Access;
 use limits::{Rates, Slots};
 
+/// Followers that look into the database at the same time: fewer than it has connections.
+const LOOKS_MAX: usize = 2;
 /// Audit rows about strangers per second, in the long run.
 const STRANGER_ROWS_PER_S: u32 = 5;
 /// And at once.
@@ -68,6 +71,7 @@ pub(crate) struct Api {
     pub(crate) open: Arc<Slots>,
     pub(crate) uploads: Arc<Slots>,
     pub(crate) followers: Arc<Slots>,
+    looks: Semaphore,
 }
 
 impl std::fmt::Debug for Api {
@@ -86,9 +90,15 @@ impl Api {
             open: Slots::new(config.open_per_token),
             uploads: Slots::new(config.uploads_per_tenant),
             followers: Slots::new(config.followers_per_tenant),
+            looks: Semaphore::new(LOOKS_MAX),
             backend,
             config,
         })
+    }
+
+    /// A follower's turn to look into the database. They are many and wake at once: who asks for something must not wait behind them all.
+    pub(crate) async fn look(&self) -> Option<SemaphorePermit<'_>> {
+        self.looks.acquire().await.ok()
     }
 
     pub(crate) fn db(&self) -> &Database {

@@ -332,6 +332,9 @@ async fn bounds_of_events_and_artifacts_hold(w: World) {
         .expect("keeps");
     let events = w.db.events_after(&id("b1"), 2, 10).await.expect("reads");
     assert_eq!(events[0].data, hostile);
+    let mark = || async { w.db.event_mark(&id("b1")).await.expect("reads") };
+    let before = mark().await.expect("is there");
+    assert_eq!((before.last, before.over), (events[0].seq, false));
     w.db.artifact(&lease, &artifact()).await.expect("keeps");
     let second = Artifact {
         size: 2,
@@ -348,6 +351,10 @@ async fn bounds_of_events_and_artifacts_hold(w: World) {
     assert_eq!(w.db.artifacts(&id("b1")).await.expect("reads"), [second]);
     let done = w.db.finish(&lease, end(failed(FailureClass::User))).await;
     assert!(done.expect("keeps hostile text").state.is_terminal());
+    let after = mark().await.expect("is there");
+    assert_eq!((after.last, after.over), (before.last + 1, true));
+    let nothing = w.db.event_mark(&id("nothing")).await.expect("reads");
+    assert!(nothing.is_none());
     let unknown: Result<_, DbError> = w.db.job(&id("nothing")).await;
     assert!(unknown.expect("reads").is_none());
 }
