@@ -468,7 +468,7 @@ pub(crate) struct SetupArgs {
 /// Options of `kiln uninstall`.
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Examples:\n  kiln uninstall\n  kiln uninstall --yes\n\nRemoves images, build caches, job records and settings: what lies below kiln's XDG directories or KILN_HOME."
+    after_help = "Examples:\n  kiln uninstall\n  kiln uninstall --yes\n\nRemoves images, build caches, the queue with its logs, and settings: what lies below kiln's XDG directories or KILN_HOME."
 )]
 pub(crate) struct UninstallArgs {
     /// Do not ask

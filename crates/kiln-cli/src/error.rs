@@ -38,7 +38,7 @@ impl CliError {
 
     /// kiln's own or the host's failure, with its causes.
     pub(crate) fn infrastructure(error: &dyn std::error::Error) -> Self {
-        Self::new(FailureClass::Infrastructure, chain(error))
+        Self::from_failure(kiln_worker::failure::Failure::infrastructure(error))
     }
 
     /// Adds a hint.
@@ -62,17 +62,6 @@ impl CliError {
             message,
             hints: hint.into_iter().collect(),
             command_code,
-        }
-    }
-
-    /// As a job's failure.
-    pub(crate) fn into_failure(self) -> kiln_worker::failure::Failure {
-        let hint = (!self.hints.is_empty()).then(|| self.hints.join("; "));
-        kiln_worker::failure::Failure {
-            class: self.class,
-            message: self.message,
-            hint,
-            command_code: self.command_code.map(i32::from),
         }
     }
 

@@ -163,7 +163,7 @@ pub struct Running {
     metrics: Sockets,
     stop: CancellationToken,
     tasks: TaskTracker,
-    _lock: File,
+    _lock: FolderLock,
 }
 
 /// Starts a controller.
@@ -178,11 +178,20 @@ pub async fn start(config: ServeConfig) -> Result<Running, StartError> {
 ///
 /// # Errors
 /// See [`StartError`]; nothing listens then.
-pub async fn start_with(
+pub async fn start_with(config: ServeConfig, options: OpenOptions) -> Result<Running, StartError> {
+    let lock = lock(&config.folder)?;
+    start_locked(config, options, lock).await
+}
+
+/// Starts a controller in a folder that was taken before by [`lock`].
+///
+/// # Errors
+/// See [`StartError`]; nothing listens then.
+pub async fn start_locked(
     mut config: ServeConfig,
     options: OpenOptions,
+    lock: FolderLock,
 ) -> Result<Running, StartError> {
-    let lock = lock(&config.folder)?;
     let (parts, tls) = parts(&mut config, options).await?;
     let db = parts.db.clone();
     match serve(config, parts, tls, lock).await {
@@ -307,7 +316,7 @@ async fn serve(
     config: ServeConfig,
     parts: Parts,
     tls: TlsConfig,
-    lock: File,
+    lock: FolderLock,
 ) -> Result<Running, StartError> {
     let counters = parts.metrics.clone();
     let controller = Controller::new(parts);
@@ -383,9 +392,15 @@ async fn serve(
 impl Running {
     /// Takes no more requests, ends the loops, and closes the database.
     pub async fn stop(self) {
+        self.stop_within(STOP_PATIENCE).await;
+    }
+
+    /// As [`Running::stop`], with another patience for requests that are open.
+    pub async fn stop_within(self, patience: Duration) {
         // First, so that another controller schedules while the last requests are answered here.
         self.stop.cancel();
-        self.sockets.close(STOP_PATIENCE).await;
+        self.controller.closing().cancel();
+        self.sockets.close(patience).await;
         self.metrics.close(STOP_PATIENCE).await;
         self.tasks.close();
         let _cut = tokio::time::timeout(STOP_PATIENCE, self.tasks.wait()).await;
@@ -394,8 +409,17 @@ impl Running {
     }
 }
 
-/// Takes a folder for one controller, or for whoever changes its files; it is free again when the file is closed.
-pub(crate) fn lock(folder: &Path) -> Result<File, StartError> {
+/// The right to run a controller in a folder; it ends with this value.
+#[derive(Debug)]
+pub struct FolderLock {
+    _file: File,
+}
+
+/// Takes a folder, which is made if need be.
+///
+/// # Errors
+/// When another controller has it, or it cannot be used.
+pub fn lock(folder: &Path) -> Result<FolderLock, StartError> {
     use std::os::unix::fs::DirBuilderExt as _;
     let failed = |path: &Path| {
         let path = path.to_owned();
@@ -414,7 +438,7 @@ pub(crate) fn lock(folder: &Path) -> Result<File, StartError> {
         .open(&path)
         .map_err(failed(&path))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(FolderLock { _file: file }),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(StartError::Taken(folder.to_owned())),
         Err(error) => Err(failed(&path)(error.into())),
     }

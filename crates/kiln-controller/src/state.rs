@@ -1,6 +1,6 @@
 //! What a controller is made of: the database, keys, stores, and what it remembers only while it runs.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kiln_core::PoolName;
 use kiln_db::Database;
@@ -8,6 +8,7 @@ use kiln_store::HostRegistry;
 use kiln_store::artifacts::ArtifactStore;
 use kiln_store::logs::LogStore;
 use kiln_telemetry::metrics::Metrics;
+use tokio_util::sync::CancellationToken;
 
 use crate::access::Access;
 use crate::fleet::secrets::Secrets;
@@ -18,6 +19,8 @@ use crate::peers::Peers;
 #[derive(Clone, Debug)]
 pub struct Controller {
     inner: Arc<Parts>,
+    closing: CancellationToken,
+    gives_way: Arc<OnceLock<CancellationToken>>,
 }
 
 /// The parts of a controller, each usable on its own.
@@ -64,7 +67,31 @@ impl Controller {
     pub fn new(parts: Parts) -> Self {
         Self {
             inner: Arc::new(parts),
+            closing: CancellationToken::new(),
+            gives_way: Arc::default(),
         }
+    }
+
+    /// Says that this controller makes room for one that stays, when one comes: what is given is cancelled then. Without this it does not.
+    #[must_use]
+    pub fn give_way(&self) -> CancellationToken {
+        self.gives_way.get_or_init(CancellationToken::new).clone()
+    }
+
+    /// Asks it to make room; false when it is here to stay.
+    #[must_use]
+    pub fn ask_for_room(&self) -> bool {
+        let gives_way = self.gives_way.get();
+        if let Some(asked) = gives_way {
+            asked.cancel();
+        }
+        gives_way.is_some()
+    }
+
+    /// Cancelled when the controller is about to stop: whatever is held open answers at once.
+    #[must_use]
+    pub fn closing(&self) -> &CancellationToken {
+        &self.closing
     }
 }
 

@@ -15,6 +15,10 @@ pub const LABELS_MAX: usize = 32;
 pub const LABEL_BYTES_MAX: usize = 120;
 /// Most tags of one job.
 pub const TAGS_MAX: usize = 16;
+/// Labels that begin so are kiln's own: no request and no join token may name them.
+pub const RESERVED_PREFIX: &str = "kiln/";
+/// Label of a worker that is one command's own: it runs only jobs that ask for it with its value.
+pub const OWN_LABEL: &str = "kiln/own";
 
 /// Why a text is not a label.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -122,6 +126,28 @@ pub struct Requirements {
     /// Whole CPUs of the host for this machine alone.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub pinned_cpus: bool,
+}
+
+impl Requirements {
+    /// Asks for the one worker that is a command's own.
+    pub fn only_own(&mut self, worker: &WorkerId) {
+        self.labels.extend(own_labels(worker));
+    }
+
+    /// The worker that alone may run the job, when it is some command's own.
+    #[must_use]
+    pub fn own(&self) -> Option<&Label> {
+        let mut labels = self.labels.iter();
+        labels.find_map(|(name, value)| (name.as_str() == OWN_LABEL).then_some(value))
+    }
+}
+
+/// The labels of a worker that is one command's own.
+#[must_use]
+pub fn own_labels(worker: &WorkerId) -> BTreeMap<Label, Label> {
+    // A worker's name has only characters that a label may have.
+    let value = worker.as_str().parse();
+    OWN_LABEL.parse().ok().zip(value.ok()).into_iter().collect()
 }
 
 /// How a job is queued.

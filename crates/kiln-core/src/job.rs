@@ -60,6 +60,11 @@ pub enum Source {
         /// Branch, tag or commit; `HEAD` when none was named.
         reference: String,
     },
+    /// A folder of the host whose command asks: only that command's own worker builds it, as it lies there then.
+    Folder {
+        /// Where, for people.
+        path: String,
+    },
 }
 
 /// A source-to-image job as it is asked for: what the plan will be is decided by the host that runs it.

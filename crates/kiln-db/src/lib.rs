@@ -25,6 +25,7 @@ mod list;
 mod notify;
 mod open;
 mod outbox;
+mod own;
 mod restore;
 mod retention;
 mod schema;

@@ -9,8 +9,8 @@ use std::str::FromStr;
 
 use kiln_core::dispatch::{Room, WorkerFacts};
 use kiln_core::{
-    AttemptId, Digest, Epoch, ImageRef, JobRequest, Label, Lease, Observed, Outcome, PoolName,
-    Receipt, WorkerId,
+    AttemptId, Digest, Epoch, ImageRef, JobId, JobRequest, Label, Lease, Observed, Outcome,
+    PoolName, Receipt, WorkerId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -229,6 +229,26 @@ pub struct Poll {
 pub struct PollAnswer {
     /// Its leases that the poll did not name.
     pub leases: Vec<Leased>,
+    /// Something became of a lease it has: a heartbeat now says what.
+    #[serde(default)]
+    pub beat: bool,
+}
+
+/// `POST /worker/v1/own`, on the private socket alone: the job that the worker's own command asks for and nobody else runs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Own {
+    /// What is to be done.
+    pub request: JobRequest,
+    /// Labels for lists and filters.
+    #[serde(default)]
+    pub labels: BTreeMap<Label, Label>,
+}
+
+/// Answer to [`Own`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Owned {
+    /// The job.
+    pub job: JobId,
 }
 
 /// One job to do.

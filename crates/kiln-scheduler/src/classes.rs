@@ -143,11 +143,15 @@ fn make(fleet: &Fleet<'_>, visible: &HostSet, requires: &Requirements, need: Roo
 
 /// Leaves the hosts that can take the class, or says why there is none.
 fn narrow(fleet: &Fleet<'_>, class: &mut Class, requires: &Requirements) -> Option<PendingReason> {
+    let index = &fleet.index;
+    if requires.own().is_none() {
+        // Commands' own workers run nothing else.
+        class.hosts.drop_all(&index.own);
+    }
     let workers = class.hosts.len();
     if workers == 0 {
         return Some(PendingReason::NoWorkers);
     }
-    let index = &fleet.index;
     let nothing = HostSet::empty(fleet.workers.len());
     let mut must = |having: Option<&HostSet>, missing: &dyn Fn() -> String| {
         class.hosts.keep(having.unwrap_or(&nothing));

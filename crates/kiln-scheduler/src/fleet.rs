@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kiln_core::dispatch::{Room, WorkerState};
+use kiln_core::dispatch::{OWN_LABEL, Room, WorkerState};
 use kiln_core::{Label, TenantName, WorkerId};
 
 use crate::host_set::HostSet;
@@ -97,6 +97,8 @@ pub(crate) struct Index<'a> {
     pub(crate) warm: BTreeMap<&'a TenantName, HostSet>,
     pub(crate) allowed: BTreeMap<&'a TenantName, HostSet>,
     pub(crate) for_all: HostSet,
+    /// Workers that are some command's own.
+    pub(crate) own: HostSet,
     /// Hosts of one capacity and one number of whole CPUs.
     pub(crate) shape: BTreeMap<(Room, u32), HostSet>,
 }
@@ -362,6 +364,7 @@ impl<'a> Index<'a> {
             warm: BTreeMap::new(),
             allowed: BTreeMap::new(),
             for_all: HostSet::empty(count),
+            own: HostSet::empty(count),
             shape: BTreeMap::new(),
         };
         let none = || HostSet::empty(count);
@@ -378,6 +381,9 @@ impl<'a> Index<'a> {
                     .entry(runtime)
                     .or_insert_with(none)
                     .insert(host);
+            }
+            if worker.labels.keys().any(|name| name.as_str() == OWN_LABEL) {
+                index.own.insert(host);
             }
             for pair in &worker.labels {
                 index.label.entry(pair).or_insert_with(none).insert(host);

@@ -1,4 +1,4 @@
-//! Where results live: the embedded OCI registry, the records and logs of jobs, the files they left.
+//! Where results live: the embedded OCI registry, the logs of jobs, the files they left.
 //!
 //! This room decides nothing about builds: it keeps what it is given, proves it is unchanged, and
 //! lets only those read or write whom the wiring named. Read next: [`host`] (the interface of the worker
@@ -12,7 +12,6 @@ pub mod host;
 pub mod image;
 pub mod load;
 pub mod logs;
-pub mod records;
 pub mod registry;
 pub mod remote;
 

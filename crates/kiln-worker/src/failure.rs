@@ -7,8 +7,8 @@ use kiln_proto::msg::GuestErrorCode;
 
 use crate::orders::{CallError, chain};
 
-/// What the system says of a full disk.
-const DISK_FULL: &str = "No space left on device";
+/// What the system and the database say of a full disk.
+const DISK_FULL: [&str; 2] = ["No space left on device", "database or disk is full"];
 /// What to do about one.
 pub(crate) const ROOM_HINT: &str = "free some space (`kiln cache prune`) and try again";
 
@@ -42,7 +42,7 @@ impl Failure {
     pub fn infrastructure(error: &dyn std::error::Error) -> Self {
         let failure = Self::new(FailureClass::Infrastructure, chain(error));
         // However deep it happened, the way out is the same.
-        match failure.message.contains(DISK_FULL) {
+        match DISK_FULL.iter().any(|full| failure.message.contains(full)) {
             true => failure.hint(ROOM_HINT),
             false => failure,
         }

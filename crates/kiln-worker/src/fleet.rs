@@ -14,6 +14,7 @@ pub mod identity;
 pub mod job;
 pub mod local;
 pub mod mask;
+pub mod own;
 pub mod reconcile;
 pub mod report;
 pub mod spool;

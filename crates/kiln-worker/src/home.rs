@@ -16,7 +16,7 @@ pub const LAYOUT: u32 = 1;
 /// kiln's directories on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Home {
-    /// State that must survive: images, heads, registry, jobs.
+    /// State that must survive: images, heads, registry, the queue.
     pub data: PathBuf,
     /// What can be made again: downloads, bake stages.
     pub cache: PathBuf,
@@ -223,10 +223,10 @@ impl Home {
         self.data.join("registry")
     }
 
-    /// Job records.
+    /// Database, keys, logs and uploads of this home's controller.
     #[must_use]
-    pub fn jobs(&self) -> PathBuf {
-        self.data.join("jobs")
+    pub fn controller(&self) -> PathBuf {
+        self.data.join("controller")
     }
 
     /// Unpacked container images, as sealed disks.

@@ -66,7 +66,7 @@ pub(crate) struct QueueingArgs {
 /// Verbs of `kiln job`.
 #[derive(Subcommand, Debug)]
 #[command(
-    after_help = "Examples:\n  kiln job list\n  kiln job show\n  kiln job logs --follow b1m7\n  kiln job why b1m7\n\nWith a server (--server, or `kiln serve` in this home) these are its jobs, else those of this host."
+    after_help = "Examples:\n  kiln job list\n  kiln job show\n  kiln job logs --follow b1m7\n  kiln job why b1m7\n\nJobs of the server that --server, KILN_SERVER or kiln.toml names, else of this home."
 )]
 pub(crate) enum JobCommand {
     /// List jobs, newest first

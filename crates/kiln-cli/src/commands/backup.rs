@@ -13,18 +13,20 @@ use kiln_core::{ByteSize, FailureClass};
 use kiln_db::RestoreError;
 use serde_json::json;
 
+use super::home_queue;
 use super::operator::Operator;
-use super::serve;
 use crate::args::{BackupCommand, ServerArgs};
 use crate::error::{CliError, Result, chain};
-use crate::server::{self, Server};
+use crate::server::Server;
 use crate::show::{Screen, ShownPath as _};
 
 pub(super) async fn run(verb: BackupCommand, said: &ServerArgs, screen: Screen) -> Result<u8> {
     match verb {
         BackupCommand::Create { file } => {
-            let server = server::needed(said).await?;
-            let size = create(&server, &file).await?;
+            let asked = home_queue::ask(said).await?;
+            let size = create(&asked.server, &file).await;
+            asked.done().await;
+            let size = size?;
             let told = json!({ "event": "backed-up", "file": file, "bytes": size });
             screen.data(&told, || {
                 format!("wrote {} ({})", file.shown(), ByteSize(size))
@@ -32,7 +34,7 @@ pub(super) async fn run(verb: BackupCommand, said: &ServerArgs, screen: Screen) 
         }
         BackupCommand::Restore { file, replace } => {
             let operator = Operator::load()?;
-            let back = put_back(&serve::folder(&operator), &file, replace).await;
+            let back = put_back(&operator.home.controller(), &file, replace).await;
             let back = back.map_err(|error| refused(&error))?;
             let told = json!({
                 "event": "restored", "incarnation": back.restored.incarnation,
@@ -64,7 +66,7 @@ async fn create(server: &Server, file: &Path) -> Result<u64> {
     if file.exists() {
         return Err(CliError::usage(format!("{} exists already", file.shown())));
     }
-    let answer = server.send(Method::GET, "/private/backup", server::empty(), &[]);
+    let answer = server.send(Method::GET, "/private/backup", crate::server::empty(), &[]);
     let answer = answer.await.map_err(|error| match error.class {
         FailureClass::Usage => {
             error.hint("a backup is taken on the server's own host, over its private socket")

@@ -1,27 +1,25 @@
 //! `kiln build`: words become a path-free request, the worker runs it, the result is shown and sent where it was asked for.
 
 use std::path::Path;
-use std::sync::Arc;
 
-use kiln_core::job::TrustClass;
-use kiln_core::{ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, TenantName, Verdict};
+use kiln_core::job::{SourceBuild, TrustClass};
+use kiln_core::{FailureClass, JobKind, JobRequest, NetworkPolicy, TenantName};
 use kiln_image::context::ContextError;
-use kiln_image::plan::Options;
-use kiln_store::records::NewRecord;
-use kiln_worker::build::{BuildEnd, BuildInput, BuildReport};
+use kiln_image::plan::{DockerfileChoice, Options};
+use kiln_worker::build::BuildReport;
 use kiln_worker::event::Events;
-use kiln_worker::host::{new_job_id, now_unix_ms};
-use kiln_worker::joblog::JobLog;
-use kiln_worker::prepare::{self, Prepared, Wishes};
-use kiln_worker::site::Site;
+use kiln_worker::fleet::job::{Ended, JobEnd};
+use kiln_worker::fleet::local::{LocalFolder, LocalJob};
+use kiln_worker::host::new_job_id;
 use tokio_util::sync::CancellationToken;
 
+use super::home_queue::HomeQueue;
 use super::operator::Operator;
-use super::source;
+use super::source::{self, Source};
 use super::table::counted;
 use crate::args::{BuildArgs, ServerArgs};
-use crate::error::{CliError, Result};
-use crate::show::Screen;
+use crate::error::{CliError, OrInfrastructure as _, Result};
+use crate::show::{Screen, ShownPath as _};
 
 pub(super) async fn run(
     args: BuildArgs,
@@ -46,126 +44,121 @@ pub(super) async fn run(
         .limits(&args.limits, true, super::host_cpus())?;
     let secrets = source::secrets(&args.secrets)?;
     let ssh_agents = source::ssh_agents(&args.ssh)?;
-    let source = source::parse(&args.source)?;
-    let file = args.file.as_deref();
-    let local =
-        super::checkout::local(&operator, source, file, limits.timeout_ms, screen, &cancel).await?;
-    let site = operator.site()?;
-    let named = secrets.iter().map(|(id, _)| id.clone()).collect();
-    let prepared = prepared(&args, &site, &local, named)?;
-    let (events, receiver) = Events::channel();
-    let follow = tokio::spawn(screen.follow(receiver));
-    let id = new_job_id('b').map_err(CliError::from_failure)?;
-    let title = format!(
-        "build {} -> {}",
-        kiln_image::plan::shown(&args.source),
-        prepared.build.tags[0]
-    );
-    let log = JobLog::begin(&operator.home, record(&id, "image-build", title))
-        .map_err(CliError::from_failure)?;
-    let log = Arc::new(log);
+    let names = secrets.iter().map(|(name, _)| name.clone()).collect();
+    let (wanted, folder) = wanted(&args, &operator, names)?;
     let request = JobRequest {
-        id: id.clone(),
+        id: new_job_id('b').map_err(CliError::from_failure)?,
         tenant: TenantName::local(),
-        kind: JobKind::ImageBuild(prepared.build),
-        network: prepared.network,
+        kind: JobKind::SourceBuild(wanted),
+        network: NetworkPolicy::from_rules(args.allow.iter().cloned()),
         limits,
         trust: TrustClass::Trusted,
         network_bits: None,
         dispatch: kiln_core::Dispatch::default(),
     };
-    let input = BuildInput {
-        request,
-        tree: Arc::new(prepared.tree),
-        git: local.git(),
+    let queue = HomeQueue::open(&operator.home).await?;
+    let (events, receiver) = Events::channel();
+    let follow = tokio::spawn(screen.follow(receiver));
+    let local = LocalJob {
+        folder,
         secrets,
         ssh_agents,
-        step_env: site.step_env(&prepared.runtimes),
-        exceptions: site.exceptions(),
-        ca_bundle: site.ca_bundle,
-        proxy: site.proxy,
-        log: Arc::clone(&log),
+        events: Some(events.clone()),
+        ..LocalJob::default()
     };
-    let end = work(&operator, input, limits.timeout_ms, &events, &cancel).await;
+    let ended = queue.run(&operator, request, local, &events, &cancel).await;
     drop(events);
     let _screen_ended = follow.await;
-    let result = finish(&log, end, screen)?;
-    output
-        .deliver(&operator, &result, &args, screen, &cancel)
-        .await?;
-    Ok(0)
+    let delivered = async {
+        let report = finish(ended?, screen)?;
+        output
+            .deliver(&operator, &report, &args, screen, &cancel)
+            .await
+    };
+    let delivered = delivered.await;
+    queue.close().await;
+    delivered.map(|()| 0)
 }
 
-async fn work(
-    operator: &Operator,
-    input: BuildInput,
-    timeout_ms: u64,
-    events: &Events,
-    cancel: &CancellationToken,
-) -> BuildEnd {
-    let failed = |failure: CliError| BuildEnd {
-        result: Err(failure.into_failure()),
-        phases_ms: Vec::new(),
-        egress: kiln_network::record::EgressSummary::default(),
-        observed: None,
-    };
-    let host = match operator.host().await {
-        Ok(host) => host,
-        Err(error) => return failed(error),
-    };
-    let registry = match operator.registry().await {
-        Ok(registry) => registry,
-        Err(error) => return failed(error),
-    };
-    let lease = host.lease(&input.request.id, &input.request.tenant, timeout_ms);
-    kiln_worker::build::run(&host, &registry, input, lease, events, cancel).await
-}
-
-/// Writes the record, shows the result.
-fn finish(log: &JobLog, end: BuildEnd, screen: Screen) -> Result<BuildReport> {
-    let BuildEnd {
-        result,
-        phases_ms,
-        egress,
-        observed,
-    } = end;
-    let verdict = match &result {
-        Ok(_) => Verdict::Passed,
-        Err(failure) => failure.verdict(),
-    };
-    let details = match &result {
-        Ok(report) => serde_json::to_value(report).unwrap_or_default(),
-        Err(_) => serde_json::json!({ "egress": egress }),
-    };
-    let receipt = result
-        .as_ref()
-        .ok()
-        .zip(observed.as_ref())
-        .map(|(report, observed)| report.receipt(observed));
-    let kept = log.finish(
-        Outcome { verdict, phases_ms },
-        receipt,
-        observed.as_ref(),
-        details,
-    );
-    if let Err(failure) = kept {
-        screen.note(&format!(
-            "warning: the job's record could not be written: {failure}"
-        ));
-    }
-    let egress_line = egress.to_string();
-    match result {
-        Ok(report) => {
-            show(&report, &egress_line, screen);
-            Ok(report)
+/// Shows the result.
+fn finish(end: JobEnd, screen: Screen) -> Result<BuildReport> {
+    let egress = end.egress.to_string();
+    match end.result {
+        Ok(Ended::Built(report)) => {
+            show(&report, &egress, screen);
+            Ok(*report)
         }
+        Ok(Ended::Ran(_)) => Err(CliError::new(
+            FailureClass::Infrastructure,
+            "the build ended as a command does",
+        )),
         Err(failure) => {
-            if !egress_line.is_empty() {
-                screen.note(&egress_line);
+            if !egress.is_empty() {
+                screen.note(&egress);
             }
             Err(CliError::from_failure(failure))
         }
     }
+}
+
+/// What the command line asks for, and the folder if it lies on this host. A folder is planned here first, so that mistakes in it are told
+/// before anything starts.
+fn wanted(
+    args: &BuildArgs,
+    operator: &Operator,
+    secrets: Vec<String>,
+) -> Result<(SourceBuild, Option<LocalFolder>)> {
+    for tag in &args.tags {
+        let _legal = super::reference::in_tenant(tag)?;
+    }
+    let file = args.file.as_deref();
+    let (source, name, dockerfile, folder) = match source::parse(&args.source)? {
+        Source::Folder(dir) => {
+            let options = options(args, &dir)?;
+            kiln_image::plan::plan(&dir, &options, &operator.bases()?)
+                .map_err(super::plan::plan_error)?;
+            let canonical = dir.canonicalize().or_infrastructure()?;
+            let name = canonical.file_name().and_then(|name| name.to_str());
+            let source = kiln_core::job::Source::Folder {
+                path: canonical.shown().to_string(),
+            };
+            let name = name.unwrap_or("app").to_owned();
+            (
+                source,
+                name,
+                options.dockerfile,
+                Some(LocalFolder { dir, git: None }),
+            )
+        }
+        Source::Git { url, reference } => {
+            let name = source::repository_name(&url);
+            let dockerfile = file
+                .map(super::plan::dockerfile_of_repository)
+                .transpose()?;
+            let source = kiln_core::job::Source::Git {
+                url,
+                reference: reference.unwrap_or_else(|| "HEAD".to_owned()),
+            };
+            (source, name, dockerfile, None)
+        }
+    };
+    let (dockerfile, dockerfile_text) = match dockerfile {
+        Some(DockerfileChoice::InFolder(path)) => (Some(path), None),
+        Some(DockerfileChoice::Text { name, text }) => (Some(name), Some(text)),
+        None => (None, None),
+    };
+    let wanted = SourceBuild {
+        source,
+        name,
+        dockerfile,
+        dockerfile_text,
+        target: args.target.clone(),
+        build_args: source::pairs(&args.build_args, "--build-arg")?,
+        secrets,
+        tags: args.tags.clone(),
+        no_cache: args.no_cache,
+    };
+    Ok((wanted, folder))
 }
 
 pub(super) fn show(report: &BuildReport, egress: &str, screen: Screen) {
@@ -215,34 +208,6 @@ fn size_text(bytes: u64) -> String {
     kiln_core::ByteSize(bytes).to_string()
 }
 
-/// The record of a job that starts now.
-pub(super) fn record(id: &kiln_core::JobId, kind: &str, title: String) -> NewRecord {
-    NewRecord {
-        id: id.clone(),
-        tenant: TenantName::local(),
-        kind: kind.to_owned(),
-        title,
-        started_unix_ms: now_unix_ms(),
-    }
-}
-
-/// Plans the folder and prepares its build, as a worker does.
-fn prepared(
-    args: &BuildArgs,
-    site: &Site,
-    local: &super::checkout::Local,
-    secrets: Vec<String>,
-) -> Result<Prepared> {
-    let wishes = Wishes {
-        options: options(args, &local.dir)?,
-        tags: tags(args, &local.name)?,
-        secrets,
-        no_cache: args.no_cache,
-        allow: &NetworkPolicy::from_rules(args.allow.iter().cloned()),
-    };
-    prepare::prepare(&local.dir, wishes, site).map_err(CliError::from_failure)
-}
-
 /// A folder that cannot be a source: whose fault, and what to do.
 pub(super) fn source_error(error: &ContextError) -> CliError {
     let told = CliError::new(error.class(), crate::error::chain(error));
@@ -264,12 +229,4 @@ pub(super) fn options(args: &BuildArgs, dir: &Path) -> Result<Options> {
         target: args.target.clone(),
         build_args,
     })
-}
-
-/// `t/local/<name>:<tag>` for every --tag, else for the source's own name.
-fn tags(args: &BuildArgs, name: &str) -> Result<Vec<ImageRef>> {
-    if args.tags.is_empty() {
-        return Ok(vec![super::reference::of_folder(name)]);
-    }
-    args.tags.iter().map(super::reference::in_tenant).collect()
 }

@@ -143,19 +143,13 @@ fn name(folder: &str) -> String {
 }
 
 fn git(args: &BuildArgs, url: &str, reference: Option<String>, asked: &mut BuildAsk) -> Result<()> {
-    let last = url
-        .trim_end_matches('/')
-        .rsplit('/')
-        .next()
-        .unwrap_or_default();
-    asked.name = Some(name(last.strip_suffix(".git").unwrap_or(last)));
+    asked.name = Some(name(&source::repository_name(url)));
     asked.git_url = Some(url.to_owned());
     asked.git_ref = reference;
     if let Some(file) = &args.file {
-        // Of this host by its text, else one of the repository.
-        match super::plan::dockerfile_choice(Path::new("/nowhere"), file) {
-            Ok(DockerfileChoice::Text { text, .. }) => asked.dockerfile_text = Some(text),
-            _ => asked.dockerfile = file.to_str().map(str::to_owned),
+        match super::plan::dockerfile_of_repository(file)? {
+            DockerfileChoice::Text { text, .. } => asked.dockerfile_text = Some(text),
+            DockerfileChoice::InFolder(path) => asked.dockerfile = Some(path),
         }
     }
     Ok(())

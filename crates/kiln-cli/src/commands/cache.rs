@@ -81,6 +81,7 @@ async fn survey(operator: &Operator) -> Result<Vec<Part>> {
     };
     let blobs = usize::try_from(contents).unwrap_or(usize::MAX);
     let (bake, machines) = (home.cache.join("bake"), home.data.join("machines"));
+    let queue = home.controller();
     Ok(vec![
         part("templates", templates, &home.data.join("templates"), true),
         part("cache heads", heads, &home.heads(), true),
@@ -88,7 +89,7 @@ async fn survey(operator: &Operator) -> Result<Vec<Part>> {
         part("registry blobs", blobs, &home.registry(), true),
         part("machine images", images, &home.images(), false),
         part("bake stages", names(&bake), &bake, false),
-        part("job records", names(&home.jobs()), &home.jobs(), false),
+        part("jobs and logs", usize::from(queue.is_dir()), &queue, false),
         part("machines", names(&machines), &machines, false),
     ])
 }

@@ -1,159 +1,148 @@
-//! `kiln job`: with a server its jobs (see [`super::job_server`]), else the records of this host's, read from files only.
+//! `kiln job`: jobs of the server that somebody named, else of this home.
 
-use std::fs::File;
-use std::io::{BufRead as _, BufReader, IsTerminal as _};
-use std::time::Duration;
+use std::io::IsTerminal as _;
 
-use kiln_core::{ByteSize, JobId, Observed, Outcome, Verdict};
-use kiln_store::records::{JobRecord, RecordError, RecordState, Records};
-use kiln_worker::home::Home;
+use futures_util::StreamExt as _;
+use http::Method;
+use http_body_util::BodyDataStream;
+use kiln_controller::api::{JobLine, JobView, List};
+use kiln_core::{ByteSize, FailureClass};
 use kiln_worker::host::now_unix_ms;
-use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::table::{Facts, Table, left, right, wide, wrap};
-use super::when;
-use crate::args::{JobCommand, ServerArgs};
-use crate::error::{CliError, OrInfrastructure as _, Result, chain};
-use crate::server;
+use super::{home_queue, when};
+use crate::args::{JobCommand, JobFilterArgs, ServerArgs};
+use crate::error::{CliError, Result};
+use crate::server::follow::{Take, read_log};
+use crate::server::{Server, configured, empty, escaped, words};
 use crate::show::{Screen, printable};
 
-/// How often a followed log is looked at.
-const FOLLOW_POLL: Duration = Duration::from_millis(150);
-/// Most ids that an ambiguous beginning lists.
-const IDS_SHOWN_MAX: usize = 8;
-/// Longest line of a log that is shown as one line, bytes.
-const LINE_BYTES_MAX: u64 = 1 << 20;
-/// What is said of a job whose process is gone.
-const LOST: &str = "the kiln process that ran it is gone and did not say how it ended";
+/// How often a followed job is asked whether it is over.
+const OVER_POLL: std::time::Duration = std::time::Duration::from_secs(1);
+/// Rows of a page.
+const PAGE_MAX: usize = 500;
+/// What an empty list says.
+const NO_JOBS: &str = "no jobs here; try `kiln build`";
 /// Columns left for values beside their names.
 const VALUE_WIDTH: usize = 66;
 
 pub(super) async fn run(
     verb: JobCommand,
-    server: &ServerArgs,
+    said: &ServerArgs,
     screen: Screen,
     cancel: CancellationToken,
 ) -> Result<u8> {
-    let verb = match server::any(server).await? {
-        None => verb,
-        Some(server) => match super::job_server::run(verb, &server, screen, &cancel).await? {
-            // Built by this host without its server.
-            Some(verb) => verb,
-            None => return Ok(0),
-        },
-    };
-    let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
-    let records = match home.jobs().is_dir() {
-        true => Some(Records::open(&home.jobs()).or_infrastructure()?),
-        false => None,
-    };
-    match verb {
-        JobCommand::List { limit, filter } => {
-            super::job_server::refuse_filter(&filter)?;
-            list(records.as_ref(), limit, screen)?;
+    if configured(said)?.is_none() && home_queue::is_untouched()? {
+        // Looking changes nothing.
+        if matches!(verb, JobCommand::List { .. }) {
+            screen.note(NO_JOBS);
+            return Ok(0);
         }
+        return Err(CliError::usage("there are no jobs yet").hint("try `kiln build`"));
+    }
+    let asked = home_queue::ask(said).await?;
+    let answered = answer(verb, &asked.server, screen, &cancel).await;
+    asked.done().await;
+    answered.map(|()| 0)
+}
+
+async fn answer(
+    verb: JobCommand,
+    server: &Server,
+    screen: Screen,
+    cancel: &CancellationToken,
+) -> Result<()> {
+    match verb {
+        JobCommand::List { limit, filter } => list(server, limit, &filter, screen).await?,
         JobCommand::Show { id } => {
-            let (records, id) = find(records, id.as_deref())?;
-            let record = records.show(&id).map_err(record_error)?;
-            let observed = records.observed(&id).map_err(record_error)?;
-            screen.data(
-                &Shown {
-                    record: &record,
-                    observed: observed.as_ref(),
-                },
-                || show(&record, observed.as_ref(), now_unix_ms()),
-            );
+            let job = server.job(id.as_deref()).await?;
+            screen.data(&job, || show(&job, now_unix_ms()));
         }
         JobCommand::Logs { id, follow } => {
-            let (records, id) = find(records, id.as_deref())?;
-            logs(&records, &id, follow, screen, &cancel).await?;
+            let job = server.job(id.as_deref()).await?;
+            logs(server, &job, follow, screen, cancel).await?;
         }
-        JobCommand::Cancel { .. }
-        | JobCommand::Retry { .. }
-        | JobCommand::Timeline { .. }
-        | JobCommand::Why { .. } => {
-            server::needed(server).await?;
+        JobCommand::Cancel { ids, reason } => {
+            for id in &ids {
+                cancel_one(server, id, reason.as_deref(), screen).await?;
+            }
+        }
+        JobCommand::Retry { id } => {
+            let job = server.job(Some(&id)).await?;
+            let path = format!("/v1/jobs/{}/retry", job.line.id);
+            let new: JobView = server.post(&path, &json!({})).await?;
+            let value = json!({ "event": "queued", "job": new.line.id, "again": job.line.id });
+            screen.data(&value, || new.line.id.clone());
+        }
+        JobCommand::Timeline { id } => {
+            let job = server.job(id.as_deref()).await?;
+            let events = events(server, &job).await?;
+            if screen.json() {
+                for event in &events {
+                    screen.data(event, String::new);
+                }
+            } else {
+                screen.text(&timeline(&job, &events, screen.width()));
+            }
+        }
+        JobCommand::Why { id } => {
+            let job = server.job(id.as_deref()).await?;
+            why(&job, screen);
         }
     }
-    Ok(0)
+    Ok(())
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "fits map_err")]
-fn record_error(error: RecordError) -> CliError {
-    match error {
-        RecordError::Unknown { .. } => {
-            CliError::usage(chain(&error)).hint("`kiln job list` shows the jobs there are")
-        }
-        RecordError::Newer { .. } => CliError::usage(chain(&error)),
-        _ => CliError::infrastructure(&error),
-    }
-}
-
-/// The job whose id begins so; the newest without.
-fn find(records: Option<Records>, start: Option<&str>) -> Result<(Records, JobId)> {
-    let none = || CliError::usage("there are no jobs yet").hint("try `kiln build`");
-    let records = records.ok_or_else(none)?;
-    let Some(start) = start else {
-        let newest = records.list(0, 1).or_infrastructure()?;
-        let id = newest
-            .records
-            .into_iter()
-            .next()
-            .map(|record| record.id)
-            .ok_or_else(none)?;
-        return Ok((records, id));
-    };
-    if let Ok(id) = start.parse::<JobId>()
-        && records.dir_of(&id).is_dir()
-    {
-        return Ok((records, id));
-    }
-    let all = records.list(0, usize::MAX).or_infrastructure()?;
-    let readable = all.records.into_iter().map(|record| record.id);
-    let ids = readable.chain(all.unreadable.into_iter().map(|one| one.id));
-    let mut fitting: Vec<JobId> = ids.filter(|id| id.as_str().starts_with(start)).collect();
-    match fitting.len() {
-        0 => Err(CliError::usage(format!("there is no job {start:?}"))
-            .hint("`kiln job list` shows the jobs there are")),
-        1 => Ok((records, fitting.remove(0))),
-        count => {
-            let shown: Vec<&str> = fitting
-                .iter()
-                .take(IDS_SHOWN_MAX)
-                .map(JobId::as_str)
-                .collect();
-            Err(CliError::usage(format!(
-                "{count} jobs begin with {start:?}: {}",
-                shown.join(", ")
-            ))
-            .hint("write more of the id"))
+fn query(filter: &JobFilterArgs) -> String {
+    let fields = [
+        ("state", &filter.state),
+        ("queue", &filter.queue),
+        ("tenant", &filter.tenant),
+        ("label", &filter.label),
+        ("worker", &filter.worker),
+    ];
+    let mut query = String::new();
+    for (name, value) in fields {
+        if let Some(value) = value {
+            query.push_str(&format!("&{name}={}", escaped(value)));
         }
     }
+    query
 }
 
-fn list(records: Option<&Records>, limit: usize, screen: Screen) -> Result<()> {
-    let listing = records
-        .map(|records| records.list(0, limit))
-        .transpose()
-        .or_infrastructure()?
-        .unwrap_or_default();
-    for bad in &listing.unreadable {
-        screen.note(&format!("warning: {}: {}", bad.id, chain(&bad.error)));
+async fn list(server: &Server, limit: usize, filter: &JobFilterArgs, screen: Screen) -> Result<()> {
+    let query = query(filter);
+    let mut jobs: Vec<JobLine> = Vec::new();
+    let mut cursor: Option<String> = None;
+    while jobs.len() < limit {
+        let page = (limit - jobs.len()).min(PAGE_MAX);
+        let from = cursor
+            .as_ref()
+            .map(|cursor| format!("&cursor={}", escaped(cursor)))
+            .unwrap_or_default();
+        let got: List<JobLine> = server
+            .get(&format!("/v1/jobs?limit={page}{query}{from}"))
+            .await?;
+        jobs.extend(got.items);
+        cursor = got.next;
+        if cursor.is_none() {
+            break;
+        }
     }
-    if listing.records.is_empty() {
-        screen.note("no jobs yet; try `kiln build`");
+    if jobs.is_empty() {
+        screen.note(NO_JOBS);
         return Ok(());
     }
     if screen.json() {
-        for record in &listing.records {
-            screen.data(record, String::new);
+        for job in &jobs {
+            screen.data(job, String::new);
         }
         return Ok(());
     }
-    screen.text(&table(&listing.records, now_unix_ms(), screen.width()));
-    if listing.more {
+    screen.text(&table(&jobs, now_unix_ms(), screen.width()));
+    if cursor.is_some() {
         screen.note(&format!(
             "older ones are not shown; --limit {} shows more",
             limit.saturating_mul(5)
@@ -162,346 +151,417 @@ fn list(records: Option<&Records>, limit: usize, screen: Screen) -> Result<()> {
     Ok(())
 }
 
-fn table(records: &[JobRecord], now_unix_ms: u64, width: Option<usize>) -> String {
+pub(super) fn table(jobs: &[JobLine], now_unix_ms: u64, width: Option<usize>) -> String {
     let mut table = Table::new(&[
         left("ID"),
+        left("TENANT"),
         left("STATE"),
-        left("STARTED"),
+        left("CAME"),
         right("TOOK"),
         wide("WHAT"),
     ])
     .within(width);
-    for record in records {
-        let took = took_ms(record, now_unix_ms)
-            .map(when::span)
-            .unwrap_or_default();
+    for job in jobs {
         table.row([
-            record.id.to_string(),
-            record.state.name().to_owned(),
-            when::ago(record.started_unix_ms, now_unix_ms),
-            took,
-            record.title.clone(),
+            job.id.clone(),
+            job.tenant.clone(),
+            words::state(job),
+            when::ago(job.created_unix_ms, now_unix_ms),
+            took_ms(job, now_unix_ms)
+                .map(when::span)
+                .unwrap_or_default(),
+            format!("{} {}", kind(job), job.name),
         ]);
     }
     table.render()
 }
 
-fn took_ms(record: &JobRecord, now_unix_ms: u64) -> Option<u64> {
-    let end = match &record.state {
-        RecordState::Finished { ended_unix_ms, .. } => *ended_unix_ms,
-        RecordState::Running => now_unix_ms,
-        RecordState::Lost => return None,
+fn kind(job: &JobLine) -> &'static str {
+    if job.kind == "run" { "run" } else { "build" }
+}
+
+/// How long its machine has run.
+fn took_ms(job: &JobLine, now_unix_ms: u64) -> Option<u64> {
+    let end = match job.state.as_str() {
+        "finished" => job.finished_unix_ms?,
+        _ => now_unix_ms,
     };
-    Some(end.saturating_sub(record.started_unix_ms))
+    Some(end.saturating_sub(job.started_unix_ms?))
 }
 
-#[derive(Serialize)]
-struct Shown<'a> {
-    #[serde(flatten)]
-    record: &'a JobRecord,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    observed: Option<&'a Observed>,
-}
-
-fn show(record: &JobRecord, observed: Option<&Observed>, now_unix_ms: u64) -> String {
+fn show(job: &JobView, now_unix_ms: u64) -> String {
+    let line = &job.line;
     let mut facts = Facts::default();
-    facts.add("id", record.id.as_str());
-    facts.add("kind", &record.kind);
-    facts.add("what", wrap(&record.title, VALUE_WIDTH).join("\n"));
-    facts.add("state", record.state.name());
+    facts.add("id", &line.id);
+    facts.add("tenant", &line.tenant);
     facts.add(
-        "started",
+        "what",
+        wrap(&format!("{} {}", kind(line), line.name), VALUE_WIDTH).join("\n"),
+    );
+    facts.add("state", words::state(line));
+    facts.add("asked by", &line.submitted_by);
+    facts.add(
+        "queue",
+        format!("{}, priority {}", line.queue, line.priority),
+    );
+    facts.add(
+        "came",
         format!(
             "{} ({})",
-            when::stamp(record.started_unix_ms),
-            when::ago(record.started_unix_ms, now_unix_ms)
+            when::stamp(line.created_unix_ms),
+            when::ago(line.created_unix_ms, now_unix_ms)
         ),
     );
-    if let Some(ms) = took_ms(record, now_unix_ms) {
+    if let Some(started) = line.started_unix_ms {
+        facts.add(
+            "waited",
+            when::span(started.saturating_sub(line.created_unix_ms)),
+        );
+    }
+    if let Some(ms) = took_ms(line, now_unix_ms) {
         facts.add("took", when::span(ms));
     }
-    if record.state == RecordState::Lost {
-        facts.add("reason", LOST);
+    if let Some(pending) = &line.pending {
+        facts.add(
+            "waits",
+            wrap(&words::waits(pending, now_unix_ms), VALUE_WIDTH).join("\n"),
+        );
+        facts.add(
+            "expected",
+            words::estimate(job.estimate.as_ref()).unwrap_or_default(),
+        );
     }
-    if let RecordState::Finished { outcome, .. } = &record.state {
-        ending(&mut facts, outcome);
+    facts.add("phase", job.phase.clone().unwrap_or_default());
+    ending(&mut facts, job);
+    let limits = &job.limits;
+    facts.add(
+        "limits",
+        format!(
+            "{} CPUs, {}, {}",
+            limits.cpus,
+            ByteSize(limits.memory),
+            when::span(limits.timeout_ms)
+        ),
+    );
+    let pairs: Vec<String> = job
+        .labels
+        .iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
+    facts.add("labels", pairs.join("\n"));
+    if job.attempts.len() > 1 {
+        facts.add("attempts", job.attempts.len().to_string());
     }
-    if let Some(receipt) = &record.receipt {
-        let tags: Vec<String> = receipt.tags.iter().map(ToString::to_string).collect();
-        facts.add("image", tags.join("\n"));
-        facts.add("digest", receipt.manifest.to_string());
-        facts.add("size", ByteSize(receipt.size).to_string());
-        facts.add("new head", receipt.head.clone().unwrap_or_default());
+    let observed = job.observed.clone().unwrap_or_default();
+    for (name, key) in [
+        ("source", "source"),
+        ("machine", "machine_image"),
+        ("template", "template"),
+        ("head", "head"),
+    ] {
+        facts.add(name, observed[key].as_str().unwrap_or_default());
     }
-    details(&mut facts, &record.details);
-    if let Some(observed) = observed {
-        facts.add("source", observed.source.to_string());
-        facts.add("machine", &observed.machine_image);
-        facts.add("template", observed.template.clone().unwrap_or_default());
-        facts.add("head", observed.head.clone().unwrap_or_default());
-    }
-    let cut = match record.log_cut_bytes {
-        0 => String::new(),
-        bytes => format!(", {} were cut", ByteSize(bytes)),
-    };
     facts.add(
         "log",
-        format!(
-            "{}{cut}; kiln job logs {}",
-            ByteSize(record.log_bytes),
-            record.id
-        ),
+        format!("{}; kiln job logs {}", ByteSize(job.log_bytes), line.id),
     );
     facts.render()
 }
 
 /// How it ended, and where its time went.
-fn ending(facts: &mut Facts, outcome: &Outcome) {
-    if let Verdict::Failed {
-        class,
-        message,
-        hint,
-        command_code,
-    } = &outcome.verdict
-    {
-        let fault = serde_json::to_value(class).ok();
-        let fault = fault.as_ref().and_then(Value::as_str).unwrap_or_default();
-        facts.add("fault", fault);
-        facts.add("reason", wrap(message, VALUE_WIDTH).join("\n"));
-        if let Some(hint) = hint {
-            facts.add("hint", wrap(hint, VALUE_WIDTH).join("\n"));
-        }
-        if let Some(code) = command_code {
-            facts.add("exit code", code.to_string());
-        }
+fn ending(facts: &mut Facts, job: &JobView) {
+    let Some(outcome) = &job.line.outcome else {
+        return;
+    };
+    if outcome.verdict != "passed" {
+        facts.add("fault", outcome.class.clone().unwrap_or_default());
+        facts.add(
+            "reason",
+            wrap(outcome.message.as_deref().unwrap_or_default(), VALUE_WIDTH).join("\n"),
+        );
+        facts.add(
+            "hint",
+            wrap(outcome.hint.as_deref().unwrap_or_default(), VALUE_WIDTH).join("\n"),
+        );
+        facts.add(
+            "exit code",
+            outcome
+                .command_code
+                .map(|code| code.to_string())
+                .unwrap_or_default(),
+        );
     }
-    let phases = outcome.phases_ms.iter();
-    let phases: Vec<String> = phases
+    let phases: Vec<String> = outcome
+        .phases_ms
+        .iter()
         .map(|(name, ms)| format!("{name:<8} {}", when::span(*ms)))
         .collect();
     facts.add("phases", phases.join("\n"));
+    let receipt = job.receipt.clone().unwrap_or_default();
+    let tags = receipt["tags"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    let tags: Vec<&str> = tags.iter().filter_map(Value::as_str).collect();
+    facts.add("image", tags.join("\n"));
+    facts.add("digest", receipt["manifest"].as_str().unwrap_or_default());
+    facts.add(
+        "size",
+        receipt["size"]
+            .as_u64()
+            .map(|size| ByteSize(size).to_string())
+            .unwrap_or_default(),
+    );
 }
 
-/// What a kind of job keeps besides, as far as it is not shown by another line.
-fn details(facts: &mut Facts, details: &Value) {
-    if let Some([cached, all]) = details["cached"].as_array().map(Vec::as_slice) {
-        facts.add("steps", format!("{cached} of {all} from the cache"));
-    }
-    for (name, key) in [("reached", "reached"), ("refused", "refused")] {
-        let hosts = details["egress"][key]
-            .as_array()
-            .map(Vec::as_slice)
-            .unwrap_or_default();
-        let lines: Vec<String> = hosts.iter().map(host_line).collect();
-        facts.add(name, lines.join("\n"));
-    }
+struct Printer {
+    screen: Screen,
+    plain: bool,
+    gone: bool,
 }
 
-/// One host of an egress summary: its name, or whatever stands there.
-fn host_line(value: &Value) -> String {
-    match (
-        value.as_str(),
-        value["host"].as_str(),
-        value["port"].as_u64(),
-    ) {
-        (Some(text), ..) => text.to_owned(),
-        (None, Some(host), Some(port)) if port != 0 => format!("{host}:{port}"),
-        (None, Some(host), _) => host.to_owned(),
-        _ => value.to_string(),
+impl Take for Printer {
+    async fn take(&mut self, bytes: &[u8]) -> bool {
+        let taken = match self.plain {
+            true => self.screen.raw(bytes),
+            // On a terminal a tenant's bytes must not drive it.
+            false => self
+                .screen
+                .raw(printable(&String::from_utf8_lossy(bytes)).as_bytes()),
+        };
+        self.gone |= taken.is_err();
+        !self.gone
     }
 }
 
 /// Prints a job's log, or with `--json` its events; with `follow` until the job ends.
 async fn logs(
-    records: &Records,
-    id: &JobId,
+    server: &Server,
+    job: &JobView,
     follow: bool,
     screen: Screen,
     cancel: &CancellationToken,
 ) -> Result<()> {
-    let opened = if screen.json() {
-        records.open_events(id)
-    } else {
-        records.open_log(id)
-    };
-    let mut tail = Tail {
-        file: BufReader::new(opened.map_err(record_error)?),
-        rest: Vec::new(),
-    };
-    // On a terminal a tenant's bytes must not drive it; a pipe gets them as they are.
+    if screen.json() {
+        for event in events(server, job).await? {
+            screen.data(&event, String::new);
+        }
+        return Ok(());
+    }
     let plain = !std::io::stdout().is_terminal();
-    let print = |line: String| screen.text(&if plain { line } else { printable(&line) });
+    let mut printer = Printer {
+        screen,
+        plain,
+        gone: false,
+    };
+    let over = CancellationToken::new();
+    if !follow || job.line.state == "finished" {
+        over.cancel();
+    }
+    let watch = async {
+        while !over.is_cancelled() {
+            tokio::time::sleep(OVER_POLL).await;
+            let path = format!("/v1/jobs/{}", job.line.id);
+            let now = server.get::<JobView>(&path).await;
+            if now.is_ok_and(|job| job.line.state == "finished") {
+                over.cancel();
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        read = read_log(server, &job.line.id, &over, &mut printer) => read,
+        () = watch => Ok(()),
+        () = cancel.cancelled() => Err(CliError::new(
+            FailureClass::Cancelled,
+            "stopped following; the job goes on",
+        )),
+    }
+}
+
+/// What happened until now, in order.
+async fn events(server: &Server, job: &JobView) -> Result<Vec<Value>> {
+    let path = format!("/v1/jobs/{}/events", job.line.id);
+    let response = server.send(Method::GET, &path, empty(), &[]).await?;
+    let mut body = BodyDataStream::new(response.into_body());
+    let mut frames = crate::server::Frames::default();
+    let mut events = Vec::new();
+    let broken = |why: String| {
+        CliError::new(
+            FailureClass::Infrastructure,
+            format!("the events broke off: {why}"),
+        )
+    };
     loop {
-        // Looked at before reading: what is written before the end is read after it.
-        let running = follow
-            && matches!(
-                records.show(id).map_err(record_error)?.state,
-                RecordState::Running
-            );
-        while let Some(line) = tail.line(!running).or_infrastructure()? {
-            print(line);
+        while let Some(frame) = frames.next() {
+            let Some(number) = frame.id else {
+                return Ok(events);
+            };
+            events.push(serde_json::from_str(&frame.data).unwrap_or_default());
+            if number >= job.last_event {
+                return Ok(events);
+            }
         }
-        if !running {
-            return Ok(());
-        }
-        tokio::select! {
-            () = tokio::time::sleep(FOLLOW_POLL) => {}
-            () = cancel.cancelled() => return Err(CliError::new(kiln_core::FailureClass::Cancelled, "stopped following; the job goes on")),
+        match body.next().await {
+            Some(Ok(piece)) => frames
+                .push(&piece)
+                .map_err(|error| broken(error.to_string()))?,
+            Some(Err(error)) => return Err(broken(error.to_string())),
+            None => return Ok(events),
         }
     }
 }
 
-/// Whole lines of a file that may still grow.
-struct Tail {
-    file: BufReader<File>,
-    rest: Vec<u8>,
+fn timeline(job: &JobView, events: &[Value], width: Option<usize>) -> String {
+    let mut table = Table::new(&[right("AFTER"), left("EVENT"), wide("WHAT")]).within(width);
+    for event in events {
+        let at = event["at_unix_ms"].as_u64().unwrap_or_default();
+        let data = &event["data"];
+        let kind = event["kind"].as_str().unwrap_or("?");
+        let text = |name: &str| data[name].as_str().unwrap_or_default().to_owned();
+        let what = match kind {
+            "queued" => match data["outcome"]["message"].as_str() {
+                Some(message) => format!("again: {message}"),
+                None => format!("in queue {}", text("queue")),
+            },
+            "leased" => format!("attempt {} to worker {}", data["attempt"], text("worker")),
+            "running" => format!("on worker {}", text("worker")),
+            "phase" => text("phase"),
+            "note" | "warning" => text("text"),
+            "step" => format!("#{} {} {}", data["number"], text("name"), text("state")),
+            "cancelling" => format!("asked by {}", text("by")),
+            "finished" => match data["outcome"]["message"].as_str() {
+                Some(message) => message.to_owned(),
+                None => "passed".to_owned(),
+            },
+            _ => String::new(),
+        };
+        table.row([
+            when::span(at.saturating_sub(job.line.created_unix_ms)),
+            kind.to_owned(),
+            what,
+        ]);
+    }
+    table.render()
 }
 
-impl Tail {
-    /// The next line without its end; a last one without an end only when `last` says that nothing follows.
-    fn line(&mut self, last: bool) -> std::io::Result<Option<String>> {
-        use std::io::Read as _;
-        let room = LINE_BYTES_MAX.saturating_sub(self.rest.len() as u64);
-        self.file
-            .by_ref()
-            .take(room)
-            .read_until(b'\n', &mut self.rest)?;
-        let whole = self.rest.last() == Some(&b'\n') || self.rest.len() as u64 >= LINE_BYTES_MAX;
-        if !whole && (!last || self.rest.is_empty()) {
-            return Ok(None);
+fn why(job: &JobView, screen: Screen) {
+    let lines = words::chain(job, now_unix_ms());
+    let value = json!({
+        "event": "why", "job": job.line.id, "state": job.line.state, "pending": job.line.pending,
+        "estimate": job.estimate, "chain": lines,
+    });
+    screen.data(&value, || {
+        let mut text = format!(
+            "job {} ({} {})\n",
+            job.line.id,
+            kind(&job.line),
+            job.line.name
+        );
+        for line in &lines {
+            let mut indent = "  ";
+            for part in wrap(line, super::table::WIDTH - 4) {
+                text.push_str(&printable(&format!("{indent}{part}\n")));
+                indent = "    ";
+            }
         }
-        let mut bytes = std::mem::take(&mut self.rest);
-        if bytes.last() == Some(&b'\n') {
-            bytes.pop();
-        }
-        Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
-    }
+        text
+    });
+}
+
+async fn cancel_one(server: &Server, id: &str, reason: Option<&str>, screen: Screen) -> Result<()> {
+    let job = server.job(Some(id)).await?;
+    let reason = reason
+        .map(|reason| format!("?reason={}", escaped(reason)))
+        .unwrap_or_default();
+    let answer: Value = server
+        .delete(&format!("/v1/jobs/{}{reason}", job.line.id))
+        .await?;
+    screen.data(&answer, || {
+        format!(
+            "{} {}",
+            job.line.id,
+            answer["result"].as_str().unwrap_or("cancelling")
+        )
+    });
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kiln_core::{FailureClass, TenantName};
-    use kiln_store::records::NewRecord;
-    use std::io::Write as _;
 
-    fn record(state: RecordState) -> JobRecord {
-        JobRecord {
-            id: "b0123456789abcdefg".parse().expect("id"),
-            tenant: TenantName::local(),
-            kind: "image-build".to_owned(),
-            title: "build examples/node-express -> t/local/node-express:latest and more".to_owned(),
-            started_unix_ms: 1_000_000,
-            state,
-            receipt: None,
-            details: serde_json::json!({"cached": [3, 7], "egress": {"refused": [{"host": "evil.example", "port": 443}]}}),
-            log_bytes: 2048,
-            log_cut_bytes: 0,
-        }
-    }
-
-    fn failed() -> RecordState {
-        let verdict = Verdict::Failed {
-            class: FailureClass::OutOfMemory,
-            message: "step 4 used more than 2.0 GiB".to_owned(),
-            hint: Some("try --memory 4G".to_owned()),
-            command_code: Some(137),
-        };
-        let outcome = Outcome {
-            verdict,
-            phases_ms: vec![("machine".to_owned(), 120), ("build".to_owned(), 61_000)],
-        };
-        RecordState::Finished {
-            outcome,
-            ended_unix_ms: 1_062_000,
-        }
+    fn line(state: &str) -> JobLine {
+        serde_json::from_value(json!({
+            "id": "r1m7z7g68prr466fez", "tenant": "acme", "kind": "run", "name": "sh -c 'make everything that there is'",
+            "state": state, "cancel_asked": false, "queue": "default", "priority": 0, "created_unix_ms": 1_000_000,
+            "started_unix_ms": 1_018_000, "finished_unix_ms": 1_080_000, "submitted_by": "owner", "tags": [],
+            "outcome": (state == "finished").then(|| json!({"verdict": "failed", "class": "user", "message": "it ended with 7", "command_code": 7, "exit_code": 1, "phases_ms": [["run", 62_000]]})),
+        }))
+        .expect("a job")
     }
 
     #[test]
     fn the_list_fits_eighty_columns() {
-        let records = [record(failed()), record(RecordState::Lost)];
-        let whole = table(&records, 1_300_000, None);
-        assert!(whole.contains(&records[0].title), "{whole}");
-        let text = table(&records, 1_300_000, Some(super::super::table::WIDTH));
+        let jobs = [line("finished"), line("queued")];
+        let text = table(&jobs, 1_300_000, Some(super::super::table::WIDTH));
         let want = "\
-ID                  STATE   STARTED          TOOK  WHAT
-b0123456789abcdefg  failed  5 min ago  1 min 02 s  build examples/node-express …
+ID                  TENANT  STATE   CAME             TOOK  WHAT
+r1m7z7g68prr466fez  acme    failed  5 min ago  1 min 02 s  run sh -c 'make ever…
 ";
-        let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines[1], want.lines().nth(1).expect("row"), "{text}");
+        assert!(text.starts_with(want), "{text}");
         assert!(
-            lines[2].contains("lost")
-                && lines
-                    .iter()
-                    .all(|line| line.chars().count() <= super::super::table::WIDTH)
+            text.lines()
+                .all(|line| line.chars().count() <= super::super::table::WIDTH)
         );
     }
 
     #[test]
-    fn a_failed_job_says_why_and_where_the_time_went() {
-        let text = show(&record(failed()), None, 1_300_000);
-        for line in [
-            "fault      out_of_memory",
-            "reason     step 4 used more than 2.0 GiB",
-            "hint       try --memory 4G",
-            "exit code  137",
-            "phases     machine  120 ms",
-            "           build    1 min 01 s",
-            "steps      3 of 7 from the cache",
-            "refused    evil.example:443",
-            "log        2.0 KiB; kiln job logs b0123456789abcdefg",
+    fn the_timeline_counts_from_the_request() {
+        let mut value = serde_json::to_value(line("finished")).expect("JSON");
+        for (key, field) in [
+            (
+                "limits",
+                json!({"cpus": 1, "memory": 536_870_912, "disk": 1, "timeout_ms": 60_000}),
+            ),
+            ("network", json!({})),
+            ("trust", json!("trusted")),
+            ("labels", json!({"team": "web"})),
+            ("attempts", json!([])),
+            ("last_event", json!(3)),
+            ("log_bytes", json!(10)),
         ] {
-            assert!(text.lines().any(|have| have == line), "{line:?} in\n{text}");
+            value[key] = field;
         }
-    }
-
-    #[test]
-    fn ids_may_be_shortened_while_they_are_clear() {
-        let dir = tempfile::tempdir().expect("temp dir");
-        let records = Records::open(dir.path()).expect("open");
-        assert_eq!(
-            find(Some(records.clone()), None)
-                .expect_err("none yet")
-                .exit_code(),
-            2
-        );
-        for id in ["b00000000100000001", "b00000000200000002"] {
-            let new = NewRecord {
-                id: id.parse().expect("id"),
-                tenant: TenantName::local(),
-                kind: "run".to_owned(),
-                title: "true".to_owned(),
-                started_unix_ms: 1,
-            };
-            drop(records.begin(new).expect("begin"));
-        }
-        let of =
-            |start: Option<&str>| find(Some(records.clone()), start).map(|(_, id)| id.to_string());
-        assert_eq!(of(None).expect("newest"), "b00000000200000002");
-        assert_eq!(of(Some("b000000001")).expect("one"), "b00000000100000001");
-        assert!(
-            of(Some("b0"))
-                .expect_err("two")
-                .message
-                .starts_with("2 jobs begin with")
-        );
-        assert!(of(Some("../x")).is_err() && of(Some("r")).is_err());
-    }
-
-    #[test]
-    fn a_growing_file_gives_whole_lines() {
-        let mut file = tempfile::NamedTempFile::new().expect("temp file");
-        let mut tail = Tail {
-            file: BufReader::new(file.reopen().expect("open")),
-            rest: Vec::new(),
+        let job: JobView = serde_json::from_value(value).expect("a job");
+        let events = [
+            json!({"seq": 1, "at_unix_ms": 1_000_000, "kind": "queued", "data": {"queue": "default", "attempts": 0}}),
+            json!({"seq": 2, "at_unix_ms": 1_000_040, "kind": "leased", "data": {"attempt": 1, "worker": "here"}}),
+            json!({"seq": 3, "at_unix_ms": 1_080_000, "kind": "finished", "data": {"outcome": {"message": "it ended with 7"}}}),
+        ];
+        let want = "\
+      AFTER  EVENT     WHAT
+       0 ms  queued    in queue default
+      40 ms  leased    attempt 1 to worker here
+1 min 20 s  finished  it ended with 7
+";
+        let text = timeline(&job, &events, None);
+        let lean = |text: &str| {
+            text.lines()
+                .map(str::trim)
+                .map(str::to_owned)
+                .collect::<Vec<_>>()
         };
-        file.write_all(b"one\ntw").expect("write");
-        assert_eq!(tail.line(false).expect("read").as_deref(), Some("one"));
-        assert_eq!(tail.line(false).expect("read"), None);
-        file.write_all(b"o\nthree").expect("write");
-        assert_eq!(tail.line(false).expect("read").as_deref(), Some("two"));
-        assert_eq!(tail.line(false).expect("read"), None);
-        assert_eq!(tail.line(true).expect("read").as_deref(), Some("three"));
-        assert_eq!(tail.line(true).expect("read"), None);
+        assert_eq!(lean(&text), lean(want));
+        let shown = show(&job, 1_300_000);
+        for line in [
+            "waited     18.0 s",
+            "fault      user",
+            "exit code  7",
+            "labels     team=web",
+            "log        10 B; kiln job logs r1m7z7g68prr466fez",
+        ] {
+            assert!(shown.contains(line), "{line}\n{shown}");
+        }
     }
 }

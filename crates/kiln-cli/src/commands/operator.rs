@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use kiln_core::network::RangeException;
 use kiln_image::bases::Bases;
 use kiln_network::gateway::proxy::ProxyConfig;
 use kiln_network::registries::Registries;
@@ -63,14 +62,6 @@ impl Operator {
         setup::load_bases(&self.home).map_err(CliError::from_failure)
     }
 
-    /// Exceptions for names in special ranges.
-    pub(crate) fn exceptions(&self) -> Vec<RangeException> {
-        self.registries
-            .as_ref()
-            .map(Registries::exceptions)
-            .unwrap_or_default()
-    }
-
     /// The host's HTTP proxy: the file's, else the environment's.
     ///
     /// # Errors
@@ -117,16 +108,12 @@ impl Operator {
         })
     }
 
-    /// Opens the registry of this home: owned, or attached to the kiln process that owns it.
+    /// As [`registry`], of this home.
     ///
     /// # Errors
-    /// When neither works.
+    /// As there.
     pub(crate) async fn registry(&self) -> Result<RegistryAccess> {
-        self.home.prepare().or_infrastructure()?;
-        let host = HostRegistry::open_or_attach(&self.home.registry(), HostConfig::default())
-            .await
-            .or_infrastructure()?;
-        Ok(RegistryAccess { host })
+        registry(&self.home).await
     }
 
     /// Opens what this host has ready.
@@ -136,4 +123,16 @@ impl Operator {
     pub(crate) async fn host(&self) -> Result<Host> {
         Host::open(&self.home).await.map_err(CliError::from_failure)
     }
+}
+
+/// Opens the registry of a home: owned, or attached to the kiln process that owns it.
+///
+/// # Errors
+/// When neither works.
+pub(crate) async fn registry(home: &Home) -> Result<RegistryAccess> {
+    home.prepare().or_infrastructure()?;
+    let host = HostRegistry::open_or_attach(&home.registry(), HostConfig::default())
+        .await
+        .or_infrastructure()?;
+    Ok(RegistryAccess { host })
 }

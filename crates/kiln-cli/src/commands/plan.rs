@@ -86,6 +86,20 @@ pub(super) fn dockerfile_choice(dir: &Path, file: &Path) -> Result<DockerfileCho
     })
 }
 
+/// What `--file` means beside a git URL: a file of this host by its text, else one of the repository, which is read where it is fetched.
+///
+/// # Errors
+/// When a file of this host cannot be a Dockerfile.
+pub(super) fn dockerfile_of_repository(file: &Path) -> Result<DockerfileChoice> {
+    if file.is_file() {
+        return dockerfile_choice(Path::new("/nowhere"), file);
+    }
+    let inside = file.to_str().ok_or_else(|| {
+        CliError::usage(format!("--file {}: the name is not UTF-8", file.shown()))
+    })?;
+    Ok(DockerfileChoice::InFolder(inside.to_owned()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

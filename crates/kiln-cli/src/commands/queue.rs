@@ -7,17 +7,23 @@ use kiln_worker::host::now_unix_ms;
 use serde_json::{Value, json};
 
 use super::table::{Facts, Table, counted, left, right, wide};
-use super::{job_server, when};
+use super::{home_queue, job, when};
 use crate::args::{QueueCommand, ServerArgs};
 use crate::error::{CliError, Result};
-use crate::server::{self, Server, escaped, words};
+use crate::server::{Server, escaped, words};
 use crate::show::Screen;
 
 /// Waiting jobs that are looked at.
 const WAITING_MAX: usize = 500;
 
 pub(super) async fn run(verb: QueueCommand, said: &ServerArgs, screen: Screen) -> Result<u8> {
-    let server = server::needed(said).await?;
+    let asked = home_queue::ask(said).await?;
+    let answered = answer(verb, &asked.server, screen).await;
+    asked.done().await;
+    answered.map(|()| 0)
+}
+
+async fn answer(verb: QueueCommand, server: &Server, screen: Screen) -> Result<()> {
     match verb {
         QueueCommand::List => {
             let queues: List<QueueView> = server.get("/v1/queues").await?;
@@ -29,11 +35,11 @@ pub(super) async fn run(verb: QueueCommand, said: &ServerArgs, screen: Screen) -
                 screen.text(&table(&queues.items, now_unix_ms(), screen.width()));
             }
         }
-        QueueCommand::Show { name } => show(&server, &name, screen).await?,
-        QueueCommand::Stats => stats(&server, screen).await?,
+        QueueCommand::Show { name } => show(server, &name, screen).await?,
+        QueueCommand::Stats => stats(server, screen).await?,
         QueueCommand::Pause { name, reason } => {
             change(
-                &server,
+                server,
                 &name,
                 &json!({ "paused": true, "reason": reason }),
                 screen,
@@ -41,10 +47,10 @@ pub(super) async fn run(verb: QueueCommand, said: &ServerArgs, screen: Screen) -
             .await?;
         }
         QueueCommand::Resume { name } => {
-            change(&server, &name, &json!({ "paused": false }), screen).await?;
+            change(server, &name, &json!({ "paused": false }), screen).await?;
         }
     }
-    Ok(0)
+    Ok(())
 }
 
 async fn change(server: &Server, name: &str, asked: &Value, screen: Screen) -> Result<()> {
@@ -134,7 +140,7 @@ async fn show(server: &Server, name: &str, screen: Screen) -> Result<()> {
         let mut text = facts.render();
         if !waiting.items.is_empty() {
             text.push('\n');
-            text.push_str(&job_server::table(&waiting.items, now, screen.width()));
+            text.push_str(&job::table(&waiting.items, now, screen.width()));
         }
         text
     });

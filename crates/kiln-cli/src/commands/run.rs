@@ -2,25 +2,21 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 
 use kiln_core::job::{RunCommand, TrustClass};
-use kiln_core::{
-    FailureClass, ImageRef, JobKind, JobRequest, NetworkPolicy, Outcome, TenantName, Verdict,
-};
-use kiln_proto::msg::{ContainerSpec, Exit, TtySize};
-use kiln_worker::container;
+use kiln_core::{FailureClass, JobKind, JobRequest, NetworkPolicy, TenantName};
+use kiln_proto::msg::{Exit, TtySize};
 use kiln_worker::event::Events;
-use kiln_worker::failure::Failure;
-use kiln_worker::host::{Host, new_job_id};
-use kiln_worker::joblog::JobLog;
+use kiln_worker::fleet::job::{Ended, JobEnd};
+use kiln_worker::fleet::local::{LocalJob, LocalRun};
+use kiln_worker::host::new_job_id;
 use kiln_worker::orders::Control;
-use kiln_worker::run::{RunEnd, RunInput, ending};
-use kiln_worker::unpack::Unpacked;
+use kiln_worker::run::ending;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::home_queue::HomeQueue;
 use super::operator::Operator;
 use super::source;
 use crate::args::{RunArgs, ServerArgs};
@@ -59,37 +55,8 @@ pub(super) async fn run(
         ));
     }
     let size = wants_terminal(&args).then(terminal::size).flatten();
-    let host = operator.host().await?;
-    let id = new_job_id('r').map_err(CliError::from_failure)?;
-    let title = args
-        .image
-        .as_ref()
-        .map_or_else(|| args.command.join(" "), |image| format!("image {image}"));
-    let log = Arc::new(
-        JobLog::begin(&operator.home, super::build::record(&id, "run", title))
-            .map_err(CliError::from_failure)?,
-    );
-    let (events, receiver) = Events::channel();
-    // A run's own output belongs to the user: progress is shown only until the command starts.
-    let follow = tokio::spawn(screen.follow_quietly(receiver));
-    let preparing = async {
-        match &args.image {
-            None => Ok(None),
-            Some(image) => prepare_image(&operator, &host, image, &args, &env, &id, &events)
-                .await
-                .map(Some),
-        }
-    };
-    let prepared = tokio::select! {
-        prepared = preparing => prepared,
-        () = cancel.cancelled() => Err(CliError::from_failure(Failure::cancelled())),
-    };
-    let image = match prepared {
-        Ok(image) => image,
-        Err(error) => return Err(not_started(&log, error)),
-    };
     let request = JobRequest {
-        id: id.clone(),
+        id: new_job_id('r').map_err(CliError::from_failure)?,
         tenant: TenantName::local(),
         kind: JobKind::Run(RunCommand {
             image: args.image.clone(),
@@ -106,13 +73,24 @@ pub(super) async fn run(
         network_bits: None,
         dispatch: kiln_core::Dispatch::default(),
     };
-    let (end, printed) = attach(
-        &operator, &host, request, image, listeners, size, &args, &log, &events, &cancel,
-    )
-    .await?;
+    let queue = HomeQueue::open(&operator.home).await?;
+    let (events, receiver) = Events::channel();
+    // A run's own output belongs to the user: progress is shown only until the command starts.
+    let follow = tokio::spawn(screen.follow_quietly(receiver));
+    let attached = Attached {
+        operator: &operator,
+        queue: &queue,
+        request,
+        listeners,
+        size,
+        wants_stdin: size.is_some() || args.interactive || terminal::stdin_is_piped(),
+    };
+    let ended = attached.run(&events, &cancel).await;
     drop(events);
     let _screen_ended = follow.await;
-    let ended = finish(&log, end, &cancel, screen);
+    queue.close().await;
+    let (end, printed) = ended?;
+    let ended = finish(end, &cancel, screen);
     match printed {
         // Like any program whose reader has gone; one that ended before keeps its own code.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ended.or(Ok(READER_GONE)),
@@ -124,105 +102,76 @@ pub(super) async fn run(
     }
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the parts of one run, each used once"
-)]
-async fn attach(
-    operator: &Operator,
-    host: &Host,
+/// A command whose terminal and ports are this process's.
+struct Attached<'a> {
+    operator: &'a Operator,
+    queue: &'a HomeQueue,
     request: JobRequest,
-    image: Option<(Unpacked, ContainerSpec)>,
     listeners: Vec<(TcpListener, u16)>,
     size: Option<TtySize>,
-    args: &RunArgs,
-    log: &Arc<JobLog>,
-    events: &Events,
-    cancel: &CancellationToken,
-) -> Result<(RunEnd, io::Result<()>)> {
-    let (output, chunks) = mpsc::channel(64);
-    let (control_in, control) = mpsc::channel(16);
-    let raw = size
-        .map(|_| RawMode::enter())
-        .transpose()
-        .or_infrastructure()?;
-    let stop = cancel.child_token();
-    let printing = tokio::spawn(terminal::print(chunks, stop.clone()));
-    let resizing = size.map(|_| tokio::spawn(terminal::watch_size(control_in.clone())));
-    // A closed control channel would mean nobody can signal the command any more.
-    let _control: mpsc::Sender<Control> = control_in;
-    let wants_stdin = size.is_some() || args.interactive || terminal::stdin_is_piped();
-    let lease = host.lease(&request.id, &request.tenant, request.limits.timeout_ms);
-    let input = RunInput {
-        request,
-        image,
-        stdin: wants_stdin.then(terminal::stdin),
-        tty: size,
-        output,
-        control,
-        listeners,
-        ca_bundle: operator.ca_bundle()?,
-        exceptions: operator.exceptions(),
-        proxy: operator.proxy()?,
-        log: Arc::clone(log),
-        artifacts: None,
-    };
-    let end = kiln_worker::run::run(host, input, lease, events, &stop).await;
-    let printed = printing.await.unwrap_or(Ok(()));
-    if let Some(task) = resizing {
-        task.abort();
-    }
-    drop(raw);
-    Ok((end, printed))
+    wants_stdin: bool,
 }
 
-/// Ends the record of a run that never started, with the reason its user is told.
-fn not_started(log: &JobLog, error: CliError) -> CliError {
-    let failure = error.into_failure();
-    let outcome = Outcome {
-        verdict: failure.verdict(),
-        phases_ms: Vec::new(),
-    };
-    // A record that cannot be written is the smaller trouble.
-    let _not_kept = log.finish(outcome, None, None, serde_json::Value::Null);
-    CliError::from_failure(failure)
-}
-
-fn finish(log: &JobLog, end: RunEnd, cancel: &CancellationToken, screen: Screen) -> Result<u8> {
-    let RunEnd {
-        result,
-        phases_ms,
-        egress,
-        ..
-    } = end;
-    let code = result.as_ref().ok().map(exit_code);
-    let verdict = match &result {
-        Ok(exit) if exit.code == Some(0) => Verdict::Passed,
-        Ok(exit) => Failure {
-            command_code: code.map(i32::from),
-            ..Failure::new(FailureClass::User, ending(exit))
+impl Attached<'_> {
+    async fn run(
+        self,
+        events: &Events,
+        cancel: &CancellationToken,
+    ) -> Result<(JobEnd, io::Result<()>)> {
+        let (output, chunks) = mpsc::channel(64);
+        let (control_in, control) = mpsc::channel(16);
+        let raw = self
+            .size
+            .map(|_| RawMode::enter())
+            .transpose()
+            .or_infrastructure()?;
+        let stop = cancel.child_token();
+        let printing = tokio::spawn(terminal::print(chunks, stop.clone()));
+        let resizing = self
+            .size
+            .map(|_| tokio::spawn(terminal::watch_size(control_in.clone())));
+        // A closed control channel would mean nobody can signal the command any more.
+        let _control: mpsc::Sender<Control> = control_in;
+        let local = LocalJob {
+            run: Some(LocalRun {
+                stdin: self.wants_stdin.then(terminal::stdin),
+                tty: self.size,
+                output,
+                control,
+                listeners: self.listeners,
+            }),
+            events: Some(events.clone()),
+            ..LocalJob::default()
+        };
+        let end = self
+            .queue
+            .run(self.operator, self.request, local, events, &stop)
+            .await;
+        let printed = printing.await.unwrap_or(Ok(()));
+        if let Some(task) = resizing {
+            task.abort();
         }
-        .verdict(),
-        Err(failure) => failure.verdict(),
-    };
-    let details = serde_json::json!({ "egress": egress });
-    if let Err(failure) = log.finish(Outcome { verdict, phases_ms }, None, None, details) {
-        screen.note(&format!(
-            "warning: the job's record could not be written: {failure}"
-        ));
+        drop(raw);
+        Ok((end?, printed))
     }
-    let egress_line = egress.to_string();
-    if !egress.refused.is_empty() {
-        screen.note(&egress_line);
+}
+
+fn finish(end: JobEnd, cancel: &CancellationToken, screen: Screen) -> Result<u8> {
+    if !end.egress.refused.is_empty() {
+        screen.note(&end.egress.to_string());
     }
-    match result {
-        Ok(exit) => {
+    match end.result {
+        Ok(Ended::Ran(exit)) => {
             if exit.code != Some(0) && !cancel.is_cancelled() {
                 // Tells the command's own code from one of kiln's.
                 screen.note(&format!("kiln: {}", ending(&exit)));
             }
-            Ok(code.unwrap_or(1))
+            Ok(exit_code(&exit))
         }
+        Ok(Ended::Built(_)) => Err(CliError::new(
+            FailureClass::Infrastructure,
+            "the command ended as a build does",
+        )),
         Err(failure) => Err(CliError::from_failure(failure)),
     }
 }
@@ -234,27 +183,6 @@ fn exit_code(exit: &Exit) -> u8 {
 
 fn wants_terminal(args: &RunArgs) -> bool {
     args.tty || (terminal::is_interactive() && !args.command.is_empty() && args.interactive)
-}
-
-/// Finds and verifies the image, unpacks it once, and joins its config with the command line.
-async fn prepare_image(
-    operator: &Operator,
-    host: &Host,
-    image: &ImageRef,
-    args: &RunArgs,
-    env: &std::collections::BTreeMap<String, String>,
-    job: &kiln_core::JobId,
-    events: &Events,
-) -> Result<(Unpacked, ContainerSpec)> {
-    let registry = operator.registry().await?;
-    let command = container::Command {
-        argv: &args.command,
-        env,
-    };
-    let named = (&TenantName::local(), image);
-    container::prepare(host, &registry, named, command, job, events)
-        .await
-        .map_err(CliError::from_failure)
 }
 
 /// Binds every published port before anything starts.

@@ -1,19 +1,19 @@
 //! `kiln serve`: one controller on this host, with its registry, and a worker beside it if asked.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use kiln_controller::api::{ApiConfig, ListenConfig};
 use kiln_controller::server::{self, Running, ServeConfig, SharedError, Sharing, StartError, Tls};
 use kiln_controller::webhooks::ReceiverPolicy;
 use kiln_core::{FailureClass, PoolName};
-use kiln_db::{DatabaseUrl, Retention};
+use kiln_db::{DatabaseUrl, OpenOptions, Retention};
 use kiln_store::logs::{S3Credentials, S3Target};
 use kiln_telemetry::metrics::Prefix;
 use kiln_worker::fleet::http::Target;
 use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
-use super::worker;
+use super::{home_queue, worker};
 use crate::args::ServeArgs;
 use crate::environment;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
@@ -23,11 +23,6 @@ use crate::show::Screen;
 const OWN_WORKER: &str = "here";
 /// Machines of that worker at a time.
 const OWN_MACHINES: u32 = 8;
-
-/// Where a home's controller keeps what is its own.
-pub(crate) fn folder(operator: &Operator) -> PathBuf {
-    operator.home.data.join("controller")
-}
 
 pub(super) async fn run(args: ServeArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
     let operator = Operator::load()?;
@@ -63,7 +58,7 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
         None => address.to_string(),
     });
     let config = ServeConfig {
-        folder: folder(operator),
+        folder: operator.home.controller(),
         database,
         sharing,
         listen: args.listen,
@@ -89,7 +84,8 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
         generation: kiln_proto::fleet::GENERATION,
     };
     let ca = config.folder.join("authority.pem");
-    let running = server::start(config).await;
+    let lock = home_queue::make_room(&config.folder).await?;
+    let running = server::start_locked(config, OpenOptions::default(), lock).await;
     let running = running.map_err(|error| refused(&error))?;
     // For `--ca` of those who ask this server from elsewhere; it is no secret.
     std::fs::write(ca, running.controller.access.authority().pem()).or_infrastructure()?;
@@ -192,7 +188,8 @@ fn tls(args: &ServeArgs) -> Result<Tls> {
     Ok(Tls::Own(names))
 }
 
-fn refused(error: &StartError) -> CliError {
+/// Why a controller did not start, for people.
+pub(super) fn refused(error: &StartError) -> CliError {
     let (class, hint) = match error {
         StartError::Taken(_) => (
             FailureClass::Usage,
@@ -221,7 +218,7 @@ fn refused(error: &StartError) -> CliError {
         StartError::Listen(_) | StartError::Names | StartError::Tls(_) => {
             (FailureClass::Usage, None)
         }
-        _ => (FailureClass::Infrastructure, None),
+        _ => return CliError::infrastructure(error),
     };
     let told = CliError::new(class, chain(error));
     match hint {

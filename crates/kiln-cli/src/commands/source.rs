@@ -52,6 +52,16 @@ pub(crate) fn parse(text: &str) -> Result<Source> {
     Ok(Source::Folder(path))
 }
 
+/// The repository's own name: the last part of its URL.
+pub(crate) fn repository_name(url: &str) -> String {
+    let last = url
+        .trim_end_matches('/')
+        .rsplit('/')
+        .next()
+        .unwrap_or_default();
+    last.strip_suffix(".git").unwrap_or(last).to_owned()
+}
+
 /// Whether there is a folder, in the same words for every verb.
 ///
 /// # Errors
@@ -270,5 +280,15 @@ mod tests {
             assert_eq!(error.exit_code(), 2, "{bad:?}");
         }
         assert!(pairs(&["a.b-C_1=x y".to_owned()], "--env").is_ok());
+    }
+
+    #[test]
+    fn repositories_have_names() {
+        for url in [
+            "https://git.example.org/team/shop.git",
+            "https://git.example.org/team/shop/",
+        ] {
+            assert_eq!(repository_name(url), "shop");
+        }
     }
 }

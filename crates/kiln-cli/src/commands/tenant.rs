@@ -4,18 +4,25 @@ use kiln_controller::api::{List, TenantView, UsageView};
 use kiln_worker::host::now_unix_ms;
 use serde_json::{Map, Value, json};
 
+use super::home_queue;
 use super::table::{Facts, Table, left, right, wide};
 use super::when;
 use crate::args::{QuotaArgs, ServerArgs, TenantCommand};
 use crate::error::{CliError, Result};
-use crate::server::{self, escaped};
+use crate::server::{Server, escaped};
 use crate::show::Screen;
 
 /// Milliseconds of a day.
 const DAY_MS: u64 = 86_400_000;
 
 pub(super) async fn run(verb: TenantCommand, said: &ServerArgs, screen: Screen) -> Result<u8> {
-    let server = server::needed(said).await?;
+    let asked = home_queue::ask(said).await?;
+    let answered = answer(verb, &asked.server, screen).await;
+    asked.done().await;
+    answered.map(|()| 0)
+}
+
+async fn answer(verb: TenantCommand, server: &Server, screen: Screen) -> Result<()> {
     let tell = |tenant: &TenantView| screen.data(tenant, || show(tenant));
     let at = |name: &str| format!("/v1/tenants/{}", escaped(name));
     match verb {
@@ -57,7 +64,7 @@ pub(super) async fn run(verb: TenantCommand, said: &ServerArgs, screen: Screen) 
             screen.data(&usage, || used(&name, days, &usage));
         }
     }
-    Ok(0)
+    Ok(())
 }
 
 fn bounds(quota: &QuotaArgs) -> Map<String, Value> {

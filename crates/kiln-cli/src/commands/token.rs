@@ -4,17 +4,24 @@ use kiln_controller::api::{List, TokenView};
 use kiln_worker::host::now_unix_ms;
 use serde_json::{Value, json};
 
+use super::home_queue;
 use super::table::{Table, left, wide};
 use super::{queueing, when};
 use crate::args::{ServerArgs, TokenArgs, TokenCommand};
 use crate::error::Result;
-use crate::server::{self, Server, escaped};
+use crate::server::{Server, escaped};
 use crate::show::Screen;
 
 pub(super) async fn run(verb: TokenCommand, said: &ServerArgs, screen: Screen) -> Result<u8> {
-    let server = server::needed(said).await?;
+    let asked = home_queue::ask(said).await?;
+    let answered = answer(verb, &asked.server, screen).await;
+    asked.done().await;
+    answered.map(|()| 0)
+}
+
+async fn answer(verb: TokenCommand, server: &Server, screen: Screen) -> Result<()> {
     match verb {
-        TokenCommand::Create(args) => create(&server, &args, screen).await?,
+        TokenCommand::Create(args) => create(server, &args, screen).await?,
         TokenCommand::List => {
             let tokens: List<TokenView> = server.get("/v1/tokens").await?;
             if tokens.items.is_empty() {
@@ -36,7 +43,7 @@ pub(super) async fn run(verb: TokenCommand, said: &ServerArgs, screen: Screen) -
             });
         }
     }
-    Ok(0)
+    Ok(())
 }
 
 async fn create(server: &Server, args: &TokenArgs, screen: Screen) -> Result<()> {

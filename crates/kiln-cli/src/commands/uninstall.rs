@@ -22,7 +22,7 @@ use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::{Screen, ShownPath as _};
 
 /// What kiln writes into its data directory. A `KILN_HOME` may be a directory that holds other things too.
-const DATA: [&str; 14] = [
+const DATA: [&str; 18] = [
     "images",
     "heads",
     "templates",
@@ -30,6 +30,10 @@ const DATA: [&str; 14] = [
     "ledger",
     "registry",
     "jobs",
+    "controller",
+    "worker",
+    "results",
+    "bases-pulled.json",
     "unpacked",
     "bake",
     "bench",
@@ -39,7 +43,7 @@ const DATA: [&str; 14] = [
     "guest",
 ];
 /// What kiln writes into its cache directory.
-const CACHE: [&str; 2] = ["bake", "downloads"];
+const CACHE: [&str; 4] = ["bake", "downloads", "checkouts", "spool"];
 /// What kiln and its operator write into its configuration directory.
 const CONFIG: [&str; 3] = ["kiln.toml", "bases.toml", "registries.toml"];
 
@@ -326,7 +330,7 @@ mod tests {
         let home = Home::below(dir.path());
         fill(&home);
         fs::write(other.path().join("keep"), "").expect("write");
-        std::os::unix::fs::symlink(other.path(), home.jobs()).expect("link");
+        std::os::unix::fs::symlink(other.path(), home.data.join("unpacked")).expect("link");
         remove(&home, &doomed(&home)).expect("removes");
         assert!(other.path().join("keep").exists() && !home.data.exists());
     }

@@ -5,18 +5,24 @@ use kiln_worker::host::now_unix_ms;
 use serde_json::{Value, json};
 
 use super::table::{Table, left, wide};
-use super::when;
+use super::{home_queue, when};
 use crate::args::{ServerArgs, WebhookCommand};
 use crate::error::Result;
-use crate::server::{self, Server, escaped};
+use crate::server::{Server, escaped};
 use crate::show::Screen;
 
 /// Most pages of deliveries that are shown.
 const PAGES_MAX: usize = 50;
 
 pub(super) async fn run(verb: WebhookCommand, said: &ServerArgs, screen: Screen) -> Result<u8> {
+    let asked = home_queue::ask(said).await?;
+    let answered = answer(verb, &asked.server, screen).await;
+    asked.done().await;
+    answered.map(|()| 0)
+}
+
+async fn answer(verb: WebhookCommand, server: &Server, screen: Screen) -> Result<()> {
     use WebhookCommand as Verb;
-    let server = server::needed(said).await?;
     match verb {
         Verb::Create {
             url,
@@ -46,8 +52,8 @@ pub(super) async fn run(verb: WebhookCommand, said: &ServerArgs, screen: Screen)
                 screen.text(&table(&webhooks.items, screen.width()));
             }
         }
-        Verb::Enable { id } => enable(&server, &id, true, screen).await?,
-        Verb::Disable { id } => enable(&server, &id, false, screen).await?,
+        Verb::Enable { id } => enable(server, &id, true, screen).await?,
+        Verb::Disable { id } => enable(server, &id, false, screen).await?,
         Verb::Remove { id } => {
             let path = format!("/v1/webhooks/{}", escaped(&id));
             server.delete::<Value>(&path).await?;
@@ -55,7 +61,7 @@ pub(super) async fn run(verb: WebhookCommand, said: &ServerArgs, screen: Screen)
                 format!("webhook {id} is removed")
             });
         }
-        Verb::Deliveries { dead, webhook } => deliveries(&server, dead, webhook, screen).await?,
+        Verb::Deliveries { dead, webhook } => deliveries(server, dead, webhook, screen).await?,
         Verb::Replay { names } => {
             for name in names {
                 let path = format!("/v1/deliveries/{}/replay", escaped(&name));
@@ -70,7 +76,7 @@ pub(super) async fn run(verb: WebhookCommand, said: &ServerArgs, screen: Screen)
             screen.data(&shown, || text(&shown["secret"]));
         }
     }
-    Ok(0)
+    Ok(())
 }
 
 fn text(value: &Value) -> String {

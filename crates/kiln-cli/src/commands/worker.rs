@@ -11,6 +11,7 @@ use kiln_worker::fleet::http::Target;
 use kiln_worker::fleet::identity::{ControllerUrl, Identity, IdentityError};
 use kiln_worker::fleet::job::Workshop;
 use kiln_worker::fleet::local::LocalJobs;
+use kiln_worker::registry::RegistryAccess;
 use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
@@ -47,7 +48,9 @@ pub(super) async fn run(args: WorkerArgs, screen: Screen, cancel: CancellationTo
             }
         },
     };
-    let shop = workshop(&operator, Target::Socket(PathBuf::new()), worker.clone()).await?;
+    let registry = operator.registry().await?;
+    let nowhere = Target::Socket(PathBuf::new());
+    let shop = workshop(&operator, registry, nowhere, worker.clone()).await?;
     let facts = daemon::facts(&shop, args.machines);
     let identity = match (known, args.controller, args.join) {
         (None, Some(url), Some(token)) => {
@@ -85,6 +88,7 @@ pub(super) async fn run(args: WorkerArgs, screen: Screen, cancel: CancellationTo
     let offer = Offer {
         facts,
         takes_jobs: true,
+        is_new: false,
     };
     let served = tokio::select! {
         served = daemon::serve(shop, offer, cancel.clone()) => served,
@@ -106,7 +110,8 @@ pub(super) async fn beside(
     cancel: &CancellationToken,
 ) -> Result<()> {
     let worker = own_name(Some(name))?;
-    let shop = Arc::new(workshop(operator, target, worker.clone()).await?);
+    let registry = operator.registry().await?;
+    let shop = Arc::new(workshop(operator, registry, target, worker.clone()).await?);
     let facts = daemon::facts(&shop, machines);
     let join = Join {
         worker: worker.clone(),
@@ -123,14 +128,23 @@ pub(super) async fn beside(
     let offer = Offer {
         facts,
         takes_jobs: true,
+        is_new: false,
     };
     let served = daemon::serve(shop, offer, cancel.clone()).await;
     served.map_err(|ended| ended_error(&ended))
 }
 
-async fn workshop(operator: &Operator, target: Target, worker: WorkerId) -> Result<Workshop> {
+/// What jobs are run with on this host.
+///
+/// # Errors
+/// When this host is not set up.
+pub(super) async fn workshop(
+    operator: &Operator,
+    registry: RegistryAccess,
+    target: Target,
+    worker: WorkerId,
+) -> Result<Workshop> {
     let host = operator.host().await?;
-    let registry = operator.registry().await?;
     Ok(Workshop {
         spool: host.home.cache.join("spool"),
         host,
@@ -183,7 +197,8 @@ fn refused(error: &IdentityError) -> CliError {
     }
 }
 
-fn link(error: &LinkError) -> CliError {
+/// A controller that does not do what a worker asks.
+pub(super) fn link(error: &LinkError) -> CliError {
     let class = match error {
         LinkError::Refused { .. } => FailureClass::Policy,
         _ => FailureClass::Infrastructure,

@@ -5,15 +5,22 @@ use kiln_core::ByteSize;
 use kiln_worker::host::now_unix_ms;
 use serde_json::{Value, json};
 
+use super::home_queue;
 use super::table::{Facts, Table, left, right, wide};
 use super::when;
 use crate::args::{ServerArgs, WorkerCommand, WorkerStateArgs};
 use crate::error::Result;
-use crate::server::{self, Server, escaped};
+use crate::server::{Server, escaped};
 use crate::show::Screen;
 
 pub(super) async fn run(verb: WorkerCommand, said: &ServerArgs, screen: Screen) -> Result<u8> {
-    let server = server::needed(said).await?;
+    let asked = home_queue::ask(said).await?;
+    let answered = answer(verb, &asked.server, screen).await;
+    asked.done().await;
+    answered.map(|()| 0)
+}
+
+async fn answer(verb: WorkerCommand, server: &Server, screen: Screen) -> Result<()> {
     match verb {
         WorkerCommand::List { pool } => {
             let pool = pool
@@ -38,9 +45,9 @@ pub(super) async fn run(verb: WorkerCommand, said: &ServerArgs, screen: Screen) 
                 .await?;
             screen.data(&worker, || show(&worker, now_unix_ms()));
         }
-        WorkerCommand::Drain(args) => change(&server, args, "draining", screen).await?,
-        WorkerCommand::Resume(args) => change(&server, args, "active", screen).await?,
-        WorkerCommand::Cordon(args) => change(&server, args, "cordoned", screen).await?,
+        WorkerCommand::Drain(args) => change(server, args, "draining", screen).await?,
+        WorkerCommand::Resume(args) => change(server, args, "active", screen).await?,
+        WorkerCommand::Cordon(args) => change(server, args, "cordoned", screen).await?,
         WorkerCommand::Remove { name } => {
             server
                 .delete::<Value>(&format!("/v1/workers/{}", escaped(&name)))
@@ -50,7 +57,7 @@ pub(super) async fn run(verb: WorkerCommand, said: &ServerArgs, screen: Screen) 
             });
         }
     }
-    Ok(0)
+    Ok(())
 }
 
 async fn change(server: &Server, args: WorkerStateArgs, state: &str, screen: Screen) -> Result<()> {

@@ -22,7 +22,7 @@ use kiln_worker::fleet::http::{Body, Http};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use place::{any, configured, needed};
+pub(crate) use place::configured;
 pub(crate) use sse::Frames;
 
 use crate::error::{CliError, Result, chain};
@@ -53,8 +53,6 @@ pub(crate) struct Server {
     token: Option<String>,
     /// For messages.
     name: String,
-    /// Found at this home's private socket, not named by anybody.
-    pub(crate) is_own: bool,
 }
 
 impl Server {
@@ -292,7 +290,6 @@ mod tests {
             http: Http::new(Target::Socket("/nowhere".into())),
             token: token.map(str::to_owned),
             name: "the server at https://ci.example.org".to_owned(),
-            is_own: false,
         }
     }
 

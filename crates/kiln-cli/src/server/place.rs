@@ -130,40 +130,18 @@ pub(crate) fn configured(said: &ServerArgs) -> Result<Option<Server>> {
         http: Http::new(target),
         token,
         name: format!("the server at {text}"),
-        is_own: false,
     }))
 }
 
-/// As [`configured`], else the server of this home when one answers at its private socket.
-///
-/// # Errors
-/// As [`configured`].
-pub(crate) async fn any(said: &ServerArgs) -> Result<Option<Server>> {
-    if let Some(server) = configured(said)? {
-        return Ok(Some(server));
+impl Server {
+    /// The controller of this home, at its private socket.
+    pub(crate) fn of_home(socket: PathBuf) -> Self {
+        Self {
+            http: Http::new(Target::Socket(socket)),
+            token: None,
+            name: "the controller of this home".to_owned(),
+        }
     }
-    let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
-    let socket = kiln_controller::server::socket_path(&home.data.join("controller"));
-    if tokio::net::UnixStream::connect(&socket).await.is_err() {
-        return Ok(None);
-    }
-    Ok(Some(Server {
-        http: Http::new(Target::Socket(socket)),
-        token: None,
-        name: "the server of this home".to_owned(),
-        is_own: true,
-    }))
-}
-
-/// As [`any`], for verbs that mean nothing without a server.
-///
-/// # Errors
-/// As [`any`], and when there is none.
-pub(crate) async fn needed(said: &ServerArgs) -> Result<Server> {
-    any(said).await?.ok_or_else(|| {
-        CliError::usage("there is no server to ask")
-            .hint("start one here with `kiln serve`, or name one with --server URL, KILN_SERVER or [server] in kiln.toml")
-    })
 }
 
 /// The token: `KILN_TOKEN`, else the file, which nobody else may read.

@@ -153,15 +153,8 @@ impl Annex {
         assert!(groups.is_empty(), "left behind: {groups:?}");
         let new: Vec<_> = self.files().difference(&self.found).cloned().collect();
         assert!(new.is_empty(), "new in the home: {new:?}");
-        for job in fs::read_dir(self.home.join("jobs"))
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let quarantine = self
-                .home
-                .join("registry/repos/quarantine")
-                .join(job.file_name());
+        for job in self.jobs() {
+            let quarantine = self.home.join("registry/repos/quarantine").join(job);
             assert!(
                 !quarantine.exists(),
                 "left behind: {}",
@@ -291,18 +284,26 @@ impl Annex {
     /// Names, or beginnings of names, of every machine this home has or was seen to have.
     fn machines(&self) -> BTreeSet<String> {
         let mut seen = self.machines.lock().expect("not poisoned");
-        for folder in ["machines", "jobs"] {
-            let entries = fs::read_dir(self.home.join(folder))
-                .into_iter()
-                .flatten()
-                .flatten();
-            seen.extend(entries.map(|entry| entry.file_name().to_string_lossy().into_owned()));
-        }
+        let entries = fs::read_dir(self.home.join("machines"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        seen.extend(entries.map(|entry| entry.file_name().to_string_lossy().into_owned()));
+        seen.extend(self.jobs());
         seen.remove(".lock");
         seen.clone()
     }
 
-    /// Everything below the home that is no record and no baked part.
+    /// Ids of every job this home ever had.
+    fn jobs(&self) -> Vec<String> {
+        let listed = self.run(&["job", "list", "--limit", "1000", "--json"]);
+        let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok();
+        let ids = listed.out.lines().filter_map(line);
+        ids.filter_map(|job| job["id"].as_str().map(str::to_owned))
+            .collect()
+    }
+
+    /// Everything below the home that is not the queue's and no baked part.
     fn files(&self) -> BTreeSet<String> {
         let mut found = BTreeSet::new();
         walk(self.dir.path(), self.dir.path(), &mut found);
@@ -325,12 +326,12 @@ pub(crate) fn copy(from: &Path, to: &Path) {
     assert!(copied.success());
 }
 
-/// Folders whose content is a test's business, or records.
+/// Folders whose content is a test's business, or the queue's.
 const NOT_COUNTED: [&str; 10] = [
     "cache",
+    "controller",
     "heads",
     "images",
-    "jobs",
     "ledger",
     "machines",
     "registry",

@@ -187,7 +187,9 @@ impl World {
             serde_json::from_slice(&std::fs::read(path).expect("file")).expect("JSON")
         };
         let job = json(result)["job"].as_str().expect("job").to_owned();
-        json(&self.kiln.home.join("jobs").join(job).join("observed.json"))["git"].clone()
+        let shown = self.kiln.run(&["job", "show", "--json", &job]).exits(0).out;
+        let shown: serde_json::Value = serde_json::from_str(&shown).expect("JSON");
+        shown["observed"]["git"].clone()
     }
 
     fn checkouts(&self) -> usize {

@@ -18,6 +18,7 @@ mod fleet_network;
 mod fleet_orphans;
 mod fleet_sim;
 mod git;
+mod home_queue;
 mod input;
 mod ordinary_user;
 mod push;

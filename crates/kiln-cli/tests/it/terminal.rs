@@ -316,7 +316,7 @@ fn what_another_kiln_wrote_is_neither_used_nor_changed() {
     assert_eq!(
         tree(&kiln.home)
             .iter()
-            .filter(|path| path.ends_with("jobs"))
+            .filter(|path| path.ends_with("controller"))
             .count(),
         0
     );

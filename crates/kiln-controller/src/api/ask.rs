@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use http::HeaderMap;
 use kiln_core::access::{Asked, Granted};
 use kiln_core::artifact::ARTIFACT_PATHS_MAX;
-use kiln_core::dispatch::{LABELS_MAX, Requirements, TAGS_MAX};
+use kiln_core::dispatch::{LABELS_MAX, RESERVED_PREFIX, Requirements, TAGS_MAX};
 use kiln_core::job::{RunCommand, Source, SourceBuild};
 use kiln_core::{
     AllowRule, ByteSize, Digest, Dispatch, ImageRef, JobId, JobKind, JobRequest, Label,
@@ -136,6 +136,12 @@ fn label(field: &str, text: &str) -> Result<Label, Problem> {
 }
 
 fn labels(field: &str, map: &BTreeMap<String, String>) -> Result<BTreeMap<Label, Label>, Problem> {
+    if map.keys().any(|name| name.starts_with(RESERVED_PREFIX)) {
+        return Err(Problem::invalid(
+            field,
+            format!("labels that begin with {RESERVED_PREFIX} are kiln's own"),
+        ));
+    }
     if map.len() > LABELS_MAX {
         return Err(Problem::invalid(
             field,

@@ -386,6 +386,15 @@ pub(crate) async fn create_join(
 fn join_labels(map: &BTreeMap<String, String>) -> Result<BTreeMap<Label, Label>, Problem> {
     let wrong =
         |error: kiln_core::dispatch::ParseLabelError| Problem::invalid("labels", error.to_string());
+    if map
+        .keys()
+        .any(|name| name.starts_with(kiln_core::dispatch::RESERVED_PREFIX))
+    {
+        return Err(Problem::invalid(
+            "labels",
+            "labels that begin with kiln/ are kiln's own",
+        ));
+    }
     if map.len() > kiln_core::dispatch::LABELS_MAX {
         return Err(Problem::invalid("labels", "there are too many"));
     }

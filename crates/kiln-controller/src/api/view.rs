@@ -228,6 +228,9 @@ pub struct JobView {
     /// What was stored, once it passed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub receipt: Option<Value>,
+    /// What the worker saw of it: source, machine image, template, cache head.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed: Option<Value>,
     /// Digest of its source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Value>,
@@ -278,6 +281,7 @@ impl JobView {
             estimate: job.estimate.as_ref().and_then(json),
             cancel: job.cancel.as_ref().and_then(json),
             receipt: job.receipt.as_ref().and_then(json),
+            observed: job.observed.clone(),
             source,
             labels: pairs(&job.labels),
             attempts: attempts.iter().map(AttemptView::of).collect(),

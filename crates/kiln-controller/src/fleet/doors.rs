@@ -20,7 +20,7 @@ use super::refusal::Refused;
 use super::reports::EventNumbers;
 use super::shield::{self, DoorLimits};
 use super::who::Worker;
-use super::{enrol, inputs, registry_door, registry_login, reports, results};
+use super::{enrol, inputs, own, registry_door, registry_login, reports, results};
 use crate::state::Controller;
 
 /// How long a poll waits before it looks again without having been woken.
@@ -37,6 +37,8 @@ pub fn router(controller: Controller, body_stall: Duration) -> Router {
         .route("/worker/v1/release", post(reports::release))
         .route("/worker/v1/heartbeat", post(heartbeat))
         .route("/worker/v1/poll", post(poll))
+        .route("/worker/v1/own", post(own::submit))
+        .route("/worker/v1/give-way", post(own::give_way))
         .route("/worker/v1/jobs/{job}/source", get(inputs::source))
         .route("/worker/v1/jobs/{job}/secrets", post(inputs::secrets))
         .route("/worker/v1/jobs/{job}/event", post(reports::event))
@@ -116,7 +118,8 @@ async fn heartbeat(
     }))
 }
 
-/// Held open until the worker has a lease it did not name. A wake-up that gets lost costs one [`LOOK_AGAIN`].
+/// Held open until the worker has a lease it did not name, or something became of one that it has. A wake-up that gets lost costs one
+/// [`LOOK_AGAIN`].
 async fn poll(
     State(controller): State<Controller>,
     worker: Worker,
@@ -124,23 +127,28 @@ async fn poll(
 ) -> Answered<PollAnswer> {
     let mut wakes = controller.db.subscribe();
     let end = tokio::time::Instant::now() + Duration::from_millis(POLL_MS);
+    let mut beat = false;
     loop {
         let leases = new_leases(&controller, &worker, &poll).await?;
         let now = tokio::time::Instant::now();
-        if !leases.is_empty() || now >= end {
-            return Ok(Json(PollAnswer { leases }));
+        if !leases.is_empty() || beat || now >= end || controller.closing().is_cancelled() {
+            return Ok(Json(PollAnswer { leases, beat }));
         }
         let woken = async {
             loop {
                 match wakes.recv().await {
-                    Ok(Wake::Worker(woken)) if woken == worker.id => return,
-                    Ok(Wake::Everything) | Err(RecvError::Lagged(_)) => return,
+                    Ok(Wake::Worker(woken)) if woken == worker.id => return true,
+                    Ok(Wake::Everything) | Err(RecvError::Lagged(_)) => return false,
                     Ok(_) => {}
                     Err(RecvError::Closed) => std::future::pending().await,
                 }
             }
         };
-        let _either = tokio::time::timeout_at(end.min(now + LOOK_AGAIN), woken).await;
+        beat = tokio::select! {
+            woken = woken => woken && !poll.held.is_empty(),
+            () = tokio::time::sleep_until(end.min(now + LOOK_AGAIN)) => false,
+            () = controller.closing().cancelled() => false,
+        };
     }
 }
 

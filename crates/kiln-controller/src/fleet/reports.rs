@@ -261,5 +261,8 @@ pub(super) async fn release(
             Err(error) => return Err(error.into()),
         }
     }
+    if release.leaving {
+        controller.db.forget_own_worker(&worker.id).await?;
+    }
     Ok(Json(Released { leases }))
 }

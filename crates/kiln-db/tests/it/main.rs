@@ -7,6 +7,7 @@ mod expiry;
 mod files;
 mod jobs;
 mod model;
+mod own;
 mod people;
 mod races;
 mod support;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use kiln_core::dispatch::{PendingReason, Room};
+use kiln_core::dispatch::{OWN_LABEL, PendingReason, Room};
 use kiln_core::{ByteSize, JobId};
 use kiln_scheduler::{HistoryKey, PendingJob, Plan, PoolView, Worker};
 
@@ -49,10 +49,12 @@ fn taken(view: &PoolView, worker: &Worker) -> Room {
 
 fn suits(worker: &Worker, job: &PendingJob) -> bool {
     let requires = &job.requires;
-    worker
-        .tenants
-        .as_ref()
-        .is_none_or(|tenants| tenants.contains(&job.tenant))
+    let own = worker.labels.keys().any(|name| name.as_str() == OWN_LABEL);
+    (!own || requires.own().is_some())
+        && worker
+            .tenants
+            .as_ref()
+            .is_none_or(|tenants| tenants.contains(&job.tenant))
         && requires
             .arch
             .as_ref()

@@ -1,7 +1,7 @@
 //! Where a job goes, and in which order jobs go.
 
 use kiln_core::Priority;
-use kiln_core::dispatch::WorkerState;
+use kiln_core::dispatch::{PendingReason, WorkerState, own_labels};
 use kiln_scheduler::{Plan, PoolView, Profile, QueueRule, TenantRule, plan};
 
 use crate::build::{NOW, cpus, host, job, label, queue, running, tenant, typical, view, worker_id};
@@ -258,4 +258,30 @@ fn an_overdue_large_job_without_a_host_is_not_passed_by_its_own_tenant() {
         "large",
         "then its tenant is due, before heavier ones"
     );
+}
+
+#[test]
+fn a_commands_own_worker_runs_nothing_else_and_its_job_runs_nowhere_else() {
+    let mut own = host("command-1", 8);
+    own.labels = own_labels(&own.id);
+    let mut mine = job("mine", "ant", 1);
+    mine.requires.only_own(&own.id);
+    let jobs = vec![job("a", "ant", 1), mine.clone(), job("b", "ant", 1)];
+    let both = view(vec![own.clone(), host("w0", 1)], jobs);
+    let mut placed = places(&both);
+    placed.sort();
+    let want = [("a", "w0"), ("mine", "command-1")];
+    assert_eq!(
+        placed,
+        want.map(|(job, host)| (job.to_owned(), host.to_owned()))
+    );
+    let alone = view(vec![own], vec![job("a", "ant", 1)]);
+    assert_eq!(planned(&alone).reasons[0].1, PendingReason::NoWorkers);
+    let without = planned(&view(vec![host("w0", 8)], vec![mine]));
+    let missing = "label kiln/own=command-1".to_owned();
+    let why = PendingReason::NoWorkerMatches {
+        missing,
+        workers: 1,
+    };
+    assert_eq!(without.reasons[0].1, why);
 }

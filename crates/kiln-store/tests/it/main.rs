@@ -20,7 +20,6 @@ mod logs_s3;
 mod loopback;
 mod pull;
 mod push_pull;
-mod records;
 mod remote;
 mod room;
 mod sessions;

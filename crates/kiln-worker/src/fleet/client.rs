@@ -77,6 +77,12 @@ impl Client {
         }
     }
 
+    /// The worker it speaks as.
+    #[must_use]
+    pub fn worker(&self) -> &WorkerId {
+        &self.worker
+    }
+
     /// Sends a message and reads the answer. `path` begins with a slash.
     ///
     /// # Errors

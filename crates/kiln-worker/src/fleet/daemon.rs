@@ -38,6 +38,8 @@ pub struct Offer {
     pub facts: WorkerFacts,
     /// Take work; without it the worker only ends what it has.
     pub takes_jobs: bool,
+    /// Its name was never used before: nothing can be held in it yet.
+    pub is_new: bool,
 }
 
 /// Why a worker ended.
@@ -102,11 +104,13 @@ pub async fn serve(
         beat: Notify::new(),
         silent: Notify::new(),
     });
-    let released = tokio::select! {
-        released = daemon.release() => released,
-        () = stop.cancelled() => return Ok(()),
-    };
-    released?;
+    if !daemon.offer.is_new {
+        let released = tokio::select! {
+            released = daemon.release() => released,
+            () = stop.cancelled() => return Ok(()),
+        };
+        released?;
+    }
     let mut jobs = JoinSet::new();
     let ended = tokio::select! {
         ended = daemon.heartbeats() => Err(ended),
@@ -297,7 +301,13 @@ impl Daemon {
                         }
                     }
                 }
-                LeaseAnswer::Gone { why } => self.destroy(&mut state, &attempt, &why),
+                LeaseAnswer::Gone { why } => {
+                    let running = state.running.get(&attempt);
+                    // Nothing runs for it any more, and it hears the answer to its own last word.
+                    if running.is_none_or(|running| !running.stop.finishing.is_cancelled()) {
+                        self.destroy(&mut state, &attempt, &why);
+                    }
+                }
             }
         }
         drop(state);
@@ -322,6 +332,9 @@ impl Daemon {
             };
             match polled {
                 Ok(answer) => {
+                    if answer.beat {
+                        self.beat.notify_one();
+                    }
                     for leased in answer.leases {
                         let name = (leased.lease.attempt.clone(), leased.lease.epoch);
                         let over = self.lock().destroyed.contains(&name);

@@ -19,7 +19,7 @@ use kiln_proto::fleet::{AskSecrets, Finish, Leased, Secrets};
 use kiln_proto::msg::Exit;
 use tokio::sync::mpsc;
 use tokio_util::io::{StreamReader, SyncIoBridge};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::artifacts;
 use super::client::{Client, REQUEST_TIMEOUT, job_path};
@@ -97,6 +97,9 @@ pub struct Stop {
     pub cancel: CancellationToken,
     /// Its lease is over: it is destroyed and nothing more is said.
     pub fenced: CancellationToken,
+    /// Set by the job when its machine is gone and only its end is to be told: the controller may hear of that end, and call the lease over,
+    /// before this process knows that it did.
+    pub finishing: CancellationToken,
 }
 
 /// Runs one lease to its end and tells the controller. Nothing is left of it on this host but what it published.
@@ -118,6 +121,7 @@ async fn attempt(shop: &Workshop, leased: Leased, stop: Stop) {
     };
     let mut local = shop.local.take(&request.id);
     let done = local.done.take();
+    let _linked = local.cancel.take().map(|asked| linked(asked, &stop.cancel));
     let (events, receiver) = Events::channel();
     let secrets = secrets(&to, &request, &mut local).await;
     let values = secrets.as_ref().map(Vec::as_slice).unwrap_or_default();
@@ -132,7 +136,7 @@ async fn attempt(shop: &Workshop, leased: Leased, stop: Stop) {
             return;
         }
     };
-    let log = Arc::new(JobLog::spooled(Arc::clone(&spool), &mask));
+    let log = Arc::new(JobLog::new(Arc::clone(&spool), &mask));
     let reporter = Reporter::start(
         &to,
         Arc::clone(&spool),
@@ -152,14 +156,28 @@ async fn attempt(shop: &Workshop, leased: Leased, stop: Stop) {
         Ok(secrets) => work.run(request, local, secrets).await,
         Err(failure) => (failed(failure), None),
     };
-    let _ended = log.finish(end.outcome.clone(), None, None, serde_json::Value::Null);
+    log.end();
     drop(events);
     reporter.drain(DRAIN_TIMEOUT).await;
     let end = masked(end, &mask);
-    tell_finish(&to, finish_of(&end, observed)).await;
-    if let Some(done) = done {
+    stop.finishing.cancel();
+    let told = tell_finish(&to, finish_of(&end, observed)).await;
+    if let (true, Some(done)) = (told, done) {
         let _nobody_waits = done.send(end);
     }
+}
+
+/// Whoever asks by one token cancels by the other, until what is given is dropped.
+fn linked(asked: CancellationToken, stop: &CancellationToken) -> DropGuard {
+    let (over, stop) = (CancellationToken::new(), stop.clone());
+    let ended = over.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            () = asked.cancelled() => stop.cancel(),
+            () = ended.cancelled() => {}
+        }
+    });
+    over.drop_guard()
 }
 
 fn masked(mut end: JobEnd, mask: &Mask) -> JobEnd {
@@ -207,7 +225,8 @@ fn finish_of(end: &JobEnd, observed: Option<Box<kiln_core::Observed>>) -> Finish
     }
 }
 
-async fn tell_finish(to: &To, finish: Finish) {
+/// Tells the end of the attempt. False when the lease was over before.
+async fn tell_finish(to: &To, finish: Finish) -> bool {
     let path = job_path(&to.lease.attempt.job, "finish");
     let (path, finish) = (&path, &finish);
     let send = || {
@@ -215,7 +234,7 @@ async fn tell_finish(to: &To, finish: Finish) {
         to.client
             .call::<_, serde_json::Value>(path, lease, finish, REQUEST_TIMEOUT)
     };
-    let _lease_over = retried(&to.fenced, send).await;
+    retried(&to.fenced, send).await.is_some()
 }
 
 /// Says of an attempt whose machine is gone that it is lost.
@@ -386,7 +405,9 @@ impl Work<'_> {
         let observed = end.observed.take();
         if let Ok(report) = &end.result {
             let since = std::time::Instant::now();
-            self.events.tell(Event::Phase { name: "publish" }).await;
+            if shop.authority.is_some() {
+                self.events.tell(Event::Phase { name: "publish" }).await;
+            }
             let published = publish_far(shop, self.lease, report, &tags, self.cancel.clone()).await;
             match published {
                 Ok(false) => {}
@@ -415,6 +436,10 @@ impl Work<'_> {
             });
         }
         match source {
+            Source::Folder { path } => {
+                let message = format!("the folder {path} belongs to another command");
+                Err(Failure::new(FailureClass::Usage, message).hint("run `kiln build` again"))
+            }
             Source::Tree { digest, size } => self.upload(&request.id, *digest, *size).await,
             Source::Git { url, reference } => {
                 let asked = Some(reference.as_str()).filter(|name| *name != "HEAD");

@@ -10,6 +10,7 @@ use kiln_proto::msg::TtySize;
 use tokio::io::AsyncRead;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use super::job::JobEnd;
 use crate::event::Events;
@@ -57,6 +58,8 @@ pub struct LocalJob {
     pub run: Option<LocalRun>,
     /// Shows what happens as it happens.
     pub events: Option<Events>,
+    /// Stops it at once, without a word of the controller's.
+    pub cancel: Option<CancellationToken>,
     /// Hears how it ended, after the controller has.
     pub done: Option<oneshot::Sender<JobEnd>>,
 }
@@ -72,6 +75,13 @@ impl LocalJobs {
     pub fn put(&self, job: JobId, local: LocalJob) {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.insert(job, local);
+    }
+
+    /// Whether a job was put and not taken yet.
+    #[must_use]
+    pub fn holds(&self, job: &JobId) -> bool {
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.contains_key(job)
     }
 
     /// Takes it, once.

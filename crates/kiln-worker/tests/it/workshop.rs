@@ -13,10 +13,11 @@ use kiln_machine::ledger::{Capacity, Ledger};
 use kiln_machine::sim::{ExecCall, ExecEnd, Script, SimConfig, SimDriver};
 use kiln_machine::template::TemplateStore;
 use kiln_store::host::{HostConfig, HostRegistry};
-use kiln_store::records::NewRecord;
 use kiln_store::registry::LeaseTable;
 use kiln_worker::build::{self, BuildEnd, BuildInput};
 use kiln_worker::event::Events;
+use kiln_worker::fleet::mask::Mask;
+use kiln_worker::fleet::spool::Spool;
 use kiln_worker::home::Home;
 use kiln_worker::host::{Host, steady_unix_ms};
 use kiln_worker::image::CurrentImage;
@@ -116,13 +117,7 @@ impl Workshop {
         let tree = Tree::open(source.path(), None, &[], context::Limits::default());
         let tree = tree.expect("a tree");
         let id: JobId = "b1".parse().expect("an id");
-        let new = NewRecord {
-            id: id.clone(),
-            tenant: TenantName::local(),
-            kind: "image-build".to_owned(),
-            title: "test".to_owned(),
-            started_unix_ms: 1,
-        };
+        let spool = Spool::create(&self.host.home.cache.join("spool/b1.log")).expect("a spool");
         let request = JobRequest {
             id: id.clone(),
             tenant: TenantName::local(),
@@ -157,7 +152,7 @@ impl Workshop {
             step_env: Vec::new(),
             exceptions: Vec::new(),
             proxy: kiln_network::gateway::proxy::ProxyConfig::default(),
-            log: Arc::new(JobLog::begin(&self.host.home, new).expect("a record")),
+            log: Arc::new(JobLog::new(Arc::new(spool), &Mask::new([]))),
         };
         let (events, mut receiver) = Events::channel();
         let reading = tokio::spawn(async move { while receiver.recv().await.is_some() {} });

@@ -5,7 +5,8 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
-use kiln_core::{ByteSize, JobId};
+use kiln_controller::api::JobView;
+use kiln_core::{ByteSize, FailureClass, JobId};
 use kiln_image::bake::images::KEEP;
 use kiln_image::bake::stage::{StageCache, StageError};
 use kiln_image::bake::{BakeEvent, Cancel, MachineImages};
@@ -13,18 +14,19 @@ use kiln_image::heads::{HeadStore, SHARED};
 use kiln_machine::reap::sweep_partial;
 use kiln_machine::template::PrunePolicy;
 use kiln_store::host::HostRegistry;
-use kiln_store::records::{KEEP_DEFAULT, RecordState, Records};
 use kiln_store::registry::{GRACE_DEFAULT, Reference, RepoName};
 use kiln_worker::home::Home;
 use kiln_worker::repeat::Results;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::super::home_queue::HomeQueue;
 use super::super::operator::Operator;
 use super::super::table::{Table, left, right};
 use super::super::{disk_use, template};
 use super::{budgeted, names, survey, unpacked};
 use crate::error::{CliError, OrInfrastructure as _, Result};
+use crate::server::Server;
 use crate::show::Screen;
 
 /// Bake stages of each kind that stay: the present one, and the one before for a way back.
@@ -78,15 +80,6 @@ pub(super) async fn prune(operator: &Operator, forget_heads: bool, screen: Scree
         Some(bytes) => removed.push(Removed::of("bake stages", usize::from(bytes > 0), bytes)),
         None => screen.note("a bake is running, so its stages are left alone"),
     }
-    if home.jobs().is_dir() {
-        removed.push(measured("job records", &home.jobs(), || {
-            let records = Records::open(&home.jobs()).or_infrastructure()?;
-            records
-                .prune(KEEP_DEFAULT)
-                .map(|pruned| pruned.removed)
-                .or_infrastructure()
-        })?);
-    }
     sweep(home, screen);
     removed.extend(fit(operator, screen).await?);
     tell(&removed, screen);
@@ -124,8 +117,11 @@ fn prune_heads(dir: &Path, forget: bool) -> Result<Removed> {
 
 async fn prune_registry(operator: &Operator) -> Result<[Removed; 3]> {
     let home = &operator.home;
-    let host = operator.registry().await?.host;
-    let quarantines = orphans(home, &host).await?;
+    let queue = HomeQueue::open(home).await?;
+    let host = queue.registry().host.clone();
+    let quarantines = orphans(&queue.server(), &host).await;
+    queue.close().await;
+    let quarantines = quarantines?;
     let collected = host.gc(GRACE_DEFAULT).await.or_infrastructure()?;
     let named = named_manifests(&host).await?;
     let (count, bytes) =
@@ -176,11 +172,7 @@ fn sweep(home: &Home, screen: Screen) {
 }
 
 /// Removes what jobs that are over left in quarantine; gives how many jobs.
-async fn orphans(home: &Home, host: &HostRegistry) -> Result<usize> {
-    let records = match home.jobs().is_dir() {
-        true => Some(Records::open(&home.jobs()).or_infrastructure()?),
-        false => None,
-    };
+async fn orphans(server: &Server, host: &HostRegistry) -> Result<usize> {
     let mut jobs: Vec<JobId> = Vec::new();
     for repository in host.list_repositories(None).await.or_infrastructure()? {
         let mut parts = repository.as_str().split('/');
@@ -192,14 +184,19 @@ async fn orphans(home: &Home, host: &HostRegistry) -> Result<usize> {
     }
     jobs.sort();
     jobs.dedup();
-    jobs.retain(|job| {
-        let state = records
-            .as_ref()
-            .and_then(|records| records.show(job).ok())
-            .map(|record| record.state);
-        state != Some(RecordState::Running)
-    });
-    for job in &jobs {
+    let mut over = Vec::new();
+    for job in jobs {
+        let asked = server.get::<JobView>(&format!("/v1/jobs/{job}")).await;
+        match asked {
+            Ok(job) if job.line.state != "finished" => continue,
+            Ok(_) => {}
+            // Nobody knows it: what pushed there is gone with its home's queue.
+            Err(error) if error.class == FailureClass::Usage => {}
+            Err(error) => return Err(error),
+        }
+        over.push(job);
+    }
+    for job in &over {
         match host.delete_tree(&RepoName::quarantine_of_job(job)).await {
             Err(error) if !error.is_not_found() => {
                 return Err(CliError::infrastructure(&error));
@@ -207,7 +204,7 @@ async fn orphans(home: &Home, host: &HostRegistry) -> Result<usize> {
             _ => {}
         }
     }
-    Ok(jobs.len())
+    Ok(over.len())
 }
 
 /// Digests, in hex, of every manifest that a tag names, directly or through an index.

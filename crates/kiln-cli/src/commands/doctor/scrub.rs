@@ -4,14 +4,15 @@
 use std::fs;
 use std::path::Path;
 
+use kiln_controller::api::{JobLine, List};
 use kiln_core::ByteSize;
 use kiln_image::bake::{MachineImages, VerifyDepth};
 use kiln_image::heads::{HeadError, HeadStore};
 use kiln_machine::driver::Check;
-use kiln_store::records::Records;
 use kiln_worker::home::Home;
 
 use super::super::cache::unpacked;
+use super::super::home_queue::HomeQueue;
 use super::super::operator::Operator;
 use super::super::template;
 use super::{Report, fail, pass};
@@ -21,12 +22,11 @@ use crate::error::chain;
 type Scrub = fn(&Home) -> Vec<Check>;
 
 pub(super) async fn run(operator: &Operator, report: &mut Report) {
-    let parts: [(&str, Scrub); 5] = [
+    let parts: [(&str, Scrub); 4] = [
         ("scrub-images", images),
         ("scrub-heads", heads),
         ("scrub-templates", templates),
         ("scrub-unpacked", unpacked_images),
-        ("scrub-jobs", jobs),
     ];
     for (name, scrub) in parts {
         report.screen.note(&format!("{name}: reading ..."));
@@ -34,6 +34,8 @@ pub(super) async fn run(operator: &Operator, report: &mut Report) {
         let checks = tokio::task::spawn_blocking(move || scrub(&home)).await;
         report.all(checks.unwrap_or_else(|error| vec![fail(name, error.to_string(), "try again")]));
     }
+    report.screen.note("scrub-jobs: reading ...");
+    report.all(queue(&operator.home).await);
     report.screen.note("scrub-registry: reading ...");
     report.all(registry(operator).await);
 }
@@ -209,33 +211,32 @@ fn unpacked_images(home: &Home) -> Vec<Check> {
     sound(checks, name, all.len(), "unpacked images", bytes)
 }
 
-fn jobs(home: &Home) -> Vec<Check> {
+/// Its database is read whole when it is opened, and what it holds is asked for once.
+async fn queue(home: &Home) -> Vec<Check> {
     let name = "scrub-jobs";
-    if !home.jobs().is_dir() {
-        return vec![pass(name, "no job records")];
+    if !home.controller().is_dir() {
+        return vec![pass(name, "no jobs yet")];
     }
-    let listing = match Records::open(&home.jobs()).and_then(|records| records.list(0, usize::MAX))
-    {
-        Ok(listing) => listing,
-        Err(error) => {
-            return vec![fail(
-                name,
-                chain(&error),
-                "look at the directory's permissions",
-            )];
-        }
+    let asked = async {
+        let queue = HomeQueue::open(home).await?;
+        let jobs = queue
+            .server()
+            .get::<List<JobLine>>("/v1/jobs?limit=1")
+            .await;
+        queue.close().await;
+        jobs
     };
-    let broken = listing.unreadable.iter();
-    let checks = broken
-        .map(|one| {
-            fail(
-                name,
-                format!("{}: {}", one.id, chain(&one.error)),
-                format!("remove {}", home.jobs().join(one.id.as_str()).display()),
-            )
-        })
-        .collect();
-    sound(checks, name, listing.records.len(), "job records", 0)
+    vec![match asked.await {
+        Ok(_) => pass(name, "the queue's database is sound"),
+        Err(error) => fail(
+            name,
+            error.message,
+            format!(
+                "restore a backup, or move {} away: its jobs and logs are gone then",
+                home.controller().display()
+            ),
+        ),
+    }]
 }
 
 async fn registry(operator: &Operator) -> Vec<Check> {
@@ -373,7 +374,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("temp dir");
         let home = Home::below(dir.path());
         home.prepare().expect("home");
-        for scrub in [images, heads, templates, unpacked_images, jobs] {
+        for scrub in [images, heads, templates, unpacked_images] {
             assert!(
                 scrub(&home)
                     .iter()

@@ -1,0 +1,455 @@
+//! The queue of this home: the controller that serves it, wherever it runs, and this command as a worker of its own.
+//!
+//! The first command of a home starts the controller in its own process; others use it over the private socket. When the process that has it
+//! ends, however it ends, one of the others starts it again: everything that matters is in the home's database. A `kiln serve` of this home is
+//! just a controller that stays.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kiln_controller::api::{ApiConfig, JobView, ListenConfig, OutcomeView};
+use kiln_controller::server::{
+    self, FolderLock, Running, ServeConfig, Sharing, StartError, Tls, socket_path,
+};
+use kiln_controller::webhooks::ReceiverPolicy;
+use kiln_core::{FailureClass, JobRequest, Outcome, PoolName, WorkerId};
+use kiln_db::Retention;
+use kiln_store::HostRegistry;
+use kiln_telemetry::metrics::Prefix;
+use kiln_worker::event::{Event, Events};
+use kiln_worker::failure::Failure;
+use kiln_worker::fleet::client::{Client, LinkError};
+use kiln_worker::fleet::http::Target;
+use kiln_worker::fleet::job::JobEnd;
+use kiln_worker::fleet::local::LocalJob;
+use kiln_worker::fleet::own::{OwnWorker, Waiting};
+use kiln_worker::home::Home;
+use kiln_worker::host::{new_job_id, now_unix_ms};
+use kiln_worker::registry::RegistryAccess;
+use rustix::fs::{FlockOperation, flock};
+use serde_json::Value;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::operator::{self, Operator};
+use super::{serve, worker};
+use crate::args::ServerArgs;
+use crate::error::{CliError, OrInfrastructure as _, Result};
+use crate::server::{self as far, Server, words};
+
+/// Longest wait for the controller of another process to answer, or to be gone.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(15);
+/// Wait before it is tried again.
+const ATTACH_AGAIN: Duration = Duration::from_millis(20);
+/// How long requests of others may take to end when this process does.
+const STOP_PATIENCE: Duration = Duration::from_millis(200);
+/// How long room that was made stays free for whom it was made.
+const ROOM_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a job that waits is asked why.
+const WHY_EVERY: Duration = Duration::from_secs(2);
+
+/// This home's controller, here or in another process.
+#[derive(Debug)]
+pub(crate) struct HomeQueue {
+    registry: RegistryAccess,
+    socket: PathBuf,
+    stop: CancellationToken,
+    keeper: JoinHandle<Option<Running>>,
+}
+
+impl HomeQueue {
+    /// Uses the home's controller, or starts it.
+    ///
+    /// # Errors
+    /// When there is none and none can be started.
+    pub(crate) async fn open(home: &Home) -> Result<Self> {
+        let registry = operator::registry(home).await?;
+        let folder = home.controller();
+        let socket = socket_path(&folder);
+        let keeper = Keeper {
+            folder,
+            registry: registry.host.clone(),
+        };
+        let first = keeper.attach().await?;
+        let stop = CancellationToken::new();
+        Ok(Self {
+            registry,
+            socket,
+            keeper: tokio::spawn(keeper.keep(first, stop.clone())),
+            stop,
+        })
+    }
+
+    /// The home's registry.
+    pub(crate) fn registry(&self) -> &RegistryAccess {
+        &self.registry
+    }
+
+    /// The way to ask it.
+    pub(crate) fn server(&self) -> Server {
+        Server::of_home(self.socket.clone())
+    }
+
+    /// Runs a job of this command's own to its end.
+    ///
+    /// # Errors
+    /// When the controller refuses it.
+    pub(crate) async fn run(
+        &self,
+        operator: &Operator,
+        request: JobRequest,
+        local: LocalJob,
+        events: &Events,
+        cancel: &CancellationToken,
+    ) -> Result<JobEnd> {
+        let alive = Alive::new(&operator.home.controller())?;
+        let name = alive.worker.clone();
+        let target = Target::Socket(self.socket.clone());
+        let registry = self.registry.clone();
+        let shop = Arc::new(worker::workshop(operator, registry, target, name).await?);
+        let own = OwnWorker::join(shop, alive.worker.clone()).await;
+        let own = own.map_err(|error| worker::link(&error))?;
+        let local = LocalJob {
+            cancel: Some(cancel.clone()),
+            ..local
+        };
+        let ended = match own
+            .submit(request, std::collections::BTreeMap::new(), local)
+            .await
+        {
+            Ok(waiting) => self.wait(waiting, events, cancel).await,
+            Err(error) => Err(worker::link(&error)),
+        };
+        own.leave().await;
+        alive.over();
+        ended
+    }
+
+    async fn wait(
+        &self,
+        mut waiting: Waiting,
+        events: &Events,
+        cancel: &CancellationToken,
+    ) -> Result<JobEnd> {
+        let server = self.server();
+        let path = format!("/v1/jobs/{}", waiting.job());
+        let mut asked = false;
+        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + WHY_EVERY, WHY_EVERY);
+        loop {
+            tokio::select! {
+                ended = waiting.ended() => return Ok(ended.unwrap_or_else(failed)),
+                () = cancel.cancelled(), if !asked => {
+                    asked = true;
+                    let reason = format!("{path}?reason=interrupted");
+                    // A job that runs hears of it anyway: the queue is told so that its record says who asked.
+                    let _said = server.delete::<Value>(&reason).await;
+                }
+                _ = look.tick(), if waiting.is_queued() => {}
+            }
+            if !waiting.is_queued() {
+                continue;
+            }
+            let Ok(job) = server.get::<JobView>(&path).await else {
+                continue;
+            };
+            match (
+                job.line.state.as_str(),
+                &job.line.outcome,
+                &job.line.pending,
+            ) {
+                ("finished", Some(outcome), _) if waiting.is_queued() => {
+                    return Ok(never_ran(outcome));
+                }
+                ("queued", _, Some(pending)) => {
+                    let what = format!("waits: {}", words::waits(pending, now_unix_ms()));
+                    let detail = String::new();
+                    events.tell(Event::Progress { what, detail }).await;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Lets go of it. When it runs here, others of this home start it again.
+    pub(crate) async fn close(self) {
+        self.stop.cancel();
+        if let Ok(Some(running)) = self.keeper.await {
+            running.stop_within(STOP_PATIENCE).await;
+        }
+    }
+}
+
+/// Whom a verb about jobs, queues, tenants, tokens or workers asks.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    /// Who answers.
+    pub(crate) server: Server,
+    queue: Option<HomeQueue>,
+}
+
+impl Asked {
+    /// To be called when nothing more is asked.
+    pub(crate) async fn done(self) {
+        if let Some(queue) = self.queue {
+            queue.close().await;
+        }
+    }
+}
+
+/// The server that somebody named, else this home's controller, started for as long as this command runs when it runs nowhere.
+///
+/// # Errors
+/// When what they named cannot be used, or no controller can be started.
+pub(crate) async fn ask(said: &ServerArgs) -> Result<Asked> {
+    if let Some(server) = far::configured(said)? {
+        return Ok(Asked {
+            server,
+            queue: None,
+        });
+    }
+    let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
+    let queue = HomeQueue::open(&home).await?;
+    Ok(Asked {
+        server: queue.server(),
+        queue: Some(queue),
+    })
+}
+
+/// Takes a home's controller folder for a controller that stays: a command that has it makes room.
+///
+/// # Errors
+/// When another controller that stays has it.
+pub(super) async fn make_room(folder: &Path) -> Result<FolderLock> {
+    let end = tokio::time::Instant::now() + ATTACH_TIMEOUT;
+    let nobody = "none".parse().or_infrastructure()?;
+    let holder = Client::new(Target::Socket(socket_path(folder)), nobody);
+    loop {
+        let taken = match server::lock(folder) {
+            Err(taken @ StartError::Taken(_)) => taken,
+            locked => return locked.map_err(|error| serve::refused(&error)),
+        };
+        let way = "/worker/v1/give-way";
+        let asked = holder.call::<_, Value>(way, None, &Value::Null, ATTACH_TIMEOUT);
+        if let Err(LinkError::Refused { .. }) = asked.await {
+            return Err(serve::refused(&taken));
+        }
+        // It makes room, or it ends or starts just now.
+        if tokio::time::Instant::now() > end {
+            return Err(serve::refused(&taken));
+        }
+        tokio::time::sleep(ATTACH_AGAIN).await;
+    }
+}
+
+/// Whether this home ever had a queue.
+///
+/// # Errors
+/// When there is no home to ask for.
+pub(crate) fn is_untouched() -> Result<bool> {
+    let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
+    Ok(!home.controller().is_dir())
+}
+
+fn failed(failure: Failure) -> JobEnd {
+    JobEnd {
+        outcome: Outcome {
+            verdict: failure.verdict(),
+            phases_ms: Vec::new(),
+        },
+        result: Err(failure),
+        egress: kiln_network::record::EgressSummary::default(),
+        runtime: None,
+        artifacts: Vec::new(),
+    }
+}
+
+/// The end of a job that was over before it began.
+fn never_ran(outcome: &OutcomeView) -> JobEnd {
+    let class = outcome.class.clone().map(Value::String);
+    let class = class.and_then(|class| serde_json::from_value(class).ok());
+    let message = outcome.message.clone();
+    let failure = Failure::new(
+        class.unwrap_or(FailureClass::Infrastructure),
+        message.unwrap_or_else(|| "the job ended elsewhere".to_owned()),
+    );
+    failed(match outcome.hint.clone() {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    })
+}
+
+/// Where commands of a home show that they live, below its controller's folder.
+const ALIVE: &str = "commands";
+
+/// A locked file: whoever starts this home's controller sees by it at once whether this process still lives.
+#[derive(Debug)]
+struct Alive {
+    worker: WorkerId,
+    path: PathBuf,
+    _locked: File,
+}
+
+impl Alive {
+    /// Under a name that nobody else has, or ever had.
+    fn new(folder: &Path) -> Result<Self> {
+        let name = new_job_id('c').map_err(CliError::from_failure)?;
+        let worker: WorkerId = format!("command-{name}").parse().or_infrastructure()?;
+        let folder = folder.join(ALIVE);
+        fs::create_dir_all(&folder).or_infrastructure()?;
+        let (path, hidden) = (
+            folder.join(worker.as_str()),
+            folder.join(format!(".{worker}")),
+        );
+        // Locked before it is seen: one that can be locked is a dead command's.
+        let file = File::create(&hidden).or_infrastructure()?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive).or_infrastructure()?;
+        fs::rename(&hidden, &path).or_infrastructure()?;
+        Ok(Self {
+            worker,
+            path,
+            _locked: file,
+        })
+    }
+
+    fn over(self) {
+        let _gone_already = fs::remove_file(&self.path);
+    }
+}
+
+/// Ends what commands held that are dead. What cannot be ended now ends with its lease.
+async fn bury(folder: &Path, running: &Running) {
+    for entry in fs::read_dir(folder.join(ALIVE))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let name = entry.file_name();
+        let Some(worker) = name.to_str().and_then(|name| name.parse::<WorkerId>().ok()) else {
+            continue;
+        };
+        let Ok(file) = File::open(entry.path()) else {
+            continue;
+        };
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            continue;
+        }
+        match running.controller.db.bury_own_worker(&worker).await {
+            Ok(_) => {
+                let _gone_already = fs::remove_file(entry.path());
+            }
+            Err(error) => tracing::warn!(%worker, %error, "what it held is not ended yet"),
+        }
+    }
+}
+
+/// Sees to it that the home has a controller as long as this process lives.
+#[derive(Debug)]
+struct Keeper {
+    folder: PathBuf,
+    registry: HostRegistry,
+}
+
+/// Whose controller it is.
+enum Which {
+    Ours(Box<Running>),
+    /// Another process's; the connection ends with it.
+    Theirs(UnixStream),
+}
+
+impl Keeper {
+    /// One controller that answers.
+    async fn attach(&self) -> Result<Which> {
+        let socket = socket_path(&self.folder);
+        let end = tokio::time::Instant::now() + ATTACH_TIMEOUT;
+        loop {
+            if let Ok(stream) = UnixStream::connect(&socket).await {
+                return Ok(Which::Theirs(stream));
+            }
+            match server::start(self.config()).await {
+                Ok(running) => {
+                    bury(&self.folder, &running).await;
+                    return Ok(Which::Ours(Box::new(running)));
+                }
+                // It starts just now, or it stops.
+                Err(StartError::Taken(_)) if tokio::time::Instant::now() < end => {
+                    tokio::time::sleep(ATTACH_AGAIN).await;
+                }
+                Err(error) => return Err(serve::refused(&error)),
+            }
+        }
+    }
+
+    async fn keep(self, mut which: Which, stop: CancellationToken) -> Option<Running> {
+        loop {
+            match which {
+                Which::Ours(running) => {
+                    let asked = running.controller.give_way();
+                    tokio::select! {
+                        () = stop.cancelled() => return Some(*running),
+                        () = asked.cancelled() => {}
+                    }
+                    running.stop_within(STOP_PATIENCE).await;
+                    self.let_in(&stop).await;
+                }
+                Which::Theirs(mut stream) => {
+                    let mut nothing = [0; 1];
+                    tokio::select! {
+                        // It says nothing unless asked: whatever comes is the connection's end.
+                        _ended = stream.read(&mut nothing) => {}
+                        () = stop.cancelled() => return None,
+                    }
+                }
+            }
+            which = loop {
+                tokio::select! {
+                    attached = self.attach() => match attached {
+                        Ok(next) => break next,
+                        Err(error) => tracing::warn!(%error, "this home has no controller now"),
+                    },
+                    () = stop.cancelled() => return None,
+                }
+                tokio::time::sleep(ATTACH_AGAIN).await;
+            };
+        }
+    }
+
+    /// Waits for the one that room was made for.
+    async fn let_in(&self, stop: &CancellationToken) {
+        let socket = socket_path(&self.folder);
+        let comes = async {
+            while UnixStream::connect(&socket).await.is_err() {
+                tokio::time::sleep(ATTACH_AGAIN).await;
+            }
+        };
+        tokio::select! {
+            _came = tokio::time::timeout(ROOM_TIMEOUT, comes) => {}
+            () = stop.cancelled() => {}
+        }
+    }
+
+    fn config(&self) -> ServeConfig {
+        ServeConfig {
+            folder: self.folder.clone(),
+            database: None,
+            sharing: Sharing::default(),
+            listen: Vec::new(),
+            tls: Tls::Plain,
+            sockets: ListenConfig::default(),
+            api: ApiConfig::default(),
+            issuer: "kiln".to_owned(),
+            trusted: Vec::new(),
+            registry: self.registry.clone(),
+            registry_address: None,
+            pool: PoolName::default_pool(),
+            metrics: None,
+            prefix: Prefix::default(),
+            receivers: ReceiverPolicy::default(),
+            retention: Retention::default(),
+            generation: kiln_proto::fleet::GENERATION,
+        }
+    }
+}
