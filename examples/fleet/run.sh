@@ -79,6 +79,8 @@ start() { # NAME COMMAND...
   shift
   FLEET=$work "$@" >"$work/$name.log" 2>&1 </dev/null &
   echo $! >"$work/$name.pid"
+  # Its end is no news of the shell's.
+  disown
 }
 until_so() { # SECONDS WHAT COMMAND...
   local end=$((SECONDS + $1)) what=$2
@@ -185,13 +187,13 @@ say "$jobs jobs through the first controller, as a developer with a token would 
 token=$(kiln_at 1 token create --role developer --description fleet 2>/dev/null)
 submit() { # CONTROLLER WORDS
   KILN_HOME=$work/user KILN_TOKEN=$token "$kiln" --server "https://$net.$1:8443" --ca "$work/c1/controller/authority.pem" \
-    run --detach --cpus 1 --memory 256M --disk 1G -- sh -c "$2"
+    run --detach --cpus 1 --memory 256M --disk 1G -- sh -c "$2" 2>>"$work/submit.log"
 }
 ids=()
 for n in $(seq "$jobs"); do
-  ids+=("$(submit 1 "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do echo job $n line \$i; sleep 1; done")")
+  ids+=("$(submit 1 "for i in \$(seq 40); do echo job $n line \$i; sleep 1; done")")
 done
-first_runs() { kiln_at 2 job list --state running --json | grep -q '"worker":"host-1"'; }
+first_runs() { kiln_at 2 job list --state running --worker host-1 --json | grep -q '"id"'; }
 until_so 300 "a job runs on host-1" first_runs
 kiln_at 2 job list
 
