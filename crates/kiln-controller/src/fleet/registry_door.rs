@@ -26,6 +26,7 @@ use super::shield::DoorLimits;
 use super::who::now_unix_ms;
 use crate::access::{Door, Holder, Peer, RegistryAction, RegistryGrant};
 use crate::api::listen::Connection;
+use crate::peers::Relayed;
 use crate::state::Controller;
 
 /// Bytes between this server and the registry that may wait in memory, each way.
@@ -121,7 +122,16 @@ pub(super) async fn serve(
             Err(why) => return refuse(why, &challenge),
         },
     };
+    // Images lie with the controller they were pushed to: what is not here may be with another one.
+    let elsewhere = Relayed::of(&request).filter(|_| grant.lease().is_none());
     match forward(&controller, authority, request).await {
+        Ok(response) if response.status() == StatusCode::NOT_FOUND => {
+            let answer = match &elsewhere {
+                Some(asked) => controller.relayed(asked).await,
+                None => None,
+            };
+            answer.unwrap_or(response)
+        }
         Ok(response) => response,
         Err(error) => {
             tracing::warn!(%error, "the registry did not answer");

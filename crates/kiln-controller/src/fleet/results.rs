@@ -105,8 +105,7 @@ pub(super) async fn registry_token(
     .await?;
     // A worker on the private socket works in this home: its registry is this one.
     let here = peer.is_some_and(|peer| peer.is_owner());
-    let registry = controller.settings.registry_address.as_ref();
-    let Some(registry) = registry.filter(|_| !here) else {
+    let Some(registry) = controller.registry_address().filter(|_| !here) else {
         return Ok(Json(RegistryToken {
             registry: String::new(),
             token: String::new(),
@@ -118,7 +117,7 @@ pub(super) async fn registry_token(
         .issue_for_attempt(lease, quarantine_alone(lease), now_unix_ms())
         .map_err(|error| Refused::unavailable(error.to_string()))?;
     Ok(Json(RegistryToken {
-        registry: registry.clone(),
+        registry,
         token: issued.text,
         expires_unix_ms: issued.expires_unix_ms,
     }))

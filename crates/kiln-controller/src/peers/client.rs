@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use axum::body::Body;
 use bytes::Bytes;
-use http::{Method, Request, Response, StatusCode, Uri, header};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Incoming;
 use hyper::rt::{Read, ReadBufCursor, Write};
@@ -82,6 +83,37 @@ impl Asked {
             ),
             wait,
         }
+    }
+}
+
+/// A request that was handed on is not handed on again.
+const RELAYED: &str = "kiln-relayed";
+
+/// A request that another controller may be able to answer.
+#[derive(Clone, Debug)]
+pub(crate) struct Relayed {
+    method: Method,
+    path: String,
+    headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+impl Relayed {
+    /// What of a request is handed on; none when it has a body, or was handed on before.
+    pub(crate) fn of<B>(request: &Request<B>) -> Option<Self> {
+        let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+        if !reads || request.headers().contains_key(RELAYED) {
+            return None;
+        }
+        let kept = [header::AUTHORIZATION, header::ACCEPT, header::RANGE];
+        let headers = kept.into_iter().filter_map(|name| {
+            let value = request.headers().get(&name)?.clone();
+            Some((name, value))
+        });
+        Some(Self {
+            method: request.method().clone(),
+            path: request.uri().path_and_query()?.to_string(),
+            headers: headers.collect(),
+        })
     }
 }
 
@@ -174,6 +206,41 @@ impl Client {
         let answer = self.ask(controller, Method::GET, url, &path, Duration::ZERO);
         let bytes = body(answer.await?, url, JOB_BYTES_MAX).await?;
         Ok(bytes.to_vec())
+    }
+
+    /// Hands a request without a body on to another controller, with the caller's own proof; its answer is streamed back.
+    pub(super) async fn relay(
+        &self,
+        url: &str,
+        asked: &Relayed,
+    ) -> Result<Response<Body>, PeerError> {
+        let lost = |source: Box<dyn std::error::Error + Send + Sync>| PeerError::Unreachable {
+            url: url.to_owned(),
+            source,
+        };
+        let _slot = self
+            .slots
+            .acquire()
+            .await
+            .map_err(|shut| lost(shut.into()))?;
+        let mut request = Request::builder()
+            .method(asked.method.clone())
+            .uri(format!("{url}{}", asked.path))
+            .header(RELAYED, "1");
+        for (name, value) in &asked.headers {
+            request = request.header(name, value);
+        }
+        let request = request
+            .body(Empty::new())
+            .map_err(|error| lost(error.into()))?;
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, self.pool.request(request)).await;
+        let mut answer = answer
+            .map_err(|late| lost(late.into()))?
+            .map_err(|error| lost(error.into()))?;
+        for name in [header::CONNECTION, header::TRANSFER_ENCODING] {
+            answer.headers_mut().remove(name);
+        }
+        Ok(answer.map(Body::new))
     }
 
     async fn ask(

@@ -21,6 +21,7 @@ use kiln_store::logs::LogName;
 use tokio_util::sync::CancellationToken;
 
 pub use client::PeerError;
+pub(crate) use client::Relayed;
 use client::{Asked, Client};
 use mirror::Mirrors;
 
@@ -214,6 +215,35 @@ impl Controller {
         if let Err(error) = self.peers.client.end(self, url, name).await {
             tracing::debug!(log = %name, error = &error as &dyn std::error::Error, "its keeper ends it later");
         }
+    }
+
+    /// Where workers reach the registry of this very controller: a name of several would lead to another one's.
+    pub(crate) fn registry_address(&self) -> Option<String> {
+        let own = self.peers.url.get().filter(|_| self.peers.shared);
+        let own = own.and_then(|url| Some(url.split_once("://")?.1.to_owned()));
+        own.or_else(|| self.settings.registry_address.clone())
+    }
+
+    /// What another controller says to a request for something that is not here; none when nobody has it.
+    pub(crate) async fn relayed(
+        &self,
+        asked: &Relayed,
+    ) -> Option<http::Response<axum::body::Body>> {
+        for url in self.peers.others() {
+            match self.peers.client.relay(&url, asked).await {
+                Ok(answer) if answer.status() != http::StatusCode::NOT_FOUND => {
+                    return Some(answer);
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "a controller was not asked for an image"
+                    );
+                }
+            }
+        }
+        None
     }
 
     /// A secret that came with a job, from whichever controller took the job.

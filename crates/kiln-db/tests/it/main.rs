@@ -1,6 +1,7 @@
 //! One conformance suite for both engines: every test runs on SQLite and on a real PostgreSQL that the suite starts itself.
 
 mod claims;
+mod controllers;
 mod crash;
 mod doors;
 mod expiry;
