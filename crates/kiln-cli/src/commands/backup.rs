@@ -68,7 +68,8 @@ async fn create(server: &Server, file: &Path) -> Result<u64> {
     }
     let answer = server.send(Method::GET, "/private/backup", crate::server::empty(), &[]);
     let answer = answer.await.map_err(|error| match error.class {
-        FailureClass::Usage => {
+        // No other door has this route.
+        FailureClass::Usage if error.message.contains("no route") => {
             error.hint("a backup is taken on the server's own host, over its private socket")
         }
         _ => error,

@@ -27,7 +27,7 @@ const RETRY: Duration = Duration::from_millis(500);
 /// Longest wait for the controller when the worker leaves.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest wait for the answer to a heartbeat. Short, so that one that went into a dead connection leaves time for another within a lease's life.
-const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(4);
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(6);
 /// How long machines get to end after the worker was asked to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
