@@ -35,14 +35,15 @@ test: ## Set up, then run every check and test
 	cargo xtask test --kiln $(KILN) --guest $(GUEST)
 
 .PHONY: soak
-soak: build ## The long versions of the fault tests: more schedules, seeds, followers and killed builds, about half an hour
+soak: build ## The long versions of the fault tests: more schedules, seeds, followers and killed builds, about an hour
 	KILN_SIM_SCHEDULES=200000 cargo test --locked -p kiln-controller --test it fleet_lease_sim -- --nocapture
 	set -e; for seed in $$(seq 1 20); do \
 	  KILN_FAULT_SEED=$$seed cargo test --locked -p kiln-controller --test it fleet_faults -- --nocapture; done
 	KILN_FOLLOWERS=5000 cargo test --locked -p kiln-controller --test it fleet_followers -- --nocapture
 	KILN_HOME=$(TARGET)/test-home $(KILN) setup --recipe machine-image --guest $(GUEST)
-	KILN_TEST_BIN=$(KILN) KILN_TEST_HOME=$(TARGET)/test-home KILN_KILL_BUILDS=10 \
-	  cargo test --locked -p kiln-cli --test it fleet_kill -- --nocapture
+	KILN_TEST_BIN=$(KILN) KILN_TEST_HOME=$(TARGET)/test-home KILN_KILL_BUILDS=10 KILN_TEST_LONG=1 \
+	  cargo test --locked -p kiln-cli --test it -- fleet_kill flood_of_log --nocapture
+	KILN_HOME=$(TARGET)/test-home $(KILN) bench soak --soak 600
 
 .PHONY: bench
 bench: setup ## Measure what PROMISES.md promises

@@ -54,6 +54,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "kiln-worker",
             "kiln-controller",
             "kiln-db",
+            "kiln-scheduler",
         ],
     ),
     ("kiln-testkit", &["kiln-core", "kiln-proto"]),

@@ -449,6 +449,9 @@ pub(crate) struct BenchArgs {
     /// For `bake`: the static kiln-guest binary; else the one beside this program
     #[arg(long, value_name = "PATH")]
     pub guest: Option<PathBuf>,
+    /// For `soak`: its length for each database
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub soak: u64,
 }
 
 /// Options of `kiln setup`.

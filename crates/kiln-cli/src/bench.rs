@@ -2,18 +2,26 @@
 //!
 //! Every raw sample is kept in `<data>/bench/<unix time>.json`; the table is only a view of it. Nothing is warmed up in secret and no sample
 //! is dropped. Builds run as the user's own tenant, so its build cache moves on; their images are removed again. Read next:
-//! [`series`] (samples and promises), [`machines`] (clone, cold, many), [`builds`] (run, build), [`registry`], [`bake`].
+//! [`series`] (samples and promises), [`machines`] (clone, cold, many), [`builds`] (run, build), [`registry`], [`bake`]; of a controller:
+//! [`decisions`] (decision, claims), [`queue`] (serve, lease, dead, soak), [`beside`] (cancel, through).
 
 mod bake;
+mod beside;
 mod builds;
 mod child;
+mod decisions;
 mod machines;
+mod postgres;
+mod queue;
 mod registry;
 mod report;
 mod series;
+mod serving;
+mod stand_in;
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use kiln_core::FailureClass;
 use kiln_worker::home::Home;
@@ -35,10 +43,18 @@ enum Name {
     Build,
     Registry,
     Bake,
+    Decision,
+    Claims,
+    Serve,
+    Lease,
+    Dead,
+    Cancel,
+    Through,
+    Soak,
 }
 
 impl Name {
-    const ALL: [(Self, &str); 7] = [
+    const ALL: [(Self, &str); 15] = [
         (Self::Clone, "clone"),
         (Self::Cold, "cold"),
         (Self::Run, "run"),
@@ -46,6 +62,14 @@ impl Name {
         (Self::Build, "build"),
         (Self::Registry, "registry"),
         (Self::Bake, "bake"),
+        (Self::Decision, "decision"),
+        (Self::Claims, "claims"),
+        (Self::Serve, "serve"),
+        (Self::Lease, "lease"),
+        (Self::Dead, "dead"),
+        (Self::Cancel, "cancel"),
+        (Self::Through, "through"),
+        (Self::Soak, "soak"),
     ];
 
     fn parse(word: &str) -> Result<Self> {
@@ -77,6 +101,8 @@ struct Bench<'a> {
     recipe: &'a Path,
     /// The guest that `bake` puts into its image; else the one beside this program.
     guest: Option<&'a Path>,
+    /// How long `soak` goes on for each database.
+    soak: Duration,
     work: &'a Path,
     screen: Screen,
     cancel: &'a CancellationToken,
@@ -122,6 +148,7 @@ pub(crate) async fn run(
         samples: args.samples,
         recipe: &args.recipe,
         guest: args.guest.as_deref(),
+        soak: Duration::from_secs(args.soak),
         work: &work.dir,
         screen,
         cancel,
@@ -149,6 +176,14 @@ async fn all(bench: &Bench<'_>, names: &[Name], report: &mut Report) -> Result<(
             Name::Build => builds::build(bench, report).await?,
             Name::Registry => registry::registry(bench, report).await?,
             Name::Bake => bake::from_nothing(bench, report).await?,
+            Name::Decision => decisions::decision(bench, report)?,
+            Name::Claims => decisions::claims(bench, report).await?,
+            Name::Serve => queue::serve(bench, report).await?,
+            Name::Lease => queue::lease(bench, report).await?,
+            Name::Dead => queue::dead(bench, report).await?,
+            Name::Cancel => beside::cancel(bench, report).await?,
+            Name::Through => beside::through(bench, report).await?,
+            Name::Soak => queue::soak(bench, report).await?,
         }
         report.save().or_infrastructure()?;
     }

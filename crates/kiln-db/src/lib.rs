@@ -22,6 +22,7 @@ mod leader;
 mod lease;
 mod leases_of;
 mod list;
+pub mod measure;
 mod notify;
 mod open;
 mod outbox;

@@ -12,6 +12,7 @@ mod order;
 pub mod plan;
 mod prepare;
 mod room;
+pub mod sample;
 mod timeline;
 pub mod view;
 

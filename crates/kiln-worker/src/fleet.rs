@@ -11,6 +11,7 @@ mod far;
 pub mod fence;
 pub mod http;
 pub mod identity;
+pub mod idle;
 pub mod job;
 pub mod local;
 pub mod mask;

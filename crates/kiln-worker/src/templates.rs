@@ -207,6 +207,38 @@ pub async fn prepare_all(
     Ok(())
 }
 
+/// Whether the template of this head is there, in this size.
+///
+/// # Errors
+/// When it cannot be looked for.
+pub async fn has_head(
+    host: &Host,
+    head: &Head,
+    cpus: u32,
+    memory: ByteSize,
+    events: &Events,
+) -> Result<bool, Failure> {
+    let variant = Variant::OnHead(head);
+    let found = find_or_make(host, variant, cpus, memory, false, events).await?;
+    Ok(found.is_some())
+}
+
+/// Makes the template of this head, in this size, unless it is there.
+///
+/// # Errors
+/// When it could not be made.
+pub async fn prepare_head(
+    host: &Host,
+    head: &Head,
+    cpus: u32,
+    memory: ByteSize,
+    events: &Events,
+) -> Result<(), Failure> {
+    let variant = Variant::OnHead(head);
+    let made = find_or_make(host, variant, cpus, memory, true, events).await;
+    made.map(drop)
+}
+
 /// A template that fits this host now. One whose files are whole but that its driver refuses (the home was moved or copied) is removed
 /// and, where that is wanted, made again.
 async fn find_or_make(

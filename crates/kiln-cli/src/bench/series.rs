@@ -14,6 +14,8 @@ pub(super) enum Unit {
     Ratio,
     /// Things.
     Count,
+    /// Things per second.
+    PerSecond,
 }
 
 impl Unit {
@@ -21,10 +23,14 @@ impl Unit {
     pub(super) fn text(self, value: f64) -> String {
         match self {
             Self::Milliseconds if value.abs() >= 10_000.0 => format!("{:.1} s", value / 1e3),
+            Self::Milliseconds if value.abs() < 100.0 && value.fract() != 0.0 => {
+                format!("{value:.1} ms")
+            }
             Self::Milliseconds => format!("{value:.0} ms"),
             Self::Bytes => format!("{:.1} MB", value / 1e6),
             Self::Ratio => format!("{value:.2} x"),
             Self::Count => format!("{value:.0}"),
+            Self::PerSecond => format!("{value:.0}/s"),
         }
     }
 }
@@ -39,6 +45,8 @@ pub(super) enum Promise {
     MedianAtLeast(f64),
     /// No sample is above this.
     EachAtMost(f64),
+    /// The 99th percentile is at most this.
+    P99AtMost(f64),
 }
 
 /// Samples in the order they were taken.
@@ -61,6 +69,8 @@ pub(super) struct Statistics {
     pub p50: f64,
     /// 95th percentile.
     pub p95: f64,
+    /// 99th percentile.
+    pub p99: f64,
     /// Least.
     pub min: f64,
     /// Most.
@@ -79,6 +89,7 @@ impl Series {
         Some(Statistics {
             p50: rank(50)?,
             p95: rank(95)?,
+            p99: rank(99)?,
             min: *sorted.first()?,
             max: *sorted.last()?,
         })
@@ -91,6 +102,7 @@ impl Series {
             Promise::MedianAtMost(limit) => numbers.p50 <= limit,
             Promise::MedianAtLeast(limit) => numbers.p50 >= limit,
             Promise::EachAtMost(limit) => numbers.max <= limit,
+            Promise::P99AtMost(limit) => numbers.p99 <= limit,
         })
     }
 
@@ -103,6 +115,7 @@ impl Series {
             Promise::MedianAtMost(limit) | Promise::EachAtMost(limit) => {
                 format!("<= {}", self.unit.text(limit))
             }
+            Promise::P99AtMost(limit) => format!("p99 <= {}", self.unit.text(limit)),
             Promise::MedianAtLeast(limit) => format!(">= {}", self.unit.text(limit)),
         };
         match self.kept() {
@@ -133,6 +146,7 @@ mod tests {
         let expected = Statistics {
             p50: 10.0,
             p95: 19.0,
+            p99: 20.0,
             min: 1.0,
             max: 20.0,
         };

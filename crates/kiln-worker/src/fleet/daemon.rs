@@ -5,21 +5,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kiln_core::dispatch::{Room, WorkerFacts};
-use kiln_core::{AttemptId, ByteSize, Epoch, Label, Lease};
+use kiln_core::{AttemptId, ByteSize, Epoch, JobKind, Label, Lease};
 use kiln_machine::ledger::Capacity;
 use kiln_proto::fleet::{
     HEARTBEAT_MS, Heartbeat, HeartbeatAnswer, HeldLease, LEASES_MAX, LeaseAnswer, Leased, POLL_MS,
     Poll, PollAnswer, Release, Released,
 };
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::client::{LinkError, REQUEST_TIMEOUT};
 use super::clock::boot_ms;
 use super::fence::Fence;
+use super::idle::{self, Recent};
 use super::job::{self, Stop, Workshop};
 use super::reconcile::{self, Reconciler};
+use crate::event::Events;
 use crate::host::{CPU_OVERCOMMIT_PERCENT, MEMORY_RESERVE, steady_unix_ms};
 
 /// Wait before a poll or heartbeat that failed is sent again.
@@ -79,6 +81,10 @@ struct Daemon {
     beat: Notify,
     /// A heartbeat was not answered: what else waits on the line waits in vain.
     silent: Notify,
+    /// How many jobs there are.
+    busy: watch::Sender<usize>,
+    /// Who built here last.
+    recent: Mutex<Recent>,
 }
 
 /// Works for the controller until `stop`, or until the controller no longer knows this worker. Jobs that run then are lost for this worker and
@@ -103,6 +109,8 @@ pub async fn serve(
         changed: Notify::new(),
         beat: Notify::new(),
         silent: Notify::new(),
+        busy: watch::Sender::new(0),
+        recent: Mutex::default(),
     });
     if !daemon.offer.is_new {
         let released = tokio::select! {
@@ -116,6 +124,7 @@ pub async fn serve(
         ended = daemon.heartbeats() => Err(ended),
         never = daemon.fence() => match never {},
         never = daemon.reconcile() => match never {},
+        never = daemon.idle() => match never {},
         ended = daemon.polls(&mut jobs) => Err(ended),
         () = stop.cancelled() => Ok(()),
     };
@@ -220,6 +229,46 @@ impl Daemon {
                 state.destroyed.pop_first();
             }
             state.destroyed.insert(gone);
+        }
+    }
+
+    /// Prepares what the next builds start from while nothing runs; stops at once when a job comes.
+    async fn idle(&self) -> Never {
+        let mut busy = self.busy.subscribe();
+        let (events, mut told) = Events::channel();
+        let _said = tokio::spawn(async move { while told.recv().await.is_some() {} });
+        let mut wait = idle::IDLE_AFTER;
+        loop {
+            // The sender lives as long as this.
+            let _idle = busy.wait_for(|jobs| *jobs == 0).await.is_ok();
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                _ = busy.changed() => {
+                    wait = idle::IDLE_AFTER;
+                    continue;
+                }
+            }
+            let recent = {
+                let recent = self.recent.lock();
+                recent.unwrap_or_else(PoisonError::into_inner).clone()
+            };
+            let preparing = idle::prepare_next(&self.shop.host, &recent, &events);
+            let done = tokio::select! {
+                biased;
+                _ = busy.wait_for(|jobs| *jobs > 0) => {
+                    wait = idle::IDLE_AFTER;
+                    continue;
+                }
+                done = preparing => done,
+            };
+            wait = match done {
+                Ok(idle::Done::Made) => Duration::ZERO,
+                Ok(idle::Done::Nothing | idle::Done::NoRoom) => idle::LOOK_AGAIN,
+                Err(failure) => {
+                    tracing::warn!(%failure, "idle: nothing was prepared");
+                    idle::LOOK_AGAIN
+                }
+            };
         }
     }
 
@@ -402,6 +451,11 @@ impl Daemon {
                 confirmed: confirmed.clone(),
             };
             state.running.insert(attempt.clone(), running);
+            self.busy.send_replace(state.running.len());
+        }
+        if !matches!(leased.request.kind, JobKind::Run(_)) {
+            let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+            recent.built(&leased.request.tenant, &leased.request.limits);
         }
         self.changed.notify_one();
         self.beat.notify_one();
@@ -435,6 +489,7 @@ impl Drop for Over<'_> {
         let mut state = self.daemon.lock();
         state.fence.ended(&self.attempt);
         state.running.remove(&self.attempt);
+        self.daemon.busy.send_replace(state.running.len());
         self.daemon.shop.host.leases.end(&self.attempt);
         drop(state);
         self.daemon.changed.notify_one();
