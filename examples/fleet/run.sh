@@ -35,7 +35,7 @@ unset KILN_HOME KILN_SERVER KILN_TOKEN KILN_CA KILN_DATABASE KILN_STORE
 # --- what is made is named after this process; what a killed run left goes first
 readonly PREFIX=/tmp/kiln-fleet
 remove_run() { # PID of the run
-  local id=$1 space pid
+  local id=$1 space pid port home
   for space in "kf$id-1" "kf$id-2"; do
     ip netns list | grep -q "^$space\b" || continue
     for pid in $(ip netns pids "$space"); do kill -9 "$pid" 2>/dev/null || true; done
@@ -53,7 +53,8 @@ remove_run() { # PID of the run
   done
   for space in "kf$id-1" "kf$id-2"; do ip netns del "$space" 2>/dev/null || true; done
   ip link del "kf$id" 2>/dev/null || true
-  rm -f "/tmp/seaweedfs-"*"-grpc-"*".sock.$id"
+  # Sockets that the S3 server makes in a place of its own choosing.
+  for port in $(cat "$PREFIX.$id/ports" 2>/dev/null); do rm -f /tmp/seaweedfs-*-grpc-"$((port + 10000))".sock; done
   rm -rf "$PREFIX.$id"
 }
 for old in "$PREFIX".*; do
@@ -118,9 +119,10 @@ cat >"$work/s3/s3.json" <<JSON
 "actions":["Admin","Read","Write","List","Tagging"]}]}
 JSON
 master=$(free_port) volume=$(free_port) filer=$(free_port) s3=$(free_port)
+echo "$master" "$volume" "$filer" "$s3" >"$work/ports"
 (
   cd "$work/s3"
-  start ../s3 "$weed" -logtostderr=true server -dir=. -ip=127.0.0.1 -ip.bind=127.0.0.1 -filer=true -s3=true \
+  start s3 "$weed" -logtostderr=true server -dir=. -ip=127.0.0.1 -ip.bind=127.0.0.1 -filer=true -s3=true \
     -s3.config=s3.json -s3.port.iceberg=0 -s3.port.lance=0 -master.telemetry=false -filer.localSocket=filer.sock \
     -s3.localSocket=s3.sock -volume.max=4 -master.volumeSizeLimitMB=64 -master.port="$master" -volume.port="$volume" \
     -filer.port="$filer" -s3.port="$s3"

@@ -7,6 +7,7 @@ use kiln_controller::server::{self, Running, ServeConfig, SharedError, Sharing, 
 use kiln_controller::webhooks::ReceiverPolicy;
 use kiln_core::{FailureClass, PoolName};
 use kiln_db::{DatabaseUrl, OpenOptions, Retention};
+use kiln_store::BucketError;
 use kiln_store::logs::{S3Credentials, S3Target};
 use kiln_telemetry::metrics::Prefix;
 use kiln_worker::fleet::http::Target;
@@ -199,6 +200,12 @@ pub(super) fn refused(error: &StartError) -> CliError {
             FailureClass::Usage,
             Some(
                 "stop the other one, start it with --store s3://... and --adopt-database, then this one with the same --store; docs/guides/server.md",
+            ),
+        ),
+        StartError::Shared(SharedError::Bucket(BucketError::Target(_))) => (
+            FailureClass::Usage,
+            Some(
+                "--store-plain-http speaks http:// to a bucket on another host, where others can listen in",
             ),
         ),
         StartError::Shared(SharedError::OtherStore { .. }) => (

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
 use crate::support::{Kiln, Started, kiln, path, until};
@@ -72,6 +73,28 @@ fn a_server_that_cannot_start_says_why() {
     kiln.run(&["serve"]).exits(3).says("is damaged");
     fs::write(&file, &good).expect("write");
     stop(serve(&kiln));
+}
+
+#[test]
+fn a_bucket_that_cannot_be_used_is_said() {
+    let Some((kiln, dir)) = fresh() else { return };
+    let key = dir.path().join("bucket-key");
+    let mode = |mode| fs::set_permissions(&key, fs::Permissions::from_mode(mode)).expect("chmod");
+    fs::write(&key, "access_key_id = \"hidden\"\n").expect("write");
+    mode(0o644);
+    let plain = "s3://b?endpoint=http://s3.example.org";
+    let with_key = |store| ["serve", "--store", store, "--store-key", path(&key)];
+    kiln.run(&with_key("s3://b"))
+        .exits(2)
+        .says("can be read by others");
+    mode(0o600);
+    let said = kiln.run(&with_key("s3://b")).exits(2);
+    assert!(!said.err.contains("hidden"), "{}", said.err);
+    fs::write(&key, "access_key_id = \"a\"\nsecret_access_key = \"b\"\n").expect("write");
+    kiln.run(&with_key("ftp://b")).exits(2).says("--store");
+    kiln.run(&with_key(plain)).exits(2).says("is not https");
+    let nowhere = "s3://b?endpoint=http://127.0.0.1:1";
+    kiln.run(&with_key(nowhere)).exits(3).says("object store");
 }
 
 #[test]

@@ -463,8 +463,11 @@ impl Reader {
                 .backend()
                 .read_log(&self.job, self.offset, PIECE)
                 .await;
-            let Ok(piece) = piece else {
-                return self.goodbye();
+            let piece = match piece {
+                Ok(piece) => piece,
+                // The controller that keeps it is away for a moment, or for good: then the worker goes to another.
+                Err(_) if !over && self.follow => super::LogPiece::default(),
+                Err(_) => return self.goodbye(),
             };
             if !piece.bytes.is_empty() {
                 self.offset += piece.bytes.len() as u64;
