@@ -12,8 +12,9 @@ use kiln_core::PoolName;
 use kiln_db::{Database, DatabaseUrl, OpenError, OpenOptions, Retention};
 use kiln_store::HostRegistry;
 use kiln_store::artifacts::{ArtifactError, ArtifactStore};
-use kiln_store::logs::{LogConfig, LogError, LogKeys, LogStore, ObjectTarget};
+use kiln_store::logs::{LogConfig, LogError, LogStore, ObjectTarget};
 use kiln_telemetry::metrics::{Metrics, Prefix};
+use kiln_telemetry::otlp::{Tracer, TracerError};
 use rustix::fs::{FlockOperation, flock};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -26,6 +27,7 @@ use crate::fleet::source::{SourceError, SourceStore};
 use crate::fleet::{doors, schedule, sweep};
 use crate::metrics;
 use crate::peers::{self, Peers};
+use crate::pipelines::Pipelines;
 use crate::shared;
 pub use crate::shared::{SharedError, Sharing};
 use crate::state::{Controller, Parts, Settings};
@@ -67,6 +69,10 @@ pub struct ServeConfig {
     pub metrics: Option<SocketAddr>,
     /// First word of the metrics' names.
     pub prefix: Prefix,
+    /// Collector of spans, `http://HOST:4318`; none: they go nowhere.
+    pub otlp: Option<String>,
+    /// Whether logs and artifacts are encrypted where they lie; what was is read either way.
+    pub encrypt_logs: bool,
     /// Where webhooks may go.
     pub receivers: ReceiverPolicy,
     /// How long finished jobs are kept.
@@ -139,6 +145,9 @@ pub enum StartError {
     /// A listener.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The collector of spans.
+    #[error(transparent)]
+    Tracer(#[from] TracerError),
     /// Too many names for one certificate.
     #[error("a certificate names at most {CERTIFICATE_NAMES_MAX} hosts")]
     Names,
@@ -257,13 +266,26 @@ async fn opened(
     let sources = config.folder.join("sources");
     let process = holder();
     let peers = Peers::new(id, process.clone(), db.is_shared(), access.authority());
+    let counters = Metrics::new(config.prefix, env!("CARGO_PKG_VERSION"));
+    let tracer = match &config.otlp {
+        None => Tracer::off(),
+        Some(url) => {
+            let metrics = counters.clone();
+            let dropped = Arc::new(move |count| metrics.spans_dropped(count));
+            Tracer::start(url, "kiln-controller", dropped)?
+        }
+    };
+    let log_keys = access.log_keys(config.encrypt_logs);
+    logs.keys = log_keys.clone();
     let parts = Parts {
-        metrics: Metrics::new(config.prefix, env!("CARGO_PKG_VERSION")),
+        metrics: counters,
+        pipelines: Pipelines::default(),
+        tracer,
         db,
         access,
         sources: SourceStore::open(&sources, config.api.source_max, bucket)?,
         logs: LogStore::open(logs).await?,
-        artifacts: ArtifactStore::open(arriving, &kept, LogKeys::default())?,
+        artifacts: ArtifactStore::open(arriving, &kept, log_keys)?,
         registry: config.registry.clone(),
         secrets: Secrets::default(),
         peers: peers.map_err(StartError::Peers)?,

@@ -8,12 +8,14 @@ use kiln_store::HostRegistry;
 use kiln_store::artifacts::ArtifactStore;
 use kiln_store::logs::LogStore;
 use kiln_telemetry::metrics::Metrics;
+use kiln_telemetry::otlp::Tracer;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Access;
 use crate::fleet::secrets::Secrets;
 use crate::fleet::source::SourceStore;
 use crate::peers::Peers;
+use crate::pipelines::Pipelines;
 
 /// One controller. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -44,6 +46,10 @@ pub struct Parts {
     pub peers: Peers,
     /// What is counted.
     pub metrics: Metrics,
+    /// Pipelines whose builds fail.
+    pub pipelines: Pipelines,
+    /// Where spans go.
+    pub tracer: Tracer,
     /// The operator's settings.
     pub settings: Settings,
     /// A name of this process, never used again.

@@ -27,6 +27,9 @@ pub struct JobRequest {
     /// How it is queued.
     #[serde(default)]
     pub dispatch: Dispatch,
+    /// W3C trace context of whoever asked, checked. Decides nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
 }
 
 /// The kinds of job.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use kiln_core::dispatch::{Room, WorkerFacts};
+use kiln_core::dispatch::WorkerFacts;
 use kiln_core::{
     AttemptId, Digest, Epoch, ImageRef, JobId, JobRequest, Label, Lease, Observed, Outcome,
     PoolName, Receipt, WorkerId,
@@ -192,9 +192,6 @@ pub struct HeartbeatAnswer {
     pub ttl_ms: u64,
     /// One for each lease asked about, in the same order.
     pub leases: Vec<LeaseAnswer>,
-    /// Attempts the controller believes this worker holds and the worker did not name: machines of them are orphans when there are any.
-    #[serde(default)]
-    pub unknown: Vec<AttemptId>,
 }
 
 /// What is to become of one lease.
@@ -217,8 +214,6 @@ pub enum LeaseAnswer {
 /// `POST /worker/v1/poll`: held open until there is work or [`POLL_MS`] have passed.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Poll {
-    /// Room it has left.
-    pub free: Room,
     /// Leases it has already: it is told the others.
     #[serde(default)]
     pub held: Vec<HeldLease>,

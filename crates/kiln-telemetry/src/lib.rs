@@ -1,9 +1,10 @@
 //! Every metric and span name, log set-up and trace context, in one place.
 //!
-//! No exporter for OpenTelemetry: spans carry W3C ids in the JSON logs ([`trace`]), and a collector can read them there.
+//! Spans carry W3C ids in the JSON logs ([`trace`]), and go to a collector where the operator names one ([`otlp`]).
 
 mod logs;
 pub mod metrics;
+pub mod otlp;
 pub mod trace;
 
 pub use logs::{LogFormat, init_logs};
@@ -26,4 +27,10 @@ pub mod span {
     pub const COMMIT: &str = "commit";
     /// A user's command.
     pub const RUN: &str = "run";
+    /// Reading the files that a command left.
+    pub const COLLECT: &str = "collect";
+    /// Sending them to the controller.
+    pub const ARTIFACTS: &str = "artifacts";
+    /// Sending an image to the controller.
+    pub const PUBLISH: &str = "publish";
 }

@@ -149,6 +149,8 @@ struct Inner {
     pending: Family<One, GaugeI>,
     workers: Family<One, GaugeI>,
     failing: GaugeI,
+    pipeline_failures: Counter,
+    spans_dropped: Counter,
     lease_expiries: Counter,
     orphans: Counter,
     retries: Counter,
@@ -187,6 +189,8 @@ impl Inner {
             pending: Family::default(),
             workers: Family::default(),
             failing: Gauge::default(),
+            pipeline_failures: Counter::default(),
+            spans_dropped: Counter::default(),
             lease_expiries: Counter::default(),
             orphans: Counter::default(),
             retries: Counter::default(),
@@ -254,6 +258,16 @@ impl Inner {
             "pipelines_failing",
             "Pipelines whose last three builds or more have failed",
             self.failing.clone(),
+        );
+        r.register(
+            "pipeline_failures",
+            "Pipelines that came to three failed builds in a row",
+            self.pipeline_failures.clone(),
+        );
+        r.register(
+            "spans_dropped",
+            "Spans that found no room or no collector",
+            self.spans_dropped.clone(),
         );
         r.register(
             "lease_expiries",
@@ -421,6 +435,16 @@ impl Metrics {
         self.inner
             .failing
             .set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    /// A pipeline came to three failed builds in a row.
+    pub fn pipeline_failed(&self) {
+        self.inner.pipeline_failures.inc();
+    }
+
+    /// Spans were dropped.
+    pub fn spans_dropped(&self, count: u64) {
+        self.inner.spans_dropped.inc_by(count);
     }
 
     /// Leases ended in silence.

@@ -18,4 +18,5 @@ pub mod mask;
 pub mod own;
 pub mod reconcile;
 pub mod report;
+mod spans;
 pub mod spool;

@@ -232,6 +232,7 @@ mod tests {
             trust: TrustClass::Trusted,
             network_bits: None,
             dispatch: kiln_core::Dispatch::default(),
+            traceparent: None,
         }
     }
 

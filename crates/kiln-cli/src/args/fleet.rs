@@ -499,6 +499,15 @@ pub(crate) struct ServeArgs {
     /// Show /metrics at this address, plain HTTP and without a token
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub metrics: Option<std::net::SocketAddr>,
+    /// First word of the metrics' names: kiln or hypeman
+    #[arg(long, value_name = "NAME", default_value = "kiln")]
+    pub metrics_prefix: kiln_telemetry::metrics::Prefix,
+    /// Send spans of jobs to this OpenTelemetry collector (OTLP over HTTP), http://HOST:4318
+    #[arg(long, value_name = "URL")]
+    pub otlp: Option<String>,
+    /// Encrypt logs and artifacts where they lie, with a key below controller/keys
+    #[arg(long)]
+    pub encrypt_logs: bool,
     /// Run jobs on this host, too
     #[arg(long)]
     pub with_worker: bool,
@@ -532,6 +541,9 @@ pub(crate) struct WorkerArgs {
     /// Most machines at a time
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub machines: u32,
+    /// Send spans of jobs to this OpenTelemetry collector (OTLP over HTTP), http://HOST:4318
+    #[arg(long, value_name = "URL")]
+    pub otlp: Option<String>,
 }
 
 #[cfg(test)]

@@ -55,6 +55,7 @@ pub(super) async fn run(
         trust: TrustClass::Trusted,
         network_bits: None,
         dispatch: kiln_core::Dispatch::default(),
+        traceparent: None,
     };
     let queue = HomeQueue::open(&operator.home).await?;
     let (events, receiver) = Events::channel();

@@ -446,6 +446,8 @@ impl Keeper {
             registry_address: None,
             pool: PoolName::default_pool(),
             metrics: None,
+            otlp: None,
+            encrypt_logs: false,
             prefix: Prefix::default(),
             receivers: ReceiverPolicy::default(),
             retention: Retention::default(),

@@ -72,6 +72,7 @@ pub(super) async fn run(
         trust: TrustClass::Untrusted,
         network_bits: None,
         dispatch: kiln_core::Dispatch::default(),
+        traceparent: None,
     };
     let queue = HomeQueue::open(&operator.home).await?;
     let (events, receiver) = Events::channel();

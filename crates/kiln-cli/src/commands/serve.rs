@@ -9,7 +9,6 @@ use kiln_core::{FailureClass, PoolName};
 use kiln_db::{DatabaseUrl, OpenOptions, Retention};
 use kiln_store::BucketError;
 use kiln_store::logs::{S3Credentials, S3Target};
-use kiln_telemetry::metrics::Prefix;
 use kiln_worker::fleet::http::Target;
 use tokio_util::sync::CancellationToken;
 
@@ -27,7 +26,7 @@ const OWN_MACHINES: u32 = 8;
 
 pub(super) async fn run(args: ServeArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
     let operator = Operator::load()?;
-    let with_worker = args.with_worker;
+    let (with_worker, otlp) = (args.with_worker, args.otlp.clone());
     let scheme = match args.insecure_plain_http {
         true => "http",
         false => "https",
@@ -41,7 +40,12 @@ pub(super) async fn run(args: ServeArgs, screen: Screen, cancel: CancellationTok
         }
         true => {
             let target = Target::Socket(running.socket.clone());
-            worker::beside(&operator, target, OWN_WORKER, OWN_MACHINES, screen, &cancel).await
+            let own = worker::Beside {
+                name: OWN_WORKER,
+                machines: OWN_MACHINES,
+                otlp: otlp.as_deref(),
+            };
+            worker::beside(&operator, target, own, screen, &cancel).await
         }
     };
     running.stop().await;
@@ -79,7 +83,9 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
         registry_address,
         pool: PoolName::default_pool(),
         metrics: args.metrics,
-        prefix: Prefix::default(),
+        prefix: args.metrics_prefix,
+        otlp: args.otlp,
+        encrypt_logs: args.encrypt_logs,
         receivers: ReceiverPolicy::default(),
         retention: Retention::default(),
         generation: kiln_proto::fleet::GENERATION,
@@ -222,7 +228,7 @@ pub(super) fn refused(error: &StartError) -> CliError {
             FailureClass::Usage,
             Some("leave --adopt-database out, or stop that controller"),
         ),
-        StartError::Listen(_) | StartError::Names | StartError::Tls(_) => {
+        StartError::Listen(_) | StartError::Names | StartError::Tracer(_) | StartError::Tls(_) => {
             (FailureClass::Usage, None)
         }
         _ => return CliError::infrastructure(error),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use kiln_core::{FailureClass, WorkerId};
 use kiln_proto::fleet::{Join, Joined};
+use kiln_telemetry::otlp::Tracer;
 use kiln_worker::fleet::client::{Client, LinkError, REQUEST_TIMEOUT};
 use kiln_worker::fleet::daemon::{self, Offer};
 use kiln_worker::fleet::http::Target;
@@ -76,6 +77,7 @@ pub(super) async fn run(args: WorkerArgs, screen: Screen, cancel: CancellationTo
     let shop = Arc::new(Workshop {
         client: client.clone(),
         authority: Some(identity.authority_pem().map_err(|error| refused(&error))?),
+        tracer: tracer(args.otlp.as_deref())?,
         ..shop
     });
     let controller = identity.controller();
@@ -97,6 +99,16 @@ pub(super) async fn run(args: WorkerArgs, screen: Screen, cancel: CancellationTo
     served.map_err(|ended| ended_error(&ended)).map(|()| 0)
 }
 
+/// How a worker beside a controller is set up.
+pub(super) struct Beside<'a> {
+    /// Its name.
+    pub(super) name: &'a str,
+    /// Most machines at a time.
+    pub(super) machines: u32,
+    /// Collector of spans.
+    pub(super) otlp: Option<&'a str>,
+}
+
 /// A worker beside a controller of the same home, over its private socket, until `cancel`.
 ///
 /// # Errors
@@ -104,15 +116,17 @@ pub(super) async fn run(args: WorkerArgs, screen: Screen, cancel: CancellationTo
 pub(super) async fn beside(
     operator: &Operator,
     target: Target,
-    name: &str,
-    machines: u32,
+    own: Beside<'_>,
     screen: Screen,
     cancel: &CancellationToken,
 ) -> Result<()> {
-    let worker = own_name(Some(name))?;
+    let worker = own_name(Some(own.name))?;
     let registry = operator.registry().await?;
-    let shop = Arc::new(workshop(operator, registry, target, worker.clone()).await?);
-    let facts = daemon::facts(&shop, machines);
+    let shop = Arc::new(Workshop {
+        tracer: tracer(own.otlp)?,
+        ..workshop(operator, registry, target, worker.clone()).await?
+    });
+    let facts = daemon::facts(&shop, own.machines);
     let join = Join {
         worker: worker.clone(),
         token: String::new(),
@@ -153,7 +167,19 @@ pub(super) async fn workshop(
         client: Client::new(target, worker),
         local: LocalJobs::default(),
         authority: None,
+        tracer: Tracer::off(),
     })
+}
+
+/// Where a worker's spans go.
+fn tracer(url: Option<&str>) -> Result<Tracer> {
+    let Some(url) = url else {
+        return Ok(Tracer::off());
+    };
+    // A worker has no metrics of its own: what is dropped is in its log.
+    let dropped = Arc::new(|spans| tracing::warn!(spans, "spans were dropped"));
+    let started = Tracer::start(url, "kiln-worker", dropped);
+    started.map_err(|error| CliError::usage(format!("--otlp: {error}")))
 }
 
 fn controller_url(text: &str) -> Result<ControllerUrl> {

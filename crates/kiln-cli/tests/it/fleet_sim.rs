@@ -148,6 +148,8 @@ pub(crate) async fn controller(
         registry_address: None,
         pool: PoolName::default_pool(),
         metrics: None,
+        otlp: None,
+        encrypt_logs: false,
         prefix: Prefix::default(),
         receivers: ReceiverPolicy::default(),
         retention: Retention::default(),
@@ -227,6 +229,7 @@ pub(crate) async fn workshop(
         client: Client::new(target, worker),
         local: LocalJobs::default(),
         spool,
+        tracer: kiln_telemetry::otlp::Tracer::off(),
         authority: None,
     }
 }
@@ -278,6 +281,7 @@ pub(crate) fn job(id: &str) -> NewJob {
                 attempts_max: 10,
                 ..Dispatch::default()
             },
+            traceparent: None,
         },
         idempotency: None,
         submitted_by: "user:tester".to_owned(),

@@ -25,6 +25,7 @@ use std::path::Path;
 use kiln_core::access::Principal;
 use kiln_core::lease::LeaseRefused;
 use kiln_core::{Lease, TenantName};
+use kiln_store::logs::{LogKey, LogKeys};
 
 pub use authority::{Authority, CertificateError, PeerCertificate, WorkerCertificate};
 pub use door::Door;
@@ -43,6 +44,9 @@ use door::{CONTROLLER_LIFE_MAX_S, REGISTRY_LIFE_MAX_S, USER_LIFE_MAX_S};
 use keys::KeyRing;
 use sealed::Vault;
 
+/// The first key of logs and artifacts.
+const FIRST_LOG_KEY: &str = "0001.key";
+
 /// Everything a controller knows about identity.
 #[derive(Debug)]
 pub struct Access {
@@ -53,6 +57,8 @@ pub struct Access {
     authority: Authority,
     webhook: [u8; 32],
     cursor: [u8; 32],
+    /// Keys of logs and artifacts at rest, the newest first.
+    logs: Vec<[u8; 32]>,
     issuers: Issuers,
 }
 
@@ -90,6 +96,13 @@ impl Access {
             authority: Authority::open(&vault.inner(Door::Worker.name())?, now_ms)?,
             webhook: secret(&vault.inner(Door::Webhook.name())?, "master.key")?,
             cursor: secret(&vault, "cursor.key")?,
+            logs: {
+                let logs = vault.inner("logs")?;
+                secret(&logs, FIRST_LOG_KEY)?;
+                let names = logs.names()?;
+                let keys = names.iter().rev().map(|name| secret(&logs, name));
+                keys.collect::<Result<_, _>>()?
+            },
             issuers: Issuers::new(trusted),
         })
     }
@@ -118,6 +131,8 @@ impl Access {
         let mut bytes = self.authority.fingerprint().to_string().into_bytes();
         bytes.extend_from_slice(&self.webhook);
         bytes.extend_from_slice(&self.cursor);
+        // The first of them: later ones are added now and then.
+        bytes.extend_from_slice(self.logs.last().map_or(&[][..], |key| key));
         kiln_core::Digest::of(&bytes)
     }
 
@@ -152,6 +167,17 @@ impl Access {
     #[must_use]
     pub fn webhook_master(&self) -> &[u8; 32] {
         &self.webhook
+    }
+
+    /// The keys of logs and artifacts at rest: the newest seals when they are `encrypted`; each opens what it sealed either way. A new key is a file
+    /// whose name sorts after the others', in `logs` of the keys' folder.
+    #[must_use]
+    pub fn log_keys(&self, encrypted: bool) -> LogKeys {
+        let mut keys = self.logs.iter().map(|secret| LogKey::new(*secret));
+        match keys.next() {
+            Some(current) if encrypted => LogKeys::new(current, keys),
+            current => LogKeys::opening(current.into_iter().chain(keys)),
+        }
     }
 
     /// What cursors of lists are authenticated with.

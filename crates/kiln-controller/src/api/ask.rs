@@ -78,6 +78,9 @@ pub struct Common {
     pub attempts_max: Option<u32>,
     /// Where webhooks about this job go.
     pub notify_url: Option<String>,
+    /// From the header `traceparent`, never from the body.
+    #[serde(skip)]
+    pub traceparent: Option<String>,
 }
 
 /// A build from source. With an uploaded tree, or a git URL.
@@ -135,7 +138,11 @@ fn label(field: &str, text: &str) -> Result<Label, Problem> {
         })
 }
 
-fn labels(field: &str, map: &BTreeMap<String, String>) -> Result<BTreeMap<Label, Label>, Problem> {
+/// Reads labels of a request.
+pub(crate) fn labels(
+    field: &str,
+    map: &BTreeMap<String, String>,
+) -> Result<BTreeMap<Label, Label>, Problem> {
     if map.keys().any(|name| name.starts_with(RESERVED_PREFIX)) {
         return Err(Problem::invalid(
             field,
@@ -153,7 +160,8 @@ fn labels(field: &str, map: &BTreeMap<String, String>) -> Result<BTreeMap<Label,
         .collect()
 }
 
-fn parsed<T: std::str::FromStr>(field: &str, text: &str) -> Result<T, Problem>
+/// Reads a field of a request.
+pub(crate) fn parsed<T: std::str::FromStr>(field: &str, text: &str) -> Result<T, Problem>
 where
     T::Err: std::fmt::Display,
 {
@@ -493,6 +501,7 @@ pub(crate) fn new_job(
         trust,
         network_bits: Some(granted.network_bits),
         dispatch: common.dispatch(granted.priority)?,
+        traceparent: common.traceparent.clone(),
     };
     let labels = labels("labels", &common.labels)?;
     let body = serde_json::to_vec(&(

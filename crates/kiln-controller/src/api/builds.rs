@@ -53,7 +53,7 @@ pub(crate) struct Collected {
         (BuildForm = "multipart/form-data"),
         (BuildAsk = "application/json"),
     )),
-    params(("Idempotency-Key" = Option<String>, Header, description = "The same key with the same request gives the same job; 1 to 128 printable characters.")),
+    params(("Idempotency-Key" = Option<String>, Header, description = "The same key with the same request gives the same job; 1 to 128 printable characters."), ("traceparent" = Option<String>, Header, description = "W3C trace context: the job is a span below it.")),
     responses(
         (status = 202, description = "Queued", body = JobView),
         (status = 200, description = "The same request came before", body = JobView),
@@ -97,6 +97,7 @@ pub(crate) async fn create(
             .hint("send the part `request` before the part `source`"));
     }
     let mut asked = asked;
+    asked.common.traceparent = crate::traces::of_headers(&parts.headers);
     for name in collected.secrets.keys() {
         if !asked.secrets.contains(name) {
             asked.secrets.push(name.clone());

@@ -21,6 +21,7 @@ mod ports;
 mod problem;
 mod queues;
 mod runs;
+mod sessions;
 pub(crate) mod shield;
 mod tenants;
 mod tokens;
@@ -164,8 +165,8 @@ fn handlers() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(tokens::list, tokens::create))
         .routes(routes!(tokens::create_join))
         .routes(routes!(tokens::revoke))
-        .routes(routes!(tokens::exchange))
-        .routes(routes!(tokens::who_am_i))
+        .routes(routes!(sessions::exchange))
+        .routes(routes!(sessions::who_am_i))
         .routes(routes!(webhooks::list, webhooks::create))
         .routes(routes!(webhooks::show, webhooks::change, webhooks::remove))
         .routes(routes!(webhooks::rotate))
@@ -213,7 +214,7 @@ pub fn router(backend: Arc<dyn Backend>, config: ApiConfig) -> Router {
     name_operations(&mut document);
     let router = router
         .merge(docs::routes(&document))
-        .route("/.well-known/jwks.json", axum::routing::get(tokens::jwks))
+        .route("/.well-known/jwks.json", axum::routing::get(sessions::jwks))
         .fallback(shield::nothing_here)
         .method_not_allowed_fallback(shield::other_methods)
         .with_state(Arc::clone(&api));

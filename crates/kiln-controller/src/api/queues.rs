@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::Api;
+use super::ask::parsed;
 use super::caller::Caller;
 use super::extract::{Answer, Body, Named};
 use super::problem::{Problem, ProblemBody};
@@ -18,7 +19,17 @@ use super::view::{List, QueueView};
 use super::workers::reason;
 
 /// Least and most weight.
-pub(crate) const WEIGHTS: std::ops::RangeInclusive<u32> = 1..=10_000;
+const WEIGHTS: std::ops::RangeInclusive<u32> = 1..=10_000;
+
+/// Checks a share against others.
+pub(crate) fn weight(asked: Option<u32>) -> Result<(), Problem> {
+    match asked {
+        Some(weight) if !WEIGHTS.contains(&weight) => {
+            Err(Problem::invalid("weight", "it is 1 to 10000"))
+        }
+        _ => Ok(()),
+    }
+}
 
 /// A limit that was not named stays; null takes it away.
 #[expect(
@@ -105,12 +116,9 @@ pub(crate) async fn create(
             &asked.name,
         )
         .await?;
-    let wrong = |field: &'static str| {
-        move |error: kiln_core::id::ParseIdError| Problem::invalid(field, error.to_string())
-    };
-    let name: QueueName = asked.name.parse().map_err(wrong("name"))?;
+    let name: QueueName = parsed("name", &asked.name)?;
     let pool = match &asked.pool {
-        Some(pool) => pool.parse().map_err(wrong("pool"))?,
+        Some(pool) => parsed("pool", pool)?,
         None => PoolName::default_pool(),
     };
     api.db().create_queue(&name, &pool).await.map_err(refused)?;
@@ -165,12 +173,7 @@ pub(crate) async fn change(
     let name: QueueName = text.parse().map_err(|_| nothing())?;
     let before = one(&api, &caller, &name).await?;
     let reason = reason(asked.reason)?;
-    if asked
-        .weight
-        .is_some_and(|weight| !WEIGHTS.contains(&weight))
-    {
-        return Err(Problem::invalid("weight", "it is 1 to 10000"));
-    }
+    weight(asked.weight)?;
     if asked.weight.is_some() || asked.running_max.is_some() {
         let weight = asked.weight.unwrap_or(before.weight);
         let most = asked.running_max.unwrap_or(before.running_max);

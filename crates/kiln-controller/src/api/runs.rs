@@ -19,7 +19,7 @@ use super::view::JobView;
 #[utoipa::path(
     post, path = "/v1/runs", tag = "jobs",
     request_body = RunAsk,
-    params(("Idempotency-Key" = Option<String>, Header, description = "The same key with the same request gives the same job; 1 to 128 printable characters.")),
+    params(("Idempotency-Key" = Option<String>, Header, description = "The same key with the same request gives the same job; 1 to 128 printable characters."), ("traceparent" = Option<String>, Header, description = "W3C trace context: the job is a span below it.")),
     responses(
         (status = 202, description = "Queued", body = JobView),
         (status = 200, description = "The same request came before", body = JobView),
@@ -31,8 +31,9 @@ pub(crate) async fn create(
     State(api): State<Arc<Api>>,
     caller: Caller,
     headers: HeaderMap,
-    Body(asked): Body<RunAsk>,
+    Body(mut asked): Body<RunAsk>,
 ) -> Result<Answer<JobView>, Problem> {
+    asked.common.traceparent = crate::traces::of_headers(&headers);
     let key = ask::idempotency_key(&headers)?;
     let named = asked.common.tenant()?;
     let tenant = caller

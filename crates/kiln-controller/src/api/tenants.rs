@@ -11,10 +11,11 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::Api;
+use super::ask::parsed;
 use super::caller::Caller;
 use super::extract::{Answer, Asked, Body, Named};
 use super::problem::{Problem, ProblemBody};
-use super::queues::{WEIGHTS, named, refused};
+use super::queues::{named, refused, weight};
 use super::view::{List, TenantView, UsageView};
 
 /// Usage is of the last 30 days unless asked otherwise.
@@ -79,12 +80,7 @@ pub(crate) async fn create(
             &asked.name,
         )
         .await?;
-    let name: TenantName = asked
-        .name
-        .parse()
-        .map_err(|error: kiln_core::id::ParseIdError| {
-            Problem::invalid("name", error.to_string())
-        })?;
+    let name: TenantName = parsed("name", &asked.name)?;
     let quota = Quota {
         running_max: asked.running_max,
         pending_max: asked.pending_max,
@@ -144,10 +140,8 @@ pub(crate) async fn change(
         .parse()
         .map_err(|_| Problem::not_found("tenant", &text))?;
     let before = one(&api, &name).await?;
+    weight(asked.weight)?;
     if let Some(weight) = asked.weight {
-        if !WEIGHTS.contains(&weight) {
-            return Err(Problem::invalid("weight", "it is 1 to 10000"));
-        }
         api.db()
             .set_tenant_weight(&name, weight)
             .await

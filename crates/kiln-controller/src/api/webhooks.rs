@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::Api;
+use super::ask::parsed;
 use super::caller::Caller;
 use super::extract::{Answer, Asked, Body, Named};
 use super::problem::{Problem, ProblemBody};
@@ -168,11 +169,8 @@ pub(crate) async fn create(
     let named: Option<TenantName> = asked
         .tenant
         .as_deref()
-        .map(str::parse)
-        .transpose()
-        .map_err(|error: kiln_core::id::ParseIdError| {
-            Problem::invalid("tenant", error.to_string())
-        })?;
+        .map(|tenant| parsed("tenant", tenant))
+        .transpose()?;
     let tenant = match (asked.all_tenants, named) {
         (true, Some(_)) => {
             let text = "it is told of every tenant's jobs, or of one's";

@@ -110,11 +110,6 @@ async fn heartbeat(
     Ok(Json(HeartbeatAnswer {
         ttl_ms: controller.db.lease_times().ttl_ms,
         leases: leases.collect(),
-        unknown: answer
-            .unnamed
-            .into_iter()
-            .map(|unnamed| unnamed.lease.attempt)
-            .collect(),
     }))
 }
 
@@ -169,10 +164,11 @@ async fn new_leases(
         let Some(job) = controller.db.job(&lease.attempt.job).await? else {
             continue;
         };
+        let (span, _) = crate::traces::of_job(&job.request);
         leases.push(Leased {
             lease,
             request: job.request,
-            traceparent: None,
+            traceparent: Some(span.to_string()),
         });
         if leases.len() == LEASES_MAX {
             break;

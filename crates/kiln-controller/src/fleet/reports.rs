@@ -175,9 +175,29 @@ pub(super) async fn finish(
     if let Some(why) = &done.quarantined {
         tracing::warn!(worker = %lease.worker, why, "the worker is quarantined");
     }
+    if !done.repeated && done.state.is_terminal() {
+        over(&controller, lease).await;
+    }
     forget(&controller, &numbers, lease, &done.state);
     end_log(&controller, lease).await?;
     Ok(Json(serde_json::json!({ "state": done.state.name() })))
+}
+
+/// Tells of a job that is over. What cannot be read is not told: the job has ended all the same.
+async fn over(controller: &Controller, lease: &Lease) {
+    let Ok(Some(job)) = controller.db.job(&lease.attempt.job).await else {
+        return;
+    };
+    if let JobState::Finished { outcome } = &job.state {
+        let (metrics, pipelines) = (&controller.metrics, &controller.pipelines);
+        pipelines.ended(metrics, &job.request, outcome);
+    }
+    if controller.tracer.is_on()
+        && let Ok(attempts) = controller.db.attempts(&lease.attempt.job).await
+    {
+        let first = attempts.first().map(|attempt| attempt.leased_unix_ms);
+        crate::traces::ended(&controller.tracer, &job, first);
+    }
 }
 
 /// What is remembered in memory of an attempt that ended.

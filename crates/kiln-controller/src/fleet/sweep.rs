@@ -290,6 +290,7 @@ mod tests {
             trust: TrustClass::Untrusted,
             network_bits: None,
             dispatch: Dispatch::default(),
+            traceparent: None,
         };
         NewJob {
             request,

@@ -35,6 +35,7 @@ pub(crate) fn job(id: &str, notify_url: Option<String>) -> NewJob {
         trust: TrustClass::Untrusted,
         network_bits: None,
         dispatch: Dispatch::default(),
+        traceparent: None,
     };
     NewJob {
         request,

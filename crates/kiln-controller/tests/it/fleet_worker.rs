@@ -191,10 +191,7 @@ impl Line {
     }
 
     pub(crate) async fn poll(&self, held: Vec<HeldLease>) -> Result<Vec<Leased>, NoAnswer> {
-        let poll = Poll {
-            held,
-            ..Poll::default()
-        };
+        let poll = Poll { held };
         let patience = Duration::from_secs(40);
         let answer: PollAnswer = self.call("/worker/v1/poll", None, &poll, patience).await?;
         Ok(answer.leases)

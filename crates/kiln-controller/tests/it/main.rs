@@ -17,6 +17,7 @@ mod fleet_postgres;
 mod fleet_server;
 mod fleet_shared;
 mod fleet_tokens;
+mod fleet_traces;
 mod fleet_update;
 mod fleet_worker;
 mod identity;

@@ -213,6 +213,7 @@ pub(crate) fn request(id: &str) -> JobRequest {
         trust: TrustClass::Untrusted,
         network_bits: None,
         dispatch: Dispatch::default(),
+        traceparent: None,
     }
 }
 

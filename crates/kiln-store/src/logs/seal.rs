@@ -57,15 +57,34 @@ impl fmt::Debug for LogKey {
     }
 }
 
-/// The first seals what is written; every one opens what was sealed with it. Empty: nothing is encrypted.
+/// The first seals what is written, unless nothing is sealed; every one opens what was sealed with it. Empty: nothing is encrypted.
 #[derive(Clone, Debug, Default)]
-pub struct LogKeys(Vec<LogKey>);
+pub struct LogKeys {
+    keys: Vec<LogKey>,
+    open_only: bool,
+}
 
 impl LogKeys {
     /// `current` seals from now on; `older` still open what they sealed.
     #[must_use]
     pub fn new(current: LogKey, older: impl IntoIterator<Item = LogKey>) -> Self {
-        Self(std::iter::once(current).chain(older).collect())
+        Self {
+            keys: std::iter::once(current).chain(older).collect(),
+            open_only: false,
+        }
+    }
+
+    /// Nothing is sealed from now on; `older` still open what they sealed.
+    #[must_use]
+    pub fn opening(older: impl IntoIterator<Item = LogKey>) -> Self {
+        Self {
+            keys: older.into_iter().collect(),
+            open_only: true,
+        }
+    }
+
+    fn current(&self) -> Option<&LogKey> {
+        self.keys.first().filter(|_| !self.open_only)
     }
 }
 
@@ -115,15 +134,14 @@ impl Sealer {
             path: "the system's random source".into(),
             source: std::io::Error::other(error.to_string()),
         })?;
-        if let Some(key) = keys.0.first() {
+        if let Some(key) = keys.current() {
             preamble[8] = 1;
             preamble[16..24].copy_from_slice(&key.id);
         }
         let sum = Sha256::digest(&preamble[..56]);
         preamble[56..].copy_from_slice(&sum[..SUM]);
         let key = keys
-            .0
-            .first()
+            .current()
             .map(|key| derive(key, &preamble[24..56]))
             .transpose()?;
         Ok((Self { key }, preamble))
@@ -147,7 +165,7 @@ impl Sealer {
             1 => {
                 let id = &preamble[16..24];
                 let key = keys
-                    .0
+                    .keys
                     .iter()
                     .find(|key| key.id == *id)
                     .ok_or_else(|| NotOpened::Key(hex::encode(id)))?;
@@ -270,6 +288,10 @@ mod tests {
         let both = LogKeys::new(new.clone(), [old.clone()]);
         let opened = Sealer::open_file(&both, MAGIC, &preamble).unwrap();
         assert_eq!(opened.open(0, b"", sealed).unwrap(), b"x");
+        let opening = LogKeys::opening([new.clone(), old.clone()]);
+        assert!(Sealer::open_file(&opening, MAGIC, &preamble).is_ok());
+        let (_, plain) = Sealer::create(&opening, MAGIC).unwrap();
+        assert_eq!(plain[8], 0, "nothing is sealed any more");
         let error = Sealer::open_file(&LogKeys::new(new, []), MAGIC, &preamble)
             .map_err(|why| why.of_log(&name()))
             .expect_err("other key");

@@ -405,20 +405,10 @@ impl Daemon {
     }
 
     async fn poll(&self) -> Result<PollAnswer, LinkError> {
-        let poll = Poll {
-            free: self.free(),
-            held: self.held(),
-        };
+        let poll = Poll { held: self.held() };
         let longest = Duration::from_millis(POLL_MS) + REQUEST_TIMEOUT;
         let client = &self.shop.client;
         client.call("/worker/v1/poll", None, &poll, longest).await
-    }
-
-    fn free(&self) -> Room {
-        let mut free = self.offer.facts.capacity;
-        let running = u32::try_from(self.lock().running.len()).unwrap_or(u32::MAX);
-        free.machines = free.machines.saturating_sub(running);
-        free
     }
 
     /// Everything that runs here, also what is being destroyed.

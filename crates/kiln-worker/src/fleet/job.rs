@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -17,16 +17,19 @@ use kiln_image::context::{self, Limits};
 use kiln_image::plan::{DockerfileChoice, Options};
 use kiln_proto::fleet::{AskSecrets, Finish, Leased, Secrets};
 use kiln_proto::msg::Exit;
+use kiln_telemetry::otlp::Tracer;
 use tokio::sync::mpsc;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::Instrument as _;
 
 use super::artifacts;
 use super::client::{Client, REQUEST_TIMEOUT, job_path};
 use super::far::publish_far;
 use super::local::{LocalFolder, LocalJob, LocalJobs, LocalRun};
 use super::mask::Mask;
-use super::report::{Reporter, To, retried};
+use super::report::{Reporter, Spans, To, retried};
+use super::spans::AttemptSpans;
 use super::spool::Spool;
 use crate::build::{self, BuildEnd, BuildInput, BuildReport};
 use crate::checkout::{self, Address, Checkout, CheckoutDir, CheckoutInput};
@@ -47,6 +50,9 @@ const OWN_DOCKERFILE: &str = "dockerfile";
 /// Room for a command's output on its way into the log, pieces.
 const OUTPUT_PIECES: usize = 64;
 
+/// Where a command finds the trace it is a part of, as OpenTelemetry's own tools name it.
+const TRACEPARENT_ENV: &str = "TRACEPARENT";
+
 /// What a worker runs its jobs with.
 #[derive(Debug)]
 pub struct Workshop {
@@ -64,6 +70,8 @@ pub struct Workshop {
     pub spool: PathBuf,
     /// The controller's authority, PEM, when it is on another host.
     pub authority: Option<Vec<u8>>,
+    /// Where spans go.
+    pub tracer: Tracer,
 }
 
 /// How a job ended, for the process that waits for it.
@@ -104,16 +112,36 @@ pub struct Stop {
 
 /// Runs one lease to its end and tells the controller. Nothing is left of it on this host but what it published.
 pub async fn run(shop: &Workshop, leased: Leased, stop: Stop) {
-    let work = attempt(shop, leased, stop.clone());
+    let (traceparent, id) = (leased.traceparent.as_deref(), &leased.lease.attempt);
+    let spans = AttemptSpans::begin(&shop.tracer, traceparent, id);
+    let context = spans.context();
+    let spans = Arc::new(Mutex::new(spans));
+    let log = context.map_or_else(tracing::Span::none, |context| context.phase_span("attempt"));
+    let work = attempt(shop, leased, stop.clone(), Arc::clone(&spans)).instrument(log);
     tokio::select! {
         () = work => {}
         // Dropped, the work destroys its machine.
-        () = stop.fenced.cancelled() => {}
+        () = stop.fenced.cancelled() => lock(&spans).end(false),
     }
 }
 
-async fn attempt(shop: &Workshop, leased: Leased, stop: Stop) {
-    let Leased { lease, request, .. } = leased;
+fn lock(spans: &Mutex<AttemptSpans>) -> MutexGuard<'_, AttemptSpans> {
+    spans.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn attempt(shop: &Workshop, leased: Leased, stop: Stop, spans: Spans) {
+    let Leased {
+        lease, mut request, ..
+    } = leased;
+    if let (true, JobKind::Run(command), Some(context)) = (
+        request.traceparent.is_some(),
+        &mut request.kind,
+        lock(&spans).context(),
+    ) {
+        // A caller that traces sees what its command traces below it.
+        let run = context.named(kiln_telemetry::span::RUN).to_string();
+        command.env.entry(TRACEPARENT_ENV.to_owned()).or_insert(run);
+    }
     let to = To {
         client: shop.client.clone(),
         lease: lease.clone(),
@@ -143,6 +171,7 @@ async fn attempt(shop: &Workshop, leased: Leased, stop: Stop) {
         receiver,
         local.events.take(),
         mask.clone(),
+        Arc::clone(&spans),
     );
     let work = Work {
         shop,
@@ -159,6 +188,7 @@ async fn attempt(shop: &Workshop, leased: Leased, stop: Stop) {
     log.end();
     drop(events);
     reporter.drain(DRAIN_TIMEOUT).await;
+    lock(&spans).end(end.outcome.verdict == Verdict::Passed);
     let end = masked(end, &mask);
     stop.finishing.cancel();
     let told = tell_finish(&to, finish_of(&end, observed)).await;

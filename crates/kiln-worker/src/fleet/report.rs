@@ -1,6 +1,6 @@
 //! What an attempt says while it runs: its log and its events, sent to the controller as they come, again after a break, never past a lease.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kiln_core::Lease;
@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::client::{Client, LinkError, REQUEST_TIMEOUT, job_path};
 use super::mask::Mask;
+use super::spans::AttemptSpans;
 use super::spool::Spool;
 use crate::event::{Event, Events};
 
@@ -22,6 +23,9 @@ const RETRY_MAX: Duration = Duration::from_secs(3);
 const EVENTS_MAX: usize = 64;
 /// Events that may wait to be sent; more are left out, the log has what matters.
 const EVENTS_QUEUE: usize = 1024;
+
+/// The spans of an attempt, told by its events and ended with it.
+pub(super) type Spans = Arc<Mutex<AttemptSpans>>;
 
 /// The tasks that report on one attempt.
 #[derive(Debug)]
@@ -45,18 +49,19 @@ pub struct To {
 impl Reporter {
     /// Starts reporting: `receiver` is what happens, `spool` what is printed. `also` sees every event at once.
     #[must_use]
-    pub fn start(
+    pub(super) fn start(
         to: &To,
         spool: Arc<Spool>,
         receiver: mpsc::Receiver<Event>,
         also: Option<Events>,
         mask: Mask,
+        spans: Spans,
     ) -> Self {
         let (sender, queued) = mpsc::channel(EVENTS_QUEUE);
         Self {
             log: tokio::spawn(send_log(to.clone(), spool)),
             events: tokio::spawn(send_events(to.clone(), queued)),
-            sorting: tokio::spawn(sort(receiver, sender, also, mask)),
+            sorting: tokio::spawn(sort(receiver, sender, also, mask, spans)),
         }
     }
 
@@ -82,6 +87,7 @@ async fn sort(
     sender: mpsc::Sender<Said>,
     also: Option<Events>,
     mask: Mask,
+    spans: Spans,
 ) {
     let mut started = false;
     while let Some(event) = receiver.recv().await {
@@ -91,6 +97,10 @@ async fn sort(
         }
         let before = started;
         if let Event::Phase { name } = &event {
+            spans
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .phase(name);
             // What comes after the machine's own phase happens in a machine that is ready.
             started |= !matches!(*name, "queue" | "checkout" | "plan" | "machine");
         }

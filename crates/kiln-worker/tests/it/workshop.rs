@@ -146,6 +146,7 @@ impl Workshop {
             trust: TrustClass::Trusted,
             network_bits: None,
             dispatch,
+            traceparent: None,
         };
         let input = BuildInput {
             request,
