@@ -257,6 +257,7 @@ fn job(id: JobId) -> NewJob {
         trust: TrustClass::Untrusted,
         network_bits: None,
         dispatch: Dispatch::default(),
+        traceparent: None,
     };
     NewJob {
         request,

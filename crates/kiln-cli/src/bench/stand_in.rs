@@ -141,10 +141,7 @@ impl Inner {
 
     async fn polls(self: Arc<Self>) {
         loop {
-            let poll = Poll {
-                free: self.facts.capacity,
-                held: self.held(),
-            };
+            let poll = Poll { held: self.held() };
             let longest = Duration::from_millis(POLL_MS) + REQUEST_TIMEOUT;
             let asked = self
                 .client

@@ -13,6 +13,7 @@ mod faults_host;
 mod faults_kill;
 mod faults_large;
 mod faults_rot;
+mod fleet_artifacts;
 mod fleet_hostile;
 mod fleet_kill;
 mod fleet_network;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use futures_util::TryStreamExt as _;
 use kiln_controller::access::{RegistryAction, RepositoryGrant};
 use kiln_controller::peers::Home;
 use kiln_controller::server::{Running, ServeConfig, SharedError, StartError, Tls, start_with};
@@ -182,6 +183,7 @@ async fn what_one_takes_the_other_runs_and_both_show() {
             .check("at either", 1);
     }
     assert_secret_is_found(&first, &second).await;
+    assert_artifact_is_found(&first, &second).await;
     assert_strangers_are_refused(&first).await;
     assert_images_are_pulled_from_either(&first, &second).await;
     drop(beside);
@@ -203,6 +205,41 @@ async fn assert_secret_is_found(holder: &Fleet, asker: &Fleet) {
     let ledger = asked.secret_of(&job, "to ken/é").await;
     assert_eq!(ledger.as_deref(), Some(&b"hush"[..]));
     assert_eq!(asked.secret_of(&job, "other").await, None);
+}
+
+/// An artifact lies in the bucket: what one takes, in several parts, the other reads and removes.
+async fn assert_artifact_is_found(taker: &Fleet, reader: &Fleet) {
+    let job: JobId = "with-artifact".parse().expect("name");
+    let tenant = TenantName::local();
+    let piece = bytes::Bytes::from(vec![7_u8; 1 << 20]);
+    let whole = bytes::Bytes::from(piece.repeat(20));
+    let (near, far) = (&taker.running.controller, &reader.running.controller);
+    for _repeated in 0..2 {
+        let pieces = whole.chunks(1 << 20).map(bytes::Bytes::copy_from_slice);
+        let pieces: Vec<_> = pieces.map(Ok::<_, std::io::Error>).collect();
+        let stream = futures_util::stream::iter(pieces);
+        let stored = near.artifacts.put(&tenant, &job, stream, 20 << 20).await;
+        let stored = stored.expect("stored");
+        let range = (19 << 20) + 5..20 << 20;
+        let read = far.artifacts.read(&tenant, &job, stored, range).await;
+        let read: Vec<bytes::Bytes> = read.expect("found").try_collect().await.expect("whole");
+        assert_eq!(read.concat(), piece[5..]);
+    }
+    far.artifacts
+        .remove_job(&tenant, &job)
+        .await
+        .expect("removed");
+    let stored = kiln_store::artifacts::Stored {
+        digest: kiln_core::Digest::of(&whole),
+        size: 20 << 20,
+    };
+    let gone = near
+        .artifacts
+        .read(&tenant, &job, stored, 0..1)
+        .await
+        .map(drop);
+    let absent = matches!(gone, Err(kiln_store::artifacts::ArtifactError::NotFound));
+    assert!(absent, "{gone:?}");
 }
 
 /// What controllers ask each other is nobody else's: not the owner's without a token, not a user's with one.
