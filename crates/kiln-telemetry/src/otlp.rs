@@ -304,7 +304,9 @@ mod tests {
     fn counter() -> (Arc<AtomicU64>, Dropped) {
         let count = Arc::new(AtomicU64::new(0));
         let heard = Arc::clone(&count);
-        let dropped: Dropped = Arc::new(move |n| drop(heard.fetch_add(n, Ordering::SeqCst)));
+        let dropped: Dropped = Arc::new(move |n| {
+            let _before = heard.fetch_add(n, Ordering::SeqCst);
+        });
         (count, dropped)
     }
 
