@@ -87,7 +87,8 @@ async fn the_controller_is_killed_during_two_hundred_jobs() {
         }
         served = tokio::task::block_in_place(|| Served::start(folder.path()));
     }
-    let jobs: Vec<JobId> = submitting.await.expect("submits");
+    let submitted = tokio::time::timeout(PATIENCE * 2, submitting).await;
+    let jobs: Vec<JobId> = submitted.expect("in time").expect("submits");
     // The last look is the database's own, in this process.
     served.kill();
     let fleet = Fleet::start(folder.path(), times(SHORT)).await;

@@ -307,6 +307,8 @@ impl Served {
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         let ready = lines.any(|line| line.is_ok_and(|line| line.contains("serves")));
         assert!(ready, "the controller did not start");
+        // The test program tells after a minute that it still runs, and ends when nobody listens.
+        std::thread::spawn(move || lines.for_each(drop));
         Self { child }
     }
 
