@@ -12,6 +12,7 @@ pub mod host;
 pub mod image;
 pub mod load;
 pub mod logs;
+pub mod private_socket;
 pub mod registry;
 pub mod remote;
 

@@ -36,12 +36,13 @@ pub(super) async fn run(
     if let Some(server) = crate::server::configured(server)? {
         return super::build_server::run(&server, args, screen, cancel).await;
     }
-    super::queueing::refuse(&args.queueing)?;
+    let own = super::queueing::own(&args.queueing)?;
     let output = super::output::Output::parse(&args)?;
     let operator = Operator::load()?;
-    let limits = operator
+    let mut limits = operator
         .config
         .limits(&args.limits, true, super::host_cpus())?;
+    limits.disk = own.disk.unwrap_or(limits.disk);
     let secrets = source::secrets(&args.secrets)?;
     let ssh_agents = source::ssh_agents(&args.ssh)?;
     let names = secrets.iter().map(|(name, _)| name.clone()).collect();
@@ -54,7 +55,7 @@ pub(super) async fn run(
         limits,
         trust: TrustClass::Trusted,
         network_bits: None,
-        dispatch: kiln_core::Dispatch::default(),
+        dispatch: own.dispatch,
         traceparent: None,
     };
     let queue = HomeQueue::open(&operator.home).await?;
@@ -67,7 +68,9 @@ pub(super) async fn run(
         events: Some(events.clone()),
         ..LocalJob::default()
     };
-    let ended = queue.run(&operator, request, local, &events, &cancel).await;
+    let ended = queue
+        .run(&operator, request, own.labels, local, &events, &cancel)
+        .await;
     drop(events);
     let _screen_ended = follow.await;
     let delivered = async {

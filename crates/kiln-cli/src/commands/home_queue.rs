@@ -4,6 +4,7 @@
 //! ends, however it ends, one of the others starts it again: everything that matters is in the home's database. A `kiln serve` of this home is
 //! just a controller that stays.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,9 +15,9 @@ use kiln_controller::server::{
     self, FolderLock, Running, ServeConfig, Sharing, StartError, Tls, socket_path,
 };
 use kiln_controller::webhooks::ReceiverPolicy;
-use kiln_core::{FailureClass, JobRequest, Outcome, PoolName, WorkerId};
+use kiln_core::{FailureClass, JobRequest, Label, Outcome, PoolName, WorkerId};
 use kiln_db::Retention;
-use kiln_store::HostRegistry;
+use kiln_store::{HostRegistry, private_socket};
 use kiln_telemetry::metrics::Prefix;
 use kiln_worker::event::{Event, Events};
 use kiln_worker::failure::Failure;
@@ -102,6 +103,7 @@ impl HomeQueue {
         &self,
         operator: &Operator,
         request: JobRequest,
+        labels: BTreeMap<Label, Label>,
         local: LocalJob,
         events: &Events,
         cancel: &CancellationToken,
@@ -117,10 +119,7 @@ impl HomeQueue {
             cancel: Some(cancel.clone()),
             ..local
         };
-        let ended = match own
-            .submit(request, std::collections::BTreeMap::new(), local)
-            .await
-        {
+        let ended = match own.submit(request, labels, local).await {
             Ok(waiting) => self.wait(waiting, events, cancel).await,
             Err(error) => Err(worker::link(&error)),
         };
@@ -366,7 +365,7 @@ impl Keeper {
         let socket = socket_path(&self.folder);
         let end = tokio::time::Instant::now() + ATTACH_TIMEOUT;
         loop {
-            if let Ok(stream) = UnixStream::connect(&socket).await {
+            if let Ok(stream) = private_socket::connect(&socket).await {
                 return Ok(Which::Theirs(stream));
             }
             match server::start(self.config()).await {
@@ -421,7 +420,7 @@ impl Keeper {
     async fn let_in(&self, stop: &CancellationToken) {
         let socket = socket_path(&self.folder);
         let comes = async {
-            while UnixStream::connect(&socket).await.is_err() {
+            while private_socket::connect(&socket).await.is_err() {
                 tokio::time::sleep(ATTACH_AGAIN).await;
             }
         };

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use kiln_controller::api::Common;
-use kiln_core::AllowRule;
+use kiln_core::{AllowRule, ByteSize, Dispatch, Label, Priority};
 
 use crate::args::{LimitArgs, QueueingArgs};
 use crate::error::{CliError, Result};
@@ -56,29 +56,63 @@ pub(super) fn labels(words: &[String], flag: &str) -> Result<BTreeMap<String, St
     Ok(map)
 }
 
-/// Without a server there is no queue.
+/// How a job waits in the queue of this home.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Own {
+    /// Queue, order and group.
+    pub(super) dispatch: Dispatch,
+    /// For lists and filters.
+    pub(super) labels: BTreeMap<Label, Label>,
+    /// Disk its machine may fill.
+    pub(super) disk: Option<ByteSize>,
+}
+
+/// From the command line, without a server: the command itself runs the job, so it can neither go away nor choose a host or a tenant.
 ///
 /// # Errors
-/// When something was said about it all the same.
-pub(super) fn refuse(said: &QueueingArgs) -> Result<()> {
+/// When a word is malformed, or means nothing here.
+pub(super) fn own(said: &QueueingArgs) -> Result<Own> {
     let flags = [
         ("--detach", said.detach),
-        ("--disk", said.disk.is_some()),
-        ("--queue", said.queue.is_some()),
-        ("--priority", said.priority.is_some()),
         ("--require", !said.require.is_empty()),
-        ("--group", said.group.is_some()),
-        ("--label", !said.labels.is_empty()),
         ("--tenant", said.tenant.is_some()),
         ("--notify-url", said.notify_url.is_some()),
     ];
-    match flags.iter().find(|(_, given)| *given) {
-        None => Ok(()),
-        Some((flag, _)) => Err(
+    if let Some((flag, _)) = flags.iter().find(|(_, given)| *given) {
+        return Err(
             CliError::usage(format!("{flag} means nothing without a server"))
                 .hint("name one with --server URL, KILN_SERVER or [server] in kiln.toml"),
-        ),
+        );
     }
+    let mut dispatch = Dispatch::default();
+    if let Some(queue) = &said.queue {
+        dispatch.queue = word("--queue", queue)?;
+    }
+    if let Some(priority) = said.priority {
+        let legal = Priority::try_from(priority);
+        dispatch.priority =
+            legal.map_err(|error| CliError::usage(format!("--priority: {error}")))?;
+    }
+    if let Some(group) = &said.group {
+        dispatch.concurrency_group = Some(word("--group", group)?);
+    }
+    let labels = labels(&said.labels, "--label")?;
+    let labels = labels
+        .iter()
+        .map(|(name, value)| Ok((word("--label", name)?, word("--label", value)?)));
+    Ok(Own {
+        dispatch,
+        labels: labels.collect::<Result<_>>()?,
+        disk: said.disk,
+    })
+}
+
+fn word<T: std::str::FromStr>(flag: &str, text: &str) -> Result<T>
+where
+    T::Err: std::fmt::Display,
+{
+    let parsed = text.parse();
+    parsed.map_err(|error: T::Err| CliError::usage(format!("{flag}: {error}")))
 }
 
 #[cfg(test)]
@@ -101,17 +135,34 @@ mod tests {
     }
 
     #[test]
-    fn queueing_needs_a_server() {
-        assert!(refuse(&QueueingArgs::default()).is_ok());
+    fn a_homes_own_job_waits_in_a_queue_and_chooses_no_host() {
         let said = QueueingArgs {
-            priority: Some(1),
+            queue: Some("slow".to_owned()),
+            priority: Some(-5),
+            group: Some("deploy".to_owned()),
+            labels: vec!["team=web".to_owned()],
             ..QueueingArgs::default()
         };
-        assert!(
-            refuse(&said)
-                .expect_err("no server")
-                .message
-                .contains("--priority")
-        );
+        let own = own(&said).expect("legal");
+        assert_eq!(own.dispatch.queue.as_str(), "slow");
+        assert_eq!(own.dispatch.priority.get(), -5);
+        assert_eq!(own.labels.len(), 1);
+        let bad = [
+            QueueingArgs {
+                detach: true,
+                ..QueueingArgs::default()
+            },
+            QueueingArgs {
+                priority: Some(101),
+                ..QueueingArgs::default()
+            },
+            QueueingArgs {
+                queue: Some("no queue".to_owned()),
+                ..QueueingArgs::default()
+            },
+        ];
+        for said in bad {
+            assert_eq!(super::own(&said).expect_err("refused").exit_code(), 2);
+        }
     }
 }

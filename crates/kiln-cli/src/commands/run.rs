@@ -1,10 +1,11 @@
 //! `kiln run`: a command in a fresh machine, or a container image under runc. Its output and exit code are passed through.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use kiln_core::job::{RunCommand, TrustClass};
-use kiln_core::{FailureClass, JobKind, JobRequest, NetworkPolicy, TenantName};
+use kiln_core::{FailureClass, JobKind, JobRequest, Label, NetworkPolicy, TenantName};
 use kiln_proto::msg::{Exit, TtySize};
 use kiln_worker::event::Events;
 use kiln_worker::fleet::job::{Ended, JobEnd};
@@ -40,11 +41,12 @@ pub(super) async fn run(
     if let Some(server) = crate::server::configured(server)? {
         return super::run_server::run(&server, args, screen, cancel).await;
     }
-    super::queueing::refuse(&args.queueing)?;
+    let own = super::queueing::own(&args.queueing)?;
     let operator = Operator::load()?;
-    let limits = operator
+    let mut limits = operator
         .config
         .limits(&args.limits, false, super::host_cpus())?;
+    limits.disk = own.disk.unwrap_or(limits.disk);
     let env = source::pairs(&args.env, "--env")?;
     let listeners = listen(&args.publish).await?;
     for (listener, guest) in &listeners {
@@ -71,7 +73,7 @@ pub(super) async fn run(
         limits,
         trust: TrustClass::Untrusted,
         network_bits: None,
-        dispatch: kiln_core::Dispatch::default(),
+        dispatch: own.dispatch,
         traceparent: None,
     };
     let queue = HomeQueue::open(&operator.home).await?;
@@ -82,6 +84,7 @@ pub(super) async fn run(
         operator: &operator,
         queue: &queue,
         request,
+        labels: own.labels,
         listeners,
         size,
         wants_stdin: size.is_some() || args.interactive || terminal::stdin_is_piped(),
@@ -108,6 +111,7 @@ struct Attached<'a> {
     operator: &'a Operator,
     queue: &'a HomeQueue,
     request: JobRequest,
+    labels: BTreeMap<Label, Label>,
     listeners: Vec<(TcpListener, u16)>,
     size: Option<TtySize>,
     wants_stdin: bool,
@@ -146,7 +150,14 @@ impl Attached<'_> {
         };
         let end = self
             .queue
-            .run(self.operator, self.request, local, events, &stop)
+            .run(
+                self.operator,
+                self.request,
+                self.labels,
+                local,
+                events,
+                &stop,
+            )
             .await;
         let printed = printing.await.unwrap_or(Ok(()));
         if let Some(task) = resizing {

@@ -323,6 +323,16 @@ fn what_another_kiln_wrote_is_neither_used_nor_changed() {
 }
 
 #[test]
+fn a_home_below_a_long_name_has_a_queue() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let Some(kiln) = below(&dir.path().join("d".repeat(120))) else {
+        return;
+    };
+    kiln.run(&["queue", "list"]).exits(0);
+    kiln.run(&["job", "list"]).exits(0).says("no jobs here");
+}
+
+#[test]
 fn a_relative_kiln_home_is_refused() {
     let dir = tempfile::tempdir().expect("temp dir");
     let Some(kiln) = kiln() else { return };

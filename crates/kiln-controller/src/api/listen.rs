@@ -18,7 +18,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use kiln_core::WorkerId;
 use kiln_db::{Database, Wake};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
@@ -188,17 +188,11 @@ impl Sockets {
     /// When the socket cannot be made.
     pub fn unix(&self, path: impl AsRef<Path>, router: Router) -> Result<(), ListenError> {
         let path = path.as_ref();
-        use std::os::unix::fs::PermissionsExt as _;
-        let failed = |source| ListenError::Bind {
-            address: path.display().to_string(),
-            source,
-        };
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
-        }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        let listener =
+            kiln_store::private_socket::listen(path).map_err(|source| ListenError::Bind {
+                address: path.display().to_string(),
+                source,
+            })?;
         let this = self.clone();
         self.tasks.spawn(async move {
             loop {

@@ -1,49 +1,23 @@
 //! The private unix socket in the registry's directory: made, found and guarded.
-//!
-//! Paths of unix sockets are at most 108 bytes, those of directories are not: the socket is reached
-//! through a descriptor of its directory.
 
-use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use rustix::fs::OFlags;
 use tokio::net::{UnixListener, UnixStream};
+
+use crate::private_socket;
 
 /// Name of the socket in the registry's directory.
 const SOCKET_NAME: &str = "host.sock";
 
-/// A path to the socket that is short whatever the directory is called. Valid while the file is open.
-fn short_path(dir: &Path) -> io::Result<(File, PathBuf)> {
-    let flags = (OFlags::DIRECTORY | OFlags::PATH).bits();
-    let dir = OpenOptions::new()
-        .read(true)
-        .custom_flags(flags.cast_signed())
-        .open(dir)?;
-    let path = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(SOCKET_NAME);
-    Ok((dir, path))
-}
-
 /// Makes the socket. Only the owner of the store calls this: whatever is there is a dead owner's.
 pub(super) fn listen(dir: &Path) -> io::Result<UnixListener> {
-    match fs::remove_file(dir.join(SOCKET_NAME)) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    let (_open, path) = short_path(dir)?;
-    let listener = UnixListener::bind(&path)?;
-    let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
-    fs::set_permissions(dir.join(SOCKET_NAME), private)?;
-    Ok(listener)
+    private_socket::listen(&dir.join(SOCKET_NAME))
 }
 
 /// Connects to the owner.
 pub(super) async fn connect(dir: &Path) -> io::Result<UnixStream> {
-    let (_open, path) = short_path(dir)?;
-    UnixStream::connect(&path).await
+    private_socket::connect(&dir.join(SOCKET_NAME)).await
 }
 
 /// The user on the other side, as the kernel says.

@@ -15,6 +15,7 @@ use hyper::rt::ReadBufCursor;
 use hyper_util::client::legacy::Client as Pool;
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use kiln_store::private_socket;
 use rustls::pki_types::ServerName;
 use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio_rustls::TlsConnector;
@@ -125,7 +126,9 @@ type Last = Mutex<Option<SocketAddr>>;
 
 async fn connect(target: &Target, last: &Last) -> std::io::Result<Wire> {
     match target {
-        Target::Socket(path) => Ok(Wire::Socket(TokioIo::new(UnixStream::connect(path).await?))),
+        Target::Socket(path) => Ok(Wire::Socket(TokioIo::new(
+            private_socket::connect(path).await?,
+        ))),
         Target::Tcp { host, port } => Ok(Wire::Tcp(TokioIo::new(tcp(host, *port, last).await?))),
         Target::Tls { host, port, config } => {
             let name = ServerName::try_from(host.clone()).map_err(std::io::Error::other)?;
