@@ -218,11 +218,26 @@ pub(crate) async fn ask(said: &ServerArgs) -> Result<Asked> {
     })
 }
 
-/// Takes a home's controller folder for a controller that stays: a command that has it makes room.
+/// File that is locked while a controller that stays waits for its folder.
+const WANTED: &str = "controller.wanted";
+
+/// Whether a controller that stays waits for the folder: no command begins one then.
+fn is_wanted(folder: &Path) -> bool {
+    File::open(folder.join(WANTED))
+        .is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockShared).is_err())
+}
+
+/// Takes a home's controller folder for a controller that stays: a command that has it makes room, and no other takes it meanwhile.
 ///
 /// # Errors
 /// When another controller that stays has it.
 pub(super) async fn make_room(folder: &Path) -> Result<FolderLock> {
+    if let Ok(locked) = server::lock(folder) {
+        return Ok(locked);
+    }
+    let wanted = File::create(folder.join(WANTED)).or_infrastructure()?;
+    // Two that wait at once: both see that the folder is taken in the end.
+    let _wanted = flock(&wanted, FlockOperation::NonBlockingLockExclusive);
     let end = tokio::time::Instant::now() + ATTACH_TIMEOUT;
     let nobody = "none".parse().or_infrastructure()?;
     let holder = Client::new(Target::Socket(socket_path(folder)), nobody);
@@ -367,6 +382,11 @@ impl Keeper {
         loop {
             if let Ok(stream) = private_socket::connect(&socket).await {
                 return Ok(Which::Theirs(stream));
+            }
+            if is_wanted(&self.folder) {
+                // A controller that stays is about to come.
+                tokio::time::sleep(ATTACH_AGAIN).await;
+                continue;
             }
             match server::start(self.config()).await {
                 Ok(running) => {
