@@ -46,6 +46,8 @@ use crate::server::{self as far, Server, words};
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(15);
 /// Wait before it is tried again.
 const ATTACH_AGAIN: Duration = Duration::from_millis(20);
+/// A controller that has refused to make room for this long is one that stays.
+const STAYS_AFTER: Duration = Duration::from_secs(1);
 /// How long requests of others may take to end when this process does.
 const STOP_PATIENCE: Duration = Duration::from_millis(200);
 /// How long room that was made stays free for whom it was made.
@@ -239,6 +241,7 @@ pub(super) async fn make_room(folder: &Path) -> Result<FolderLock> {
     // Two that wait at once: both see that the folder is taken in the end.
     let _wanted = flock(&wanted, FlockOperation::NonBlockingLockExclusive);
     let end = tokio::time::Instant::now() + ATTACH_TIMEOUT;
+    let mut refused_until = None;
     let nobody = "none".parse().or_infrastructure()?;
     let holder = Client::new(Target::Socket(socket_path(folder)), nobody);
     loop {
@@ -249,7 +252,11 @@ pub(super) async fn make_room(folder: &Path) -> Result<FolderLock> {
         let way = "/worker/v1/give-way";
         let asked = holder.call::<_, Value>(way, None, &Value::Null, ATTACH_TIMEOUT);
         if let Err(LinkError::Refused { .. }) = asked.await {
-            return Err(serve::refused(&taken));
+            // That of a command listens a moment before it is ready to make room.
+            let until = tokio::time::Instant::now() + STAYS_AFTER;
+            if tokio::time::Instant::now() >= *refused_until.get_or_insert(until) {
+                return Err(serve::refused(&taken));
+            }
         }
         // It makes room, or it ends or starts just now.
         if tokio::time::Instant::now() > end {

@@ -85,10 +85,9 @@ impl Fleet {
 
     fn serve(&mut self) {
         let serve = ["serve", "--listen", self.listen.as_str()];
-        self.server = Some(self.server_home.start(&serve));
-        until("a server", || {
-            (self.asks(&["queue", "list"]).code == 0).then_some(())
-        });
+        let mut server = self.server_home.start(&serve);
+        server.until_it_prints("private socket");
+        self.server = Some(server);
     }
 
     fn work(&mut self) {

@@ -144,6 +144,19 @@ impl Started {
         kill_process(Pid::from_raw(pid).expect("a pid"), signal).expect("kill");
     }
 
+    /// Reads its standard output until it contains this; what comes after stays for the end.
+    #[track_caller]
+    pub(crate) fn until_it_prints(&mut self, text: &str) {
+        let stdout = self.child.stdout.as_mut().expect("piped");
+        let mut printed = Vec::new();
+        while !String::from_utf8_lossy(&printed).contains(text) {
+            let mut byte = [0];
+            let read = stdout.read_exact(&mut byte);
+            assert!(read.is_ok(), "{}", String::from_utf8_lossy(&printed));
+            printed.extend(byte);
+        }
+    }
+
     pub(crate) fn end(mut self) -> Said {
         let (mut out, mut err) = (String::new(), String::new());
         let mut stderr = self.child.stderr.take().expect("piped");
