@@ -255,21 +255,6 @@ impl Inner {
         );
         r.register("workers", "Workers, by state", self.workers.clone());
         r.register(
-            "pipelines_failing",
-            "Pipelines whose last three builds or more have failed",
-            self.failing.clone(),
-        );
-        r.register(
-            "pipeline_failures",
-            "Pipelines that came to three failed builds in a row",
-            self.pipeline_failures.clone(),
-        );
-        r.register(
-            "spans_dropped",
-            "Spans that found no room or no collector",
-            self.spans_dropped.clone(),
-        );
-        r.register(
             "lease_expiries",
             "Leases that ended because their worker was silent",
             self.lease_expiries.clone(),
@@ -311,6 +296,27 @@ impl Inner {
         );
         let build = Info::new([("version", version.to_owned())]);
         r.register("build", "The program that is running", build);
+        self.with_names_of_signs()
+    }
+
+    /// What an operator is to look at.
+    fn with_names_of_signs(mut self) -> Self {
+        let r = &mut self.registry;
+        r.register(
+            "pipelines_failing",
+            "Pipelines whose last three builds or more have failed",
+            self.failing.clone(),
+        );
+        r.register(
+            "pipeline_failures",
+            "Pipelines that came to three failed builds in a row",
+            self.pipeline_failures.clone(),
+        );
+        r.register(
+            "spans_dropped",
+            "Spans that found no room or no collector",
+            self.spans_dropped.clone(),
+        );
         self
     }
 
