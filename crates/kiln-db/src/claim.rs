@@ -15,6 +15,7 @@ use crate::engine::{Tx, args, json};
 use crate::error::DbError;
 use crate::job::Live;
 use crate::leader::{Leadership, leads};
+use crate::own::OWN_LEASE_MS;
 use crate::wake::Wake;
 use crate::worker::state_of;
 
@@ -215,10 +216,15 @@ async fn claim(
 async fn write(tx: &mut Tx, rows: &str, incarnation: u64, until: u64) -> Result<(), DbError> {
     let now = tx.now().await?;
     let sql = "update jobs set state = 'leased', worker = e.value ->> 1, life = $2,
-            epoch = cast(e.value ->> 3 as bigint), leased_ms = $3, until_ms = $4, started_ms = null, phase = null,
+            epoch = cast(e.value ->> 3 as bigint), leased_ms = $3, started_ms = null, phase = null,
+            until_ms = case when jobs.requires like '%\"kiln/own\":%' then $5 else $4 end,
             estimate = null, event_seq = event_seq + 1, log_next = 0, log_home = ''
         from json_each($1) e where jobs.id = (e.value ->> 0)";
-    tx.exec(sql, args![rows, incarnation, now, until]).await?;
+    tx.exec(
+        sql,
+        args![rows, incarnation, now, until, now + OWN_LEASE_MS],
+    )
+    .await?;
     let sql = "insert into attempts (job, number, worker, life, epoch, leased_ms)
         select e.value ->> 0, cast(e.value ->> 2 as bigint), e.value ->> 1, $2, cast(e.value ->> 3 as bigint), $3
         from json_each($1) e";

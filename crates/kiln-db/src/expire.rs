@@ -8,6 +8,7 @@ use crate::database::{Database, LeaseTimes, write_tx};
 use crate::engine::{Tx, args};
 use crate::error::DbError;
 use crate::job::Live;
+use crate::own::OWN_LEASE_MS;
 use crate::wake::Wake;
 
 /// Leases given up in one transaction.
@@ -137,8 +138,11 @@ async fn lose_workers(tx: &mut Tx, seen_before: u64) -> Result<Vec<WorkerId>, Db
 /// nobody to report to.
 pub(crate) async fn settle(tx: &mut Tx, times: LeaseTimes) -> Result<(), DbError> {
     let now = tx.now().await?;
-    let sql = "update jobs set until_ms = $1 where worker is not null";
-    tx.exec(sql, args![now + times.ttl_ms]).await?;
+    let sql =
+        "update jobs set until_ms = case when requires like '%\"kiln/own\":%' then $2 else $1 end
+        where worker is not null";
+    tx.exec(sql, args![now + times.ttl_ms, now + OWN_LEASE_MS])
+        .await?;
     let sql = "update workers set seen_ms = $1 where lost = 0";
     tx.exec(sql, args![now]).await?;
     let sql = "update jobs set ready_ms = $1 where ready_ms > $1 + 300000";

@@ -10,6 +10,7 @@ use crate::database::{Database, write_tx};
 use crate::engine::{Tx, args, json};
 use crate::error::DbError;
 use crate::job::Live;
+use crate::own::OWN_LEASE_MS;
 use crate::wake::Wake;
 use crate::worker::state_of;
 
@@ -122,9 +123,14 @@ async fn beat(
         leases.push((lease.attempt.clone(), answer));
     }
     if !extended.is_empty() {
-        let sql = "update jobs set until_ms = $2
+        let sql = "update jobs set until_ms = case when requires like '%\"kiln/own\":%' then $4 else $2 end
             where worker = $3 and id in (select e.value ->> 0 from json_each($1) e)";
-        let values = args![json(&extended), until_unix_ms, worker.as_str()];
+        let values = args![
+            json(&extended),
+            until_unix_ms,
+            worker.as_str(),
+            now + OWN_LEASE_MS
+        ];
         tx.exec(sql, values).await?;
     }
     let unnamed = live.into_values().filter_map(|row| {

@@ -15,6 +15,11 @@ use crate::job::Live;
 
 /// Workers forgotten in one transaction.
 const FORGET_MAX: u32 = 100;
+/// How long a lease of a command's own worker lives: for ever, as leases go. Nobody else may have its job, so time takes nothing away: a computer
+/// may sleep, a command may be suspended. It ends with its process ([`Database::bury_own_worker`]).
+pub(crate) const OWN_LEASE_MS: u64 = 10 * 365 * 86_400_000;
+/// Silence after which an own worker without a lease is forgotten, whose process said nothing at its end.
+const FORGET_AFTER_MS: u64 = 86_400_000;
 
 impl Database {
     /// Forgets a command's own worker: jobs that wait for it are lost, and its row goes, since its name never comes back. One that still
@@ -41,15 +46,17 @@ impl Database {
         })
     }
 
-    /// Forgets the own workers of commands that died without a word: they are lost, and their leases are over. Gives how many.
+    /// Forgets the own workers of commands that ended without a word a day ago, and hold nothing. Gives how many.
     ///
     /// # Errors
     /// When the database does not answer.
     pub async fn forget_lost_own_workers(&self) -> Result<u32, DbError> {
         write_tx!(self, "forget workers of dead commands", [], |tx| {
-            let sql = "select id, labels from workers where lost = 1 and labels like '%kiln/own%' order by id limit $1";
+            let before = tx.now().await?.saturating_sub(FORGET_AFTER_MS);
+            let sql = "select id from workers where lost = 1 and seen_ms < $2 and labels like '%\"kiln/own\":%'
+                order by id limit $1";
             let mut forgotten = 0;
-            for row in tx.rows(sql, args![FORGET_MAX]).await? {
+            for row in tx.rows(sql, args![FORGET_MAX, before]).await? {
                 let worker: WorkerId = row.parse("id")?;
                 forgotten += u32::from(forget(tx, &worker).await?);
             }
@@ -90,7 +97,7 @@ async fn forget(tx: &mut Tx, worker: &WorkerId) -> Result<bool, DbError> {
         },
         phases_ms: Vec::new(),
     };
-    let sql = "select j.* from jobs j where j.state = 'queued' and j.requires like '%kiln/own%' order by j.id /*lock j*/";
+    let sql = "select j.* from jobs j where j.state = 'queued' and j.requires like '%\"kiln/own\":%' order by j.id /*lock j*/";
     for row in tx.rows(sql, args![]).await? {
         let requires: Requirements = row.json("requires")?;
         if requires

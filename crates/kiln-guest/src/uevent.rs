@@ -48,7 +48,9 @@ pub(crate) fn find(sys_block: &Path, serial: &str) -> Option<Disk> {
 /// # Errors
 /// When it did not come in time, or the kernel gives no uevents.
 pub(crate) fn wait_for(serial: &str, within: Duration) -> Result<Disk, SysError> {
-    let look = || find(Path::new("/sys/block"), serial).filter(|disk| disk.node.exists());
+    // The node is there a moment before the disk behind it: until then it cannot be opened (ENXIO).
+    let is_live = |disk: &Disk| fs::File::open(&disk.node).is_ok();
+    let look = || find(Path::new("/sys/block"), serial).filter(is_live);
     wait_until(&format!("disk {serial}"), within, look)
 }
 

@@ -16,7 +16,7 @@ use kiln_controller::server::{
 };
 use kiln_controller::webhooks::ReceiverPolicy;
 use kiln_core::{FailureClass, JobRequest, Label, Outcome, PoolName, WorkerId};
-use kiln_db::Retention;
+use kiln_db::{Database, Retention};
 use kiln_store::{HostRegistry, private_socket};
 use kiln_telemetry::metrics::Prefix;
 use kiln_worker::event::{Event, Events};
@@ -30,9 +30,11 @@ use kiln_worker::home::Home;
 use kiln_worker::host::{new_job_id, now_unix_ms};
 use kiln_worker::registry::RegistryAccess;
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Signal, getpid, kill_process};
 use serde_json::Value;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::UnixStream;
+use tokio::signal::unix::SignalKind;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -52,6 +54,8 @@ const STAYS_AFTER: Duration = Duration::from_secs(1);
 const STOP_PATIENCE: Duration = Duration::from_millis(200);
 /// How long room that was made stays free for whom it was made.
 const ROOM_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time between two looks for commands that died.
+const BURY_EVERY: Duration = Duration::from_secs(10);
 /// How often a job that waits is asked why.
 const WHY_EVERY: Duration = Duration::from_secs(2);
 
@@ -341,8 +345,38 @@ impl Alive {
     }
 }
 
-/// Ends what commands held that are dead. What cannot be ended now ends with its lease.
-async fn bury(folder: &Path, running: &Running) {
+/// The user's wish to suspend this command (Ctrl-Z). The controller is let go before: a suspended one would answer nobody.
+struct SuspendWish(Option<tokio::signal::unix::Signal>);
+
+impl SuspendWish {
+    fn listen() -> Self {
+        let kind = SignalKind::from_raw(Signal::TSTP.as_raw());
+        // Without it the system suspends as it always did.
+        Self(tokio::signal::unix::signal(kind).ok())
+    }
+
+    async fn came(&mut self) {
+        match &mut self.0 {
+            Some(signal) => {
+                signal.recv().await;
+            }
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// What never comes.
+pub(super) enum Never {}
+
+/// Again and again ends what commands of a home held that are dead.
+pub(super) async fn bury(folder: &Path, db: &Database) -> Never {
+    loop {
+        bury_once(folder, db).await;
+        tokio::time::sleep(BURY_EVERY).await;
+    }
+}
+
+async fn bury_once(folder: &Path, db: &Database) {
     for entry in fs::read_dir(folder.join(ALIVE))
         .into_iter()
         .flatten()
@@ -358,7 +392,7 @@ async fn bury(folder: &Path, running: &Running) {
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             continue;
         }
-        match running.controller.db.bury_own_worker(&worker).await {
+        match db.bury_own_worker(&worker).await {
             Ok(_) => {
                 let _gone_already = fs::remove_file(entry.path());
             }
@@ -397,7 +431,7 @@ impl Keeper {
             }
             match server::start(self.config()).await {
                 Ok(running) => {
-                    bury(&self.folder, &running).await;
+                    bury_once(&self.folder, &running.controller.db).await;
                     return Ok(Which::Ours(Box::new(running)));
                 }
                 // It starts just now, or it stops.
@@ -410,22 +444,30 @@ impl Keeper {
     }
 
     async fn keep(self, mut which: Which, stop: CancellationToken) -> Option<Running> {
+        let mut wish = SuspendWish::listen();
         loop {
             match which {
                 Which::Ours(running) => {
                     let asked = running.controller.give_way();
-                    tokio::select! {
+                    let db = running.controller.db.clone();
+                    let suspended = tokio::select! {
                         () = stop.cancelled() => return Some(*running),
-                        () = asked.cancelled() => {}
-                    }
+                        never = bury(&self.folder, &db) => match never {},
+                        () = asked.cancelled() => false,
+                        () = wish.came() => true,
+                    };
                     running.stop_within(STOP_PATIENCE).await;
-                    self.let_in(&stop).await;
+                    match suspended {
+                        true => self.suspend().await,
+                        false => self.let_in(&stop).await,
+                    }
                 }
                 Which::Theirs(mut stream) => {
                     let mut nothing = [0; 1];
                     tokio::select! {
                         // It says nothing unless asked: whatever comes is the connection's end.
                         _ended = stream.read(&mut nothing) => {}
+                        () = wish.came() => self.suspend().await,
                         () = stop.cancelled() => return None,
                     }
                 }
@@ -441,6 +483,12 @@ impl Keeper {
                 tokio::time::sleep(ATTACH_AGAIN).await;
             };
         }
+    }
+
+    /// Suspends this process until somebody lets it go on. Nobody waits meanwhile for what it owned.
+    async fn suspend(&self) {
+        self.registry.step_down().await;
+        let _cannot = kill_process(getpid(), Signal::STOP);
     }
 
     /// Waits for the one that room was made for.

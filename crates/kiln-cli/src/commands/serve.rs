@@ -33,20 +33,23 @@ pub(super) async fn run(args: ServeArgs, screen: Screen, cancel: CancellationTok
     };
     let running = start(&operator, args).await?;
     tell(&running, scheme, screen);
-    let worked = match with_worker {
-        false => {
+    let working = async {
+        if !with_worker {
             cancel.cancelled().await;
-            Ok(())
+            return Ok(());
         }
-        true => {
-            let target = Target::Socket(running.socket.clone());
-            let own = worker::Beside {
-                name: OWN_WORKER,
-                machines: OWN_MACHINES,
-                otlp: otlp.as_deref(),
-            };
-            worker::beside(&operator, target, own, screen, &cancel).await
-        }
+        let target = Target::Socket(running.socket.clone());
+        let own = worker::Beside {
+            name: OWN_WORKER,
+            machines: OWN_MACHINES,
+            otlp: otlp.as_deref(),
+        };
+        worker::beside(&operator, target, own, screen, &cancel).await
+    };
+    let (folder, db) = (operator.home.controller(), &running.controller.db);
+    let worked = tokio::select! {
+        worked = working => worked,
+        never = home_queue::bury(&folder, db) => match never {},
     };
     running.stop().await;
     worked.map(|()| 0)

@@ -90,7 +90,7 @@ pub(super) async fn run(args: WorkerArgs, screen: Screen, cancel: CancellationTo
     let offer = Offer {
         facts,
         takes_jobs: true,
-        is_new: false,
+        own: false,
     };
     let served = tokio::select! {
         served = daemon::serve(shop, offer, cancel.clone()) => served,
@@ -142,7 +142,7 @@ pub(super) async fn beside(
     let offer = Offer {
         facts,
         takes_jobs: true,
-        is_new: false,
+        own: false,
     };
     let served = daemon::serve(shop, offer, cancel.clone()).await;
     served.map_err(|ended| ended_error(&ended))

@@ -205,7 +205,7 @@ impl Far {
             let offer = Offer {
                 facts: facts(1),
                 takes_jobs: true,
-                is_new: false,
+                own: false,
             };
             daemon::serve(Arc::new(shop), offer, stop)
                 .await

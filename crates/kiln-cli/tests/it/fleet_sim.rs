@@ -316,7 +316,7 @@ pub(crate) async fn work_near(shop: Workshop, name: &str, machines: u32, stop: C
     let offer = Offer {
         facts: facts(machines),
         takes_jobs: true,
-        is_new: false,
+        own: false,
     };
     tokio::spawn(daemon::serve(Arc::new(shop), offer, stop));
 }

@@ -72,3 +72,30 @@ fn a_command_makes_room_for_a_server_and_goes_on() {
     assert_eq!(jobs(&annex).len(), 1, "its jobs stay");
     annex.is_well();
 }
+
+#[test]
+fn a_suspended_command_holds_up_nobody_and_goes_on() {
+    let Some(annex) = Annex::open() else { return };
+    let first = started(&annex, 3);
+    first.signal("TSTP");
+    let status = format!("/proc/{}/stat", first.child.id());
+    until("the command to be suspended", || {
+        let stat = std::fs::read_to_string(&status).ok()?;
+        stat.contains(") T ").then_some(())
+    });
+    annex.run(&["run", "--", "echo", "meanwhile"]).exits(0);
+    // Longer than a lease of a fleet's worker and its grace.
+    let second = started(&annex, 22);
+    assert_eq!(second.end().exits(0).out, "over\n");
+    first.signal("CONT");
+    assert_eq!(first.end().exits(0).out, "over\n");
+    let verdicts = jobs(&annex)
+        .into_iter()
+        .map(|job| job["outcome"]["verdict"].clone());
+    assert!(
+        verdicts.clone().all(|verdict| verdict == "passed"),
+        "{:?}",
+        verdicts.collect::<Vec<_>>()
+    );
+    annex.is_well();
+}

@@ -130,7 +130,7 @@ pub(crate) struct Started {
 }
 
 impl Started {
-    /// Sends `INT`, `TERM`, `HUP` or `KILL`.
+    /// Sends `INT`, `TERM`, `HUP`, `KILL`, `TSTP` or `CONT`.
     pub(crate) fn signal(&self, name: &str) {
         use rustix::process::{Pid, Signal, kill_process};
         let signal = match name {
@@ -138,6 +138,8 @@ impl Started {
             "TERM" => Signal::TERM,
             "HUP" => Signal::HUP,
             "KILL" => Signal::KILL,
+            "TSTP" => Signal::TSTP,
+            "CONT" => Signal::CONT,
             other => panic!("no signal {other:?}"),
         };
         let pid = i32::try_from(self.child.id()).expect("a pid");

@@ -11,6 +11,7 @@ on_both!(
     a_commands_worker_goes_with_the_jobs_that_wait_for_it,
     a_worker_that_holds_a_lease_stays_until_it_is_over,
     workers_of_dead_commands_are_forgotten,
+    a_commands_lease_lives_as_long_as_its_process,
     what_a_dead_command_held_is_lost_at_once,
 );
 
@@ -72,20 +73,36 @@ async fn a_worker_that_holds_a_lease_stays_until_it_is_over(w: World) {
 }
 
 async fn workers_of_dead_commands_are_forgotten(w: World) {
-    let mine = own(&w, "command-1").await;
-    let fleet = w.worker("w1").await;
+    let (mine, busy) = (own(&w, "command-1").await, own(&w, "command-2").await);
     w.submit_as(only("b1", &mine)).await;
-    w.submit_as(only("b2", &mine)).await;
-    w.claim("b1", 1, &mine).await;
-    assert_eq!(w.db.forget_lost_own_workers().await.expect("answers"), 0);
+    w.submit_as(only("b2", &busy)).await;
+    w.claim("b2", 1, &busy).await;
     w.advance(20_001);
     w.sweep().await;
-    assert_eq!(ended(&w, "b1").await, Some(FailureClass::Lost));
+    assert_eq!(w.db.forget_lost_own_workers().await.expect("answers"), 0);
+    w.advance(86_400_000);
     assert_eq!(w.db.forget_lost_own_workers().await.expect("answers"), 1);
-    assert_eq!(ended(&w, "b2").await, Some(FailureClass::Lost));
+    assert_eq!(ended(&w, "b1").await, Some(FailureClass::Lost));
     let left = w.db.workers(None).await.expect("answers");
     let left: Vec<_> = left.into_iter().map(|worker| worker.id).collect();
-    assert_eq!(left, [fleet]);
+    assert_eq!(left, [busy]);
+}
+
+async fn a_commands_lease_lives_as_long_as_its_process(w: World) {
+    let mine = own(&w, "command-1").await;
+    w.submit_as(only("b1", &mine)).await;
+    let lease = w.claim("b1", 1, &mine).await;
+    // The computer sleeps over a holiday.
+    w.advance(20 * 86_400_000);
+    assert!(w.sweep().await.expired.is_empty());
+    w.db.check_lease(&lease).await.expect("lives");
+    let held = std::slice::from_ref(&lease);
+    w.db.heartbeat(&mine, &facts(), held)
+        .await
+        .expect("answers");
+    w.advance(20 * 86_400_000);
+    assert!(w.sweep().await.expired.is_empty());
+    w.db.finish(&lease, end(passed())).await.expect("finishes");
 }
 
 async fn what_a_dead_command_held_is_lost_at_once(w: World) {

@@ -6,9 +6,9 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, getpgid, kill_process_group};
 
 /// Longest content of a lock file.
 const RECORD_BYTES_MAX: usize = 256;
@@ -66,16 +66,38 @@ pub(super) fn kill_left_over(lock: &File) {
     };
     let text = String::from_utf8_lossy(&bytes[..length]).into_owned();
     let mut lines = text.lines().map(Identity::parse);
-    let (Some(Some(owner)), Some(Some(group))) = (lines.next(), lines.next()) else {
+    let (Some(Some(owner)), group) = (lines.next(), lines.next().flatten()) else {
         return;
     };
-    if owner.is_alive() || !group.is_alive() {
+    if owner.is_alive() {
         return;
     }
-    if let Some(pid) = i32::try_from(group.pid).ok().and_then(Pid::from_raw) {
+    let group = group.filter(|group| group.is_alive());
+    let recorded = group.and_then(|group| Pid::from_raw(i32::try_from(group.pid).ok()?));
+    for group in recorded.into_iter().chain(unrecorded(lock)) {
         // It may end by itself in between.
-        let _ = kill_process_group(pid, Signal::KILL);
+        let _ = kill_process_group(group, Signal::KILL);
     }
+}
+
+/// Groups of programs whose standard input is the lock, as that of every program of a bake: one that was killed between a start and its record
+/// left a program that nobody wrote down.
+fn unrecorded(lock: &File) -> Vec<Pid> {
+    let Ok(own) = lock.metadata() else {
+        return Vec::new();
+    };
+    let holds = |entry: &fs::DirEntry| {
+        fs::metadata(entry.path().join("fd/0"))
+            .is_ok_and(|input| (input.dev(), input.ino()) == (own.dev(), own.ino()))
+    };
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let holding = processes.filter(holds).filter_map(|entry| {
+        let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)?;
+        getpgid(Some(pid)).ok()
+    });
+    // Never this bake's own.
+    let this = getpgid(None).ok();
+    holding.filter(|group| Some(*group) != this).collect()
 }
 
 #[cfg(test)]
@@ -116,6 +138,23 @@ mod tests {
         kill_left_over(&lock);
         let status = child.wait().expect("waitable");
         assert!(!status.success());
+    }
+
+    #[test]
+    fn a_program_that_its_bake_had_no_time_to_write_down_is_killed() {
+        let lock = tempfile::tempfile().expect("a temporary file");
+        let mut command = Command::new("sleep");
+        let input = lock.try_clone().expect("a descriptor");
+        let mut child = command
+            .arg("60")
+            .process_group(0)
+            .stdin(std::process::Stdio::from(input))
+            .spawn()
+            .expect("sleep starts");
+        let dead = format!("{} 1\n", std::process::id());
+        lock.write_all_at(dead.as_bytes(), 0).expect("writable");
+        kill_left_over(&lock);
+        assert!(!child.wait().expect("waitable").success());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokio::net::UnixStream;
@@ -86,6 +87,10 @@ pub(super) async fn adopt(taken: Taken) -> Result<QemuMachine, AdoptError> {
     }))
 }
 
+/// Longest wait for room in the queue of a socket of QEMU's.
+const ROOM_WAIT_MAX: Duration = Duration::from_secs(5);
+/// Between two tries: nothing tells of room.
+const ROOM_POLL: Duration = Duration::from_millis(10);
 /// Why a machine without a process is gone.
 const ENDED: &str = "its VMM has ended";
 
@@ -96,11 +101,23 @@ struct Sockets {
     copies: [OwnedFd; 2],
 }
 
-/// Never waits: a queue that is full is an error.
+/// Connects when there is room: QEMU's sockets let one connection wait, and the one of an owner that gave up may still do so.
+async fn connect_to(path: &str) -> io::Result<UnixStream> {
+    let end = Instant::now() + ROOM_WAIT_MAX;
+    loop {
+        match UnixStream::connect(path).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < end => {
+                tokio::time::sleep(ROOM_POLL).await;
+            }
+            connected => return connected,
+        }
+    }
+}
+
 async fn connect(taken: &Taken) -> io::Result<Sockets> {
     let dir_fd: OwnedFd = File::open(taken.dir().dir())?.into();
-    let control = UnixStream::connect(socket_path(&dir_fd, CONTROL_SOCKET)).await?;
-    let console = UnixStream::connect(socket_path(&dir_fd, CONSOLE_SOCKET)).await?;
+    let control = connect_to(&socket_path(&dir_fd, CONTROL_SOCKET)).await?;
+    let console = connect_to(&socket_path(&dir_fd, CONSOLE_SOCKET)).await?;
     let copies = [
         control.as_fd().try_clone_to_owned()?,
         console.as_fd().try_clone_to_owned()?,

@@ -38,6 +38,8 @@ use crate::registry::{
 
 /// How long to wait for a process that owns the store and does not answer yet, or is just ending.
 pub const ATTACH_WAIT_MAX: Duration = Duration::from_secs(15);
+/// Longest wait for the doors of an owner that steps down.
+const STEP_DOWN_MAX: Duration = Duration::from_millis(500);
 /// Between two looks at who owns the store. The lock itself cannot be waited for with a deadline.
 const ATTACH_POLL: Duration = Duration::from_millis(20);
 /// How often one operation looks for a new owner before it gives up.
@@ -114,6 +116,21 @@ impl HostRegistry {
     /// Whether this process owns the registry at this moment.
     pub async fn is_owner(&self) -> bool {
         matches!(self.role().await, Role::Owner(_))
+    }
+
+    /// Lets go of the registry if this process owns it, so that another process may: to be called before this one is suspended. The next
+    /// request owns it again or attaches. Machines that are served just now keep it here.
+    pub async fn step_down(&self) {
+        let mut role = self.shared.role.write().await;
+        if !matches!(*role, Role::Owner(_)) {
+            return;
+        }
+        *role = Role::Attached(Remote::new(&self.shared.dir));
+        // Its doors close when the runtime drops their tasks.
+        let end = Instant::now() + STEP_DOWN_MAX;
+        while socket::connect(&self.shared.dir).await.is_ok() && Instant::now() < end {
+            tokio::time::sleep(ATTACH_POLL).await;
+        }
     }
 
     /// Directory of the registry.

@@ -40,8 +40,9 @@ pub struct Offer {
     pub facts: WorkerFacts,
     /// Take work; without it the worker only ends what it has.
     pub takes_jobs: bool,
-    /// Its name was never used before: nothing can be held in it yet.
-    pub is_new: bool,
+    /// It is one command's own, under a name that was never used before: nothing can be held in it yet, nobody else may have what it holds, and
+    /// so its leases end with its process, not with time.
+    pub own: bool,
 }
 
 /// Why a worker ended.
@@ -112,7 +113,7 @@ pub async fn serve(
         busy: watch::Sender::new(0),
         recent: Mutex::default(),
     });
-    if !daemon.offer.is_new {
+    if !daemon.offer.own {
         let released = tokio::select! {
             released = daemon.release() => released,
             () = stop.cancelled() => return Ok(()),
@@ -174,6 +175,14 @@ impl Daemon {
                     tokio::time::sleep(RETRY).await;
                 }
             }
+        }
+    }
+
+    /// How long a lease lives that would live so long by the controller's word.
+    fn ttl_ms(&self, ttl_ms: u64) -> u64 {
+        match self.offer.own {
+            true => OWN_TTL_MS,
+            false => ttl_ms,
         }
     }
 
@@ -320,6 +329,7 @@ impl Daemon {
                 "it answers about other leases".to_owned(),
             ));
         }
+        let ttl_ms = self.ttl_ms(answer.ttl_ms);
         let mut state = self.lock();
         state.orphans = state.orphans.saturating_sub(orphans);
         for ((attempt, epoch), lease) in held.into_iter().zip(answer.leases) {
@@ -332,9 +342,9 @@ impl Daemon {
                         // What was believed until now was a guess: the controller's word replaces it, be it shorter.
                         true => {
                             let again = attempt.clone();
-                            state.fence.granted(again, epoch, sent_ms, answer.ttl_ms);
+                            state.fence.granted(again, epoch, sent_ms, ttl_ms);
                         }
-                        false => state.fence.renewed(&attempt, epoch, sent_ms, answer.ttl_ms),
+                        false => state.fence.renewed(&attempt, epoch, sent_ms, ttl_ms),
                     }
                     let until = state.fence.until_ms(&attempt);
                     if let (Some(running), Some(until)) = (state.running.get(&attempt), until) {
@@ -433,7 +443,7 @@ impl Daemon {
             let epoch = leased.lease.epoch;
             state
                 .fence
-                .granted(attempt.clone(), epoch, arrived_ms, CONFIRM_MS);
+                .granted(attempt.clone(), epoch, arrived_ms, self.ttl_ms(CONFIRM_MS));
             let running = Running {
                 lease: leased.lease.clone(),
                 stop: stop.clone(),
@@ -497,6 +507,8 @@ fn held_lease((attempt, epoch): &(AttemptId, Epoch)) -> HeldLease {
 const DESTROYED_MAX: usize = 1024;
 /// How long a new lease waits for the heartbeat that confirms it.
 const CONFIRM_MS: u64 = 10_000;
+/// How long a command's own leases live: as long as its process.
+const OWN_TTL_MS: u64 = 10 * 365 * 86_400_000;
 
 /// The lease with its end as this process's registry counts time.
 fn with_deadline(lease: &Lease, until_boot_ms: u64) -> Lease {

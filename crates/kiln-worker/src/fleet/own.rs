@@ -59,7 +59,7 @@ impl OwnWorker {
         let offer = Offer {
             facts,
             takes_jobs: true,
-            is_new: true,
+            own: true,
         };
         let serving = tokio::spawn(daemon::serve(Arc::clone(&shop), offer, stop.clone()));
         Ok(Self {
@@ -122,9 +122,9 @@ impl Waiting {
         ended.map_err(|_| {
             Failure::new(
                 FailureClass::Lost,
-                "the right to run this job was lost, and its machine was destroyed",
+                "the controller gave this job up, and its machine was destroyed",
             )
-            .hint("was this computer asleep? Run the command again")
+            .hint("`kiln job show` may say why; run the command again")
         })
     }
 }
