@@ -417,10 +417,15 @@ impl LogStore {
         lock(&self.inner.live).insert(name, self.dir_of(name))
     }
 
-    /// Forgets a log that was made for a writer or follower who came too late.
+    /// Forgets a log that was made for a follower, that nobody else holds and nobody wrote to here. Left behind it would stand for the
+    /// log for ever, also when another controller wrote it and put it away.
     fn forget_empty(&self, name: &LogName) {
         let mut logs = lock(&self.inner.live);
-        if !self.dir_of(name).is_dir() {
+        let unused = logs
+            .by_name
+            .get(name)
+            .is_some_and(|live| Arc::strong_count(live) == 1);
+        if unused && !self.dir_of(name).is_dir() {
             logs.by_name.remove(name);
         }
     }
@@ -493,6 +498,12 @@ fn folders(dir: &std::path::Path) -> Result<Vec<String>, LogError> {
     Ok(names)
 }
 
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.let_go();
+    }
+}
+
 /// One reader's place in a log.
 struct Follower {
     store: LogStore,
@@ -537,17 +548,26 @@ impl Follower {
             None if self.store.opened(&self.name).await?.is_some() => return Ok(None),
             None => {
                 let live = self.store.make_live(&self.name);
+                // Kept from here on, so that dropping the follower forgets it.
+                self.heard = Some((Arc::clone(&live), live.listen()));
                 if self.store.opened(&self.name).await?.is_some() {
-                    self.store.forget_empty(&self.name);
+                    drop(live);
+                    self.let_go();
                     return Ok(None);
                 }
-                live
+                return Ok(Some(live));
             }
         };
         // What was written before this is found by reading, what comes after is heard.
         let bell = live.listen();
         self.heard = Some((Arc::clone(&live), bell));
         Ok(Some(live))
+    }
+
+    fn let_go(&mut self) {
+        if self.heard.take().is_some() {
+            self.store.forget_empty(&self.name);
+        }
     }
 
     async fn wait(&mut self) {

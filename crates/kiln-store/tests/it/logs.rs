@@ -590,3 +590,33 @@ async fn logs_go_when_their_time_is_over_unless_they_are_held() -> Result<()> {
     assert!(files(&dir.path().join("ended")).is_empty());
     Ok(())
 }
+
+/// Two controllers end logs at one place: one writes, the other only had a follower that came too early.
+#[tokio::test]
+async fn a_follower_that_is_gone_hides_no_log_that_another_store_ended() -> Result<()> {
+    let (here, there) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let reader = LogStore::open(LogConfig::in_folder(here.path())).await?;
+    let shared = LogConfig {
+        live: there.path().join("live"),
+        ..LogConfig::in_folder(here.path())
+    };
+    let writer = LogStore::open(shared).await?;
+    let b1 = name("b1");
+    let early = {
+        let (store, b1) = (reader.clone(), b1.clone());
+        tokio::spawn(async move { followed(&store, &b1, 0).await })
+    };
+    let listens = async {
+        while !reader.is_here(&b1) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), listens).await?;
+    early.abort();
+    assert!(early.await.is_err_and(|ended| ended.is_cancelled()));
+    assert!(!reader.is_here(&b1));
+    writer.append(&b1, 0, Bytes::from(lines(0..30))).await?;
+    writer.end(&b1, HOT, 0).await?;
+    assert_eq!(all(&reader, &b1).await?, lines(0..30).as_bytes());
+    Ok(())
+}
