@@ -15,7 +15,7 @@ use kiln_controller::server::{
     self, FolderLock, Running, ServeConfig, Sharing, StartError, Tls, socket_path,
 };
 use kiln_controller::webhooks::ReceiverPolicy;
-use kiln_core::{FailureClass, JobRequest, Label, Outcome, PoolName, WorkerId};
+use kiln_core::{FailureClass, JobRequest, Label, PoolName, WorkerId};
 use kiln_db::{Database, Retention};
 use kiln_store::{HostRegistry, private_socket};
 use kiln_telemetry::metrics::Prefix;
@@ -56,6 +56,8 @@ const STOP_PATIENCE: Duration = Duration::from_millis(200);
 const ROOM_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between two looks for commands that died.
 const BURY_EVERY: Duration = Duration::from_secs(10);
+/// How long a process may still run after it was told to stop. The first process of a container does not stop at all.
+const STOPS_WITHIN: Duration = Duration::from_secs(1);
 /// How often a job that waits is asked why.
 const WHY_EVERY: Duration = Duration::from_secs(2);
 
@@ -146,7 +148,7 @@ impl HomeQueue {
         let mut look = tokio::time::interval_at(tokio::time::Instant::now() + WHY_EVERY, WHY_EVERY);
         loop {
             tokio::select! {
-                ended = waiting.ended() => return Ok(ended.unwrap_or_else(failed)),
+                ended = waiting.ended() => return Ok(ended.unwrap_or_else(JobEnd::failed)),
                 () = cancel.cancelled(), if !asked => {
                     asked = true;
                     let reason = format!("{path}?reason=interrupted");
@@ -279,19 +281,6 @@ pub(crate) fn is_untouched() -> Result<bool> {
     Ok(!home.controller().is_dir())
 }
 
-fn failed(failure: Failure) -> JobEnd {
-    JobEnd {
-        outcome: Outcome {
-            verdict: failure.verdict(),
-            phases_ms: Vec::new(),
-        },
-        result: Err(failure),
-        egress: kiln_network::record::EgressSummary::default(),
-        runtime: None,
-        artifacts: Vec::new(),
-    }
-}
-
 /// The end of a job that was over before it began.
 fn never_ran(outcome: &OutcomeView) -> JobEnd {
     let class = outcome.class.clone().map(Value::String);
@@ -301,7 +290,7 @@ fn never_ran(outcome: &OutcomeView) -> JobEnd {
         class.unwrap_or(FailureClass::Infrastructure),
         message.unwrap_or_else(|| "the job ended elsewhere".to_owned()),
     );
-    failed(match outcome.hint.clone() {
+    JobEnd::failed(match outcome.hint.clone() {
         Some(hint) => failure.hint(hint),
         None => failure,
     })
@@ -345,12 +334,22 @@ impl Alive {
     }
 }
 
-/// The user's wish to suspend this command (Ctrl-Z). The controller is let go before: a suspended one would answer nobody.
-struct SuspendWish(Option<tokio::signal::unix::Signal>);
+/// A signal that a shell sends to its jobs.
+struct JobSignal(Option<tokio::signal::unix::Signal>);
 
-impl SuspendWish {
-    fn listen() -> Self {
-        let kind = SignalKind::from_raw(Signal::TSTP.as_raw());
+impl JobSignal {
+    /// The user's wish to suspend this command (Ctrl-Z). The controller is let go before: a suspended one would answer nobody.
+    fn suspend() -> Self {
+        Self::listen(Signal::TSTP)
+    }
+
+    /// Somebody let a suspended command go on.
+    fn go_on() -> Self {
+        Self::listen(Signal::CONT)
+    }
+
+    fn listen(signal: Signal) -> Self {
+        let kind = SignalKind::from_raw(signal.as_raw());
         // Without it the system suspends as it always did.
         Self(tokio::signal::unix::signal(kind).ok())
     }
@@ -444,7 +443,7 @@ impl Keeper {
     }
 
     async fn keep(self, mut which: Which, stop: CancellationToken) -> Option<Running> {
-        let mut wish = SuspendWish::listen();
+        let mut wish = JobSignal::suspend();
         loop {
             match which {
                 Which::Ours(running) => {
@@ -488,7 +487,11 @@ impl Keeper {
     /// Suspends this process until somebody lets it go on. Nobody waits meanwhile for what it owned.
     async fn suspend(&self) {
         self.registry.step_down().await;
+        let mut goes_on = JobSignal::go_on();
         let _cannot = kill_process(getpid(), Signal::STOP);
+        // The kernel tells another thread to stop all of them: this one may run for a moment, and must take nothing then.
+        let _first_process_of_a_container =
+            tokio::time::timeout(STOPS_WITHIN, goes_on.came()).await;
     }
 
     /// Waits for the one that room was made for.

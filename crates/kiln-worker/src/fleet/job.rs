@@ -89,6 +89,23 @@ pub struct JobEnd {
     pub artifacts: Vec<ArtifactName>,
 }
 
+impl JobEnd {
+    /// The end of a job that came to nothing.
+    #[must_use]
+    pub fn failed(failure: Failure) -> Self {
+        Self {
+            outcome: Outcome {
+                verdict: failure.verdict(),
+                phases_ms: Vec::new(),
+            },
+            result: Err(failure),
+            egress: kiln_network::record::EgressSummary::default(),
+            runtime: None,
+            artifacts: Vec::new(),
+        }
+    }
+}
+
 /// What came of a job that ended by itself.
 #[derive(Debug)]
 pub enum Ended {
@@ -159,7 +176,7 @@ async fn attempt(shop: &Workshop, leased: Leased, stop: Stop, spans: Spans) {
         Ok(spool) => Arc::new(spool),
         Err(error) => {
             let failure = Failure::infrastructure(&error);
-            let end = failed(failure);
+            let end = JobEnd::failed(failure);
             tell_finish(&to, finish_of(&end, None)).await;
             return;
         }
@@ -183,7 +200,7 @@ async fn attempt(shop: &Workshop, leased: Leased, stop: Stop, spans: Spans) {
     };
     let (end, observed) = match secrets {
         Ok(secrets) => work.run(request, local, secrets).await,
-        Err(failure) => (failed(failure), None),
+        Err(failure) => (JobEnd::failed(failure), None),
     };
     log.end();
     drop(events);
@@ -219,19 +236,6 @@ fn masked(mut end: JobEnd, mask: &Mask) -> JobEnd {
         failure.message = mask.text(&failure.message);
     }
     end
-}
-
-fn failed(failure: Failure) -> JobEnd {
-    JobEnd {
-        outcome: Outcome {
-            verdict: failure.verdict(),
-            phases_ms: Vec::new(),
-        },
-        result: Err(failure),
-        egress: kiln_network::record::EgressSummary::default(),
-        runtime: None,
-        artifacts: Vec::new(),
-    }
 }
 
 fn finish_of(end: &JobEnd, observed: Option<Box<kiln_core::Observed>>) -> Finish {
@@ -273,7 +277,7 @@ pub(super) async fn give_up(client: &Client, lease: &Lease) {
         FailureClass::Lost,
         "its machine was destroyed when no heartbeat was answered in time",
     );
-    let finish = finish_of(&failed(lost), None);
+    let finish = finish_of(&JobEnd::failed(lost), None);
     let path = job_path(&lease.attempt.job, "finish");
     let said = client.call::<_, serde_json::Value>(&path, Some(lease), &finish, REQUEST_TIMEOUT);
     if let Err(error) = said.await {
@@ -356,15 +360,18 @@ impl Work<'_> {
                     };
                     (end, observed.map(Box::new))
                 }
-                Err(failure) => (failed(failure), None),
+                Err(failure) => (JobEnd::failed(failure), None),
             },
             JobKind::Run(command) => {
                 let ran = self.command(request, &command, local.run).await;
-                (ran.unwrap_or_else(failed), None)
+                (ran.unwrap_or_else(JobEnd::failed), None)
             }
             JobKind::ImageBuild(_) => {
                 let message = "a build that is planned already cannot be queued";
-                (failed(Failure::new(FailureClass::Usage, message)), None)
+                (
+                    JobEnd::failed(Failure::new(FailureClass::Usage, message)),
+                    None,
+                )
             }
         }
     }
