@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_core::{AllowRule, ByteSize, ImageRef};
+use kiln_core::{AllowRule, ArtifactPath, ByteSize, ImageRef};
 
 #[cfg(test)]
 pub(crate) use fleet::Bound;
@@ -15,6 +15,8 @@ pub(crate) use fleet::{
     ServerArgs, TenantCommand, TokenArgs, TokenCommand, WebhookCommand, WorkerArgs, WorkerCommand,
     WorkerStateArgs,
 };
+
+use crate::commands::artifacts::CopyOut;
 
 /// Builds container images and runs untrusted commands, each in a fresh microVM on this machine.
 #[derive(Parser, Debug)]
@@ -180,7 +182,9 @@ pub(crate) struct BuildArgs {
 #[derive(Args, Debug)]
 #[command(
     after_help = "Examples:\n  kiln run -- uname -a\n  kiln run --image shop:1.4 -p 8080:3000\n  \
-kiln run --image shop:1.4 -e LOG=debug -- node --version\n\nWithout --allow the machine reaches nothing."
+kiln run --image shop:1.4 -e LOG=debug -- node --version\n  \
+kiln run --image shop:1.4 --copy-out report.xml -- npm test\n  \
+kiln run --artifact 'out/**/*.log' -- sh -c 'mkdir out; date > out/a.log'\n\nWithout --allow the machine reaches nothing."
 )]
 pub(crate) struct RunArgs {
     /// Container image to run; without it the command runs in the machine image itself
@@ -195,6 +199,12 @@ pub(crate) struct RunArgs {
     /// Let it reach this host
     #[arg(long = "allow", value_name = "HOST[:PORTS]")]
     pub allow: Vec<AllowRule>,
+    /// Keep files when the command has ended, also when it failed: a path, or a pattern with * ? **
+    #[arg(long = "artifact", value_name = "GLOB")]
+    pub artifacts: Vec<ArtifactPath>,
+    /// Copy a file or folder of the machine to this host when the command has ended, also when it failed
+    #[arg(long, value_name = "PATH[:DEST]")]
+    pub copy_out: Vec<CopyOut>,
     /// Give it a terminal (the default when both ends are one)
     #[arg(short, long)]
     pub tty: bool,

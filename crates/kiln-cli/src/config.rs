@@ -35,6 +35,39 @@ pub(crate) struct Config {
     pub network: NetworkConfig,
     /// The server that builds and runs are sent to.
     pub server: ServerConfig,
+    /// The controller of this home.
+    pub controller: ControllerConfig,
+}
+
+/// `[controller]`: of whichever process has it. A flag of `kiln serve` goes before.
+#[derive(Deserialize, Debug, Default, Clone)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct ControllerConfig {
+    /// Logs and artifacts are encrypted where they lie.
+    pub encrypt_logs: bool,
+    /// The collector that spans of jobs go to.
+    pub otlp: Option<CollectorUrl>,
+}
+
+/// Address of a collector, checked.
+#[derive(Deserialize, Debug, Clone)]
+#[serde(try_from = "String")]
+pub(crate) struct CollectorUrl(pub String);
+
+impl TryFrom<String> for CollectorUrl {
+    type Error = kiln_telemetry::otlp::TracerError;
+
+    fn try_from(text: String) -> std::result::Result<Self, Self::Error> {
+        kiln_telemetry::otlp::check(&text)?;
+        Ok(Self(text))
+    }
+}
+
+impl ControllerConfig {
+    /// Where spans go.
+    pub(crate) fn otlp(&self) -> Option<&str> {
+        self.otlp.as_ref().map(|url| url.0.as_str())
+    }
 }
 
 /// `[server]`
@@ -216,6 +249,22 @@ mod tests {
             timeout: None,
         };
         assert!(config.limits(&asked, true, 2).is_err());
+    }
+
+    #[test]
+    fn a_controllers_settings_are_checked_where_they_stand() {
+        let text = "[controller]\nencrypt_logs = true\notlp = \"http://127.0.0.1:4318\"\n";
+        let config: Config = toml::from_str(text).expect("valid");
+        assert!(config.controller.encrypt_logs);
+        assert_eq!(config.controller.otlp(), Some("http://127.0.0.1:4318"));
+        for (bad, line) in [
+            ("[controller]\notlp = \"collector:4318\"\n", "line 2"),
+            ("\n[controller]\nencrypt_logs = \"yes\"\n", "line 3"),
+            ("[controller]\nencrypt = true\n", "line 2"),
+        ] {
+            let error = toml::from_str::<Config>(bad).expect_err(bad).to_string();
+            assert!(error.contains(line), "{bad}: {error}");
+        }
     }
 
     #[test]

@@ -3,8 +3,9 @@
 //! One thread sends; whoever makes spans never waits: what finds no room in the queue, or no collector, is dropped and counted.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
@@ -19,6 +20,8 @@ const QUEUE_MAX: usize = 4_096;
 const BATCH_MAX: usize = 512;
 /// Longest time a span waits for others to go with.
 const GATHER: Duration = Duration::from_secs(2);
+/// How often it is seen whether somebody waits for what is gathered.
+const LOOK: Duration = Duration::from_millis(20);
 /// Longest time for one request.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Tries to send one batch.
@@ -73,6 +76,29 @@ pub struct Tracer {
 struct Sending {
     queue: SyncSender<Span>,
     dropped: Dropped,
+    unsent: Arc<Unsent>,
+}
+
+/// Spans that were taken, and neither sent nor dropped yet.
+#[derive(Default)]
+struct Unsent {
+    count: Mutex<u64>,
+    fewer: Condvar,
+    /// Somebody waits for them: nothing more is gathered.
+    hurry: AtomicBool,
+}
+
+impl Unsent {
+    fn more(&self) {
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+    }
+
+    fn less(&self, by: usize) {
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        *count = count.saturating_sub(u64::try_from(by).unwrap_or(u64::MAX));
+        drop(count);
+        self.fewer.notify_all();
+    }
 }
 
 impl fmt::Debug for Tracer {
@@ -99,19 +125,43 @@ impl Tracer {
             endpoint(url).ok_or_else(|| TracerError::Url(url.chars().take(200).collect()))?;
         let (queue, waiting) = sync_channel(QUEUE_MAX);
         let heard = Arc::clone(&dropped);
+        let unsent = Arc::new(Unsent::default());
+        let left = Arc::clone(&unsent);
         std::thread::Builder::new()
             .name("otlp".to_owned())
-            .spawn(move || send_all(&waiting, &endpoint, service, &heard))
+            .spawn(move || send_all(&waiting, &endpoint, service, &heard, &left))
             .map_err(TracerError::Thread)?;
-        let sending = Some(Sending { queue, dropped });
+        let sending = Some(Sending {
+            queue,
+            dropped,
+            unsent,
+        });
         Ok(Self { sending })
+    }
+
+    /// Waits until what was taken so far is sent or dropped, at most this long: for a process that is about to end. What is taken later is no
+    /// longer gathered, but sent at once.
+    pub fn flush(&self, patience: Duration) {
+        let Some(Sending { unsent, .. }) = &self.sending else {
+            return;
+        };
+        unsent.hurry.store(true, Ordering::Relaxed);
+        let count = unsent.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = unsent
+            .fewer
+            .wait_timeout_while(count, patience, |count| *count > 0);
+        drop(waited);
     }
 
     /// Gives the spans to whoever holds the other end, instead of to a collector.
     #[must_use]
     pub fn to_queue(dropped: Dropped) -> (Self, Receiver<Span>) {
         let (queue, taken) = sync_channel(QUEUE_MAX);
-        let sending = Some(Sending { queue, dropped });
+        let sending = Some(Sending {
+            queue,
+            dropped,
+            unsent: Arc::default(),
+        });
         (Self { sending }, taken)
     }
 
@@ -124,10 +174,25 @@ impl Tracer {
     /// Takes a span, if its trace is recorded. Never waits.
     pub fn record(&self, span: Span) {
         let Some(sending) = &self.sending else { return };
-        if span.context.is_sampled() && sending.queue.try_send(span).is_err() {
+        if !span.context.is_sampled() {
+            return;
+        }
+        // Before it can be sent.
+        sending.unsent.more();
+        if sending.queue.try_send(span).is_err() {
+            sending.unsent.less(1);
             (sending.dropped)(1);
         }
     }
+}
+
+/// Whether a text is the address of a collector.
+///
+/// # Errors
+/// When it is none.
+pub fn check(url: &str) -> Result<(), TracerError> {
+    let known = endpoint(url).map(drop);
+    known.ok_or_else(|| TracerError::Url(url.chars().take(200).collect()))
 }
 
 /// The address that batches go to: as it is when it has a path, else `/v1/traces` there.
@@ -147,7 +212,13 @@ fn endpoint(url: &str) -> Option<String> {
     }
 }
 
-fn send_all(waiting: &Receiver<Span>, endpoint: &str, service: &str, dropped: &Dropped) {
+fn send_all(
+    waiting: &Receiver<Span>,
+    endpoint: &str,
+    service: &str,
+    dropped: &Dropped,
+    unsent: &Unsent,
+) {
     // Neither proxies of the environment nor redirects: spans go where the operator said.
     let agent: Agent = Agent::config_builder()
         .timeout_global(Some(SEND_TIMEOUT))
@@ -160,15 +231,20 @@ fn send_all(waiting: &Receiver<Span>, endpoint: &str, service: &str, dropped: &D
         let until = Instant::now() + GATHER;
         let mut over = false;
         while batch.len() < BATCH_MAX && !over {
-            match waiting.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            let left = until.saturating_duration_since(Instant::now());
+            match waiting.recv_timeout(left.min(LOOK)) {
                 Ok(span) => batch.push(span),
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => over = true,
+                Err(RecvTimeoutError::Timeout) => {
+                    over = left <= LOOK || unsent.hurry.load(Ordering::Relaxed);
+                }
+                Err(RecvTimeoutError::Disconnected) => over = true,
             }
         }
         if let Err(why) = send(&agent, endpoint, &body(service, &batch)) {
             tracing::warn!(why, spans = batch.len(), "spans were dropped");
             dropped(u64::try_from(batch.len()).unwrap_or(u64::MAX));
         }
+        unsent.less(batch.len());
     }
 }
 
@@ -244,6 +320,24 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
+
+    #[test]
+    fn a_process_that_ends_sends_what_it_gathered() {
+        let (port, bodies) = fake_collector(&[200]);
+        let (_, dropped) = counter();
+        let tracer =
+            Tracer::start(&format!("http://127.0.0.1:{port}"), "test", dropped).expect("starts");
+        tracer.record(made("run", true));
+        tracer.flush(Duration::from_secs(60));
+        let body = bodies
+            .try_recv()
+            .expect("it was sent before flush came back");
+        assert!(body.to_string().contains("\"run\""), "{body}");
+        Tracer::off().flush(Duration::from_secs(60));
+        let (queued, _spans) = Tracer::to_queue(Arc::new(|_| {}));
+        queued.record(made("run", false));
+        queued.flush(Duration::from_secs(60));
+    }
 
     fn made(name: &str, sampled: bool) -> Span {
         let start = UNIX_EPOCH + Duration::from_millis(1_500);

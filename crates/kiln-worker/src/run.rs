@@ -261,7 +261,8 @@ async fn in_machine(
         phases.begin("collect").await;
         // Also of a command that failed: its report says why.
         let place = (place.0.as_str(), place.1.as_str());
-        let found = collect::collect(&attempt.session, &command.artifacts, place, &dir).await;
+        let paths = &command.artifacts;
+        let found = collect::collect(&attempt.session, paths, place, &dir, cancel).await;
         for text in found.left_out {
             events.warn(text).await;
         }

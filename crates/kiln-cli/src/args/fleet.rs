@@ -66,7 +66,7 @@ pub(crate) struct QueueingArgs {
 /// Verbs of `kiln job`.
 #[derive(Subcommand, Debug)]
 #[command(
-    after_help = "Examples:\n  kiln job list\n  kiln job show\n  kiln job logs --follow b1m7\n  kiln job why b1m7\n\nJobs of the server that --server, KILN_SERVER or kiln.toml names, else of this home."
+    after_help = "Examples:\n  kiln job list\n  kiln job show\n  kiln job logs --follow b1m7\n  kiln job why b1m7\n  kiln job artifacts r1m7 --all\n\nJobs of the server that --server, KILN_SERVER or kiln.toml names, else of this home."
 )]
 pub(crate) enum JobCommand {
     /// List jobs, newest first
@@ -104,6 +104,23 @@ pub(crate) enum JobCommand {
     Retry {
         /// Its id, or the beginning of it
         id: String,
+    },
+    /// List the files that a job left, or fetch them
+    #[command(
+        after_help = "Examples:\n  kiln job artifacts r1m7\n  kiln job artifacts r1m7 out/report.xml\n  kiln job artifacts r1m7 --all -o results\n\nA fetch that broke off goes on where it was when it is asked for again; what came is checked by its digest. Files that have\nthe same name below DIR are replaced, links there are not followed."
+    )]
+    Artifacts {
+        /// Its id, or the beginning of it
+        id: String,
+        /// Fetch these
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+        /// Fetch all
+        #[arg(long, conflicts_with = "names")]
+        all: bool,
+        /// Where fetched files go, below it by their names
+        #[arg(short, long, value_name = "DIR", default_value = ".")]
+        output: PathBuf,
     },
     /// Print when everything happened to a server's job
     Timeline {

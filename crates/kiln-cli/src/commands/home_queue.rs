@@ -19,11 +19,12 @@ use kiln_core::{FailureClass, JobRequest, Label, PoolName, WorkerId};
 use kiln_db::{Database, Retention};
 use kiln_store::{HostRegistry, private_socket};
 use kiln_telemetry::metrics::Prefix;
+use kiln_telemetry::otlp::Tracer;
 use kiln_worker::event::{Event, Events};
 use kiln_worker::failure::Failure;
 use kiln_worker::fleet::client::{Client, LinkError};
 use kiln_worker::fleet::http::Target;
-use kiln_worker::fleet::job::JobEnd;
+use kiln_worker::fleet::job::{JobEnd, Workshop};
 use kiln_worker::fleet::local::LocalJob;
 use kiln_worker::fleet::own::{OwnWorker, Waiting};
 use kiln_worker::home::Home;
@@ -41,6 +42,7 @@ use tokio_util::sync::CancellationToken;
 use super::operator::{self, Operator};
 use super::{serve, worker};
 use crate::args::ServerArgs;
+use crate::config::{Config, ControllerConfig};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::server::{self as far, Server, words};
 
@@ -52,6 +54,8 @@ const ATTACH_AGAIN: Duration = Duration::from_millis(20);
 const STAYS_AFTER: Duration = Duration::from_secs(1);
 /// How long requests of others may take to end when this process does.
 const STOP_PATIENCE: Duration = Duration::from_millis(200);
+/// Longest wait for a collector that takes the last spans.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long room that was made stays free for whom it was made.
 const ROOM_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between two looks for commands that died.
@@ -80,6 +84,7 @@ impl HomeQueue {
         let folder = home.controller();
         let socket = socket_path(&folder);
         let keeper = Keeper {
+            settings: Config::load(&home.config.join("kiln.toml"))?.controller,
             folder,
             registry: registry.host.clone(),
         };
@@ -120,7 +125,11 @@ impl HomeQueue {
         let name = alive.worker.clone();
         let target = Target::Socket(self.socket.clone());
         let registry = self.registry.clone();
-        let shop = Arc::new(worker::workshop(operator, registry, target, name).await?);
+        let shop = Arc::new(Workshop {
+            tracer: worker::tracer(operator.config.controller.otlp())?,
+            ..worker::workshop(operator, registry, target, name).await?
+        });
+        let tracer = shop.tracer.clone();
         let own = OwnWorker::join(shop, alive.worker.clone()).await;
         let own = own.map_err(|error| worker::link(&error))?;
         let local = LocalJob {
@@ -132,6 +141,7 @@ impl HomeQueue {
             Err(error) => Err(worker::link(&error)),
         };
         own.leave().await;
+        flush(tracer).await;
         alive.over();
         ended
     }
@@ -185,8 +195,18 @@ impl HomeQueue {
     pub(crate) async fn close(self) {
         self.stop.cancel();
         if let Ok(Some(running)) = self.keeper.await {
+            let tracer = running.controller.tracer.clone();
             running.stop_within(STOP_PATIENCE).await;
+            flush(tracer).await;
         }
+    }
+}
+
+/// Sends what a process has to say of its jobs before it ends.
+async fn flush(tracer: Tracer) {
+    if tracer.is_on() {
+        let flushed = tokio::task::spawn_blocking(move || tracer.flush(FLUSH_TIMEOUT));
+        let _is_dropped_then = flushed.await;
     }
 }
 
@@ -404,6 +424,7 @@ async fn bury_once(folder: &Path, db: &Database) {
 #[derive(Debug)]
 struct Keeper {
     folder: PathBuf,
+    settings: ControllerConfig,
     registry: HostRegistry,
 }
 
@@ -523,8 +544,8 @@ impl Keeper {
             registry_address: None,
             pool: PoolName::default_pool(),
             metrics: None,
-            otlp: None,
-            encrypt_logs: false,
+            otlp: self.settings.otlp().map(str::to_owned),
+            encrypt_logs: self.settings.encrypt_logs,
             prefix: Prefix::default(),
             receivers: ReceiverPolicy::default(),
             retention: Retention::default(),

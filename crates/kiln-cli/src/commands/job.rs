@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::table::{Facts, Table, left, right, wide, wrap};
-use super::{home_queue, when};
+use super::{artifacts, home_queue, when};
 use crate::args::{JobCommand, JobFilterArgs, ServerArgs};
 use crate::error::{CliError, Result};
 use crate::server::follow::{Take, read_log};
@@ -75,6 +75,18 @@ async fn answer(
             let new: JobView = server.post(&path, &json!({})).await?;
             let value = json!({ "event": "queued", "job": new.line.id, "again": job.line.id });
             screen.data(&value, || new.line.id.clone());
+        }
+        JobCommand::Artifacts {
+            id,
+            names,
+            all,
+            output,
+        } => {
+            let job = server.job(Some(&id)).await?;
+            match names.is_empty() && !all {
+                true => artifacts::list(server, &job, screen).await?,
+                false => artifacts::fetch(server, &job, &names, &output, screen, cancel).await?,
+            }
         }
         JobCommand::Timeline { id } => {
             let job = server.job(id.as_deref()).await?;

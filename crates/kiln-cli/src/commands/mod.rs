@@ -1,5 +1,6 @@
 //! One verb, one module.
 
+pub(crate) mod artifacts;
 mod backup;
 mod bases;
 mod bench;
@@ -10,6 +11,7 @@ mod disk_use;
 mod doctor;
 pub(crate) mod home_queue;
 mod job;
+pub(crate) mod landing;
 mod load;
 mod machine_image;
 mod meta;

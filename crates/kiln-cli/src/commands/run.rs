@@ -17,6 +17,7 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::artifacts;
 use super::home_queue::HomeQueue;
 use super::operator::Operator;
 use super::source;
@@ -48,6 +49,7 @@ pub(super) async fn run(
         .limits(&args.limits, false, super::host_cpus())?;
     limits.disk = own.disk.unwrap_or(limits.disk);
     let env = source::pairs(&args.env, "--env")?;
+    let wanted = artifacts::wanted(&args.artifacts, &args.copy_out)?;
     let listeners = listen(&args.publish).await?;
     for (listener, guest) in &listeners {
         // Also where the system chose the port.
@@ -67,7 +69,7 @@ pub(super) async fn run(
             ports: Vec::new(),
             tty: size.is_some(),
             stdin: false,
-            artifacts: Vec::new(),
+            artifacts: wanted.clone(),
         }),
         network: NetworkPolicy::from_rules(args.allow.iter().cloned()),
         limits,
@@ -76,6 +78,7 @@ pub(super) async fn run(
         dispatch: own.dispatch,
         traceparent: None,
     };
+    let job = request.id.clone();
     let queue = HomeQueue::open(&operator.home).await?;
     let (events, receiver) = Events::channel();
     // A run's own output belongs to the user: progress is shown only until the command starts.
@@ -92,9 +95,15 @@ pub(super) async fn run(
     let ended = attached.run(&events, &cancel).await;
     drop(events);
     let _screen_ended = follow.await;
+    let brought = match &ended {
+        Ok((end, _)) if !wanted.is_empty() && (end.result.is_ok() || !end.artifacts.is_empty()) => {
+            artifacts::after_run(&queue.server(), job.as_str(), &args.copy_out, screen).await
+        }
+        _ => Ok(()),
+    };
     queue.close().await;
     let (end, printed) = ended?;
-    let ended = finish(end, &cancel, screen);
+    let ended = with_files(finish(end, &cancel, screen), brought, screen);
     match printed {
         // Like any program whose reader has gone; one that ended before keeps its own code.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ended.or(Ok(READER_GONE)),
@@ -103,6 +112,18 @@ pub(super) async fn run(
             format!("the command's output could not be written: {error}"),
         )),
         Ok(()) => ended,
+    }
+}
+
+/// A command that passed has failed all the same when what was to be copied out is not here; else its own end says more.
+pub(super) fn with_files(ended: Result<u8>, brought: Result<()>, screen: Screen) -> Result<u8> {
+    match (ended, brought) {
+        (Ok(0), brought) => brought.map(|()| 0),
+        (ended, Err(error)) => {
+            screen.note(&format!("kiln: {error}"));
+            ended
+        }
+        (ended, Ok(())) => ended,
     }
 }
 

@@ -5,7 +5,8 @@ use kiln_core::{FailureClass, Verdict};
 use kiln_worker::event::Events;
 use tokio_util::sync::CancellationToken;
 
-use super::{build_server, queueing, source};
+use super::run::with_files;
+use super::{artifacts, build_server, queueing, source};
 use crate::args::RunArgs;
 use crate::error::{CliError, Result};
 use crate::server::Server;
@@ -20,8 +21,9 @@ pub(super) async fn run(
     cancel: CancellationToken,
 ) -> Result<u8> {
     refuse(&args)?;
+    let wanted = artifacts::wanted(&args.artifacts, &args.copy_out)?;
     let asked = RunAsk {
-        artifacts: Vec::new(),
+        artifacts: wanted.iter().map(ToString::to_string).collect(),
         image: args.image.as_ref().map(ToString::to_string),
         argv: args.command.clone(),
         env: source::pairs(&args.env, "--env")?,
@@ -41,7 +43,26 @@ pub(super) async fn run(
     let ended = follow(server, &job.line.id, LogKind::Raw, &events, screen, &cancel).await;
     drop(events);
     let _screen_ended = drawing.await;
-    match ended?.outcome.verdict {
+    let verdict = ended?.outcome.verdict;
+    let brought = match wanted.is_empty() {
+        true => Ok(()),
+        false => artifacts::after_run(server, &job.line.id, &args.copy_out, screen).await,
+    };
+    let brought = match &verdict {
+        Verdict::Passed
+        | Verdict::Failed {
+            command_code: Some(_),
+            ..
+        } => brought,
+        // It did not run: there is nothing to miss.
+        Verdict::Failed { .. } => Ok(()),
+    };
+    with_files(code_of(verdict, screen, &cancel), brought, screen)
+}
+
+/// As the command ended.
+fn code_of(verdict: Verdict, screen: Screen, cancel: &CancellationToken) -> Result<u8> {
+    match verdict {
         Verdict::Passed => Ok(0),
         Verdict::Failed {
             class: FailureClass::User,
@@ -75,6 +96,13 @@ fn refuse(args: &RunArgs) -> Result<()> {
         ("--tty", args.tty),
         ("--interactive", args.interactive),
     ];
+    if args.queueing.detach && !args.copy_out.is_empty() {
+        return Err(
+            CliError::usage("--copy-out needs somebody who waits: --detach does not").hint(
+                "keep the files with --artifact, and fetch them with `kiln job artifacts ID --all`",
+            ),
+        );
+    }
     match flags.iter().find(|(_, given)| *given) {
         None => Ok(()),
         Some((flag, _)) => Err(CliError::usage(format!(

@@ -26,6 +26,12 @@ const OWN_MACHINES: u32 = 8;
 
 pub(super) async fn run(args: ServeArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
     let operator = Operator::load()?;
+    let settings = &operator.config.controller;
+    let args = ServeArgs {
+        otlp: args.otlp.or_else(|| settings.otlp().map(str::to_owned)),
+        encrypt_logs: args.encrypt_logs || settings.encrypt_logs,
+        ..args
+    };
     let (with_worker, otlp) = (args.with_worker, args.otlp.clone());
     let scheme = match args.insecure_plain_http {
         true => "http",

@@ -172,7 +172,10 @@ pub(super) async fn workshop(
 }
 
 /// Where a worker's spans go.
-fn tracer(url: Option<&str>) -> Result<Tracer> {
+///
+/// # Errors
+/// When the address is none.
+pub(super) fn tracer(url: Option<&str>) -> Result<Tracer> {
     let Some(url) = url else {
         return Ok(Tracer::off());
     };

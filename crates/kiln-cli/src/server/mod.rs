@@ -1,8 +1,9 @@
 //! The way from a command to a server: where it is ([`place`]), one request and its answer (here), a job followed to its end
-//! ([`follow`]), a source sent ([`upload`]), and what is said of its answers ([`words`]).
+//! ([`follow`]), a source sent ([`upload`]), what a job left fetched ([`download`]), and what is said of its answers ([`words`]).
 //!
 //! Not here: what a verb asks for; see `commands`.
 
+pub(crate) mod download;
 pub(crate) mod follow;
 mod place;
 mod sse;

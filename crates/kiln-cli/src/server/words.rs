@@ -92,7 +92,12 @@ pub(crate) fn advice(pending: &Value, job: &JobLine) -> Option<String> {
             "`kiln worker list` shows what there is; labels are fixed by the token a worker joins with".to_owned()
         }
         PendingReason::WorkersUnavailable { .. } => "`kiln worker list` says why; `kiln worker resume NAME` takes one back".to_owned(),
-        PendingReason::TooLarge { .. } => "ask for less with --cpus or --memory, or add a larger host".to_owned(),
+        PendingReason::TooLarge { need, largest } => {
+            format!("ask for less with {}, or add a larger host", flags(&need, &largest))
+        }
+        PendingReason::Capacity { need, best } if need.disk > best.disk => {
+            format!("ask for less with {}, or make room on a worker's disk", flags(&need, &best))
+        }
         PendingReason::Quota { scope: QuotaScope::Tenant, .. } => {
             format!("an operator raises it with `kiln tenant quota {} --running N`", job.tenant)
         }
@@ -100,6 +105,21 @@ pub(crate) fn advice(pending: &Value, job: &JobLine) -> Option<String> {
         PendingReason::ConcurrencyGroup { holder: Some(holder), .. } => format!("`kiln job show {holder}` shows the one before it"),
         _ => return None,
     })
+}
+
+/// The flags that ask for what there is too little of.
+fn flags(need: &Room, there: &Room) -> String {
+    let short = [
+        ("--cpus", need.cpus > there.cpus),
+        ("--memory", need.memory > there.memory),
+        ("--disk", need.disk > there.disk),
+    ];
+    let short = short.iter().filter(|(_, short)| *short);
+    let flags: Vec<&str> = short.map(|(flag, _)| *flag).collect();
+    match flags.is_empty() {
+        true => "--cpus, --memory or --disk".to_owned(),
+        false => flags.join(" and "),
+    }
 }
 
 fn room(room: &Room) -> String {
@@ -291,6 +311,28 @@ mod tests {
                 "it is expected to begin in about 1 min 30 s (median of the last 50 builds; 50 runs known)",
             ]
         );
+        let room =
+            |disk: u64| json!({"cpus": 1, "memory": 1 << 30, "disk": disk << 30, "machines": 1});
+        for (reason, there, try_this) in [
+            (
+                "too_large",
+                "largest",
+                "try: ask for less with --disk, or add a larger host",
+            ),
+            (
+                "capacity",
+                "best",
+                "try: ask for less with --disk, or make room on a worker's disk",
+            ),
+        ] {
+            let pending = json!({"reason": reason, "need": room(20), there: room(3)});
+            let lines = chain(&job(&json!({"pending": pending})), 1_000_000);
+            assert!(
+                lines[1].contains("20.0 GiB of disk") && lines[1].contains("3.0 GiB of disk"),
+                "{lines:?}"
+            );
+            assert_eq!(lines[2], try_this);
+        }
         let over = job(
             &json!({"state": "finished", "outcome": {"verdict": "failed", "class": "timeout", "message": "it took too long", "exit_code": 124, "phases_ms": []}}),
         );

@@ -5,6 +5,7 @@
 
 mod annex;
 mod apps;
+mod artifacts;
 mod build;
 mod engines;
 mod faults;

@@ -9,14 +9,14 @@ use crate::annex::Annex;
 use crate::support::{Said, Started, app, free_port, path, until};
 
 /// Limits that fit any host this test runs on; a server's own defaults are a fleet's.
-const SMALL: [&str; 6] = ["--cpus", "1", "--memory", "512M", "--disk", "1G"];
+pub(crate) const SMALL: [&str; 6] = ["--cpus", "1", "--memory", "512M", "--disk", "1G"];
 
 fn json(said: &Said) -> Value {
     serde_json::from_str(said.out.trim()).expect("JSON")
 }
 
 /// A server of this home, with a worker and a TLS door; its private socket as a `--server`.
-fn serve(annex: &Annex, port: u16) -> (Started, String) {
+pub(crate) fn serve(annex: &Annex, port: u16) -> (Started, String) {
     let listen = format!("127.0.0.1:{port}");
     let server = annex.start(&["serve", "--with-worker", "--listen", &listen]);
     until("a worker", || {

@@ -122,8 +122,8 @@ pub struct RunAsk {
     pub argv: Vec<String>,
     /// Environment.
     pub env: BTreeMap<String, String>,
-    /// Files and folders of the machine that are kept as artifacts when the command has ended, however it did; relative to its working
-    /// directory. At most 64.
+    /// Files and folders of the machine that are kept as artifacts when the command has ended, however it did, or patterns of them (`*` and
+    /// `?` within a part, `**` for any number of parts); relative to its working directory. At most 64.
     #[schema(max_items = 64)]
     pub artifacts: Vec<String>,
     /// What every submission may say.
@@ -467,7 +467,7 @@ pub(crate) fn new_job(
         .ceiling
         .narrow(
             &common.asked()?,
-            &config.default_limits,
+            &config.defaults(&kind),
             caller.principal.priority_max,
         )
         .map_err(|outside| {

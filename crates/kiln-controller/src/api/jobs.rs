@@ -323,7 +323,7 @@ pub(crate) async fn retry(
         .ceiling
         .narrow(
             &asked,
-            &api.config.default_limits,
+            &api.config.defaults(&request.kind),
             caller.principal.priority_max,
         )
         .map_err(|outside| Problem::invalid(outside.field, outside.to_string()))?;

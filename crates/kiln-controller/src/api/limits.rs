@@ -6,9 +6,14 @@ use std::time::{Duration, Instant};
 
 use kiln_core::access::Ceiling;
 use kiln_core::job::Limits;
+use kiln_core::{ByteSize, JobKind};
 
 use crate::webhooks::ReceiverPolicy;
 
+/// Disk of a build that asks for none: what a common app's layers and its share of the cache take, so that a small worker has room for it.
+const BUILD_DISK: ByteSize = ByteSize::gib(8);
+/// Disk of a run that asks for none.
+const RUN_DISK: ByteSize = ByteSize::gib(1);
 /// Buckets that are remembered; a full one more is forgotten first.
 const BUCKETS_MAX: usize = 10_000;
 
@@ -17,8 +22,10 @@ const BUCKETS_MAX: usize = 10_000;
 pub struct ApiConfig {
     /// The most that a request may ask for.
     pub ceiling: Ceiling,
-    /// What it gets when it asks for nothing.
+    /// What it gets when it asks for nothing; of the disk, a run gets [`ApiConfig::run_disk`].
     pub default_limits: Limits,
+    /// Disk of a run that asks for none: its files live in memory, an image it runs is the host's.
+    pub run_disk: ByteSize,
     /// Largest uploaded source, bytes.
     pub source_max: u64,
     /// Requests per second of one token, in the long run.
@@ -49,10 +56,11 @@ impl Default for ApiConfig {
         Self {
             default_limits: Limits {
                 cpus: 2,
-                memory: kiln_core::ByteSize::gib(4),
-                disk: kiln_core::ByteSize::gib(20),
+                memory: ByteSize::gib(4),
+                disk: BUILD_DISK,
                 timeout_ms: 1_800_000,
             },
+            run_disk: RUN_DISK,
             ceiling,
             source_max: 1 << 30,
             requests_per_s: 50,
@@ -65,6 +73,21 @@ impl Default for ApiConfig {
             body_stall: Duration::from_secs(20),
             hosts: Vec::new(),
             receivers: ReceiverPolicy::default(),
+        }
+    }
+}
+
+impl ApiConfig {
+    /// What a job of this kind gets when it asks for nothing.
+    #[must_use]
+    pub fn defaults(&self, kind: &JobKind) -> Limits {
+        let disk = match kind {
+            JobKind::Run(_) => self.run_disk,
+            JobKind::SourceBuild(_) | JobKind::ImageBuild(_) => self.default_limits.disk,
+        };
+        Limits {
+            disk,
+            ..self.default_limits
         }
     }
 }
@@ -184,6 +207,22 @@ mod tests {
         assert!(rates.take("b", start));
         assert!(rates.take("a", start + Duration::from_millis(100)));
         assert!(!rates.take("a", start + Duration::from_millis(101)));
+    }
+
+    #[test]
+    fn a_job_that_asks_for_nothing_gets_what_its_kind_needs() {
+        let config = ApiConfig::default();
+        let run: JobKind = serde_json::from_value(serde_json::json!({
+            "kind": "run", "image": null, "argv": ["true"], "env": {}, "ports": [], "tty": false, "stdin": false,
+        }))
+        .expect("a run");
+        let build: JobKind = serde_json::from_value(serde_json::json!({
+            "kind": "source_build", "name": "a", "source": {"from": "git", "url": "https://example.org/a", "reference": "HEAD"},
+        }))
+        .expect("a build");
+        assert_eq!(config.defaults(&run).disk, ByteSize::gib(1));
+        assert_eq!(config.defaults(&build).disk, ByteSize::gib(8));
+        assert_eq!(config.defaults(&run).memory, config.defaults(&build).memory);
     }
 
     #[test]

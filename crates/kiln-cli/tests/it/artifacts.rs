@@ -1,0 +1,159 @@
+//! What a run leaves in its machine, brought to this host: kept, listed, fetched, copied out; a hostile machine writes nowhere else.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::annex::Annex;
+use crate::support::{Said, free_port, path};
+
+/// Leaves plain files, and what must not leave a machine; then fails.
+const LEAVES: &str = "mkdir -p out/sub 'out/odd name' && echo one > out/a.xml && echo two > out/sub/b.xml && echo log > out/sub/c.log && \
+ln -s /etc/shadow out/link && ln -s / out/root && mkfifo out/pipe && echo x > 'out/odd name/x'; exit 3";
+
+fn names(said: &Said) -> Vec<String> {
+    let name = |line: &str| {
+        let value: Value = serde_json::from_str(line).expect("JSON");
+        value["name"].as_str().expect("a name").to_owned()
+    };
+    said.out.lines().map(name).collect()
+}
+
+fn text(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Everything below a folder, folders aside.
+fn files(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).expect("folder").flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        match entry.path().is_dir() {
+            true => found.extend(
+                files(&entry.path())
+                    .iter()
+                    .map(|below| format!("{name}/{below}")),
+            ),
+            false => found.push(name),
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn what_a_failed_command_left_is_kept_and_copied_out() {
+    let Some(annex) = Annex::open() else { return };
+    let dir = tempfile::tempdir().expect("dir");
+    let to = dir.path().join("copied");
+    let copy = format!("out/sub:{}", path(&to));
+    let run = [
+        "run",
+        "--artifact",
+        "out/**/*.xml",
+        "--artifact",
+        "out/*",
+        "--copy-out",
+        &copy,
+        "--",
+        "sh",
+        "-c",
+        LEAVES,
+    ];
+    let said = annex.run(&run).exits(3);
+    for word in [
+        "out/link is not kept: it is a link",
+        "out/root is not kept: it is a link",
+        "out/odd name/x\" is not the name of an artifact",
+        "kiln: copied 2 files below",
+        "kiln: 1 file kept; `kiln job artifacts",
+    ] {
+        assert!(said.err.contains(word), "{word}\n{}", said.err);
+    }
+    assert_eq!(files(&to), ["b.xml", "c.log"]);
+    assert_eq!(text(&to.join("b.xml")), "two\n");
+
+    let job: Value =
+        serde_json::from_str(&annex.run(&["job", "show", "--json"]).exits(0).out).expect("JSON");
+    let id = job["id"].as_str().expect("an id");
+    let listed = annex.run(&["job", "artifacts", id, "--json"]).exits(0);
+    assert_eq!(
+        names(&listed),
+        ["out/a.xml", "out/sub/b.xml", "out/sub/c.log"]
+    );
+    let listed = annex.run(&["job", "artifacts", id]).exits(0);
+    assert_eq!(
+        listed.out,
+        "SIZE  NAME\n 4 B  out/a.xml\n 4 B  out/sub/b.xml\n 4 B  out/sub/c.log\n"
+    );
+
+    // Fetched below a folder in which somebody has laid links.
+    let all = dir.path().join("all");
+    let outside = dir.path().join("outside");
+    fs::create_dir_all(all.join("out")).expect("folder");
+    fs::create_dir(&outside).expect("folder");
+    fs::write(outside.join("a.xml"), "mine").expect("write");
+    symlink(outside.join("a.xml"), all.join("out/a.xml")).expect("link");
+    annex
+        .run(&["job", "artifacts", id, "--all", "-o", path(&all)])
+        .exits(0);
+    assert_eq!(files(&all), ["out/a.xml", "out/sub/b.xml", "out/sub/c.log"]);
+    assert_eq!(
+        (text(&all.join("out/a.xml")), text(&outside.join("a.xml"))),
+        ("one\n".to_owned(), "mine".to_owned())
+    );
+    let linked = dir.path().join("linked");
+    fs::create_dir(&linked).expect("folder");
+    symlink(&outside, linked.join("out")).expect("link");
+    let refused = annex
+        .run(&["job", "artifacts", id, "out/a.xml", "-o", path(&linked)])
+        .exits(2);
+    refused.says("out is a link or no folder");
+    assert_eq!(text(&outside.join("a.xml")), "mine");
+    annex
+        .run(&["job", "artifacts", id, "out/none"])
+        .exits(2)
+        .says("no artifact");
+    annex.is_well();
+}
+
+#[test]
+fn a_copy_that_finds_nothing_fails_a_command_that_passed() {
+    let Some(annex) = Annex::open() else { return };
+    let run = ["run", "--copy-out", "none.txt", "--", "true"];
+    annex
+        .run(&run)
+        .exits(1)
+        .says("--copy-out none.txt: the command left no such file");
+    for bad in ["../x", "/*", "a b", "x:"] {
+        annex
+            .run(&["run", "--copy-out", bad, "--", "true"])
+            .exits(2);
+    }
+    let (server, at) = crate::serve::serve(&annex, free_port());
+    let dir = tempfile::tempdir().expect("dir");
+    let copy = format!("r.txt:{}", path(&dir.path().join("here.txt")));
+    let mut run = vec!["--server", &at, "run"];
+    run.extend(crate::serve::SMALL);
+    run.extend(["--copy-out", &copy, "--", "sh", "-c", "echo far > r.txt"]);
+    annex.run(&run).exits(0).says("kiln: copied");
+    assert_eq!(text(&dir.path().join("here.txt")), "far\n");
+    annex
+        .run(&[
+            "--server",
+            &at,
+            "run",
+            "--detach",
+            "--copy-out",
+            "x",
+            "--",
+            "true",
+        ])
+        .exits(2)
+        .says("--detach");
+    server.signal("TERM");
+    server.end();
+    annex.is_well();
+}
