@@ -109,8 +109,25 @@ impl Backend for Controller {
         .boxed()
     }
 
-    fn hold_secrets(&self, job: &JobId, values: HashMap<String, Vec<u8>>) -> Result<(), String> {
-        let held = self.secrets.hold(job.clone(), values);
+    fn keep_source<'a>(
+        &'a self,
+        tenant: &'a TenantName,
+        digest: &'a Digest,
+    ) -> BoxFuture<'a, io::Result<bool>> {
+        async move {
+            let kept = self.sources.keep(tenant, digest).await;
+            kept.map_err(io::Error::other)
+        }
+        .boxed()
+    }
+
+    fn hold_secrets(
+        &self,
+        tenant: &TenantName,
+        job: &JobId,
+        values: HashMap<String, Vec<u8>>,
+    ) -> Result<(), String> {
+        let held = self.secrets.hold(tenant, job.clone(), values);
         held.map_err(|refused| refused.to_string())
     }
 

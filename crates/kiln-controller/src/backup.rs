@@ -29,6 +29,8 @@ use crate::state::Controller;
 pub(crate) const DATABASE_FILE: &str = "kiln.db";
 /// Beginning of the names of copies that are being made.
 const COPY_PREFIX: &str = "backup-";
+/// Digits behind it.
+const COPY_DIGITS: usize = 16;
 /// With less room than this a disk is full, bytes.
 const ROOM_MIN: u64 = 64 * 1024;
 /// Bytes of one piece of the stream.
@@ -76,7 +78,7 @@ struct Copies {
 /// The route, for the private socket and nothing else. Removes what a killed controller left half copied.
 pub(crate) fn router(controller: Controller, folder: &Path) -> Router {
     for file in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        if file.file_name().to_string_lossy().starts_with(COPY_PREFIX) {
+        if is_copy(&file.file_name().to_string_lossy()) {
             let _next_time = std::fs::remove_file(file.path());
         }
     }
@@ -88,6 +90,16 @@ pub(crate) fn router(controller: Controller, folder: &Path) -> Router {
     Router::new()
         .route("/private/backup", get(take))
         .with_state(copies)
+}
+
+/// Whether a file is a copy that was being made: people keep backups under names that are like it.
+fn is_copy(name: &str) -> bool {
+    let random = name
+        .strip_prefix(COPY_PREFIX)
+        .and_then(|rest| rest.get(..COPY_DIGITS))
+        .filter(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit()));
+    let ending = name.get(COPY_PREFIX.len() + COPY_DIGITS..);
+    random.is_some() && ending.is_some_and(|ending| ending.starts_with(".db"))
 }
 
 async fn take(
@@ -215,5 +227,26 @@ fn remove(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_people_call_a_backup_is_theirs() {
+        assert!(is_copy("backup-00ff00ff00ff00ff.db"));
+        assert!(is_copy("backup-00ff00ff00ff00ff.db-journal"));
+        for theirs in [
+            "backup-2026-11-21.db",
+            "backup-.db",
+            "backup-before-the-update.db",
+            "backup-00ff00ff00ff00ff",
+            "kiln.db",
+            "backup-\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}\u{e9}.db",
+        ] {
+            assert!(!is_copy(theirs), "{theirs}");
+        }
     }
 }

@@ -14,5 +14,6 @@ pub mod retention;
 pub mod server;
 mod shared;
 pub mod state;
+mod strangers;
 mod traces;
 pub mod webhooks;

@@ -15,7 +15,7 @@ use kiln_store::artifacts::{ArtifactError, ArtifactStore};
 use kiln_store::logs::{LogConfig, LogError, LogStore, ObjectTarget};
 use kiln_telemetry::metrics::{Metrics, Prefix};
 use kiln_telemetry::otlp::{Tracer, TracerError};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -442,7 +442,7 @@ pub struct FolderLock {
 /// # Errors
 /// When another controller has it, or it cannot be used.
 pub fn lock(folder: &Path) -> Result<FolderLock, StartError> {
-    use std::os::unix::fs::DirBuilderExt as _;
+    use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| StartError::Folder { path, source }
@@ -457,6 +457,8 @@ pub fn lock(folder: &Path) -> Result<FolderLock, StartError> {
         .create(true)
         .truncate(false)
         .write(true)
+        // A pipe of this name would hold up the start for ever, a link could be anybody's file.
+        .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
         .open(&path)
         .map_err(failed(&path))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -470,4 +472,37 @@ pub fn lock(folder: &Path) -> Result<FolderLock, StartError> {
 fn holder() -> String {
     let random = crate::fleet::sweep::random();
     format!("controller-{}-{random:016x}", std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_lock_in_the_locks_place_is_told_at_once() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = |name: &str| dir.path().join(name).join("controller.lock");
+        for name in ["pipe", "folder", "link"] {
+            std::fs::create_dir(dir.path().join(name)).expect("folder");
+        }
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mkfifoat(rustix::fs::CWD, path("pipe"), mode).expect("pipe");
+        std::fs::create_dir(path("folder")).expect("folder");
+        std::os::unix::fs::symlink(dir.path().join("elsewhere"), path("link")).expect("link");
+        for name in ["pipe", "folder", "link"] {
+            let taken = lock(&dir.path().join(name));
+            assert!(
+                matches!(taken, Err(StartError::Folder { .. })),
+                "{name}: {taken:?}"
+            );
+        }
+        assert!(
+            !dir.path().join("elsewhere").exists(),
+            "a link was followed"
+        );
+        let held = lock(&dir.path().join("plain")).expect("taken");
+        let second = lock(&dir.path().join("plain"));
+        assert!(matches!(second, Err(StartError::Taken(_))));
+        drop(held);
+    }
 }

@@ -5,6 +5,7 @@
 //! Read next: [`ignore`] (what stays behind), [`walk`] (order and refusals), [`tree_digest`] (the canonical form).
 
 mod error;
+mod gauge;
 mod ignore;
 mod pack;
 mod patterns;
@@ -14,6 +15,7 @@ mod unpack;
 mod walk;
 
 pub use error::{ContextError, Refused};
+pub use gauge::{Gauge, Gauged, HEAD_BYTES_MAX};
 pub use ignore::{IgnoreSource, Ignores};
 pub use pack::{Packed, digest, pack};
 pub use patterns::{PatternError, Patterns};

@@ -2,7 +2,9 @@
 //!
 //! Refusals and connections have separate budgets, so a guest cannot push a real connection out of the record
 //! by asking for a million refused names. Connections beyond their budget are merged into an earlier one to
-//! the same place (bytes add up): the set of hosts reached is never incomplete.
+//! the same place (bytes add up), and those to hosts not seen before are kept under the rule that admitted them: a wildcard
+//! covers more names than fit. So the set of places reached is never incomplete, and a record has a largest size, which its
+//! worker's report of the attempt counts on.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -15,8 +17,15 @@ use serde::{Deserialize, Serialize};
 pub const CONNECTION_EVENTS_MAX: usize = 10_000;
 /// Most distinct refusals (host, port and verdict).
 pub const REFUSAL_EVENTS_MAX: usize = 1_000;
+/// Most bytes of events of admitted connections, as JSON, but for one more for each rule.
+pub const CONNECTION_BYTES_MAX: usize = 1 << 20;
+/// Most bytes of refusals, as JSON.
+pub const REFUSAL_BYTES_MAX: usize = 256 * 1024;
 /// Most hosts a one-line summary names per kind.
 const LINE_HOSTS_MAX: usize = 8;
+
+/// What hosts that no rule admitted are kept as, when there are too many.
+const ANY_HOST: &str = "*";
 
 /// Where decisions go. Must not block.
 pub trait EgressSink: Send + Sync {
@@ -35,10 +44,17 @@ struct LogState {
     events: Vec<EgressEvent>,
     /// Index of the first event of each kind.
     seen: HashMap<(String, u16, &'static str), usize>,
-    connections: usize,
-    refusals: usize,
+    connections: Used,
+    refusals: Used,
     merged: u64,
     dropped: u64,
+}
+
+/// How much of a budget is used.
+#[derive(Clone, Copy, Debug, Default)]
+struct Used {
+    events: usize,
+    bytes: usize,
 }
 
 /// What a log holds.
@@ -48,7 +64,7 @@ pub struct EgressRecord {
     pub events: Vec<EgressEvent>,
     /// Events whose bytes were added to an earlier one, and repeated refusals.
     pub merged: u64,
-    /// Refusals that were not kept because [`REFUSAL_EVENTS_MAX`] distinct ones were there.
+    /// Refusals that were not kept because their budget was used up.
     pub dropped: u64,
 }
 
@@ -87,36 +103,67 @@ impl EgressLog {
     }
 }
 
+impl LogState {
+    fn budget(&mut self, allowed: bool) -> &mut Used {
+        match allowed {
+            true => &mut self.connections,
+            false => &mut self.refusals,
+        }
+    }
+
+    fn is_full(&self, allowed: bool, more: usize) -> bool {
+        let (used, events, bytes) = match allowed {
+            true => (
+                self.connections,
+                CONNECTION_EVENTS_MAX,
+                CONNECTION_BYTES_MAX,
+            ),
+            false => (self.refusals, REFUSAL_EVENTS_MAX, REFUSAL_BYTES_MAX),
+        };
+        used.events >= events || used.bytes.saturating_add(more) > bytes
+    }
+
+    fn keep(&mut self, event: EgressEvent, allowed: bool, bytes: usize) {
+        let used = self.budget(allowed);
+        used.events += 1;
+        used.bytes = used.bytes.saturating_add(bytes);
+        let at = self.events.len();
+        self.seen.entry(key_of(&event)).or_insert(at);
+        self.events.push(event);
+    }
+
+    fn merge(&mut self, at: usize, event: &EgressEvent) {
+        self.merged += 1;
+        let earlier = &mut self.events[at];
+        earlier.bytes_out = earlier.bytes_out.saturating_add(event.bytes_out);
+        earlier.bytes_in = earlier.bytes_in.saturating_add(event.bytes_in);
+    }
+}
+
+fn key_of(event: &EgressEvent) -> (String, u16, &'static str) {
+    (event.host.clone(), event.port, verdict_name(&event.verdict))
+}
+
 impl EgressSink for EgressLog {
-    fn record(&self, event: EgressEvent) {
+    fn record(&self, mut event: EgressEvent) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let allowed = reached_host(&event);
-        let key = (event.host.clone(), event.port, verdict_name(&event.verdict));
-        let first = state.seen.get(&key).copied();
-        let full = if allowed {
-            state.connections >= CONNECTION_EVENTS_MAX
-        } else {
-            state.refusals >= REFUSAL_EVENTS_MAX
-        };
-        match first {
-            Some(at) if !allowed || full => {
-                state.merged += 1;
-                let earlier = &mut state.events[at];
-                earlier.bytes_out = earlier.bytes_out.saturating_add(event.bytes_out);
-                earlier.bytes_in = earlier.bytes_in.saturating_add(event.bytes_in);
-            }
-            // The hosts of a policy are few: their first connections are kept even beyond the budget.
+        let bytes = serde_json::to_vec(&event).map_or(usize::MAX, |text| text.len());
+        let full = state.is_full(allowed, bytes);
+        match state.seen.get(&key_of(&event)).copied() {
+            Some(at) if !allowed || full => state.merge(at, &event),
             None if full && !allowed => state.dropped += 1,
-            _ => {
-                if allowed {
-                    state.connections += 1;
-                } else {
-                    state.refusals += 1;
+            None if full => {
+                // Rules are few.
+                event.host = event.rule.clone().unwrap_or_else(|| ANY_HOST.to_owned());
+                (event.port, event.address) = (0, None);
+                event.verdict = EgressVerdict::Allowed;
+                match state.seen.get(&key_of(&event)).copied() {
+                    Some(at) => state.merge(at, &event),
+                    None => state.keep(event, allowed, bytes),
                 }
-                let at = state.events.len();
-                state.seen.entry(key).or_insert(at);
-                state.events.push(event);
             }
+            _ => state.keep(event, allowed, bytes),
         }
     }
 }
@@ -296,7 +343,9 @@ mod tests {
         for _ in 0..CONNECTION_EVENTS_MAX + 7 {
             log.record(event("a.example.org", 443, EgressVerdict::Allowed));
         }
-        log.record(event("b.example.org", 443, EgressVerdict::Allowed));
+        let mut admitted = event("b.example.org", 443, EgressVerdict::Allowed);
+        admitted.rule = Some("b.example.org".to_owned());
+        log.record(admitted);
         let record = log.snapshot();
         assert_eq!(record.dropped, 100);
         assert_eq!(record.merged, REFUSAL_EVENTS_MAX as u64 + 7);
@@ -306,6 +355,39 @@ mod tests {
         assert_eq!(
             summary.reached[0].bytes_in,
             2 * (CONNECTION_EVENTS_MAX as u64 + 7)
+        );
+    }
+
+    #[test]
+    fn a_wildcard_with_names_without_end_has_a_record_with_an_end() {
+        let log = EgressLog::new();
+        let label = "x".repeat(60);
+        for at in 0..30_000 {
+            let host = format!("n{at}.{label}.{label}.{label}.example.org");
+            let mut reached = event(&host, 443, EgressVerdict::Allowed);
+            reached.rule = Some("*.example.org".to_owned());
+            log.record(reached);
+            log.record(event(&host, 1, EgressVerdict::PortRefused));
+        }
+        let record = log.snapshot();
+        let bytes = serde_json::to_vec(&record.events).expect("written").len();
+        assert!(
+            bytes < CONNECTION_BYTES_MAX + REFUSAL_BYTES_MAX + 64 * 1024,
+            "{bytes}"
+        );
+        let summary = summary(&record.events);
+        let all: u64 = summary.reached.iter().map(|host| host.bytes_out).sum();
+        assert_eq!(all, 30_000, "every byte is there");
+        assert!(
+            summary
+                .reached
+                .iter()
+                .any(|host| host.host == "*.example.org")
+        );
+        let bytes = bytes + serde_json::to_vec(&summary).expect("written").len();
+        assert!(
+            bytes < 7 << 19,
+            "{bytes}: it fits into one report of a worker"
         );
     }
 

@@ -326,6 +326,32 @@ impl ArtifactStore {
         Ok(pieces.boxed())
     }
 
+    /// Removes one file of a job. Nothing there is fine.
+    ///
+    /// # Errors
+    /// When it stays.
+    pub async fn remove(
+        &self,
+        tenant: &TenantName,
+        job: &JobId,
+        digest: &Digest,
+    ) -> Result<(), ArtifactError> {
+        let name = format!("{}/{}", name(tenant, job), digest.hex());
+        match &self.kept {
+            Kept::Folder(dir) => {
+                let path = dir.join(name);
+                match tokio::fs::remove_file(&path).await {
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                    done => done.map_err(failed("remove", &path)),
+                }
+            }
+            Kept::Bucket(store) => match store.delete(&Key::from(name)).await {
+                Err(object_store::Error::NotFound { .. }) => Ok(()),
+                done => done.map_err(objects("delete")),
+            },
+        }
+    }
+
     /// Removes everything of a job. Nothing there is fine.
     ///
     /// # Errors

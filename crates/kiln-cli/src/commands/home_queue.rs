@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +31,7 @@ use kiln_worker::fleet::own::{OwnWorker, Waiting};
 use kiln_worker::home::Home;
 use kiln_worker::host::{new_job_id, now_unix_ms};
 use kiln_worker::registry::RegistryAccess;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::process::{Signal, getpid, kill_process};
 use serde_json::Value;
 use tokio::io::AsyncReadExt as _;
@@ -405,7 +406,12 @@ async fn bury_once(folder: &Path, db: &Database) {
         let Some(worker) = name.to_str().and_then(|name| name.parse::<WorkerId>().ok()) else {
             continue;
         };
-        let Ok(file) = File::open(entry.path()) else {
+        // A pipe would hold up this controller for ever, a link could lead anywhere.
+        let file = File::options()
+            .read(true)
+            .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
+            .open(entry.path());
+        let Ok(file) = file else {
             continue;
         };
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {

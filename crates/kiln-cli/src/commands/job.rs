@@ -329,7 +329,20 @@ fn ending(facts: &mut Facts, job: &JobView) {
 struct Printer {
     screen: Screen,
     plain: bool,
+    /// The beginning of a character whose end has not come yet.
+    begun: Vec<u8>,
     gone: bool,
+}
+
+/// Takes the beginning of a character off the end of a piece: the rest comes with the next one.
+fn cut_character(piece: &mut Vec<u8>) -> Vec<u8> {
+    let last = piece.utf8_chunks().last();
+    let begun = last.map_or(&[][..], |last| last.invalid());
+    let begins = begun.first().is_some_and(|byte| *byte >= 0xc0) && piece.ends_with(begun);
+    match begins {
+        true => piece.split_off(piece.len() - begun.len()),
+        false => Vec::new(),
+    }
 }
 
 impl Take for Printer {
@@ -337,9 +350,13 @@ impl Take for Printer {
         let taken = match self.plain {
             true => self.screen.raw(bytes),
             // On a terminal a tenant's bytes must not drive it.
-            false => self
-                .screen
-                .raw(printable(&String::from_utf8_lossy(bytes)).as_bytes()),
+            false => {
+                let mut piece = std::mem::take(&mut self.begun);
+                piece.extend_from_slice(bytes);
+                self.begun = cut_character(&mut piece);
+                let text = printable(&String::from_utf8_lossy(&piece));
+                self.screen.raw(text.as_bytes())
+            }
         };
         self.gone |= taken.is_err();
         !self.gone
@@ -364,6 +381,7 @@ async fn logs(
     let mut printer = Printer {
         screen,
         plain,
+        begun: Vec::new(),
         gone: false,
     };
     let over = CancellationToken::new();
@@ -502,6 +520,20 @@ async fn cancel_one(server: &Server, id: &str, reason: Option<&str>, screen: Scr
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_character_that_comes_in_two_pieces_is_whole() {
+        let text = "a\u{e9}\u{20ac}\u{1f600}z".as_bytes();
+        for at in 0..text.len() {
+            let mut first = text[..at].to_vec();
+            let mut second = cut_character(&mut first);
+            assert!(std::str::from_utf8(&first).is_ok(), "{at}");
+            second.extend_from_slice(&text[at..]);
+            assert!(std::str::from_utf8(&second).is_ok(), "{at}");
+        }
+        // What is no beginning of one is shown as what it is.
+        assert!(cut_character(&mut b"a\x80".to_vec()).is_empty());
+    }
 
     fn line(state: &str) -> JobLine {
         serde_json::from_value(json!({

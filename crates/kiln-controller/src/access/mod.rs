@@ -24,7 +24,7 @@ use std::path::Path;
 
 use kiln_core::access::Principal;
 use kiln_core::lease::LeaseRefused;
-use kiln_core::{Lease, TenantName};
+use kiln_core::{Lease, TenantName, TokenId};
 use kiln_store::logs::{LogKey, LogKeys};
 
 pub use authority::{Authority, CertificateError, PeerCertificate, WorkerCertificate};
@@ -259,13 +259,15 @@ impl Access {
         registry_token::issue(&self.registry, &self.issuer, grant, now_ms)
     }
 
-    /// Makes a registry token for somebody who showed a token at the user door, never beyond the end of that one.
+    /// Makes a registry token for somebody who showed a token at the user door, which was made from `parent` if it is a session; never beyond
+    /// the end of that one.
     ///
     /// # Errors
     /// When signing fails or too many repositories are named.
     pub fn issue_for_person(
         &self,
         principal: &Principal,
+        parent: Option<TokenId>,
         tenant: &TenantName,
         access: Vec<RepositoryGrant>,
         now_ms: u64,
@@ -275,6 +277,7 @@ impl Access {
             tenant: tenant.clone(),
             holder: Holder::Person {
                 token: principal.token.clone(),
+                parent,
             },
             access,
             expires_unix_ms: principal.expires_unix_ms.unwrap_or(most).min(most),

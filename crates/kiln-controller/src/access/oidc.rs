@@ -4,6 +4,7 @@
 //! tokens open no other door. Keys are fetched from where its discovery document says, over HTTPS, bounded, and kept for a while.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -30,6 +31,9 @@ const DOCUMENT_MAX: u64 = 256 * 1024;
 const KEYS_MAX: usize = 32;
 /// Longest time one fetch may take.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Exchanges that wait for one fetch; more are told to come back. Each holds a thread.
+const WAITING_MAX: usize = 32;
 
 /// An issuer that the operator trusts.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -80,6 +84,9 @@ pub enum ExchangeRefused {
     /// No rule matches the subject.
     #[error("no rule of this server matches the token's subject")]
     NoRule,
+    /// Too many wait for the issuer's keys.
+    #[error("too many identity tokens wait for the keys of the issuer")]
+    Busy,
     /// The issuer's keys cannot be had.
     #[error("the keys of the issuer cannot be fetched: {0}")]
     Fetch(String),
@@ -105,6 +112,26 @@ pub struct Issuers {
     trusted: Vec<TrustedIssuer>,
     /// Plain HTTP is taken for loopback issuers only.
     fetched: Mutex<HashMap<String, Fetched>>,
+    /// Held while keys are fetched: who needs the same ones waits for them.
+    fetching: Mutex<()>,
+    waiting: AtomicUsize,
+}
+
+/// One that waits; it counts until it is dropped.
+struct Waits<'a>(&'a AtomicUsize);
+
+impl<'a> Waits<'a> {
+    fn begin(count: &'a AtomicUsize) -> Option<Self> {
+        let before = count.fetch_add(1, Ordering::AcqRel);
+        let waits = Self(count);
+        (before < WAITING_MAX).then_some(waits)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 #[derive(Deserialize)]
@@ -144,6 +171,8 @@ impl Issuers {
         Self {
             trusted,
             fetched: Mutex::new(HashMap::new()),
+            fetching: Mutex::new(()),
+            waiting: AtomicUsize::new(0),
         }
     }
 
@@ -208,28 +237,42 @@ impl Issuers {
         })
     }
 
+    /// A key that is known and not too old.
+    fn known(&self, trusted: &TrustedIssuer, kid: &str, now_ms: u64) -> Option<IssuerKey> {
+        let all = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+        let one = all.get(&trusted.issuer)?;
+        let fresh = one.good_at_ms.saturating_add(KEYS_MAX_AGE_MS) > now_ms;
+        one.keys.get(kid).filter(|_| fresh).cloned()
+    }
+
+    /// Notes a try at fetching; false when the last one was just now.
+    fn may_fetch(&self, trusted: &TrustedIssuer, now_ms: u64) -> bool {
+        let mut all = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+        let one = all.entry(trusted.issuer.clone()).or_default();
+        let tried = one.tried_at_ms;
+        if tried.is_some_and(|at| at.saturating_add(FETCH_EVERY_MS) > now_ms) {
+            return false;
+        }
+        one.tried_at_ms = Some(now_ms);
+        true
+    }
+
     fn key(
         &self,
         trusted: &TrustedIssuer,
         kid: &str,
         now_ms: u64,
     ) -> Result<IssuerKey, ExchangeRefused> {
-        let known = {
-            let mut all = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
-            let one = all.entry(trusted.issuer.clone()).or_default();
-            let fresh = one.good_at_ms.saturating_add(KEYS_MAX_AGE_MS) > now_ms;
-            if let Some(key) = one.keys.get(kid).filter(|_| fresh) {
-                return Ok(key.clone());
-            }
-            let tried = one.tried_at_ms;
-            if tried.is_some_and(|at| at.saturating_add(FETCH_EVERY_MS) > now_ms) {
-                None
-            } else {
-                one.tried_at_ms = Some(now_ms);
-                Some(())
-            }
-        };
-        if known.is_none() {
+        if let Some(key) = self.known(trusted, kid, now_ms) {
+            return Ok(key);
+        }
+        let _waits = Waits::begin(&self.waiting).ok_or(ExchangeRefused::Busy)?;
+        let _one = self.fetching.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever was before may have fetched it.
+        if let Some(key) = self.known(trusted, kid, now_ms) {
+            return Ok(key);
+        }
+        if !self.may_fetch(trusted, now_ms) {
             return Err(TokenRefused::Signature.into());
         }
         let keys = fetch(&trusted.issuer).map_err(ExchangeRefused::Fetch)?;

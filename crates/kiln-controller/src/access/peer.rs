@@ -2,7 +2,7 @@
 //! worker's certificate over TLS, nobody otherwise. Never an address and never a header.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use kiln_core::access::Principal;
 use kiln_core::job::TrustClass;
@@ -60,6 +60,18 @@ impl Peer {
     }
 }
 
+/// What counts as one place where requests come from: an address, and of IPv6 the network of 64 bits that one host has whole. For bounds alone.
+#[must_use]
+pub fn network_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => {
+            let bits = u128::from(v6) & !u128::from(u64::MAX);
+            IpAddr::V6(bits.into())
+        }
+        v4 => v4,
+    }
+}
+
 /// The owner of the installation, who came by the private socket and needs no token.
 #[must_use]
 pub fn owner() -> Principal {
@@ -74,5 +86,19 @@ pub fn owner() -> Principal {
         trust: TrustClass::Trusted,
         expires_unix_ms: None,
         gives_until_unix_ms: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_with_a_network_of_its_own_is_one_place() {
+        let of = |text: &str| network_of(text.parse().expect("an address"));
+        assert_eq!(of("2001:db8:1:2:3::4"), of("2001:db8:1:2:ffff::"));
+        assert_ne!(of("2001:db8:1:2::"), of("2001:db8:1:3::"));
+        assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
+        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
     }
 }

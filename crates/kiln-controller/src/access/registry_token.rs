@@ -50,6 +50,9 @@ pub enum Holder {
     Person {
         /// That token.
         token: Option<TokenId>,
+        /// What that one was made from, if it was.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        parent: Option<TokenId>,
     },
 }
 

@@ -7,6 +7,8 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
+
 /// Largest key file.
 const FILE_MAX: u64 = 64 * 1024;
 
@@ -98,14 +100,18 @@ impl Vault {
         let path = self.path(name);
         let opened = OpenOptions::new()
             .read(true)
-            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
+            .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
             .open(&path);
         let file = match opened {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(io_error(&path)(error)),
         };
-        check(&path, &file.metadata().map_err(io_error(&path))?)?;
+        let metadata = file.metadata().map_err(io_error(&path))?;
+        check(&path, &metadata)?;
+        if !metadata.is_file() {
+            return Err(SealedError::Damaged { path });
+        }
         let mut bytes = Vec::new();
         let got = file.take(FILE_MAX + 1).read_to_end(&mut bytes);
         got.map_err(io_error(&path))?;
@@ -216,5 +222,24 @@ mod tests {
         fs::write(dir.path().join("other"), b"x").expect("write");
         std::os::unix::fs::symlink(dir.path().join("other"), vault.path("a.key")).expect("link");
         assert!(matches!(vault.read("a.key"), Err(SealedError::Io { .. })));
+    }
+
+    #[test]
+    fn a_pipe_or_a_folder_in_a_keys_place_is_told_at_once() {
+        let dir = tempfile::tempdir().expect("dir");
+        let vault = Vault::open(&dir.path().join("keys")).expect("vault");
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mkfifoat(rustix::fs::CWD, vault.path("p.key"), mode).expect("pipe");
+        DirBuilder::new()
+            .mode(0o700)
+            .create(vault.path("d.key"))
+            .expect("folder");
+        for name in ["p.key", "d.key"] {
+            let made = vault.read_or_create(name, || b"new".to_vec());
+            assert!(
+                matches!(made, Err(SealedError::Damaged { .. })),
+                "{name}: {made:?}"
+            );
+        }
     }
 }

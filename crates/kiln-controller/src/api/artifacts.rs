@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -63,9 +64,10 @@ pub(crate) async fn list(
 pub(crate) async fn fetch(
     State(api): State<Arc<Api>>,
     caller: Caller,
-    Path((id, name)): Path<(String, String)>,
+    path: Result<Path<(String, String)>, PathRejection>,
     asked: HeaderMap,
 ) -> Result<Response, Problem> {
+    let Path((id, name)) = path.map_err(|_| Problem::not_found("thing", "of this name"))?;
     let job = caller.job(&api, &id, Action::ArtifactRead).await?;
     let all = api.db().artifacts(&job.request.id).await?;
     let found = all.into_iter().find(|artifact| artifact.name == name);

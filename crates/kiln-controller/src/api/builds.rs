@@ -130,14 +130,14 @@ async fn collect(
     headers: &HeaderMap,
     body: axum::body::Body,
 ) -> Result<Collected, Problem> {
-    let mut form = Form::new(api, headers, body)?;
+    let mut form = Form::new(api, caller.tenant(), headers, body)?;
     let mut got = Collected::default();
     let twice = |name: &str| Problem::invalid(name, "there are two parts of this name");
     while let Some((name, field)) = form.next(api).await? {
         match name.as_str() {
             "request" if got.ask.is_some() => return Err(twice("request")),
             "request" => {
-                let asked: BuildAsk = from_slice(&upload::small(api, field).await?)?;
+                let asked: BuildAsk = from_slice(&form.small(api, field).await?)?;
                 if got.source.is_none() {
                     got.tenant = Some(authorise(api, caller, &asked.common).await?);
                 }
@@ -159,7 +159,7 @@ async fn collect(
                     return Err(Problem::invalid(shown, "there is no such part")
                         .hint("the parts are request, source and secret.NAME"));
                 };
-                let value = upload::small(api, field).await?.to_vec();
+                let value = form.small(api, field).await?;
                 if got.secrets.insert(secret.to_owned(), value).is_some() {
                     return Err(twice(other));
                 }
@@ -206,7 +206,7 @@ pub(crate) async fn submit_ready(
     let held = !secrets.is_empty();
     if held {
         api.backend()
-            .hold_secrets(&id, secrets)
+            .hold_secrets(&new.request.tenant, &id, secrets)
             .map_err(|why| Problem::too_many("secrets", why))?;
     }
     let submitted = queue(api, new).await;

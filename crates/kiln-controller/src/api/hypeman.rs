@@ -243,7 +243,7 @@ pub(crate) async fn create(
         .acting_for(&api, None, Action::JobSubmit, "build")
         .await?;
     let (parts, body) = request.into_parts();
-    let mut form = Form::new(&api, &parts.headers, body)?;
+    let mut form = Form::new(&api, &tenant, &parts.headers, body)?;
     let mut asked = BuildAsk::default();
     let mut source = None;
     while let Some((name, field)) = form.next(&api).await? {
@@ -252,7 +252,7 @@ pub(crate) async fn create(
                 source = Some(upload::source(&api, &tenant, field).await?);
             }
             "cache_scope" => {
-                let scope = upload::text(&api, "cache_scope", field).await?;
+                let scope = form.text(&api, "cache_scope", field).await?;
                 if scope != tenant.as_str() {
                     caller
                         .note(
@@ -269,21 +269,21 @@ pub(crate) async fn create(
                 }
             }
             "timeout_seconds" => {
-                let text = upload::text(&api, "timeout_seconds", field).await?;
+                let text = form.text(&api, "timeout_seconds", field).await?;
                 let seconds = text.trim().parse().map_err(|_| {
                     Problem::invalid("timeout_seconds", "it must be a number of seconds")
                 })?;
                 asked.common.timeout_seconds = Some(seconds);
             }
             "secrets" => {
-                let text = upload::small(&api, field).await?;
+                let text = form.small(&api, field).await?;
                 let secrets: Vec<SecretAsked> = serde_json::from_slice(&text).map_err(|_| {
                     Problem::invalid("secrets", "it must be a JSON array of objects with `id`")
                 })?;
                 asked.secrets = secrets.into_iter().map(|secret| secret.id).collect();
             }
             "dockerfile" => {
-                asked.dockerfile_text = Some(upload::text(&api, "dockerfile", field).await?);
+                asked.dockerfile_text = Some(form.text(&api, "dockerfile", field).await?);
             }
             "base_image_digest" => {
                 return Err(Problem::invalid(
@@ -432,6 +432,26 @@ pub(crate) async fn events(
     Ok(event_stream(Body::from_stream(events)))
 }
 
+/// How many bytes there are before a character that is not whole yet.
+fn whole(bytes: &[u8]) -> usize {
+    let tail = (1..=bytes.len().min(3)).find(|back| bytes[bytes.len() - back] >= 0xc0);
+    let Some(back) = tail else {
+        return bytes.len();
+    };
+    let first = bytes[bytes.len() - back];
+    let needed = if first >= 0xf0 {
+        4
+    } else if first >= 0xe0 {
+        3
+    } else {
+        2
+    };
+    match back < needed {
+        true => bytes.len() - back,
+        false => bytes.len(),
+    }
+}
+
 struct Reader {
     api: Arc<Api>,
     caller: Caller,
@@ -469,9 +489,15 @@ impl Reader {
                 Err(_) if !over && self.follow => super::LogPiece::default(),
                 Err(_) => return self.goodbye(),
             };
-            if !piece.bytes.is_empty() {
-                self.offset += piece.bytes.len() as u64;
-                let text = String::from_utf8_lossy(&piece.bytes).into_owned();
+            // More may come of what is cut off in a character.
+            let more = piece.bytes.len() == PIECE || (self.follow && !over);
+            let end = match more {
+                true => whole(&piece.bytes),
+                false => piece.bytes.len(),
+            };
+            if end > 0 {
+                self.offset += end as u64;
+                let text = String::from_utf8_lossy(&piece.bytes[..end]).into_owned();
                 return self.event("log", Some(&text), None);
             }
             if over || !self.follow {
@@ -522,5 +548,23 @@ impl Reader {
             data["status"] = status.into();
         }
         format!("data: {data}\n\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::whole;
+
+    #[test]
+    fn a_character_is_not_cut_and_what_is_none_is_not_waited_for() {
+        let text = "a\u{e9}\u{20ac}\u{1f600}";
+        let ends: Vec<usize> = (0..=text.len())
+            .map(|n| whole(&text.as_bytes()[..n]))
+            .collect();
+        assert_eq!(ends, [0, 1, 1, 3, 3, 3, 6, 6, 6, 6, 10]);
+        for odd in [&b"\x80"[..], b"\xbf\xbf\xbf\xbf", b"a\xff\xff\xff\xff"] {
+            assert!(whole(odd) > 0 || odd.len() < 4, "{odd:?}");
+        }
+        assert_eq!(whole(b"\xbf\xbf\xbf\xbf"), 4);
     }
 }

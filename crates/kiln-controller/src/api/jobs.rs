@@ -7,7 +7,8 @@ use axum::extract::State;
 use http::{HeaderMap, StatusCode};
 use kiln_core::Digest;
 use kiln_core::access::sees_every_tenant;
-use kiln_core::{Action, JobState, TenantName};
+use kiln_core::job::Source;
+use kiln_core::{Action, JobKind, JobRequest, JobState, TenantName};
 use kiln_db::{CancelError, Cancelled, Cursor, Idempotency, JobFilter, NewJob};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -299,6 +300,7 @@ pub(crate) async fn retry(
         return Err(Problem::conflict("unfinished", "the job is not over yet"));
     }
     let key = ask::idempotency_key(&headers)?;
+    can_be_retried(&api, &job.request).await?;
     let mut request = job.request.clone();
     request.id = new_id(&api, &request.kind);
     // Today's token and limits decide, not those of then.
@@ -341,4 +343,26 @@ pub(crate) async fn retry(
         request,
     };
     super::builds::submit_ready(&api, new, HashMap::new()).await
+}
+
+/// What a job needs that is not in its row. One without it would fail on every host, as the host's fault.
+async fn can_be_retried(api: &Api, request: &JobRequest) -> Result<(), Problem> {
+    if request.dispatch.requires.own().is_some() {
+        let why = "this job was a command's own: its folder and terminal went with the command";
+        return Err(Problem::conflict("own", why).hint("run the command again"));
+    }
+    let JobKind::SourceBuild(build) = &request.kind else {
+        return Ok(());
+    };
+    let Source::Tree { digest, .. } = &build.source else {
+        return Ok(());
+    };
+    let kept = api.backend().keep_source(&request.tenant, digest).await;
+    match kept.map_err(|error| Problem::unavailable(&error))? {
+        true => Ok(()),
+        false => Err(
+            Problem::conflict("source_gone", "the job's source is not kept any more")
+                .hint("send the build again, with its source"),
+        ),
+    }
 }

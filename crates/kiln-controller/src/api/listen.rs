@@ -26,8 +26,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
+use crate::access::peer::network_of;
 use crate::access::{Peer, PeerCertificate};
 
+/// Connections on the private socket, which others cannot take: commands of this host and its own worker come by it.
+const PRIVATE_MAX: usize = 1_024;
 /// Longest head of a request, bytes.
 const HEAD_MAX: usize = 64 * 1024;
 /// Wait after a failed accept, so that a full file table does not become a busy loop.
@@ -36,9 +39,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Bounds of the sockets.
 #[derive(Clone, Debug)]
 pub struct ListenConfig {
-    /// Connections in all.
+    /// Connections over TCP in all.
     pub connections_max: usize,
-    /// Connections of one address, loopback aside.
+    /// Connections of one address (of a /64 of IPv6), loopback aside.
     pub connections_per_address: usize,
     /// Longest time for a TLS handshake, and for the head of a request.
     pub head_timeout: Duration,
@@ -84,6 +87,7 @@ pub struct Sockets {
     cut: CancellationToken,
     tasks: TaskTracker,
     all: Arc<Semaphore>,
+    private: Arc<Semaphore>,
     table: Arc<Table>,
 }
 
@@ -138,6 +142,7 @@ impl Sockets {
     pub fn new(config: ListenConfig) -> Self {
         Self {
             all: Arc::new(Semaphore::new(config.connections_max)),
+            private: Arc::new(Semaphore::new(PRIVATE_MAX)),
             config,
             stop: CancellationToken::new(),
             cut: CancellationToken::new(),
@@ -278,7 +283,7 @@ impl Sockets {
     }
 
     fn take_unix(&self, stream: UnixStream, router: &Router) {
-        let Ok(permit) = Arc::clone(&self.all).try_acquire_owned() else {
+        let Ok(permit) = Arc::clone(&self.private).try_acquire_owned() else {
             return;
         };
         let Ok(peer) = Peer::local(&stream) else {
@@ -339,14 +344,15 @@ impl Sockets {
             .addresses
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let count = addresses.entry(address).or_insert(0);
-        if *count >= self.config.connections_per_address && !address.is_loopback() {
+        let place = network_of(address);
+        let count = addresses.entry(place).or_insert(0);
+        if *count >= self.config.connections_per_address && !address.to_canonical().is_loopback() {
             return None;
         }
         *count += 1;
         Some(Place {
             table: Arc::clone(&self.table),
-            address,
+            address: place,
             _permit: permit,
         })
     }

@@ -56,11 +56,23 @@ pub trait Backend: Send + Sync {
         pieces: Pieces<'a>,
     ) -> BoxFuture<'a, Result<(Digest, u64), SourceRefused>>;
 
+    /// Keeps a stored source for another while; false when it is gone.
+    fn keep_source<'a>(
+        &'a self,
+        tenant: &'a TenantName,
+        digest: &'a Digest,
+    ) -> BoxFuture<'a, io::Result<bool>>;
+
     /// Holds secrets that came with a job, until it is over.
     ///
     /// # Errors
     /// In words for the caller, when there are too many.
-    fn hold_secrets(&self, job: &JobId, values: HashMap<String, Vec<u8>>) -> Result<(), String>;
+    fn hold_secrets(
+        &self,
+        tenant: &TenantName,
+        job: &JobId,
+        values: HashMap<String, Vec<u8>>,
+    ) -> Result<(), String>;
 
     /// Forgets a job's secrets.
     fn forget_secrets(&self, job: &JobId);

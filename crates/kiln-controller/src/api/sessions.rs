@@ -19,6 +19,7 @@ use super::caller::{Caller, Unproven};
 use super::extract::{Answer, Body};
 use super::problem::{Problem, ProblemBody};
 use crate::access::door::USER_LIFE_MAX_S;
+use crate::access::peer::network_of;
 use crate::access::user_token::USER_LIFE_S;
 use crate::access::{Door, ExchangeRefused, Peer, secret_token};
 
@@ -62,7 +63,9 @@ pub(crate) async fn exchange(
 ) -> Result<Answer<Exchanged>, Problem> {
     // Nobody is known yet: strangers are told apart by where they come from, for this bound alone.
     let from = match peer.as_deref() {
-        Some(Peer::Tls { address, .. } | Peer::Plain { address }) => address.ip().to_string(),
+        Some(Peer::Tls { address, .. } | Peer::Plain { address }) => {
+            network_of(address.ip()).to_string()
+        }
         Some(Peer::Local { .. }) | None => "here".to_owned(),
     };
     if !api.rates.take(&format!("exchange {from}"), Instant::now()) {
@@ -136,6 +139,7 @@ async fn foreign(api: &Arc<Api>, token: String) -> Result<Principal, Problem> {
     Err(match &error {
         ExchangeRefused::Token(why) => refused(api, why.code(), &why.to_string()).await,
         ExchangeRefused::NoRule => refused(api, "no_rule", &error.to_string()).await,
+        ExchangeRefused::Busy => Problem::too_many("busy", error.to_string()).retry_after(1),
         ExchangeRefused::Fetch(_) => {
             tracing::warn!(%error, "an identity token could not be checked");
             Problem::new(

@@ -2,14 +2,18 @@
 
 use std::error::Error;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use axum::body::Body;
-use futures_util::{StreamExt as _, stream};
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _, stream};
 use http::{HeaderMap, StatusCode, header};
 use kiln_core::{Digest, TenantName};
 use multer::{Constraints, Field, Multipart, SizeLimit};
 
 use super::Api;
+use super::limits::Slot;
 use super::ports::SourceRefused;
 use super::problem::{Problem, is_disk_full};
 
@@ -17,8 +21,14 @@ use super::problem::{Problem, is_disk_full};
 const PART_MAX: u64 = 1 << 20;
 /// Most bytes of an upload beside its source: parts, boundaries, headers.
 const BESIDE_MAX: u64 = 8 << 20;
+/// Most bytes of all parts of one upload that are not a source: they are kept in memory.
+const SMALL_BYTES_MAX: u64 = 4 << 20;
 /// Most parts of one upload.
 const PARTS_MAX: usize = 128;
+/// Most bytes that are read while the head of the next part is looked for: they wait in memory.
+const HEAD_BYTES_MAX: u64 = 256 * 1024;
+/// Longest boundary (RFC 2046 §5.1.1).
+const BOUNDARY_MAX: usize = 70;
 /// Bytes by which an archive is recognised: up to the end of the magic of a tar header.
 const MAGIC: usize = 262;
 
@@ -27,23 +37,54 @@ const MAGIC: usize = 262;
 #[error("no byte came for too long")]
 pub(crate) struct Stalled;
 
+/// What is before a part, or its head, is longer than any is.
+#[derive(Debug, thiserror::Error)]
+#[error("the head of a part is too long")]
+struct LongHead;
+
 /// Whether an error is, or was caused by, [`Stalled`].
 pub(crate) fn is_stalled(error: &(dyn Error + 'static)) -> bool {
+    is_caused_by::<Stalled>(error)
+}
+
+fn is_caused_by<E: Error + 'static>(error: &(dyn Error + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
-        if error.is::<Stalled>() {
+        if error.is::<E>() {
             return true;
         }
         if let Some(inner) = error
             .downcast_ref::<io::Error>()
             .and_then(io::Error::get_ref)
-            && is_stalled(inner)
+            && is_caused_by::<E>(inner)
         {
             return true;
         }
         next = error.source();
     }
     false
+}
+
+/// Bytes that may still come before a part begins.
+type HeadLeft = Arc<AtomicU64>;
+
+/// A body that ends with [`LongHead`] when more comes than may: its reader keeps everything until it finds the next part.
+fn gauged(
+    body: Body,
+    left: HeadLeft,
+) -> impl Stream<Item = Result<Bytes, axum::BoxError>> + Send + 'static {
+    body.into_data_stream().map(move |piece| {
+        let piece = piece?;
+        let more = piece.len() as u64;
+        let taken = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| match left {
+            u64::MAX => Some(left),
+            left => left.checked_sub(more),
+        });
+        match taken {
+            Ok(_) => Ok(piece),
+            Err(_) => Err(LongHead.into()),
+        }
+    })
 }
 
 /// The answer to a body that stands still.
@@ -59,11 +100,20 @@ pub(crate) fn stalled() -> Problem {
 pub(crate) struct Form {
     multipart: Multipart<'static>,
     parts: usize,
+    head_left: HeadLeft,
+    small_left: u64,
+    /// The tenant's slot: what is kept in memory of an upload counts from its first byte.
+    _slot: Slot,
 }
 
 impl Form {
-    /// Of a request; refuses at once what says itself that it is too large.
-    pub(crate) fn new(api: &Api, headers: &HeaderMap, body: Body) -> Result<Self, Problem> {
+    /// Of a request of somebody of `tenant`; refuses at once what says itself that it is too large.
+    pub(crate) fn new(
+        api: &Api,
+        tenant: &TenantName,
+        headers: &HeaderMap,
+        body: Body,
+    ) -> Result<Self, Problem> {
         let kind = headers.get(header::CONTENT_TYPE);
         let kind = kind.and_then(|kind| kind.to_str().ok()).unwrap_or_default();
         let boundary = multer::parse_boundary(kind).map_err(|_| {
@@ -73,6 +123,10 @@ impl Form {
                 "the body must be multipart/form-data with a boundary",
             )
         })?;
+        if boundary.is_empty() || boundary.len() > BOUNDARY_MAX {
+            let text = format!("a boundary has 1 to {BOUNDARY_MAX} characters");
+            return Err(Problem::bad_request(text));
+        }
         let most = api.config.source_max.saturating_add(BESIDE_MAX);
         let said = headers.get(header::CONTENT_LENGTH);
         let said = said.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
@@ -84,9 +138,17 @@ impl Form {
             .per_field(PART_MAX)
             .for_field("source", api.config.source_max);
         let constraints = Constraints::new().size_limit(sizes);
+        let slot = api.uploads.take(tenant.as_str()).ok_or_else(|| {
+            Problem::too_many("uploads", "this tenant has too many uploads under way")
+        })?;
+        let head_left = HeadLeft::new(AtomicU64::new(HEAD_BYTES_MAX));
+        let body = gauged(body, Arc::clone(&head_left));
         Ok(Self {
-            multipart: Multipart::with_constraints(body.into_data_stream(), boundary, constraints),
+            multipart: Multipart::with_constraints(body, boundary, constraints),
             parts: 0,
+            head_left,
+            small_left: SMALL_BYTES_MAX,
+            _slot: slot,
         })
     }
 
@@ -95,7 +157,10 @@ impl Form {
         &mut self,
         api: &Api,
     ) -> Result<Option<(String, Field<'static>)>, Problem> {
+        self.head_left.store(HEAD_BYTES_MAX, Ordering::Relaxed);
         let field = self.multipart.next_field().await;
+        // What follows is the part itself, whose reader counts.
+        self.head_left.store(u64::MAX, Ordering::Relaxed);
         let Some(field) = field.map_err(|error| broken(api, &error))? else {
             return Ok(None);
         };
@@ -108,17 +173,36 @@ impl Form {
         let name = field.name().unwrap_or_default().to_owned();
         Ok(Some((name, field)))
     }
-}
 
-/// A small part, whole.
-pub(crate) async fn small(api: &Api, field: Field<'static>) -> Result<bytes::Bytes, Problem> {
-    field.bytes().await.map_err(|error| broken(api, &error))
-}
+    /// A small part, whole.
+    pub(crate) async fn small(
+        &mut self,
+        api: &Api,
+        mut field: Field<'static>,
+    ) -> Result<Vec<u8>, Problem> {
+        let mut whole = Vec::new();
+        while let Some(piece) = field.chunk().await.map_err(|error| broken(api, &error))? {
+            let left = self.small_left.checked_sub(piece.len() as u64);
+            self.small_left = left.ok_or_else(|| {
+                Problem::too_large(format!(
+                    "the parts that are not the source have at most {SMALL_BYTES_MAX} bytes together"
+                ))
+            })?;
+            whole.extend_from_slice(&piece);
+        }
+        Ok(whole)
+    }
 
-/// A small part that is text.
-pub(crate) async fn text(api: &Api, name: &str, field: Field<'static>) -> Result<String, Problem> {
-    let bytes = small(api, field).await?;
-    String::from_utf8(bytes.to_vec()).map_err(|_| Problem::invalid(name, "it is not UTF-8"))
+    /// A small part that is text.
+    pub(crate) async fn text(
+        &mut self,
+        api: &Api,
+        name: &str,
+        field: Field<'static>,
+    ) -> Result<String, Problem> {
+        let bytes = self.small(api, field).await?;
+        String::from_utf8(bytes).map_err(|_| Problem::invalid(name, "it is not UTF-8"))
+    }
 }
 
 /// The source: recognised by its first bytes, then streamed to its store.
@@ -127,9 +211,6 @@ pub(crate) async fn source(
     tenant: &TenantName,
     mut field: Field<'static>,
 ) -> Result<(Digest, u64), Problem> {
-    let _slot = api.uploads.take(tenant.as_str()).ok_or_else(|| {
-        Problem::too_many("uploads", "this tenant has too many uploads under way")
-    })?;
     let mut head = Vec::new();
     let mut first = Vec::new();
     while head.len() < MAGIC {
@@ -204,6 +285,11 @@ fn broken(api: &Api, error: &multer::Error) -> Problem {
             ))
         }
         multer::Error::StreamReadFailed(cause) if is_stalled(&**cause) => stalled(),
+        multer::Error::StreamReadFailed(cause) if is_caused_by::<LongHead>(&**cause) => {
+            Problem::too_large(format!(
+                "what is before a part, its head included, has at most {HEAD_BYTES_MAX} bytes"
+            ))
+        }
         _ => Problem::bad_request("the multipart body is broken or was cut"),
     }
 }

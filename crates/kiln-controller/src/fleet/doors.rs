@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::routing::{any, get, post, put};
 use axum::{Extension, Json, Router};
-use kiln_core::dispatch::WorkerState;
+use kiln_core::dispatch::{WorkerFacts, WorkerState};
 use kiln_core::{Lease, TenantName};
 use kiln_db::{Door, DoorKind, LeaseAnswer as Answer, Wake};
 use kiln_proto::fleet::{
@@ -23,6 +23,12 @@ use super::who::Worker;
 use super::{enrol, inputs, own, registry_door, registry_login, reports, results};
 use crate::state::Controller;
 
+/// Bytes of new leases that one answer to a poll has, but for a single larger one: a worker reads no more than [`BODY_MAX`].
+const LEASES_BYTES_MAX: usize = BODY_MAX / 4;
+/// Most bytes of what a worker says it is: every plan reads it.
+const FACTS_BYTES_MAX: usize = 128 * 1024;
+/// Most machines without a lease that one heartbeat counts.
+const ORPHANS_MAX: u64 = 1_000_000;
 /// How long a poll waits before it looks again without having been woken.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
@@ -73,6 +79,7 @@ async fn heartbeat(
             "a worker holds at most {LEASES_MAX} leases"
         )));
     }
+    sane(&beat.facts)?;
     let held: Vec<Lease> = beat
         .held
         .into_iter()
@@ -100,7 +107,7 @@ async fn heartbeat(
             .await
             .map_err(|error| Refused::unknown_worker(error.to_string()))?;
     }
-    controller.metrics.orphans(beat.orphans);
+    controller.metrics.orphans(beat.orphans.min(ORPHANS_MAX));
     let leases = answer.leases.into_iter().map(|(_, answer)| match answer {
         Answer::Live { cancel, .. } => LeaseAnswer::Live { cancel },
         Answer::Refused(why) => LeaseAnswer::Gone {
@@ -111,6 +118,17 @@ async fn heartbeat(
         ttl_ms: controller.db.lease_times().ttl_ms,
         leases: leases.collect(),
     }))
+}
+
+/// Refuses what no worker is: it is kept, and read whenever jobs are placed.
+pub(super) fn sane(facts: &WorkerFacts) -> Result<(), Refused> {
+    let bytes = serde_json::to_vec(facts).map_or(usize::MAX, |text| text.len());
+    match bytes > FACTS_BYTES_MAX {
+        true => Err(Refused::bad(format!(
+            "what a worker says of itself has at most {FACTS_BYTES_MAX} bytes"
+        ))),
+        false => Ok(()),
+    }
 }
 
 /// Held open until the worker has a lease it did not name, or something became of one that it has. A wake-up that gets lost costs one
@@ -152,7 +170,7 @@ async fn new_leases(
     worker: &Worker,
     poll: &Poll,
 ) -> Result<Vec<Leased>, Refused> {
-    let mut leases = Vec::new();
+    let (mut leases, mut bytes) = (Vec::new(), 0_usize);
     for lease in controller.db.leases_of(&worker.id).await? {
         let named = poll
             .held
@@ -165,11 +183,18 @@ async fn new_leases(
             continue;
         };
         let (span, _) = crate::traces::of_job(&job.request);
-        leases.push(Leased {
+        let leased = Leased {
             lease,
             request: job.request,
             traceparent: Some(span.to_string()),
-        });
+        };
+        // What does not fit comes with the next poll, which names these.
+        let more = serde_json::to_vec(&leased).map_or(0, |text| text.len());
+        bytes = bytes.saturating_add(more);
+        if !leases.is_empty() && bytes > LEASES_BYTES_MAX {
+            break;
+        }
+        leases.push(leased);
         if leases.len() == LEASES_MAX {
             break;
         }

@@ -2,19 +2,38 @@
 
 use axum::extract::State;
 use axum::{Extension, Json};
-use kiln_db::{Certificate, JoinError, NewWorker, Placement};
+use kiln_db::{Certificate, JoinError, NewAudit, NewWorker, Placement};
 use kiln_proto::fleet::{Join, Joined, Renew};
 
 use super::doors::Answered;
 use super::refusal::Refused;
 use super::who::now_unix_ms;
-use crate::access::{Peer, secret_token};
+use crate::access::{Door, Peer, secret_token};
 use crate::state::Controller;
 
 pub(super) async fn join(
     State(controller): State<Controller>,
     peer: Option<Extension<Peer>>,
     Json(join): Json<Join>,
+) -> Answered<Joined> {
+    super::doors::sane(&join.facts)?;
+    let worker = join.worker.to_string();
+    let joined = joined(&controller, peer, join).await;
+    if let Err(refused) = &joined
+        && refused.is_forbidden()
+    {
+        let why = refused.message();
+        controller
+            .turned_away(Door::Worker, "worker:join", &worker, why)
+            .await;
+    }
+    joined
+}
+
+async fn joined(
+    controller: &Controller,
+    peer: Option<Extension<Peer>>,
+    join: Join,
 ) -> Answered<Joined> {
     let (db, pool) = (&controller.db, controller.settings.pool.clone());
     if peer.is_some_and(|peer| peer.is_owner()) {
@@ -59,6 +78,17 @@ pub(super) async fn join(
         .join(&presented.hash, worker)
         .await
         .map_err(join_refused)?;
+    controller.metrics.access(Door::Worker.name(), true);
+    let row = NewAudit {
+        actor: format!("token:{}", presented.id),
+        tenant: None,
+        action: "worker:join".to_owned(),
+        target: worker.id.to_string(),
+        allowed: true,
+        reason: None,
+        detail: None,
+    };
+    db.audit(row).await?;
     Ok(Json(Joined {
         worker: worker.id,
         pool: worker.placement.pool,
@@ -74,6 +104,23 @@ pub(super) async fn renew(
     State(controller): State<Controller>,
     peer: Option<Extension<Peer>>,
     Json(renew): Json<Renew>,
+) -> Answered<Joined> {
+    let renewed = renewed(&controller, peer, renew).await;
+    if let Err(refused) = &renewed
+        && refused.is_forbidden()
+    {
+        let why = refused.message();
+        controller
+            .turned_away(Door::Worker, "worker:renew", "", why)
+            .await;
+    }
+    renewed
+}
+
+async fn renewed(
+    controller: &Controller,
+    peer: Option<Extension<Peer>>,
+    renew: Renew,
 ) -> Answered<Joined> {
     let shown = peer.as_ref().and_then(|peer| peer.worker());
     let shown = shown.ok_or_else(|| Refused::unknown_worker("a worker shows its certificate"))?;

@@ -45,6 +45,16 @@ impl Refused {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", message)
     }
 
+    /// Whether it says that the caller is nobody known here.
+    pub(crate) fn is_forbidden(&self) -> bool {
+        self.status == StatusCode::FORBIDDEN
+    }
+
+    /// Its one sentence.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
     /// With any status and code.
     #[must_use]
     pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {

@@ -95,18 +95,16 @@ pub(super) async fn serve(
     let grant = match verified.await {
         Ok(grant) => grant,
         Err(error) => {
-            controller.metrics.access(Door::Registry.name(), false);
-            return refuse(&error.to_string(), &challenge);
+            let (path, why) = (request.uri().path(), error.to_string());
+            controller
+                .turned_away(Door::Registry, "registry", path, &why)
+                .await;
+            return refuse(&why, &challenge);
         }
     };
     let writes = !matches!(*request.method(), Method::GET | Method::HEAD);
     if writes && !limits.may_push(&grant.tenant) {
-        let status = StatusCode::TOO_MANY_REQUESTS;
-        return error(
-            status,
-            "TOOMANYREQUESTS",
-            "this tenant writes too much at once",
-        );
+        return too_many("this tenant writes too much at once");
     }
     let authority = match grant.lease() {
         Some(lease) => {
@@ -145,11 +143,11 @@ async fn person(
     controller: &Controller,
     grant: &RegistryGrant,
 ) -> Result<UserAuthority, &'static str> {
-    let token = match &grant.holder {
-        Holder::Person { token } => token.clone(),
+    let (token, parent) = match &grant.holder {
+        Holder::Person { token, parent } => (token.clone(), parent.clone()),
         Holder::Attempt { .. } => return Err("this token is not a person's"),
     };
-    if let Some(token) = &token {
+    for token in token.iter().chain(&parent) {
         // Without an answer nothing is opened.
         let revoked = controller.db.session_revoked(token.as_str()).await;
         if revoked.unwrap_or(true) {
@@ -233,6 +231,10 @@ pub(super) fn refuse(why: &str, challenge: &str) -> Response {
             .insert(header::WWW_AUTHENTICATE, value);
     }
     response
+}
+
+pub(super) fn too_many(why: &str) -> Response {
+    error(StatusCode::TOO_MANY_REQUESTS, "TOOMANYREQUESTS", why)
 }
 
 fn error(status: StatusCode, code: &str, why: &str) -> Response {

@@ -3,9 +3,11 @@
 //!
 //! A scope that the caller may not have is left out, in the very way of one that never was.
 
-use axum::Json;
+use std::sync::Arc;
+
 use axum::extract::{RawQuery, State};
 use axum::response::{IntoResponse as _, Response};
+use axum::{Extension, Json};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use kiln_core::access::{Principal, Target, decide};
 use kiln_core::{Action, TenantName};
@@ -13,9 +15,10 @@ use kiln_db::NewAudit;
 use kiln_store::registry::RepoName;
 
 use super::registry_door::{self, refuse};
+use super::shield::DoorLimits;
 use super::who::now_unix_ms;
 use crate::access::registry_token::REPOSITORIES_MAX;
-use crate::access::{Door, Peer, RegistryAction, RepositoryGrant};
+use crate::access::{Door, Peer, RegistryAction, RepositoryGrant, secret_token};
 use crate::api::caller::{Unproven, authenticate};
 use crate::state::Controller;
 
@@ -27,7 +30,8 @@ const SHARED: &str = "shared";
 /// Gives a token for the scopes that were asked for and are the caller's to have.
 pub(super) async fn token(
     State(controller): State<Controller>,
-    peer: Option<axum::Extension<Peer>>,
+    Extension(limits): Extension<Arc<DoorLimits>>,
+    peer: Option<Extension<Peer>>,
     headers: HeaderMap,
     RawQuery(query): RawQuery,
 ) -> Response {
@@ -40,10 +44,25 @@ pub(super) async fn token(
     let principal = match authenticate(&controller.access, &controller.db, &shown, now).await {
         Ok(principal) => principal,
         Err(Unproven::Refused(why)) => {
-            controller.metrics.access(Door::Registry.name(), false);
+            controller
+                .turned_away(Door::Registry, "registry:login", "", why.code())
+                .await;
             return refuse(&format!("the token was refused: {why}"), &challenge);
         }
         Err(Unproven::Unavailable(_)) => return StatusCode::SERVICE_UNAVAILABLE.into_response(),
+    };
+    // Each scope is a row of the audit trail.
+    if !limits.may_log_in(&principal.subject) {
+        return registry_door::too_many("this token asks for too many tokens at once");
+    }
+    // What a session was exchanged for: when that is called back, so is what comes of it.
+    let parent = match secret_token::is_secret(&shown) {
+        true => None,
+        false => controller
+            .access
+            .verify_user(&shown, now)
+            .ok()
+            .and_then(|verified| verified.revocable.into_iter().nth(1)),
     };
     let asked = scopes(query.as_deref().unwrap_or_default());
     let mut access = Vec::new();
@@ -61,7 +80,7 @@ pub(super) async fn token(
     let tenant = principal.tenant.clone();
     let issued = controller
         .access
-        .issue_for_person(&principal, &tenant, access, now);
+        .issue_for_person(&principal, parent, &tenant, access, now);
     let Ok(issued) = issued else {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     };

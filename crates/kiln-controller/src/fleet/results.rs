@@ -5,9 +5,9 @@ use axum::extract::{Path, State};
 use axum::{Extension, Json};
 use futures_util::StreamExt as _;
 use http::{HeaderMap, StatusCode, header};
-use kiln_core::ArtifactName;
-use kiln_core::Lease;
 use kiln_core::artifact::{ARTIFACT_BYTES_MAX, ARTIFACTS_BYTES_MAX, ARTIFACTS_MAX};
+use kiln_core::job::SourceBuild;
+use kiln_core::{ArtifactName, Digest, ImageRef, JobKind, Lease};
 use kiln_db::{Artifact, DoorKind};
 use kiln_proto::fleet::{PublishImage, RegistryToken};
 use kiln_store::artifacts::ArtifactError;
@@ -43,8 +43,10 @@ pub(super) async fn artifact(
                 Refused::bad(error.to_string())
             })?;
     // What cannot be noted in the end is not taken; the transaction that notes it counts again.
-    let others = controller.db.artifacts(job).await?;
-    let others = others.iter().filter(|other| other.name != name.as_str());
+    let known = controller.db.artifacts(job).await?;
+    let before = known.iter().find(|other| other.name == name.as_str());
+    let before = before.map(|before| before.digest);
+    let others = known.iter().filter(|other| other.name != name.as_str());
     let (count, bytes) = others.fold((0, 0_u64), |(count, bytes), other| {
         (count + 1, bytes.saturating_add(other.size))
     });
@@ -73,11 +75,33 @@ pub(super) async fn artifact(
         size: stored.size,
         media_type: MEDIA_TYPE.to_owned(),
     };
-    // A lease that ended meanwhile leaves a file without a row: it goes with its job.
-    controller.db.artifact(lease, &artifact).await?;
+    let noted = controller.db.artifact(lease, &artifact).await;
+    // A file that no row names any more, or none ever did: bounds count rows.
+    let nameless = match &noted {
+        Ok(()) => before.filter(|before| *before != artifact.digest),
+        Err(_) => Some(artifact.digest),
+    };
+    if let Some(digest) = nameless {
+        drop_nameless(&controller, lease, &digest).await;
+    }
+    noted?;
     Ok(Json(serde_json::json!({
         "name": artifact.name, "digest": artifact.digest, "size": artifact.size,
     })))
+}
+
+/// Removes a file of a job that no row names. One that stays goes with its job.
+async fn drop_nameless(controller: &Controller, lease: &Lease, digest: &Digest) {
+    let (tenant, job) = (&lease.tenant, &lease.attempt.job);
+    let Ok(rows) = controller.db.artifacts(job).await else {
+        return;
+    };
+    if rows.iter().any(|row| row.digest == *digest) {
+        return;
+    }
+    if let Err(error) = controller.artifacts.remove(tenant, job, digest).await {
+        tracing::warn!(%job, error = &error as &dyn std::error::Error, "an artifact without a name stays for now");
+    }
 }
 
 fn too_much(message: String) -> Refused {
@@ -140,7 +164,7 @@ pub(super) async fn image(
 ) -> Answered<serde_json::Value> {
     let lease = &held.lease;
     let own = format!("t/{}/", lease.tenant);
-    let foreign = |tag: &&kiln_core::ImageRef| {
+    let foreign = |tag: &&ImageRef| {
         tag.registry.is_some() || tag.digest.is_some() || !tag.repository.starts_with(&own)
     };
     if publish.tags.is_empty() || publish.tags.len() > TAGS_MAX {
@@ -148,6 +172,17 @@ pub(super) async fn image(
     }
     if let Some(tag) = publish.tags.iter().find(foreign) {
         return Err(Refused::bad(format!("{tag} is not a name of this tenant")));
+    }
+    let job = controller.db.job(&lease.attempt.job).await?;
+    let Some(JobKind::SourceBuild(build)) = job.map(|job| job.request.kind) else {
+        return Err(Refused::bad("this job makes no image"));
+    };
+    if let Some(tag) = publish
+        .tags
+        .iter()
+        .find(|tag| !is_asked_for(&build, &own, tag))
+    {
+        return Err(Refused::bad(format!("nobody asked this job for {tag}")));
     }
     let names: Vec<String> = publish.tags.iter().map(ToString::to_string).collect();
     open_door(&controller, lease, DoorKind::Tag, names.join(" ")).await?;
@@ -183,4 +218,81 @@ pub(super) async fn image(
         tracing::warn!(%error, "a quarantine was not removed");
     }
     Ok(Json(serde_json::json!({})))
+}
+
+/// Whether a build was asked for this name below `own`: one of the request's, else the one that its short name becomes.
+fn is_asked_for(build: &SourceBuild, own: &str, tag: &ImageRef) -> bool {
+    let Some(inner) = tag.repository.strip_prefix(own) else {
+        return false;
+    };
+    let word = |tag: &ImageRef| tag.tag.clone().unwrap_or_else(|| "latest".to_owned());
+    if build.tags.is_empty() {
+        // The worker makes a legal name of it, of its letters and digits.
+        let plain = |text: &str| -> String {
+            let kept = text.chars().filter(char::is_ascii_alphanumeric);
+            kept.map(|c| c.to_ascii_lowercase()).collect()
+        };
+        let short = match plain(&build.name) {
+            none if none.is_empty() => "app".to_owned(),
+            some => some,
+        };
+        return word(tag) == "latest" && !inner.contains('/') && plain(inner) == short;
+    }
+    build.tags.iter().any(|asked| {
+        let repository = &asked.repository;
+        word(asked) == word(tag) && repository.strip_prefix(own).unwrap_or(repository) == inner
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_core::job::Source;
+
+    use super::*;
+
+    #[test]
+    fn a_worker_names_what_was_asked_for_and_nothing_else_of_its_tenant() {
+        let build = |name: &str, tags: &[&str]| SourceBuild {
+            source: Source::Git {
+                url: "https://git.example/a.git".to_owned(),
+                reference: "HEAD".to_owned(),
+            },
+            name: name.to_owned(),
+            dockerfile: None,
+            dockerfile_text: None,
+            target: None,
+            build_args: std::collections::BTreeMap::new(),
+            secrets: Vec::new(),
+            tags: tags
+                .iter()
+                .map(|tag| tag.parse().expect("a name"))
+                .collect(),
+            no_cache: false,
+        };
+        let may = |build: &SourceBuild, tag: &str| {
+            is_asked_for(build, "t/acme/", &tag.parse().expect("a name"))
+        };
+        let named = build("x", &["shop:1.4", "t/acme/web/shop"]);
+        for good in [
+            "t/acme/shop:1.4",
+            "t/acme/web/shop:latest",
+            "t/acme/web/shop",
+        ] {
+            assert!(may(&named, good), "{good}");
+        }
+        for bad in [
+            "t/acme/shop:latest",
+            "t/acme/prod:1.4",
+            "t/acme/x",
+            "t/rival/shop:1.4",
+        ] {
+            assert!(!may(&named, bad), "{bad}");
+        }
+        let short = build("web_shop.2", &[]);
+        assert!(may(&short, "t/acme/web-shop-2:latest"));
+        for bad in ["t/acme/web-shop-2:v1", "t/acme/web/shop-2", "t/acme/app"] {
+            assert!(!may(&short, bad), "{bad}");
+        }
+        assert!(may(&build("__", &[]), "t/acme/app:latest"));
+    }
 }

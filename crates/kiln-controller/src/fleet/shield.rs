@@ -15,6 +15,7 @@ use kiln_proto::fleet::{POLL_MS, WORKER_HEADER};
 
 use super::refusal::Refused;
 use crate::access::Peer;
+use crate::access::peer::network_of;
 use crate::api::limits::{Rates, Slots};
 use crate::api::shield::{UPLOAD_TIME, URI_MAX, bounded};
 
@@ -24,7 +25,7 @@ const WORKER_RATE: u32 = 500;
 const WORKER_BURST: u32 = 2_000;
 /// Requests of one worker that are open at the same time.
 const WORKER_OPEN_MAX: u32 = 1_024;
-/// Requests per second of an address that shows no certificate: workers that join or push, people who pull.
+/// Requests per second of an address (of a /64 of IPv6) that shows no certificate: workers that join or push, people who pull.
 const ADDRESS_RATE: u32 = 100;
 /// And at once.
 const ADDRESS_BURST: u32 = 500;
@@ -32,6 +33,10 @@ const ADDRESS_BURST: u32 = 500;
 const PUSH_RATE: u32 = 100;
 /// And at once.
 const PUSH_BURST: u32 = 1_000;
+/// Tokens of the registry per second for one who is known.
+const LOGIN_RATE: u32 = 10;
+/// And at once.
+const LOGIN_BURST: u32 = 200;
 /// Longest time until a request is answered that has no time of its own.
 const ANSWER_TIME: Duration = Duration::from_secs(60);
 /// Longest time for an image to be read back and named.
@@ -43,6 +48,7 @@ pub struct DoorLimits {
     workers: Rates,
     addresses: Rates,
     pushes: Rates,
+    logins: Rates,
     open: Arc<Slots>,
     body_stall: Duration,
 }
@@ -55,9 +61,15 @@ impl DoorLimits {
             workers: Rates::new(WORKER_RATE, WORKER_BURST),
             addresses: Rates::new(ADDRESS_RATE, ADDRESS_BURST),
             pushes: Rates::new(PUSH_RATE, PUSH_BURST),
+            logins: Rates::new(LOGIN_RATE, LOGIN_BURST),
             open: Slots::new(WORKER_OPEN_MAX),
             body_stall,
         }
+    }
+
+    /// Whether somebody may ask for a token of the registry now.
+    pub(super) fn may_log_in(&self, subject: &str) -> bool {
+        self.logins.take(subject, Instant::now())
     }
 
     /// Whether a tenant may write into the registry now.
@@ -86,7 +98,9 @@ fn counted(request: &Request) -> Counted {
         return Counted::Worker(certificate.worker.to_string());
     }
     match peer {
-        Some(Peer::Tls { address, .. } | Peer::Plain { address }) => Counted::Address(address.ip()),
+        Some(Peer::Tls { address, .. } | Peer::Plain { address }) => {
+            Counted::Address(network_of(address.ip()))
+        }
         Some(Peer::Local { .. }) | None => {
             let named = request.headers().get(WORKER_HEADER);
             let named = named.and_then(|name| name.to_str().ok()).unwrap_or("");

@@ -7,7 +7,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
@@ -231,6 +231,48 @@ impl SourceStore {
         Ok(old)
     }
 
+    /// Keeps a source for another while, as if it had just come. False when it is gone.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub async fn keep(&self, tenant: &TenantName, digest: &Digest) -> Result<bool, SourceError> {
+        if let Some(bucket) = &self.bucket {
+            // Its time cannot be set. The sweep looks for jobs that need a source after it has looked for old ones.
+            return match bucket.get(&key(tenant, digest)).await {
+                Ok(_) => Ok(true),
+                Err(BucketError::NotFound(_)) => Ok(false),
+                Err(error) => Err(error.into()),
+            };
+        }
+        let path = self.path(tenant, digest);
+        match std::fs::File::open(&path).and_then(|file| file.set_modified(SystemTime::now())) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(failed("keep", &path)(error)),
+        }
+    }
+
+    /// Removes a source, unless it has become young again. One that is not there is fine.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub async fn remove_old(
+        &self,
+        tenant: &TenantName,
+        digest: &Digest,
+        age: Duration,
+    ) -> Result<(), SourceError> {
+        if self.bucket.is_none() {
+            let meta = std::fs::metadata(self.path(tenant, digest));
+            let since = meta.and_then(|meta| meta.modified()).ok();
+            let is_old = since.and_then(|since| since.elapsed().ok());
+            if is_old.is_none_or(|is| is < age) {
+                return Ok(());
+            }
+        }
+        self.remove(tenant, digest).await
+    }
+
     /// Removes a source. One that is not there is fine.
     ///
     /// # Errors
@@ -312,6 +354,17 @@ mod tests {
         );
         let old = store.older_than(Duration::ZERO).await.expect("read");
         assert_eq!(old, [(own.clone(), stored.digest)]);
+        let day = Duration::from_secs(86_400);
+        let path = store.path(&own, &stored.digest);
+        let past = SystemTime::now() - 2 * day;
+        let file = std::fs::File::open(&path).expect("open");
+        file.set_modified(past).expect("aged");
+        assert_eq!(store.older_than(day).await.expect("read").len(), 1);
+        assert!(store.keep(&own, &stored.digest).await.expect("kept"));
+        assert!(!store.keep(&other, &stored.digest).await.expect("looked"));
+        let kept = store.remove_old(&own, &stored.digest, day).await;
+        kept.expect("nothing to do");
+        assert!(path.exists(), "it is young again");
         std::fs::write(dir.path().join("acme/9-9.part"), "x").expect("write");
         let store = SourceStore::open(dir.path(), 10, None).expect("open");
         store.remove(&own, &stored.digest).await.expect("removed");

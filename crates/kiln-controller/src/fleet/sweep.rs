@@ -94,7 +94,10 @@ async fn forget_sources(controller: &Controller) -> Result<(), String> {
     for source in old {
         if !needed.contains(&source) {
             let (tenant, digest) = &source;
-            let removed = controller.sources.remove(tenant, digest).await;
+            let removed = controller
+                .sources
+                .remove_old(tenant, digest, SOURCE_AGE)
+                .await;
             removed.map_err(|error| error.to_string())?;
         }
     }

@@ -7,7 +7,7 @@ use kiln_db::NewAudit;
 use kiln_proto::fleet::{GENERATION_HEADER, LEASE_HEADER, LeaseHeader, WORKER_HEADER};
 
 use super::refusal::Refused;
-use crate::access::Peer;
+use crate::access::{Door, Peer};
 use crate::state::Controller;
 
 /// Oldest generation of `/worker/v1` that a controller of a generation serves: the one before its own.
@@ -31,32 +31,45 @@ impl FromRequestParts<Controller> for Worker {
         controller: &Controller,
     ) -> Result<Self, Refused> {
         generation(parts, controller.settings.generation)?;
-        let peer = parts.extensions.get::<Peer>();
-        let peer = peer.ok_or_else(|| Refused::unknown_worker("nobody knows who asks"))?;
-        if peer.is_owner() {
-            let named = parts.headers.get(WORKER_HEADER);
-            let named = named.and_then(|value| value.to_str().ok()?.parse().ok());
-            let id = named.ok_or_else(|| Refused::bad("the worker does not say its name"))?;
-            return Ok(Self { id });
+        let proven = proven(parts, controller).await;
+        if let Err(refused) = &proven
+            && refused.is_forbidden()
+        {
+            let (path, why) = (parts.uri.path(), refused.message());
+            controller
+                .turned_away(Door::Worker, "worker", path, why)
+                .await;
         }
-        let certificate = peer
-            .worker()
-            .ok_or_else(|| Refused::unknown_worker("a worker shows its certificate"))?;
-        if !certificate.is_current(now_unix_ms()) {
-            return Err(Refused::new(
-                http::StatusCode::FORBIDDEN,
-                "expired_certificate",
-                "the worker's certificate has expired: it asks for the next one first",
-            ));
-        }
-        let found = controller.db.worker_of_key(&certificate.key).await?;
-        match found.filter(|worker| worker.removed_unix_ms.is_none()) {
-            Some(worker) if worker.id == certificate.worker => Ok(Self { id: worker.id }),
-            _ => Err(Refused::unknown_worker(format!(
-                "there is no worker {}, or it was removed",
-                certificate.worker
-            ))),
-        }
+        proven
+    }
+}
+
+async fn proven(parts: &Parts, controller: &Controller) -> Result<Worker, Refused> {
+    let peer = parts.extensions.get::<Peer>();
+    let peer = peer.ok_or_else(|| Refused::unknown_worker("nobody knows who asks"))?;
+    if peer.is_owner() {
+        let named = parts.headers.get(WORKER_HEADER);
+        let named = named.and_then(|value| value.to_str().ok()?.parse().ok());
+        let id = named.ok_or_else(|| Refused::bad("the worker does not say its name"))?;
+        return Ok(Worker { id });
+    }
+    let certificate = peer
+        .worker()
+        .ok_or_else(|| Refused::unknown_worker("a worker shows its certificate"))?;
+    if !certificate.is_current(now_unix_ms()) {
+        return Err(Refused::new(
+            http::StatusCode::FORBIDDEN,
+            "expired_certificate",
+            "the worker's certificate has expired: it asks for the next one first",
+        ));
+    }
+    let found = controller.db.worker_of_key(&certificate.key).await?;
+    match found.filter(|worker| worker.removed_unix_ms.is_none()) {
+        Some(worker) if worker.id == certificate.worker => Ok(Worker { id: worker.id }),
+        _ => Err(Refused::unknown_worker(format!(
+            "there is no worker {}, or it was removed",
+            certificate.worker
+        ))),
     }
 }
 

@@ -11,7 +11,6 @@ use futures_util::StreamExt as _;
 use http::request::Parts;
 use http::{StatusCode, header};
 use kiln_core::{JobId, TenantName};
-use kiln_db::NewAudit;
 use kiln_store::logs::{LogError, LogName, READ_MAX};
 use serde::Deserialize;
 
@@ -73,17 +72,10 @@ impl FromRequestParts<Controller> for Peer {
             Some(Err(refused)) => refused.to_string(),
             None => "there is no token".to_owned(),
         };
-        controller.metrics.access(Door::Controller.name(), false);
-        let row = NewAudit {
-            actor: "controller:unknown".to_owned(),
-            tenant: None,
-            action: "peer".to_owned(),
-            target: parts.uri.path().chars().take(200).collect(),
-            allowed: false,
-            reason: Some(why.clone()),
-            detail: None,
-        };
-        controller.db.audit(row).await?;
+        let path = parts.uri.path();
+        controller
+            .turned_away(Door::Controller, "peer", path, &why)
+            .await;
         Err(Refused::new(
             StatusCode::UNAUTHORIZED,
             "unauthenticated",

@@ -60,6 +60,12 @@ fn what_cannot_be_read_is_refused_with_a_stable_code() {
         assert_eq!(got.status, 404, "{bad}: {}", got.text());
         assert_eq!(got.headers["content-type"], "application/problem+json");
     }
+    for bad in ["/v1/jobs/%ff", "/v1/jobs/b1/artifacts/%ff", "/builds/%ff"] {
+        let got = acme.get(bad);
+        assert_eq!(got.status, 404, "{bad}: {}", got.text());
+        let kind = &got.headers["content-type"];
+        assert!(kind.ends_with("json"), "{bad}: {kind}");
+    }
     for bad in ["x", "AAAA", "", "%00", &"A".repeat(600)] {
         let got = acme.get(&format!("/v1/jobs?cursor={bad}"));
         assert_eq!(got.status, 422, "{bad}");
@@ -242,6 +248,35 @@ fn ten_gigabytes_to_a_limit_of_one_are_refused_to_liars_too() {
     // A part that is no source has a limit of its own.
     let ask = vec![b' '; (1 << 20) + 1];
     assert_eq!(acme.form("/v1/builds", &[("request", &ask)]).status, 413);
+}
+
+/// What a parser of multipart keeps until it finds the next part, and what is kept of parts that are no source.
+#[test]
+fn what_an_upload_keeps_in_memory_is_bounded() {
+    let server = Server::with(|c| c.source_max = 64 << 20, ListenConfig::default());
+    let acme = server.member("acme", "developer");
+    let before = [b'x'; 300 * 1024];
+    let mut head = b"--XX\r\ncontent-disposition: form-data; name=\"source\"\r\nx: ".to_vec();
+    head.resize(300 * 1024, b'y');
+    for (what, body) in [("before the first part", &before[..]), ("in a head", &head)] {
+        for path in ["/v1/builds", "/builds"] {
+            let got = acme.send("POST", path, &[("content-type", FORM)], body);
+            assert_eq!(got.status, 413, "{what} of {path}: {}", got.text());
+        }
+    }
+    let value = vec![b'v'; (1 << 20) - 1];
+    let names: Vec<String> = (0..6).map(|n| format!("secret.s{n}")).collect();
+    let parts: Vec<(&str, &[u8])> = names.iter().map(|n| (n.as_str(), &value[..])).collect();
+    let got = acme.form("/v1/builds", &parts);
+    assert_eq!(got.status, 413, "{}", got.text());
+    let kind = format!("multipart/form-data; boundary={}", "b".repeat(71));
+    let long = acme.send("POST", "/v1/builds", &[("content-type", &kind)], b"--b");
+    assert_eq!(long.status, 400, "{}", long.text());
+    // Long contents are no heads.
+    let mut source = archive();
+    source.resize(2 << 20, 0);
+    let whole = acme.form("/v1/builds", &[("source", &source), ("secret.a", b"x")]);
+    assert_eq!(whole.status, 202, "{}", whole.text());
 }
 
 #[test]

@@ -155,6 +155,26 @@ async fn what_an_attempt_leaves_is_listed_and_read_in_ranges() {
     fleet.stop().await;
 }
 
+/// Bounds count what has a name: what loses it must not stay.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_name_said_again_and_again_is_one_file() {
+    let folder = tempfile::tempdir().expect("folder");
+    let (fleet, line, job, lease) = leased(folder.path()).await;
+    assert_eq!(put(&line, &lease, "twin", b"content 0").await.status, 200);
+    for round in 0..5 {
+        let content = format!("content {round}");
+        let got = put(&line, &lease, "a.txt", content.as_bytes()).await;
+        assert_eq!(got.status, 200, "{}", got.text());
+    }
+    // The last one, and the first one, which has another name.
+    assert_eq!(stored(folder.path()), 2);
+    for (name, content) in [("a.txt", "content 4"), ("twin", "content 0")] {
+        let path = format!("/v1/jobs/{job}/artifacts/{name}");
+        assert_eq!(get(&fleet, None, &path, &[]).await.text(), content);
+    }
+    fleet.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn artifacts_of_another_tenant_are_not_there() {
     let folder = tempfile::tempdir().expect("folder");

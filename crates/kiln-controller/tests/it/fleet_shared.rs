@@ -199,7 +199,7 @@ async fn assert_secret_is_found(holder: &Fleet, asker: &Fleet) {
         .running
         .controller
         .secrets
-        .hold(job.clone(), values)
+        .hold(&TenantName::local(), job.clone(), values)
         .expect("held");
     let asked = &asker.running.controller;
     let ledger = asked.secret_of(&job, "to ken/é").await;
@@ -286,7 +286,7 @@ async fn assert_images_are_pulled_from_either(has: &Fleet, asked: &Fleet) {
         actions: vec![RegistryAction::Pull, RegistryAction::Push],
     };
     let owner = kiln_controller::access::owner();
-    let token = access.issue_for_person(&owner, &TenantName::local(), vec![grant], now_ms());
+    let token = access.issue_for_person(&owner, None, &TenantName::local(), vec![grant], now_ms());
     let bearer = format!("Bearer {}", token.expect("made").text);
     let kind = "application/vnd.oci.image.manifest.v1+json";
     let config =

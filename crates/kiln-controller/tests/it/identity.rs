@@ -392,6 +392,27 @@ impl Issuer {
     }
 }
 
+/// Many jobs of a CI system begin at once, when the issuer's keys are not known yet or have grown old.
+#[test]
+fn tokens_that_come_while_keys_are_fetched_wait_for_them() {
+    let issuer = Issuer::start();
+    let trusted = json!([{"issuer": issuer.url, "audience": "kiln",
+        "rules": [{"subject": "repo:acme/*", "tenant": "acme", "role": "developer"}]}]);
+    let server = Server::trusting(serde_json::from_value(trusted).expect("trust"));
+    server.member("acme", "developer");
+    let asked = json!({"subject_token": issuer.token("repo:acme/app", "kiln")});
+    let statuses: Vec<u16> = std::thread::scope(|scope| {
+        let one = || {
+            let nobody = server.client("");
+            nobody.json("POST", "/v1/token/exchange", &asked).status
+        };
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(one)).collect();
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined.map(|status| status.expect("asked")).collect()
+    });
+    assert_eq!(statuses, [200; 8]);
+}
+
 #[test]
 fn a_ci_systems_token_is_exchanged_and_opens_nothing_itself() {
     let issuer = Issuer::start();

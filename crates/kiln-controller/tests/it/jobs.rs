@@ -117,6 +117,33 @@ fn one_key_is_one_job_also_when_it_comes_twice_at_once() {
 }
 
 #[test]
+fn a_retry_without_its_source_is_refused_before_a_host_tries() {
+    let server = Server::start();
+    let acme = server.member("acme", "developer");
+    let made = acme.form("/v1/builds", &[("source", &archive())]).value();
+    let id = made["id"].as_str().expect("id").to_owned();
+    let retry = || acme.send("POST", &format!("/v1/jobs/{id}/retry"), &[], b"");
+    assert_eq!(retry().code(), "unfinished");
+    let lease = server.lease(&id);
+    server.finish(&lease, Server::passed());
+    let again = retry();
+    assert_eq!(again.status, 202, "{}", again.text());
+    server.lose_sources();
+    let refused = retry();
+    assert_eq!(
+        (refused.status, refused.code().as_str()),
+        (409, "source_gone")
+    );
+    assert!(
+        refused.value()["hint"]
+            .as_str()
+            .is_some_and(|hint| hint.contains("source"))
+    );
+    let jobs = acme.get("/v1/jobs").value();
+    assert_eq!(jobs["items"].as_array().map(Vec::len), Some(2));
+}
+
+#[test]
 fn a_cancel_is_final_and_idempotent_and_too_late_is_said() {
     let server = Server::start();
     let acme = server.member("acme", "developer");

@@ -6,6 +6,7 @@ mod abuse;
 #[expect(unreachable_pub, reason = "it is a part of another crate's interface")]
 mod fence;
 mod fleet_artifacts;
+mod fleet_attacks;
 mod fleet_backup;
 mod fleet_disk;
 mod fleet_doors;

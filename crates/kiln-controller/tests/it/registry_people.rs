@@ -179,6 +179,54 @@ async fn a_login_opens_what_the_role_allows_in_the_own_tenant() {
     fleet.stop().await;
 }
 
+/// A session is made from a service token, and a registry's token from the session: what is called back ends all of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_registrys_token_ends_with_what_its_session_was_made_from() {
+    let folder = tempfile::tempdir().expect("folder");
+    let fleet = Fleet::start(folder.path(), OpenOptions::default()).await;
+    let (id, developer) = member(&fleet, "acme", "developer").await;
+    let session = with(&fleet, &developer, "POST", "/v1/token/exchange", b"{}").await;
+    let session = session.value()["access_token"].clone();
+    let session = session.as_str().expect("a session");
+    let scope = "repository:t/acme/app:pull,push";
+    let token = login(&fleet, session, scope).await.expect("logs in");
+    assert_eq!(push(&fleet, &token, "t/acme/app").await, 201);
+    let gone = ask(&fleet, "DELETE", &format!("/v1/tokens/{id}"), &[], b"").await;
+    assert_eq!(gone.status, 204);
+    assert_eq!(pull(&fleet, &token, "t/acme/app").await, 401);
+    assert_eq!(push(&fleet, &token, "t/acme/app").await, 401);
+    fleet.stop().await;
+}
+
+/// Sessions are made for the asking, and each is somebody else to the registry: their tenant is not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_tenants_uploads_leave_room_for_the_others() {
+    let folder = tempfile::tempdir().expect("folder");
+    let fleet = Fleet::start(folder.path(), OpenOptions::default()).await;
+    let (_, greedy) = member(&fleet, "acme", "developer").await;
+    let (_, other) = member(&fleet, "rival", "developer").await;
+    let begin = async |password: &str, tenant: &str| {
+        let scope = format!("repository:t/{tenant}/app:pull,push");
+        let token = login(&fleet, password, &scope).await.expect("logs in");
+        let path = format!("/v2/t/{tenant}/app/blobs/uploads/");
+        let mut begun = 0;
+        for _ in 0..70 {
+            let got = with(&fleet, &token, "POST", &path, b"").await;
+            begun += usize::from(got.status == 202);
+        }
+        begun
+    };
+    let mut all = 0;
+    for _ in 0..3 {
+        let session = with(&fleet, &greedy, "POST", "/v1/token/exchange", b"{}").await;
+        let session = session.value()["access_token"].clone();
+        all += begin(session.as_str().expect("a session"), "acme").await;
+    }
+    assert_eq!(all, 128);
+    assert_eq!(begin(&other, "rival").await, 64);
+    fleet.stop().await;
+}
+
 /// An image of one layer in the layout that tools read.
 fn layout(dir: &Path) -> Value {
     let blobs = dir.join("blobs/sha256");

@@ -82,7 +82,21 @@ impl Backend for Parts {
         .boxed()
     }
 
-    fn hold_secrets(&self, job: &JobId, values: HashMap<String, Vec<u8>>) -> Result<(), String> {
+    fn keep_source<'a>(
+        &'a self,
+        tenant: &'a TenantName,
+        digest: &'a Digest,
+    ) -> BoxFuture<'a, io::Result<bool>> {
+        let path = self.sources.join(tenant.as_str()).join(digest.hex());
+        async move { Ok(path.exists()) }.boxed()
+    }
+
+    fn hold_secrets(
+        &self,
+        _tenant: &TenantName,
+        job: &JobId,
+        values: HashMap<String, Vec<u8>>,
+    ) -> Result<(), String> {
         self.secrets
             .lock()
             .expect("lock")
@@ -270,6 +284,11 @@ impl Server {
         let made = self.owner().json("POST", "/v1/tokens", asked);
         assert_eq!(made.status, 201, "{}", made.text());
         self.client(made.value()["token"].as_str().expect("token"))
+    }
+
+    /// As when they grew old.
+    pub(crate) fn lose_sources(&self) {
+        std::fs::remove_dir_all(&self.parts.sources).expect("removed");
     }
 
     pub(crate) fn log(&self, job: &str, bytes: &[u8]) {

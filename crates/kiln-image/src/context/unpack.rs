@@ -16,6 +16,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use super::gauge::Gauged;
 use super::read::open_beneath;
 use super::walk::Limits;
 
@@ -190,12 +191,17 @@ fn cleaned(path: &[u8], limits: Limits) -> Result<Vec<u8>, UnpackError> {
 
 impl Writer {
     fn archive(&mut self, source: impl Read) -> Result<(), UnpackError> {
+        let (source, gauge) = Gauged::new(source);
         let mut archive = tar::Archive::new(source);
-        let entries = archive.entries().map_err(UnpackError::Archive)?;
+        let mut entries = archive.entries().map_err(UnpackError::Archive)?;
         let mut any = false;
-        for entry in entries {
+        loop {
+            gauge.head();
+            let Some(entry) = entries.next() else { break };
             let entry = entry.map_err(UnpackError::Archive)?;
             any = true;
+            // What is read of it is counted as it grows; what is not is part of the next head.
+            gauge.content();
             self.entry(entry)?;
         }
         // An empty stream reads as an archive without entries: an upload that was cut at its start.
@@ -208,7 +214,7 @@ impl Writer {
     fn entry(&mut self, mut entry: tar::Entry<'_, impl Read>) -> Result<(), UnpackError> {
         let kind = entry.header().entry_type();
         if kind.is_pax_global_extensions() {
-            return Ok(());
+            return self.count(b"");
         }
         let path = cleaned(&entry.path_bytes(), self.limits)?;
         self.count(&path)?;

@@ -281,6 +281,15 @@ impl Authority {
         }
     }
 
+    /// Whose upload sessions count together: a tenant's, be they of its guests or its people. None for host code.
+    pub(crate) fn session_group(&self, repo: &RepoName) -> Option<String> {
+        match self {
+            Self::Attempt(attempt) => Some(attempt.lease.tenant.to_string()),
+            Self::User(_) => Some(tenant_of(repo)),
+            Self::Operator | Self::Anonymous { .. } => None,
+        }
+    }
+
     /// Tree whose bytes are counted, and the bound, for callers that have one.
     pub(crate) fn quota(&self) -> Option<(&RepoName, u64)> {
         match self {
@@ -288,6 +297,13 @@ impl Authority {
             _ => None,
         }
     }
+}
+
+/// The tenant in whose tree a repository is; its first word where there is none.
+fn tenant_of(repo: &RepoName) -> String {
+    let text = repo.as_str();
+    let inner = text.strip_prefix("t/").unwrap_or(text);
+    inner.split('/').next().unwrap_or(inner).to_owned()
 }
 
 /// The live leases of this process: what an embedded kiln uses until a database holds them.

@@ -44,14 +44,20 @@ pub(super) enum Slot {
         since: Instant,
     },
     /// A request has it.
-    Busy { repo: RepoName, owner: String },
+    Busy {
+        repo: RepoName,
+        owner: String,
+        group: Option<String>,
+    },
 }
 
 impl Slot {
     pub(super) fn belongs_to(&self, repo: &RepoName, owner: &str) -> bool {
         match self {
             Self::Idle { session, .. } => session.repo == *repo && session.owner == owner,
-            Self::Busy { repo: r, owner: o } => r == repo && o == owner,
+            Self::Busy {
+                repo: r, owner: o, ..
+            } => r == repo && o == owner,
         }
     }
 
@@ -59,6 +65,13 @@ impl Slot {
         match self {
             Self::Idle { session, .. } => &session.owner,
             Self::Busy { owner, .. } => owner,
+        }
+    }
+
+    pub(super) fn group(&self) -> Option<&str> {
+        match self {
+            Self::Idle { session, .. } => session.group.as_deref(),
+            Self::Busy { group, .. } => group.as_deref(),
         }
     }
 }
@@ -184,11 +197,15 @@ pub(super) fn remove_files(data: &Path) {
 /// A session as its files tell it; `None` when they do not, or when it is expired.
 fn found(data: &Path) -> io::Result<Option<(Session, Instant)>> {
     let meta = fs::symlink_metadata(data)?;
-    let file = match fs::File::open(record_path(data)) {
-        Ok(file) => file,
+    // What is no file is nobody's session, and reading it could take for ever.
+    let record = record_path(data);
+    match fs::symlink_metadata(&record) {
+        Ok(of_record) if of_record.is_file() && meta.is_file() => {}
+        Ok(_) => return Ok(None),
         Err(error) if is_absent(&error) => return Ok(None),
         Err(error) => return Err(error),
-    };
+    }
+    let file = fs::File::open(record)?;
     let mut text = Vec::new();
     file.take(RECORD_BYTES_MAX).read_to_end(&mut text)?;
     let Ok(record) = serde_json::from_slice::<Record>(&text) else {
@@ -201,9 +218,29 @@ fn found(data: &Path) -> io::Result<Option<(Session, Instant)>> {
     let Some(since) = Instant::now().checked_sub(age) else {
         return Ok(None);
     };
-    if age >= SESSION_IDLE_MAX || !meta.is_file() {
+    if age >= SESSION_IDLE_MAX {
         return Ok(None);
     }
     let session = Session::at(record.repo, record.owner, data.to_owned(), meta.len());
     Ok(Some((session, since)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_file_is_no_session_and_holds_up_nobody() {
+        let dir = tempfile::tempdir().expect("dir");
+        let id = |digit: &str| dir.path().join(digit.repeat(32));
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        let pipe = |path: &Path| rustix::fs::mkfifoat(rustix::fs::CWD, path, mode).expect("pipe");
+        fs::write(id("a"), b"bytes").expect("written");
+        pipe(&record_path(&id("a")));
+        pipe(&id("b"));
+        fs::write(record_path(&id("b")), b"{}").expect("written");
+        let uploads = Uploads::open(dir.path().to_owned()).expect("opens");
+        assert!(uploads.lock().is_empty());
+        assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 0);
+    }
 }

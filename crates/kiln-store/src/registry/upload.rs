@@ -25,7 +25,9 @@ use super::sessions::{Slot, remove_files};
 use super::store::Store;
 
 /// Sessions open at once in the whole store.
-pub const SESSIONS_MAX: usize = 512;
+pub const SESSIONS_MAX: usize = 1024;
+/// Sessions open at once for one tenant, whoever they are: its people have as many tokens as they like, its guests as many attempts.
+pub const SESSIONS_PER_TENANT_MAX: usize = 128;
 /// Sessions open at once for one caller.
 pub const SESSIONS_PER_CALLER_MAX: usize = 64;
 /// A session nobody wrote to for this long is dropped.
@@ -43,6 +45,8 @@ const HASH_BUFFER_BYTES: usize = 512 << 10;
 pub(super) struct Session {
     pub(super) repo: RepoName,
     pub(super) owner: String,
+    /// See [`Authority::session_group`]; unknown until this process hears of what an earlier one left.
+    pub(super) group: Option<String>,
     pub(super) path: PathBuf,
     pub(super) size: u64,
     /// `None` until this process touches what an earlier one wrote.
@@ -98,9 +102,9 @@ impl Store {
             account.charge(0)?;
         }
         self.uploads.drop_expired();
-        let owner = authority.session_owner();
+        let (owner, group) = (authority.session_owner(), authority.session_group(repo));
         let id = random_hex()?;
-        self.reserve_slot(&id, repo, &owner)?;
+        self.reserve_slot(&id, repo, &owner, group.as_deref())?;
         let mut upload = Upload {
             store: self.clone(),
             id,
@@ -110,6 +114,7 @@ impl Store {
         let file = self.durable.new_file(&path)?;
         let mut session = Box::new(Session::at(repo.clone(), owner, path, 0));
         session.account = account;
+        session.group = group;
         session.content = Some(Content {
             file,
             hasher: Hasher::default(),
@@ -130,11 +135,23 @@ impl Store {
         }
     }
 
-    fn reserve_slot(&self, id: &str, repo: &RepoName, owner: &str) -> Result<(), StoreError> {
+    fn reserve_slot(
+        &self,
+        id: &str,
+        repo: &RepoName,
+        owner: &str,
+        group: Option<&str>,
+    ) -> Result<(), StoreError> {
         let mut slots = self.uploads.lock();
         let mine = slots.values().filter(|slot| slot.owner() == owner).count();
+        let of_group = |slot: &&Slot| group.is_some() && slot.group() == group;
+        let tenants = slots.values().filter(of_group).count();
         let what = "unfinished uploads";
-        for (count, max) in [(mine, SESSIONS_PER_CALLER_MAX), (slots.len(), SESSIONS_MAX)] {
+        for (count, max) in [
+            (mine, SESSIONS_PER_CALLER_MAX),
+            (tenants, SESSIONS_PER_TENANT_MAX),
+            (slots.len(), SESSIONS_MAX),
+        ] {
             if count >= max {
                 return Err(StoreError::TooMany {
                     what,
@@ -142,8 +159,12 @@ impl Store {
                 });
             }
         }
-        let (repo, owner) = (repo.clone(), owner.to_owned());
-        slots.insert(id.to_owned(), Slot::Busy { repo, owner });
+        let slot = Slot::Busy {
+            repo: repo.clone(),
+            owner: owner.to_owned(),
+            group: group.map(str::to_owned),
+        };
+        slots.insert(id.to_owned(), slot);
         Ok(())
     }
 
@@ -166,7 +187,13 @@ impl Store {
             return Err(StoreError::UploadUnknown);
         }
         let repo = repo.clone();
-        let taken = std::mem::replace(slot, Slot::Busy { repo, owner });
+        let group = authority.session_group(&repo);
+        let busy = Slot::Busy {
+            repo,
+            owner,
+            group: group.clone(),
+        };
+        let taken = std::mem::replace(slot, busy);
         drop(slots);
         let Slot::Idle { session, .. } = taken else {
             return Err(StoreError::UploadBusy);
@@ -177,6 +204,7 @@ impl Store {
             session: Some(session),
         };
         let session = upload.session()?;
+        session.group = group;
         if session.content.is_none() && session.account.is_none() {
             // What an earlier owner took counts against the same bound.
             if let Some(account) = self.account_of(authority)? {
@@ -336,6 +364,7 @@ impl Session {
         Self {
             repo,
             owner,
+            group: None,
             path,
             size,
             content: None,

@@ -24,7 +24,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::Instrument as _;
 
 use super::artifacts;
-use super::client::{Client, REQUEST_TIMEOUT, job_path};
+use super::client::{Client, LinkError, REQUEST_TIMEOUT, job_path};
 use super::far::publish_far;
 use super::local::{LocalFolder, LocalJob, LocalJobs, LocalRun};
 use super::mask::Mask;
@@ -509,7 +509,7 @@ impl Work<'_> {
         let infrastructure = |error: &dyn std::error::Error| Failure::infrastructure(error);
         let path = job_path(job, "source");
         let body = self.shop.client.get(&path, Some(self.lease));
-        let body = body.await.map_err(|error| infrastructure(&error))?;
+        let body = body.await.map_err(|error| no_source(&error))?;
         let stream = http_body_util::BodyDataStream::new(body);
         let stream = futures_util::TryStreamExt::map_err(stream, io::Error::other);
         let reader = SyncIoBridge::new(StreamReader::new(stream));
@@ -600,6 +600,19 @@ impl Work<'_> {
             artifacts: sent,
             ..ran(end)
         })
+    }
+}
+
+/// Why an uploaded source did not come.
+fn no_source(error: &LinkError) -> Failure {
+    match error {
+        // No host has it, and trying others would look as if each of them were broken.
+        LinkError::Refused { status: 404, .. } => Failure::new(
+            FailureClass::Usage,
+            "the controller does not keep the uploaded source any more",
+        )
+        .hint("send the build again"),
+        error => Failure::infrastructure(error),
     }
 }
 
@@ -695,5 +708,22 @@ impl<R: Read> Read for Hashed<R> {
         let got = self.inner.read(buffer)?;
         self.hasher.update(&buffer[..got]);
         Ok(got)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_that_is_gone_is_no_fault_of_a_host() {
+        let refused = |status| LinkError::Refused {
+            status,
+            code: "not_found".to_owned(),
+            message: "the source is gone".to_owned(),
+        };
+        let gone = no_source(&refused(404));
+        assert!(!gone.class.is_retried(), "{gone:?}");
+        assert!(no_source(&refused(400)).class.is_retried());
     }
 }

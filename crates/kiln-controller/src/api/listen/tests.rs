@@ -284,3 +284,38 @@ async fn a_connection_that_turned_out_to_be_a_workers_is_cut_with_it() {
     assert!(matches!(cut, Ok(Ok(0) | Err(_))), "{cut:?}");
     sockets.close(PATIENCE).await;
 }
+
+#[tokio::test]
+async fn strangers_do_not_take_the_private_sockets_place() {
+    let dir = tempfile::tempdir().expect("dir");
+    let sockets = Sockets::new(ListenConfig {
+        connections_max: 2,
+        ..ListenConfig::default()
+    });
+    let router = Router::new().route("/who", get(who));
+    let any = "127.0.0.1:0".parse().expect("address");
+    let address = sockets.tcp(any, None, router.clone()).await;
+    let address = address.expect("listens");
+    let path = dir.path().join("socket");
+    sockets.unix(&path, router).expect("listens");
+    let ask = b"GET /who HTTP/1.1\r\nhost: x\r\n\r\n";
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        let mut line = TcpStream::connect(address).await.expect("connects");
+        line.write_all(ask).await.expect("writes");
+        let mut byte = [0];
+        line.read_exact(&mut byte).await.expect("is served");
+        held.push(line);
+    }
+    let mut third = TcpStream::connect(address).await.expect("connects");
+    let _cut = third.write_all(ask).await;
+    let mut nothing = Vec::new();
+    let _cut = third.read_to_end(&mut nothing).await;
+    assert!(nothing.is_empty(), "a third was served");
+    let mut own = UnixStream::connect(&path).await.expect("connects");
+    own.write_all(ask).await.expect("writes");
+    let mut byte = [0];
+    let served = tokio::time::timeout(PATIENCE, own.read_exact(&mut byte)).await;
+    served.expect("in time").expect("is served");
+    sockets.close(Duration::from_millis(10)).await;
+}

@@ -179,6 +179,64 @@ fn limits_hold_while_it_is_read() {
     assert!(matches!(taken(&bomb), Err(UnpackError::Bomb)));
 }
 
+/// An archive of one entry of a kind, whose content is this many zeros, and a file behind it.
+fn padded(kind: T, zeros: u64) -> Vec<u8> {
+    let mut head = header(kind, zeros);
+    head.as_old_mut().name[0] = b'p';
+    head.set_cksum();
+    let mut out = zstd::stream::write::Encoder::new(Vec::new(), 1).expect("zstd");
+    out.write_all(head.as_bytes()).expect("head");
+    io::copy(
+        &mut io::repeat(0).take(zeros.next_multiple_of(512)),
+        &mut out,
+    )
+    .expect("zeros");
+    let rest = archive(|out| raw(out, "x", T::Regular, "", b"1"));
+    out.write_all(&rest).expect("rest");
+    out.finish().expect("zstd")
+}
+
+#[test]
+fn what_is_no_content_is_bounded_too() {
+    // In memory a long name or an extension would be as large as the archive says, and what is skipped costs time.
+    for kind in [
+        T::GNULongName,
+        T::GNULongLink,
+        T::XHeader,
+        T::XGlobalHeader,
+        T::Directory,
+        T::Symlink,
+    ] {
+        let bomb = padded(kind, 64 << 20);
+        assert!(bomb.len() < 64 << 10, "{kind:?}: {} bytes", bomb.len());
+        let refused = taken(&bomb).expect_err("refused");
+        assert_eq!(refused.class(), kiln_core::FailureClass::Usage, "{kind:?}");
+        assert!(
+            matches!(&refused, UnpackError::Archive(why) if why.to_string().contains("too long"))
+                || kind == T::Symlink,
+            "{kind:?}: {refused:?}"
+        );
+    }
+    let mut heads = Vec::new();
+    for _ in 0..30 {
+        heads.extend_from_slice(header_bytes(T::XGlobalHeader).as_bytes());
+    }
+    heads.extend(archive(|out| raw(out, "x", T::Regular, "", b"1")));
+    let few = Limits {
+        entries_max: 20,
+        ..Limits::default()
+    };
+    let dir = tempfile::tempdir().expect("temp dir");
+    let refused = unpack(&heads[..], dir.path(), few).expect_err("entries");
+    assert!(matches!(refused, UnpackError::TooManyEntries { max: 20 }));
+}
+
+fn header_bytes(kind: tar::EntryType) -> tar::Header {
+    let mut head = header(kind, 0);
+    head.set_cksum();
+    head
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
