@@ -17,6 +17,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
     ("kiln-telemetry", &["kiln-core"]),
     ("kiln-db", &["kiln-core"]),
     ("kiln-scheduler", &["kiln-core"]),
+    ("kiln-policy", &["kiln-core"]),
     (
         "kiln-controller",
         &[
@@ -55,6 +56,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "kiln-controller",
             "kiln-db",
             "kiln-scheduler",
+            "kiln-policy",
         ],
     ),
     ("kiln-testkit", &["kiln-core", "kiln-proto"]),
@@ -65,6 +67,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
 const MUST_NOT_LINK: &[(&str, &[&str])] = &[
     ("kiln-core", &["tokio", "rustix", "libc", "getrandom"]),
     ("kiln-scheduler", &["tokio", "rustix", "libc", "getrandom"]),
+    ("kiln-policy", &["tokio", "rustix", "libc", "getrandom"]),
     ("kiln-guest", &["axum", "ureq", "rustls"]),
 ];
 

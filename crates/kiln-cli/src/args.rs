@@ -1,6 +1,7 @@
 //! The command line, as clap sees it. Raw words only: nothing past `commands` sees these types.
 
 mod fleet;
+mod policy;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,6 +16,7 @@ pub(crate) use fleet::{
     ServerArgs, TenantCommand, TokenArgs, TokenCommand, WebhookCommand, WorkerArgs, WorkerCommand,
     WorkerStateArgs,
 };
+pub(crate) use policy::{InitArgs, NetArg, PhaseArg, PolicyCommand};
 
 use crate::commands::artifacts::CopyOut;
 
@@ -56,6 +58,11 @@ pub(crate) enum Command {
     Run(Box<RunArgs>),
     /// Print how a folder would be built, without building it
     Plan(PlanArgs),
+    /// Write a commented policy, kiln.yaml, that fits a folder
+    Init(InitArgs),
+    /// Read a folder's policy, say what holds of it and why
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// Say what this host offers and how to mend what is missing
     Doctor(DoctorArgs),
     /// List, show, read, cancel and repeat jobs
@@ -149,8 +156,8 @@ pub(crate) struct BuildArgs {
     /// SSH agent for RUN --mount=type=ssh: ID, with the agent of SSH_AUTH_SOCK, or ID=SOCKET
     #[arg(long = "ssh", value_name = "ID[=SOCKET]")]
     pub ssh: Vec<String>,
-    /// Also let the build reach this host
-    #[arg(long = "allow", value_name = "HOST[:PORTS]")]
+    /// Also let the build reach this host; `*.HOST` is every name below it
+    #[arg(long = "allow", value_name = "HOST[:PORTS[/tls|http|raw]]")]
     pub allow: Vec<AllowRule>,
     /// Neither use nor feed the cache
     #[arg(long)]
@@ -184,7 +191,7 @@ pub(crate) struct BuildArgs {
     after_help = "Examples:\n  kiln run -- uname -a\n  kiln run --image shop:1.4 -p 8080:3000\n  \
 kiln run --image shop:1.4 -e LOG=debug -- node --version\n  \
 kiln run --image shop:1.4 --copy-out report.xml -- npm test\n  \
-kiln run --artifact 'out/**/*.log' -- sh -c 'mkdir out; date > out/a.log'\n\nWithout --allow the machine reaches nothing."
+kiln run --artifact 'out/**/*.log' -- sh -c 'mkdir out; date > out/a.log'\n\nA policy in this folder (kiln.yaml) holds: flags only narrow it. Without one, and without --allow, the machine reaches nothing."
 )]
 pub(crate) struct RunArgs {
     /// Container image to run; without it the command runs in the machine image itself
@@ -196,8 +203,8 @@ pub(crate) struct RunArgs {
     /// Environment variable; KEY alone takes the value from the environment
     #[arg(short, long = "env", value_name = "KEY[=VALUE]")]
     pub env: Vec<String>,
-    /// Let it reach this host
-    #[arg(long = "allow", value_name = "HOST[:PORTS]")]
+    /// Let it reach this host; `*.HOST` is every name below it
+    #[arg(long = "allow", value_name = "HOST[:PORTS[/tls|http|raw]]")]
     pub allow: Vec<AllowRule>,
     /// Keep files when the command has ended, also when it failed: a path, or a pattern with * ? **
     #[arg(long = "artifact", value_name = "GLOB")]
@@ -205,6 +212,15 @@ pub(crate) struct RunArgs {
     /// Copy a file or folder of the machine to this host when the command has ended, also when it failed
     #[arg(long, value_name = "PATH[:DEST]")]
     pub copy_out: Vec<CopyOut>,
+    /// What it may reach (egress with --allow, else isolated, else what the policy says)
+    #[arg(long, value_name = "MODE")]
+    pub net: Option<NetArg>,
+    /// Policy to hold it to, instead of the one in this folder
+    #[arg(long, value_name = "FILE", conflicts_with = "no_policy")]
+    pub policy: Option<PathBuf>,
+    /// Do not read this folder's policy: the command line alone decides
+    #[arg(long)]
+    pub no_policy: bool,
     /// Give it a terminal (the default when both ends are one)
     #[arg(short, long)]
     pub tty: bool,

@@ -8,6 +8,7 @@ mod environment;
 mod error;
 mod interrupt;
 mod open_files;
+mod policy_file;
 mod server;
 mod show;
 mod terminal;

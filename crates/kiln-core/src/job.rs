@@ -1,6 +1,7 @@
 //! What is asked of kiln, and the states a job passes through.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +31,30 @@ pub struct JobRequest {
     /// W3C trace context of whoever asked, checked. Decides nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
+    /// The policy file it was narrowed by, if one was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<AppliedPolicy>,
+}
+
+/// The policy file a request was narrowed by, and what of it no other field of the request holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct AppliedPolicy {
+    /// Hash of what the file means.
+    pub file: Digest,
+    /// Hash of what held: the file and the operator's grant.
+    pub hash: Digest,
+    /// Bits per second from the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upload_bits: Option<u64>,
+    /// Bits per second to the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub download_bits: Option<u64>,
+    /// Connections of the machine at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connections_max: Option<u32>,
+    /// Bytes that its command may write to its output.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_bytes_max: Option<u64>,
 }
 
 /// The kinds of job.
@@ -141,13 +166,30 @@ pub struct RunCommand {
     pub artifacts: Vec<crate::ArtifactPath>,
 }
 
+/// A bound below a byte a second is one all the same.
+fn bytes_per_second(bits: u64) -> NonZeroU64 {
+    NonZeroU64::new(bits / 8).unwrap_or(NonZeroU64::MIN)
+}
+
 impl JobRequest {
     /// The bound of its network as a gateway counts it, bytes per second of each direction.
     #[must_use]
-    pub fn network_bytes_per_second(&self) -> Option<std::num::NonZeroU64> {
-        // A bound below a byte a second is one all the same.
-        self.network_bits
-            .map(|bits| std::num::NonZeroU64::new(bits / 8).unwrap_or(std::num::NonZeroU64::MIN))
+    pub fn network_bytes_per_second(&self) -> Option<NonZeroU64> {
+        self.network_bits.map(bytes_per_second)
+    }
+
+    /// Bytes per second from and to its machine: the request's bound and the policy's, whichever is lower.
+    #[must_use]
+    pub fn bytes_out_and_in_per_second(&self) -> [Option<NonZeroU64>; 2] {
+        let each = self.network_bytes_per_second();
+        let policy = |of: fn(&AppliedPolicy) -> Option<u64>| {
+            let own = self.policy.as_ref().and_then(of).map(bytes_per_second);
+            own.into_iter().chain(each).min()
+        };
+        [
+            policy(|policy| policy.upload_bits),
+            policy(|policy| policy.download_bits),
+        ]
     }
 }
 

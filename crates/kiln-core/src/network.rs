@@ -1,6 +1,8 @@
 //! What a machine may reach: meaning only. `kiln-network` gives it effect.
 //!
-//! A rule is an exact host name with optional ports. Wildcards and learning belong to the clean-room work.
+//! [`rule`] is one destination, [`NetworkPolicy`] all of a machine; the rest is which addresses no name may lead to.
+
+mod rule;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -8,149 +10,14 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use rule::{AllowRule, ParseRuleError, Protocol, normal_host};
+
 /// Suffix of kiln's own services inside a guest; never resolvable outside.
 pub const INTERNAL_SUFFIX: &str = ".kiln.internal";
 /// kiln's registry as a guest names it.
 pub const REGISTRY_HOST: &str = "registry.kiln.internal";
 /// Most ports one rule may name.
 pub const PORTS_MAX: usize = 16;
-
-/// One allowed destination: `host`, `host:443` or `host:80,443`. Without ports: 80 and 443.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct AllowRule {
-    host: String,
-    ports: Vec<u16>,
-}
-
-/// Why a text is not an allow rule.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum ParseRuleError {
-    /// The host part is not a DNS name.
-    #[error(
-        "{0:?} is not a host name: write an exact DNS name, for example example.org or example.org:443"
-    )]
-    Host(String),
-    /// IP addresses are refused: policy is about names.
-    #[error("{0:?} is an IP address: rules name hosts, never addresses")]
-    Address(String),
-    /// kiln's own services are not a matter of rules.
-    #[error("{0:?} is a name of kiln's own: no rule can admit what ends in kiln.internal")]
-    Internal(String),
-    /// The ports part is wrong.
-    #[error("{0:?} is not a list of ports (1-65535, at most 16, separated by commas)")]
-    Ports(String),
-}
-
-/// Lower-case DNS name without the trailing dot, or `None` when it is not a legal host name.
-#[must_use]
-pub fn normal_host(text: &str) -> Option<String> {
-    let host = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
-    let label = |l: &str| {
-        !l.is_empty()
-            && l.len() <= 63
-            && l.bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
-            && !l.starts_with('-')
-            && !l.ends_with('-')
-    };
-    (host.len() <= 253 && !host.is_empty() && host.split('.').all(label)).then_some(host)
-}
-
-impl AllowRule {
-    /// A rule for one host; no ports means 80 and 443.
-    ///
-    /// # Errors
-    /// When the host is not an exact DNS name or the ports are illegal.
-    pub fn new(host: &str, ports: &[u16]) -> Result<Self, ParseRuleError> {
-        let shown = || host.chars().take(260).collect::<String>();
-        if host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() {
-            return Err(ParseRuleError::Address(shown()));
-        }
-        let host = normal_host(host).ok_or_else(|| ParseRuleError::Host(shown()))?;
-        let last = host.rsplit('.').next().unwrap_or_default();
-        if last.bytes().all(|b| b.is_ascii_digit()) {
-            return Err(ParseRuleError::Address(shown()));
-        }
-        if format!(".{host}").ends_with(INTERNAL_SUFFIX) {
-            return Err(ParseRuleError::Internal(host));
-        }
-        if ports.len() > PORTS_MAX || ports.contains(&0) {
-            return Err(ParseRuleError::Ports(format!("{ports:?}")));
-        }
-        let mut ports = if ports.is_empty() {
-            vec![80, 443]
-        } else {
-            ports.to_vec()
-        };
-        ports.sort_unstable();
-        ports.dedup();
-        Ok(Self { host, ports })
-    }
-
-    /// The exact host name, lower case.
-    #[must_use]
-    pub fn host(&self) -> &str {
-        &self.host
-    }
-
-    /// The allowed ports, sorted.
-    #[must_use]
-    pub fn ports(&self) -> &[u16] {
-        &self.ports
-    }
-}
-
-impl FromStr for AllowRule {
-    type Err = ParseRuleError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text.parse::<Ipv6Addr>().is_ok() {
-            return Err(ParseRuleError::Address(text.to_owned()));
-        }
-        if text.contains("://") {
-            return Err(ParseRuleError::Host(text.chars().take(260).collect()));
-        }
-        let (host, ports) = text.split_once(':').unwrap_or((text, ""));
-        let bad_ports = || ParseRuleError::Ports(ports.chars().take(120).collect());
-        if text.contains(':') && ports.is_empty() {
-            return Err(bad_ports());
-        }
-        let ports: Result<Vec<u16>, _> = ports
-            .split(',')
-            .filter(|p| !p.is_empty())
-            .map(str::parse)
-            .collect();
-        Self::new(host, &ports.map_err(|_| bad_ports())?)
-    }
-}
-
-impl TryFrom<String> for AllowRule {
-    type Error = ParseRuleError;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse()
-    }
-}
-
-impl From<AllowRule> for String {
-    fn from(rule: AllowRule) -> Self {
-        rule.to_string()
-    }
-}
-
-impl fmt::Display for AllowRule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ports: Vec<String> = self.ports.iter().map(u16::to_string).collect();
-        write!(f, "{}:{}", self.host, ports.join(","))
-    }
-}
-
-impl fmt::Debug for AllowRule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
 
 /// What a machine may reach. kiln's own services are not part of it: the worker wires them.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -164,6 +31,8 @@ pub enum NetworkPolicy {
         /// Sorted, without duplicates.
         allow: Vec<AllowRule>,
     },
+    /// Every name, above the floor of addresses. Only by an operator's grant.
+    Open,
 }
 
 /// Answer of a policy for a name and port.
@@ -191,11 +60,11 @@ impl NetworkPolicy {
         }
     }
 
-    /// The rules, empty when isolated.
+    /// The rules, empty when isolated, and when open.
     #[must_use]
     pub fn rules(&self) -> &[AllowRule] {
         match self {
-            Self::Isolated => &[],
+            Self::Isolated | Self::Open => &[],
             Self::Egress { allow } => allow,
         }
     }
@@ -203,26 +72,72 @@ impl NetworkPolicy {
     /// Whether any rule names this host (for DNS).
     #[must_use]
     pub fn knows_host(&self, host: &str) -> bool {
-        normal_host(host).is_some_and(|host| self.rules().iter().any(|rule| rule.host == host))
+        let Some(host) = normal_host(host) else {
+            return false;
+        };
+        match self {
+            Self::Open => AllowRule::new(&host, &[]).is_ok(),
+            _ => self.rules().iter().any(|rule| rule.matches(&host)),
+        }
     }
 
-    /// Decides one connection by name. Addresses are checked later, at connect time.
+    /// Decides one connection by name. Addresses are checked later, at connect time. Of several rules for the same name and port an
+    /// exact one decides before a wildcard, and a longer wildcard before a shorter one.
     #[must_use]
     pub fn decide(&self, host: &str, port: u16) -> NameVerdict {
         let Some(host) = normal_host(host) else {
             return NameVerdict::HostRefused;
         };
-        let mut known = false;
-        for rule in self.rules().iter().filter(|rule| rule.host == host) {
-            known = true;
-            if rule.ports.contains(&port) {
-                return NameVerdict::Allowed(rule.clone());
-            }
+        if matches!(self, Self::Open) {
+            return match AllowRule::new(&host, &[port]) {
+                Ok(rule) => NameVerdict::Allowed(rule.with_protocol(Protocol::of_port(port))),
+                Err(_) => NameVerdict::HostRefused,
+            };
         }
-        if known {
-            NameVerdict::PortRefused
-        } else {
-            NameVerdict::HostRefused
+        let matching = || self.rules().iter().filter(|rule| rule.matches(&host));
+        let nearest = matching()
+            .filter(|rule| rule.ports().contains(&port))
+            .max_by_key(|rule| (!rule.is_wildcard(), rule.host().len()));
+        match nearest {
+            Some(rule) => NameVerdict::Allowed(rule.clone()),
+            None if matching().next().is_some() => NameVerdict::PortRefused,
+            None => NameVerdict::HostRefused,
+        }
+    }
+
+    /// Whether everything that `rule` admits is admitted here as well.
+    #[must_use]
+    pub fn covers_rule(&self, rule: &AllowRule) -> bool {
+        match self {
+            Self::Isolated => false,
+            Self::Open => true,
+            Self::Egress { allow } => rule
+                .single_ports()
+                .all(|one| allow.iter().any(|may| may.covers(&one))),
+        }
+    }
+
+    /// Whether everything that `other` admits is admitted here as well.
+    #[must_use]
+    pub fn covers(&self, other: &Self) -> bool {
+        match other {
+            Self::Isolated => true,
+            Self::Open => matches!(self, Self::Open),
+            Self::Egress { allow } => allow.iter().all(|rule| self.covers_rule(rule)),
+        }
+    }
+
+    /// What this policy and the other one both admit.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        match (self, other) {
+            (Self::Open, both) | (both, Self::Open) => both.clone(),
+            (Self::Isolated, _) | (_, Self::Isolated) => Self::Isolated,
+            (Self::Egress { allow }, Self::Egress { allow: others }) => Self::from_rules(
+                allow
+                    .iter()
+                    .flat_map(|rule| others.iter().filter_map(|other| rule.and(other))),
+            ),
         }
     }
 }
@@ -497,41 +412,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rules_parse_and_match_exactly() {
-        let rule: AllowRule = "Example.org:443,8443".parse().expect("legal");
-        assert_eq!(rule.to_string(), "example.org:443,8443");
-        let policy = NetworkPolicy::from_rules([rule.clone()]);
-        assert_eq!(
-            policy.decide("EXAMPLE.org.", 443),
-            NameVerdict::Allowed(rule)
-        );
-        assert_eq!(policy.decide("example.org", 80), NameVerdict::PortRefused);
-        assert_eq!(
-            policy.decide("sub.example.org", 443),
-            NameVerdict::HostRefused
-        );
-        assert_eq!(
-            policy.decide("example.org\0", 443),
-            NameVerdict::HostRefused
-        );
-        for bad in [
-            "",
-            "*.x.org",
+    fn an_open_policy_admits_names_and_no_addresses() {
+        let open = NetworkPolicy::Open;
+        let NameVerdict::Allowed(rule) = open.decide("Any.example.org", 5432) else {
+            panic!("not admitted");
+        };
+        assert_eq!(rule.to_string(), "any.example.org:5432/raw");
+        for no in [
             "10.0.0.1",
-            "::1",
-            "[::1]:80",
-            "a:",
-            "a:0",
-            "a:70000",
-            "a b",
-            "0x7f.1",
+            "169.254.169.254",
             "registry.kiln.internal",
-            "kiln.internal:443",
-            "a.KILN.internal.",
+            "a b",
         ] {
-            assert!(bad.parse::<AllowRule>().is_err(), "{bad}");
+            assert_eq!(open.decide(no, 443), NameVerdict::HostRefused, "{no}");
+            assert!(!open.knows_host(no), "{no}");
         }
-        assert!("notkiln.internal".parse::<AllowRule>().is_ok());
+    }
+
+    #[test]
+    fn the_nearest_rule_decides() {
+        let rules = [
+            "*.example.org:443/raw",
+            "*.a.example.org:443/tls",
+            "x.a.example.org:443/http",
+        ];
+        let policy = NetworkPolicy::from_rules(rules.map(|rule| rule.parse().expect("rule")));
+        for (host, want) in [
+            ("x.a.example.org", rules[2]),
+            ("y.a.example.org", rules[1]),
+            ("y.example.org", rules[0]),
+        ] {
+            let NameVerdict::Allowed(rule) = policy.decide(host, 443) else {
+                panic!("{host}");
+            };
+            assert_eq!(rule.to_string(), want);
+        }
+        assert_eq!(policy.decide("y.example.org", 80), NameVerdict::PortRefused);
+        assert_eq!(policy.decide("example.org", 443), NameVerdict::HostRefused);
     }
 
     #[test]

@@ -258,6 +258,7 @@ fn job(id: JobId) -> NewJob {
         network_bits: None,
         dispatch: Dispatch::default(),
         traceparent: None,
+        policy: None,
     };
     NewJob {
         request,

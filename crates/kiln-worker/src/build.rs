@@ -369,7 +369,8 @@ impl Job<'_> {
         let mut config = GatewayConfig::new(policy, Arc::clone(&self.egress) as _);
         config.exceptions.clone_from(&self.input.exceptions);
         config.proxy = self.input.proxy.clone();
-        config.limits.bytes_per_second = self.input.request.network_bytes_per_second();
+        config.limits.bytes_out_per_second = self.input.request.network_bytes_per_second();
+        config.limits.bytes_in_per_second = self.input.request.network_bytes_per_second();
         // Layers of the bases, and of the images that get another tag now, lie in the registry already.
         let known = self
             .build

@@ -176,7 +176,8 @@ async fn start(
     let mut config = GatewayConfig::new(policy, egress as _);
     config.exceptions.clone_from(&input.exceptions);
     config.proxy = input.proxy.clone();
-    config.limits.bytes_per_second = input.bytes_per_second;
+    config.limits.bytes_out_per_second = input.bytes_per_second;
+    config.limits.bytes_in_per_second = input.bytes_per_second;
     config.services = KilnNames::default();
     Attempt::start(host, wanted, ticket, Gateway::new(config), events).await
 }

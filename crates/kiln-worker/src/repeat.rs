@@ -233,6 +233,7 @@ mod tests {
             network_bits: None,
             dispatch: kiln_core::Dispatch::default(),
             traceparent: None,
+            policy: None,
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kiln_core::machine::{DiskAccess, DiskFormat};
 use kiln_core::network::RangeException;
-use kiln_core::{DiskRole, DiskSlot, FailureClass, JobRequest, Lease};
+use kiln_core::{ByteSize, DiskRole, DiskSlot, FailureClass, JobRequest, Lease};
 use kiln_network::gateway::proxy::ProxyConfig;
 use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
 use kiln_network::record::{EgressLog, EgressSummary};
@@ -177,7 +177,14 @@ async fn work(
     let mut config = GatewayConfig::new(input.request.network.clone(), egress as _);
     config.exceptions.clone_from(&input.exceptions);
     config.proxy = input.proxy.clone();
-    config.limits.bytes_per_second = input.request.network_bytes_per_second();
+    let [bytes_out, bytes_in] = input.request.bytes_out_and_in_per_second();
+    config.limits.bytes_out_per_second = bytes_out;
+    config.limits.bytes_in_per_second = bytes_in;
+    let policy = input.request.policy;
+    if let Some(most) = policy.and_then(|policy| policy.connections_max) {
+        let most = usize::try_from(most).unwrap_or(usize::MAX);
+        config.limits.connections_max = config.limits.connections_max.min(most);
+    }
     config.services = KilnNames::default();
     let attempt = tokio::select! {
         attempt = Attempt::start(host, wanted, ticket, Gateway::new(config), events) => attempt?,
@@ -247,6 +254,7 @@ async fn in_machine(
         ExecParts {
             stdin,
             output,
+            output_max: request.policy.and_then(|policy| policy.output_bytes_max),
             control,
             log,
         },
@@ -356,6 +364,8 @@ async fn container_exec(
 struct ExecParts {
     stdin: Option<Box<dyn AsyncRead + Send + Unpin>>,
     output: mpsc::Sender<(u8, Vec<u8>)>,
+    /// Bytes of output, both streams together.
+    output_max: Option<u64>,
     control: mpsc::Receiver<Control>,
     log: Arc<JobLog>,
 }
@@ -370,16 +380,26 @@ async fn run_exec(
     let ExecParts {
         stdin,
         output,
+        output_max,
         mut control,
         log,
     } = parts;
     let (sender, mut chunks) = mpsc::channel::<(u8, Vec<u8>)>(64);
     let (orders_in, orders_out) = mpsc::channel(16);
     let relay = async {
-        while let Some((stream, bytes)) = chunks.recv().await {
+        let mut left = output_max.unwrap_or(u64::MAX);
+        while let Some((stream, mut bytes)) = chunks.recv().await {
+            let kept = usize::try_from(left).unwrap_or(usize::MAX);
+            let over = bytes.len() > kept;
+            bytes.truncate(kept);
+            left = left.saturating_sub(bytes.len() as u64);
             log.raw(&bytes);
             let _reader_gone = output.send((stream, bytes)).await;
+            if over {
+                return Err(output_limit(output_max.unwrap_or_default()));
+            }
         }
+        Ok(())
     };
     let pass_on = async {
         loop {
@@ -402,16 +422,26 @@ async fn run_exec(
         control: orders_out,
     };
     let run = async {
-        let (exit, ()) = tokio::join!(orders::exec(session, "run the command", exec, io), relay);
-        exit
+        let exec = orders::exec(session, "run the command", exec, io);
+        tokio::try_join!(async { exec.await.map_err(start_failure) }, relay)
     };
     tokio::select! {
         exit = run => {
-            let exit = exit.map_err(start_failure)?;
+            let (exit, ()) = exit?;
             if cancel.is_cancelled() { Err(Failure::cancelled()) } else { Ok(exit) }
         }
         () = pass_on => Err(Failure::cancelled()),
     }
+}
+
+/// The command wrote more than its policy allows. Its machine is destroyed next, and the command with it.
+fn output_limit(most: u64) -> Failure {
+    let message = format!(
+        "output_limit: the command wrote more than {}",
+        ByteSize(most)
+    );
+    Failure::new(FailureClass::User, message)
+        .hint("write less, or raise limits.output of the policy")
 }
 
 /// A command that does not exist is the user's error, as in any shell.

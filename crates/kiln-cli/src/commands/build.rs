@@ -57,6 +57,7 @@ pub(super) async fn run(
         network_bits: None,
         dispatch: own.dispatch,
         traceparent: None,
+        policy: None,
     };
     let queue = HomeQueue::open(&operator.home).await?;
     let (events, receiver) = Events::channel();

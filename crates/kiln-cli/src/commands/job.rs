@@ -255,6 +255,8 @@ fn show(job: &JobView, now_unix_ms: u64) -> String {
             when::span(limits.timeout_ms)
         ),
     );
+    let policy = job.policy.clone().unwrap_or_default();
+    facts.add("policy", policy["hash"].as_str().unwrap_or_default());
     let pairs: Vec<String> = job
         .labels
         .iter()

@@ -10,6 +10,7 @@ mod cache;
 mod disk_use;
 mod doctor;
 pub(crate) mod home_queue;
+mod init;
 mod job;
 pub(crate) mod landing;
 mod load;
@@ -18,6 +19,7 @@ mod meta;
 pub(crate) mod operator;
 mod output;
 mod plan;
+mod policy;
 mod push;
 mod queue;
 mod queueing;
@@ -26,6 +28,7 @@ mod registries;
 mod registry;
 mod replace;
 mod run;
+mod run_policy;
 mod run_server;
 mod serve;
 mod setup;
@@ -61,6 +64,8 @@ pub(crate) async fn run(
         Command::Build(args) => build::run(*args, server, screen, cancel).await,
         Command::Run(args) => run::run(*args, server, screen, cancel).await,
         Command::Plan(args) => plan::run(&args, screen),
+        Command::Init(args) => init::run(&args, screen),
+        Command::Policy(verb) => policy::run(verb, screen),
         Command::Doctor(args) => doctor::run(&args, screen).await,
         Command::Job(verb) => job::run(verb, server, screen, cancel).await,
         Command::Queue(verb) => queue::run(verb, server, screen).await,

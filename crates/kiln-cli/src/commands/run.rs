@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use kiln_core::job::{RunCommand, TrustClass};
-use kiln_core::{FailureClass, JobKind, JobRequest, Label, NetworkPolicy, TenantName};
+use kiln_core::{FailureClass, ImageRef, JobKind, JobRequest, Label, TenantName};
 use kiln_proto::msg::{Exit, TtySize};
 use kiln_worker::event::Events;
 use kiln_worker::fleet::job::{Ended, JobEnd};
@@ -35,21 +35,22 @@ pub(super) async fn run(
     screen: Screen,
     cancel: CancellationToken,
 ) -> Result<u8> {
-    if args.image.is_none() && args.command.is_empty() {
-        return Err(CliError::usage("there is nothing to run")
-            .hint("give a command after --, or an --image"));
-    }
     if let Some(server) = crate::server::configured(server)? {
+        super::run_policy::refuse_on_server(&args)?;
+        something(args.image.as_ref(), &args.command)?;
         return super::run_server::run(&server, args, screen, cancel).await;
     }
     let own = super::queueing::own(&args.queueing)?;
     let operator = Operator::load()?;
-    let mut limits = operator
-        .config
-        .limits(&args.limits, false, super::host_cpus())?;
+    let ruled = super::run_policy::rule(&args, &operator, screen)?;
+    something(ruled.image.as_ref(), &ruled.argv)?;
+    let config = &operator.config;
+    let mut limits = config.limits(&ruled.limits, false, super::host_cpus())?;
+    super::run_policy::below(&mut limits, &ruled.max);
     limits.disk = own.disk.unwrap_or(limits.disk);
     let env = source::pairs(&args.env, "--env")?;
-    let wanted = artifacts::wanted(&args.artifacts, &args.copy_out)?;
+    let kept = [ruled.artifacts.as_slice(), args.artifacts.as_slice()].concat();
+    let wanted = artifacts::wanted(&kept, &args.copy_out)?;
     let listeners = listen(&args.publish).await?;
     for (listener, guest) in &listeners {
         // Also where the system chose the port.
@@ -63,20 +64,21 @@ pub(super) async fn run(
         id: new_job_id('r').map_err(CliError::from_failure)?,
         tenant: TenantName::local(),
         kind: JobKind::Run(RunCommand {
-            image: args.image.clone(),
-            argv: args.command.clone(),
+            image: ruled.image,
+            argv: ruled.argv,
             env,
             ports: Vec::new(),
             tty: size.is_some(),
             stdin: false,
             artifacts: wanted.clone(),
         }),
-        network: NetworkPolicy::from_rules(args.allow.iter().cloned()),
+        network: ruled.network,
         limits,
         trust: TrustClass::Untrusted,
         network_bits: None,
         dispatch: own.dispatch,
         traceparent: None,
+        policy: ruled.applied,
     };
     let job = request.id.clone();
     let queue = HomeQueue::open(&operator.home).await?;
@@ -124,6 +126,14 @@ pub(super) fn with_files(ended: Result<u8>, brought: Result<()>, screen: Screen)
             ended
         }
         (ended, Ok(())) => ended,
+    }
+}
+
+fn something(image: Option<&ImageRef>, argv: &[String]) -> Result<()> {
+    match image.is_none() && argv.is_empty() {
+        true => Err(CliError::usage("there is nothing to run")
+            .hint("give a command after --, or an --image")),
+        false => Ok(()),
     }
 }
 

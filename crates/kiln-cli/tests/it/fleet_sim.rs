@@ -282,6 +282,7 @@ pub(crate) fn job(id: &str) -> NewJob {
                 ..Dispatch::default()
             },
             traceparent: None,
+            policy: None,
         },
         idempotency: None,
         submitted_by: "user:tester".to_owned(),

@@ -24,6 +24,7 @@ mod git;
 mod home_queue;
 mod input;
 mod ordinary_user;
+mod policy;
 mod push;
 mod registry;
 mod room;

@@ -502,6 +502,7 @@ pub(crate) fn new_job(
         network_bits: Some(granted.network_bits),
         dispatch: common.dispatch(granted.priority)?,
         traceparent: common.traceparent.clone(),
+        policy: None,
     };
     let labels = labels("labels", &common.labels)?;
     let body = serde_json::to_vec(&(

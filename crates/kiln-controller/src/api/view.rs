@@ -212,8 +212,11 @@ pub struct JobView {
     pub line: JobLine,
     /// What its machine may use.
     pub limits: LimitsView,
-    /// `isolated`, or `egress` with its destinations.
+    /// `isolated`, `egress` with its destinations, or `open`.
     pub network: Value,
+    /// The policy file it was narrowed by: hash of the `file`, and `hash` of what held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<Value>,
     /// `trusted` or `untrusted`.
     pub trust: String,
     /// Phase of the running attempt.
@@ -276,6 +279,7 @@ impl JobView {
             },
             limits: LimitsView::of(&request.limits),
             network: json(&request.network).unwrap_or_default(),
+            policy: request.policy.as_ref().and_then(json),
             trust: word(&request.trust).unwrap_or_default(),
             phase: job.phase.clone(),
             estimate: job.estimate.as_ref().and_then(json),

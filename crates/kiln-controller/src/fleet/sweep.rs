@@ -294,6 +294,7 @@ mod tests {
             network_bits: None,
             dispatch: Dispatch::default(),
             traceparent: None,
+            policy: None,
         };
         NewJob {
             request,

@@ -36,6 +36,7 @@ pub(crate) fn job(id: &str, notify_url: Option<String>) -> NewJob {
         network_bits: None,
         dispatch: Dispatch::default(),
         traceparent: None,
+        policy: None,
     };
     NewJob {
         request,

@@ -266,6 +266,7 @@ pub(crate) fn script(id: &str, lines: u64, pause_ms: u64) -> NewJob {
             network_bits: None,
             dispatch,
             traceparent: None,
+            policy: None,
         },
         idempotency: None,
         submitted_by: "user:tester".to_owned(),

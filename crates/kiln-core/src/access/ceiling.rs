@@ -18,7 +18,7 @@ pub enum NetworkCeiling {
         /// Allowed destinations.
         allow: Vec<AllowRule>,
     },
-    /// Any named destinations.
+    /// Any named destinations; not an open network.
     AnyNamed,
 }
 
@@ -160,21 +160,22 @@ impl Ceiling {
         let beyond = |rule: &&AllowRule| match &self.network {
             NetworkCeiling::Isolated => true,
             NetworkCeiling::AnyNamed => false,
-            NetworkCeiling::Listed { allow } => !rule.ports().iter().all(|port| {
-                allow
-                    .iter()
-                    .any(|may| may.host() == rule.host() && may.ports().contains(port))
-            }),
+            NetworkCeiling::Listed { allow } => !rule
+                .single_ports()
+                .all(|one| allow.iter().any(|may| may.covers(&one))),
         };
-        match asked.rules().iter().find(beyond) {
+        let open = matches!(asked, NetworkPolicy::Open).then(|| "open".to_owned());
+        let outside = asked.rules().iter().find(beyond).map(ToString::to_string);
+        match open.or(outside) {
             None => Ok(()),
-            Some(rule) => Err(OutsideLimits {
+            Some(asked) => Err(OutsideLimits {
                 field: "network",
-                asked: rule.to_string(),
+                asked,
                 least: "isolated".to_owned(),
                 most: match &self.network {
                     NetworkCeiling::Listed { .. } => "the operator's list".to_owned(),
-                    NetworkCeiling::Isolated | NetworkCeiling::AnyNamed => "isolated".to_owned(),
+                    NetworkCeiling::AnyNamed => "named destinations".to_owned(),
+                    NetworkCeiling::Isolated => "isolated".to_owned(),
                 },
             }),
         }

@@ -214,6 +214,7 @@ pub(crate) fn request(id: &str) -> JobRequest {
         network_bits: None,
         dispatch: Dispatch::default(),
         traceparent: None,
+        policy: None,
     }
 }
 

@@ -8,7 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use kiln_core::network::{EgressEvent, EgressVerdict, NameVerdict, NetworkPolicy, normal_host};
+use kiln_core::network::{
+    AllowRule, EgressEvent, EgressVerdict, NameVerdict, NetworkPolicy, Protocol as Speaks,
+    normal_host,
+};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
@@ -51,6 +54,8 @@ pub(super) struct Flow {
     pub(super) name: String,
     pub(super) port: u16,
     pub(super) rule: String,
+    /// What it must speak; none means that its first bytes tell.
+    pub(super) protocol: Option<Speaks>,
     pub(super) limits: Limits,
     pub(super) policy: watch::Receiver<NetworkPolicy>,
     pub(super) sink: Arc<dyn EgressSink>,
@@ -210,10 +215,8 @@ impl Tally {
     async fn narrowed(&self) {
         let mut policy = self.flow.policy.clone();
         let allowed = |policy: &NetworkPolicy| {
-            matches!(
-                policy.decide(&self.flow.name, self.flow.port),
-                NameVerdict::Allowed(_)
-            )
+            let now = policy.decide(&self.flow.name, self.flow.port);
+            matches!(now, NameVerdict::Allowed(rule) if still(&rule, self.flow.protocol))
         };
         loop {
             if !allowed(&policy.borrow_and_update()) {
@@ -224,6 +227,15 @@ impl Tally {
                 std::future::pending::<()>().await;
             }
         }
+    }
+}
+
+/// Whether a flow that may speak this may go on under a rule of today.
+fn still(rule: &AllowRule, speaks: Option<Speaks>) -> bool {
+    match (rule.protocol(), speaks) {
+        (Some(Speaks::Raw), _) => true,
+        (None, speaks) => speaks != Some(Speaks::Raw),
+        (today, speaks) => today == speaks,
     }
 }
 
@@ -393,6 +405,11 @@ impl Gate<'_> {
         R: AsyncRead + Unpin,
     {
         let mut held = Vec::new();
+        let speaks = self.tally.flow.protocol;
+        // A proxy that understands HTTP alone gets nothing else, whatever the rule says.
+        if speaks == Some(Speaks::Raw) && !self.http_only {
+            return Ok((held, None));
+        }
         let mut part = vec![0; COPY_BYTES];
         let mut deadline: Option<Instant> = None;
         loop {
@@ -418,6 +435,14 @@ impl Gate<'_> {
                     return Err(refused(None, "its first line is too long"));
                 }
                 Protocol::NeedMore => {}
+                Protocol::Http if speaks == Some(Speaks::Tls) => {
+                    self.last_words = LastWords::Http;
+                    return Err(refused(None, "HTTP where the rule says tls"));
+                }
+                Protocol::Tls if speaks == Some(Speaks::Http) => {
+                    self.last_words = LastWords::Tls;
+                    return Err(refused(None, "TLS where the rule says http"));
+                }
                 Protocol::Http => {
                     self.last_words = LastWords::Http;
                     let form = self.form.take().unwrap_or_default();
@@ -431,8 +456,18 @@ impl Gate<'_> {
                     }
                 }
                 Protocol::Other => {
-                    if NAMED_PORTS.contains(&self.tally.flow.port) || self.http_only {
-                        return Err(refused(None, "neither HTTP nor TLS on this port"));
+                    let named = NAMED_PORTS.contains(&self.tally.flow.port) || self.http_only;
+                    match speaks {
+                        Some(Speaks::Tls) => {
+                            return Err(refused(None, "no TLS where the rule says tls"));
+                        }
+                        Some(Speaks::Http) => {
+                            return Err(refused(None, "no HTTP where the rule says http"));
+                        }
+                        _ if named => {
+                            return Err(refused(None, "neither HTTP nor TLS on this port"));
+                        }
+                        _ => {}
                     }
                     return Ok((held, None));
                 }

@@ -20,22 +20,23 @@ pub(super) enum Direction {
 
 #[derive(Debug)]
 pub(super) struct Bandwidth {
-    bytes_per_second: Option<NonZeroU64>,
+    /// Bytes per second of each direction.
+    rates: [Option<NonZeroU64>; 2],
     /// When the bytes admitted so far will have passed at the given rate, for each direction.
     busy_until: [Mutex<Option<Instant>>; 2],
 }
 
 impl Bandwidth {
-    pub(super) fn new(bytes_per_second: Option<NonZeroU64>) -> Self {
+    pub(super) fn new(out: Option<NonZeroU64>, into: Option<NonZeroU64>) -> Self {
         Self {
-            bytes_per_second,
+            rates: [out, into],
             busy_until: Default::default(),
         }
     }
 
     /// Waits until `bytes` more may pass.
     pub(super) async fn admit(&self, direction: Direction, bytes: usize) {
-        let Some(rate) = self.bytes_per_second else {
+        let Some(rate) = self.rates[direction as usize] else {
             return;
         };
         let took = Duration::from_secs_f64(bytes as f64 / rate.get() as f64);
@@ -59,7 +60,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_rate_holds_over_connections_and_directions_are_apart() {
-        let bandwidth = Bandwidth::new(NonZeroU64::new(1_000_000));
+        let bandwidth = Bandwidth::new(NonZeroU64::new(1_000_000), None);
         let start = Instant::now();
         for _ in 0..20 {
             bandwidth.admit(Direction::Out, 100_000).await;
@@ -70,7 +71,7 @@ mod tests {
             "{took:?}"
         );
         let start = Instant::now();
-        bandwidth.admit(Direction::In, 100_000).await;
+        bandwidth.admit(Direction::In, 100_000_000).await;
         assert!(start.elapsed() < Duration::from_millis(10));
     }
 }

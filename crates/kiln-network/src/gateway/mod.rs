@@ -9,9 +9,10 @@
 //!   (DNS rebinding) is never used.
 //! - The guest's bytes are held until their name was checked. The server's bytes flow at once: they can leak
 //!   nothing of the guest, and server-speaks-first protocols need no special case or wait.
-//! - Ports 80 and 443 carry HTTP or TLS only. On other ports a connection whose first bytes are neither is
-//!   let through unchecked beyond name, port and address: the rule names that port on purpose. What such a
-//!   protocol does later (a STARTTLS) is not looked at.
+//! - A rule that says `tls` or `http` admits that and nothing else; of one that says `raw` nothing is looked at beyond
+//!   name, port and address. Of a rule without a word the first bytes tell: ports 80 and 443 carry HTTP or TLS only, and
+//!   on other ports what is neither is let through, because the rule names that port on purpose. What such a protocol
+//!   does later (a STARTTLS) is not looked at.
 //! - Through the operator's HTTP proxy, the proxy resolves the name. The floor is then applied to what the
 //!   host itself resolves: one special address among the answers refuses, and a name the host cannot resolve
 //!   (normal behind such proxies) is left to the proxy, which is the operator's own.
@@ -93,8 +94,10 @@ pub struct Limits {
     pub idle: Duration,
     /// Once a guest sent its first byte, the name in it must be there within this.
     pub hold: Duration,
-    /// Bytes per second of each direction, for the whole machine; `None`: unlimited.
-    pub bytes_per_second: Option<NonZeroU64>,
+    /// Bytes per second from the guest, for the whole machine; `None`: unlimited.
+    pub bytes_out_per_second: Option<NonZeroU64>,
+    /// Bytes per second to the guest; `None`: unlimited.
+    pub bytes_in_per_second: Option<NonZeroU64>,
 }
 
 impl Default for Limits {
@@ -105,7 +108,8 @@ impl Default for Limits {
             dial: Duration::from_secs(20),
             idle: Duration::from_secs(300),
             hold: Duration::from_secs(30),
-            bytes_per_second: None,
+            bytes_out_per_second: None,
+            bytes_in_per_second: None,
         }
     }
 }
@@ -254,7 +258,10 @@ impl Gateway {
             resolver,
             dialer,
             connections: Arc::new(Semaphore::new(config.limits.connections_max)),
-            bandwidth: Arc::new(Bandwidth::new(config.limits.bytes_per_second)),
+            bandwidth: Arc::new(Bandwidth::new(
+                config.limits.bytes_out_per_second,
+                config.limits.bytes_in_per_second,
+            )),
             refused_names: Mutex::default(),
         };
         Self {
@@ -283,23 +290,7 @@ impl Gateway {
 
     /// Allows only what the old and this policy both allow, and ends connections that are no longer allowed.
     pub fn narrow(&self, policy: &NetworkPolicy) {
-        self.inner.policy.send_modify(|now| {
-            let both = now.rules().iter().filter_map(|rule| {
-                let ports: Vec<u16> = rule
-                    .ports()
-                    .iter()
-                    .copied()
-                    .filter(|port| {
-                        matches!(policy.decide(rule.host(), *port), NameVerdict::Allowed(_))
-                    })
-                    .collect();
-                // An empty list of ports would mean the default ones.
-                (!ports.is_empty())
-                    .then(|| AllowRule::new(rule.host(), &ports).ok())
-                    .flatten()
-            });
-            *now = NetworkPolicy::from_rules(both.collect::<Vec<_>>());
-        });
+        self.inner.policy.send_modify(|now| *now = now.and(policy));
     }
 
     /// Decides, resolves, checks and dials. The guest's bytes are not looked at yet.
@@ -341,6 +332,7 @@ impl Gateway {
                 name,
                 port,
                 rule: rule.to_string(),
+                protocol: rule.protocol(),
                 limits: self.inner.limits,
                 policy,
                 sink: Arc::clone(&self.inner.sink),

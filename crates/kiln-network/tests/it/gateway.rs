@@ -434,7 +434,8 @@ async fn bandwidth_is_shared_by_a_machines_connections() {
         })
         .await;
     let (mut config, _log) = config(&["a.example.org:9000"]);
-    config.limits.bytes_per_second = NonZeroU64::new(100_000);
+    config.limits.bytes_out_per_second = NonZeroU64::new(100_000);
+    config.limits.bytes_in_per_second = NonZeroU64::new(100_000);
     let gateway = world.gateway(config);
     let start = tokio::time::Instant::now();
     let fetch = || async {

@@ -3,4 +3,5 @@
 mod gateway;
 mod names;
 mod proxy;
+mod rules;
 mod world;

@@ -147,6 +147,7 @@ impl Workshop {
             network_bits: None,
             dispatch,
             traceparent: None,
+            policy: None,
         };
         let input = BuildInput {
             request,

@@ -1,0 +1,184 @@
+//! The policy of a folder and the operator's grants, found and read once.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+use kiln_core::{FailureClass, TenantName};
+use kiln_policy::{
+    Compiled, Diagnostics, Effective, FILE_BYTES_MAX, Format, GRANT_BYTES_MAX, GRANT_FILE, Grants,
+    NotGranted, choose, compile, effective,
+};
+
+use crate::error::{CliError, Result};
+use crate::show::{ShownPath as _, printable};
+
+/// Folders above the current one that are looked through for a policy.
+const PARENTS_MAX: usize = 64;
+
+/// A policy that was read.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// What it means.
+    pub compiled: Compiled,
+    /// What a person should know.
+    pub notes: Vec<String>,
+}
+
+/// Reads the policy that `at` is, or that lies in the folder `at`.
+///
+/// # Errors
+/// When there is none, two, or one that is not legal: then with every line that is wrong.
+pub(crate) fn read(at: &Path) -> Result<Found> {
+    match at.is_dir() {
+        false => read_file(
+            at.to_owned(),
+            Format::of_name(&at.to_string_lossy()),
+            Vec::new(),
+        ),
+        true => in_folder(at)?.ok_or_else(|| {
+            CliError::usage(format!("there is no policy in {}", at.shown()))
+                .hint("`kiln init` writes a kiln.yaml")
+        }),
+    }
+}
+
+/// The policy of the folder, if it has one.
+fn in_folder(dir: &Path) -> Result<Option<Found>> {
+    // A name that cannot be looked at is there: it is not to be passed over.
+    let exists = |name: &str| match dir.join(name).symlink_metadata() {
+        Ok(_) => true,
+        Err(error) => !matches!(
+            error.kind(),
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+        ),
+    };
+    let choice = choose(exists).map_err(|error| {
+        CliError::usage(format!("{}: {error}", dir.shown()))
+            .hint("keep one policy, called kiln.yaml or cleanroom.yaml")
+    })?;
+    let Some(choice) = choice else {
+        return Ok(None);
+    };
+    let unread = choice
+        .unread
+        .map(|name| format!("{name} is not read: {} holds", choice.name));
+    let notes = unread.into_iter().collect();
+    read_file(dir.join(choice.name), choice.format, notes).map(Some)
+}
+
+/// The policy of the current folder; inside a git repository also of the folders above it, up to the repository's own.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn of_here() -> Result<Option<Found>> {
+    let here = std::env::current_dir()
+        .map_err(|error| CliError::usage(format!("the current folder cannot be found: {error}")))?;
+    let dirs: Vec<&Path> = here.ancestors().take(PARENTS_MAX).collect();
+    let top = dirs
+        .iter()
+        .position(|dir| dir.join(".git").exists())
+        .unwrap_or(0);
+    for dir in &dirs[..=top] {
+        if let Some(found) = in_folder(dir)? {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+fn read_file(path: PathBuf, format: Format, notes: Vec<String>) -> Result<Found> {
+    let text = bounded(&path, FILE_BYTES_MAX)?;
+    let name = path
+        .strip_prefix("./")
+        .unwrap_or(&path)
+        .display()
+        .to_string();
+    let name = short(&name);
+    let compiled = compile(format, &name, &text).map_err(|wrong| refused(&wrong))?;
+    Ok(Found {
+        path,
+        compiled,
+        notes,
+    })
+}
+
+/// A path as messages show it: below the current folder when it is.
+fn short(name: &str) -> String {
+    let here = std::env::current_dir().ok();
+    let below = here.and_then(|here| {
+        Path::new(name)
+            .strip_prefix(&here)
+            .ok()
+            .map(|path| path.display().to_string())
+    });
+    below.unwrap_or_else(|| name.to_owned())
+}
+
+/// A text file of at most so many bytes. Devices and pipes are none.
+fn bounded(path: &Path, bytes_max: usize) -> Result<String> {
+    let usage = |why: String| CliError::usage(format!("{}: {why}", path.shown()));
+    let meta = std::fs::metadata(path).map_err(|error| usage(error.to_string()))?;
+    if !meta.is_file() {
+        return Err(usage("it is not a file".to_owned()));
+    }
+    let file = File::open(path).map_err(|error| usage(error.to_string()))?;
+    let mut bytes = Vec::new();
+    file.take(bytes_max as u64 + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| usage(error.to_string()))?;
+    if bytes.len() > bytes_max {
+        return Err(usage(format!("it has more than {bytes_max} bytes")));
+    }
+    String::from_utf8(bytes).map_err(|_| usage("it is not UTF-8 text".to_owned()))
+}
+
+/// A file that cannot be used, with every line that is wrong.
+pub(crate) fn refused(wrong: &Diagnostics) -> CliError {
+    let count = wrong.list.len();
+    let what = match (count, wrong.more) {
+        (1, _) => "one thing is wrong".to_owned(),
+        (count, false) => format!("{count} things are wrong"),
+        (count, true) => format!("more than {count} things are wrong"),
+    };
+    CliError::usage(format!(
+        "{what} in {}\n\n{}",
+        wrong.file,
+        wrong.to_string().trim_end()
+    ))
+}
+
+/// The operator's grants: `policy.toml` in the configuration directory.
+///
+/// # Errors
+/// When it is there and cannot be used.
+pub(crate) fn grants(config: &Path) -> Result<Grants> {
+    let path = config.join(GRANT_FILE);
+    match path.symlink_metadata() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Grants::default()),
+        _ => {}
+    }
+    let text = bounded(&path, GRANT_BYTES_MAX)?;
+    Grants::parse(&path.display().to_string(), &text).map_err(|wrong| refused(&wrong))
+}
+
+/// What holds of a policy on this host.
+///
+/// # Errors
+/// Policy, with everything that is asked for and not granted.
+pub(crate) fn holds(compiled: &Compiled, grants: &Grants) -> Result<Effective> {
+    effective(compiled, grants, &TenantName::local()).map_err(|refused| not_granted(&refused))
+}
+
+fn not_granted(refused: &[NotGranted]) -> CliError {
+    let lines: Vec<String> = refused
+        .iter()
+        .map(|one| printable(&one.to_string()))
+        .collect();
+    let error = CliError::new(FailureClass::Policy, lines.join("\n"));
+    refused
+        .iter()
+        .fold(error, |error, one| error.hint(one.hint.clone()))
+}

@@ -1,0 +1,214 @@
+//! From the text of a file to a compiled policy, and which file of a folder that is.
+
+use std::collections::BTreeMap;
+
+use kiln_core::Digest;
+use serde_json::{Value, json};
+
+use crate::diagnostic::{Diagnostic, Diagnostics, Place};
+use crate::policy::{Phase, Policy};
+use crate::read::{Reader, Sited};
+use crate::{cleanroom_file, kiln_file, kiln_keys, yaml};
+
+/// kiln's own file.
+pub const KILN_FILE: &str = "kiln.yaml";
+/// The other format's file.
+pub const CLEANROOM_FILE: &str = "cleanroom.yaml";
+/// Where the other format's file is looked for last.
+pub const CLEANROOM_FALLBACK: &str = ".buildkite/cleanroom.yaml";
+/// Names that people try and that would else be ignored without a word.
+pub const NEAR_MISSES: [&str; 4] = [
+    "kiln.yml",
+    "cleanroom.yml",
+    ".kiln.yaml",
+    ".buildkite/cleanroom.yml",
+];
+
+/// The language of a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    /// `kiln.yaml`.
+    Kiln,
+    /// `cleanroom.yaml`, version 1.
+    Cleanroom,
+}
+
+impl Format {
+    /// The format of a file of this name: what is not called cleanroom is kiln's.
+    #[must_use]
+    pub fn of_name(name: &str) -> Self {
+        match name.ends_with(CLEANROOM_FILE) {
+            true => Self::Cleanroom,
+            false => Self::Kiln,
+        }
+    }
+}
+
+/// Which file of a folder is its policy.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Choice {
+    /// Its path below the folder.
+    pub name: &'static str,
+    /// Its format.
+    pub format: Format,
+    /// A file that is there as well and is not read.
+    pub unread: Option<&'static str>,
+}
+
+/// Why a folder has no policy that can be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ChoiceError {
+    /// Two policies.
+    #[error("both {KILN_FILE} and {other} are here: which one holds cannot be a guess")]
+    Both {
+        /// The other one.
+        other: &'static str,
+    },
+    /// A file whose name is nearly right.
+    #[error("{name} is not read: a policy is called {KILN_FILE}")]
+    NearMiss {
+        /// Its name.
+        name: &'static str,
+    },
+}
+
+/// Chooses among the files of a folder.
+///
+/// # Errors
+/// When two policies are there, or one with a name that is nearly right.
+pub fn choose(exists: impl Fn(&str) -> bool) -> Result<Option<Choice>, ChoiceError> {
+    let cleanroom: Vec<&'static str> = [CLEANROOM_FILE, CLEANROOM_FALLBACK]
+        .into_iter()
+        .filter(|name| exists(name))
+        .collect();
+    match (exists(KILN_FILE), cleanroom.first()) {
+        (true, Some(other)) => Err(ChoiceError::Both { other }),
+        (true, None) => Ok(Some(Choice {
+            name: KILN_FILE,
+            format: Format::Kiln,
+            unread: None,
+        })),
+        (false, Some(name)) => Ok(Some(Choice {
+            name,
+            format: Format::Cleanroom,
+            unread: cleanroom.get(1).copied(),
+        })),
+        (false, None) => match NEAR_MISSES.into_iter().find(|name| exists(name)) {
+            Some(name) => Err(ChoiceError::NearMiss { name }),
+            None => Ok(None),
+        },
+    }
+}
+
+/// Where the network of a phase is said.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Origin {
+    pub(crate) place: Place,
+    pub(crate) rules: Vec<Sited>,
+}
+
+/// A policy while it is compiled.
+#[derive(Debug, Default)]
+pub(crate) struct Draft {
+    pub(crate) policy: Policy,
+    pub(crate) origins: BTreeMap<Phase, Origin>,
+}
+
+/// A compiled policy, and which line says what.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Compiled {
+    policy: Policy,
+    file: String,
+    format: Format,
+    origins: BTreeMap<Phase, Origin>,
+}
+
+impl Compiled {
+    /// A policy that no file says: what a command line asks for.
+    #[must_use]
+    pub fn of_command_line(policy: Policy) -> Self {
+        Self {
+            policy,
+            file: "the command line".to_owned(),
+            format: Format::Kiln,
+            origins: BTreeMap::new(),
+        }
+    }
+
+    /// What the file means.
+    #[must_use]
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// The file's name, as people know it.
+    #[must_use]
+    pub fn file(&self) -> &str {
+        &self.file
+    }
+
+    /// Its format.
+    #[must_use]
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// SHA-256 of the policy's canonical form.
+    #[must_use]
+    pub fn hash(&self) -> Digest {
+        self.policy.hash()
+    }
+
+    pub(crate) fn origin(&self, phase: Phase) -> Option<&Origin> {
+        self.origins.get(&phase)
+    }
+}
+
+/// Reads and compiles a policy.
+///
+/// # Errors
+/// Everything that is wrong with it, with lines and hints.
+pub fn compile(format: Format, file: &str, text: &str) -> Result<Compiled, Diagnostics> {
+    let fail = |wrong: Vec<Diagnostic>| Diagnostics::new(file, text, wrong);
+    let root = yaml::parse(text).map_err(|one| fail(vec![one]))?;
+    let mut reader = Reader::default();
+    let shape = match format {
+        Format::Kiln => &kiln_keys::FILE,
+        Format::Cleanroom => &cleanroom_file::FILE,
+    };
+    shape.check(&root, "", &mut reader.wrong);
+    if !reader.wrong.is_empty() {
+        return Err(fail(reader.wrong));
+    }
+    let draft = match format {
+        Format::Kiln => kiln_file::compile(&root, &mut reader),
+        Format::Cleanroom => cleanroom_file::compile(&root, &mut reader),
+    };
+    if !reader.wrong.is_empty() {
+        return Err(fail(reader.wrong));
+    }
+    Ok(Compiled {
+        policy: draft.policy,
+        file: file.to_owned(),
+        format,
+        origins: draft.origins,
+    })
+}
+
+/// The JSON Schema of a format, for editors: draft 2020-12.
+#[must_use]
+pub fn json_schema(format: Format) -> Value {
+    let (shape, title) = match format {
+        Format::Kiln => (&kiln_keys::FILE, "kiln.yaml: the policy of a project"),
+        Format::Cleanroom => (
+            &cleanroom_file::FILE,
+            "cleanroom.yaml, version 1, as kiln reads it",
+        ),
+    };
+    let mut schema =
+        json!({ "$schema": "https://json-schema.org/draft/2020-12/schema", "title": title });
+    if let (Value::Object(head), Value::Object(body)) = (&mut schema, shape.json_schema()) {
+        head.extend(body);
+    }
+    schema
+}

@@ -1,0 +1,439 @@
+//! What holds: the file AND the operator's grant. And why, for one name.
+
+use std::fmt;
+
+use kiln_core::network::{NameVerdict, Protocol, normal_host};
+use kiln_core::{AllowRule, Digest, TenantName};
+use serde::Serialize;
+
+use crate::compiled::Compiled;
+use crate::grant::{Grant, Grants, Maxima};
+use crate::policy::{Phase, PhaseNetwork, Policy};
+
+/// A destination of the file that the operator's grant takes away.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Removed {
+    /// Of which phase.
+    pub phase: String,
+    /// As the file says it.
+    pub rule: String,
+    /// Line of the file.
+    pub line: u32,
+    /// What is left of it, if anything.
+    pub left: Vec<String>,
+    /// Where the operator says so.
+    pub by: String,
+}
+
+/// Something that the file asks for and the operator did not grant.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, thiserror::Error)]
+#[error("{file}:{line}: {message}")]
+pub struct NotGranted {
+    /// The file that asks.
+    pub file: String,
+    /// Its line; 1 where it has none of its own.
+    pub line: u32,
+    /// What is not granted.
+    pub message: String,
+    /// What to do.
+    pub hint: String,
+}
+
+/// What holds for a job.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Effective {
+    /// The narrowed policy.
+    pub policy: Policy,
+    /// Hash of the file's own policy.
+    pub file_hash: Digest,
+    /// Hash of what holds.
+    pub hash: Digest,
+    /// What the grant took away.
+    pub removed: Vec<Removed>,
+    /// The most of everything countable, for what the file does not say and a default decides.
+    pub max: Maxima,
+}
+
+/// The file AND the grant.
+///
+/// # Errors
+/// Everything that the file asks for and that only a grant gives: an open network, learning, more than the maxima.
+pub fn effective(
+    compiled: &Compiled,
+    grants: &Grants,
+    tenant: &TenantName,
+) -> Result<Effective, Vec<NotGranted>> {
+    let grant = grants.of(tenant);
+    let source = grants.file.as_deref().unwrap_or("kiln's defaults");
+    let mut policy = compiled.policy().clone();
+    let mut refused = Vec::new();
+    let mut removed = Vec::new();
+    for (phase, part) in &mut policy.phases {
+        let line = compiled
+            .origin(*phase)
+            .map_or(1, |origin| origin.place.line);
+        let mut not_granted = |word: &str, key: &str| {
+            refused.push(NotGranted {
+                file: compiled.file().to_owned(),
+                line,
+                message: format!("the phase {phase} asks for `{word}`, which {source} does not grant to {tenant}"),
+                hint: format!("name what it may reach in `allow`; or the operator writes `{key} = true` below [tenant.{tenant}] in policy.toml"),
+            });
+        };
+        match &part.network {
+            PhaseNetwork::Open if !grant.open => not_granted("open", "open"),
+            PhaseNetwork::Learn if !grant.learn => not_granted("learn", "learn"),
+            _ => {}
+        }
+        if let PhaseNetwork::Egress(rules) = &part.network
+            && grant.hosts.is_some()
+        {
+            let mut left = Vec::new();
+            for rule in rules {
+                let kept = granted(rule, &grant);
+                if kept != [rule.clone()] {
+                    removed.push(Removed {
+                        phase: phase.name().to_owned(),
+                        rule: rule.to_string(),
+                        line: line_of(compiled, *phase, rule),
+                        left: kept.iter().map(ToString::to_string).collect(),
+                        by: format!("{source}:{}", grant.hosts_line.unwrap_or(1)),
+                    });
+                }
+                left.extend(kept);
+            }
+            left.sort();
+            left.dedup();
+            part.network = match left.is_empty() {
+                true => PhaseNetwork::Isolated,
+                false => PhaseNetwork::Egress(left),
+            };
+        }
+    }
+    bound_all(&mut policy, &grant, compiled, source, &mut refused);
+    policy
+        .phases
+        .retain(|_, part| *part != crate::policy::PhasePolicy::default());
+    if !refused.is_empty() {
+        return Err(refused);
+    }
+    Ok(Effective {
+        file_hash: compiled.hash(),
+        hash: policy.hash(),
+        policy,
+        removed,
+        max: grant.max,
+    })
+}
+
+/// What a grant leaves of a rule of one port.
+fn granted(rule: &AllowRule, grant: &Grant) -> Vec<AllowRule> {
+    let Some(hosts) = &grant.hosts else {
+        return vec![rule.clone()];
+    };
+    let mut left: Vec<AllowRule> = hosts.iter().filter_map(|host| host.and(rule)).collect();
+    left.sort();
+    left.dedup();
+    // A part that another part covers says nothing new.
+    let all = left.clone();
+    left.retain(|one| !all.iter().any(|other| other != one && other.covers(one)));
+    left
+}
+
+fn line_of(compiled: &Compiled, phase: Phase, rule: &AllowRule) -> u32 {
+    let origin = compiled.origin(phase);
+    let sited = origin.and_then(|origin| origin.rules.iter().find(|sited| sited.rule == *rule));
+    sited.map_or(1, |sited| sited.place.line)
+}
+
+fn bound_all(
+    policy: &mut Policy,
+    grant: &Grant,
+    compiled: &Compiled,
+    source: &str,
+    refused: &mut Vec<NotGranted>,
+) {
+    let mut refuse = |what: &str, asked: String, most: String| {
+        refused.push(NotGranted {
+            file: compiled.file().to_owned(),
+            line: 1,
+            message: format!("`{what}` is {asked}: {source} grants at most {most}"),
+            hint: format!("ask for at most {most}"),
+        });
+    };
+    let (max, limits) = (&grant.max, &mut policy.limits);
+    let resources = policy.resources;
+    // What is not asked for is a default's business, which then stays below the maximum.
+    bound("resources.cpus", resources.cpus, max.cpus, &mut refuse);
+    bound(
+        "resources.memory",
+        resources.memory,
+        max.memory,
+        &mut refuse,
+    );
+    bound(
+        "resources.timeout",
+        resources.timeout_ms.map(Millis),
+        max.timeout_ms.map(Millis),
+        &mut refuse,
+    );
+    // What is not asked for here has no other bound.
+    limits.disk = bound("limits.disk", limits.disk, max.disk, &mut refuse);
+    limits.connections = bound(
+        "limits.connections",
+        limits.connections,
+        max.connections,
+        &mut refuse,
+    );
+    limits.processes = bound(
+        "limits.processes",
+        limits.processes,
+        max.processes,
+        &mut refuse,
+    );
+    limits.output = bound("limits.output", limits.output, max.output, &mut refuse);
+    let rates = [
+        ("limits.upload", &mut limits.upload_bits, max.upload_bits),
+        (
+            "limits.download",
+            &mut limits.download_bits,
+            max.download_bits,
+        ),
+    ];
+    for (what, asked, most) in rates {
+        *asked = bound(what, asked.map(Bits), most.map(Bits), &mut refuse).map(|bits| bits.0);
+    }
+}
+
+/// What is asked, which stays below the maximum, else the maximum.
+fn bound<T: Ord + Copy + fmt::Display>(
+    what: &str,
+    asked: Option<T>,
+    most: Option<T>,
+    refuse: &mut impl FnMut(&str, String, String),
+) -> Option<T> {
+    if let (Some(asked), Some(most)) = (asked, most)
+        && asked > most
+    {
+        refuse(what, asked.to_string(), most.to_string());
+    }
+    asked.or(most)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Millis(u64);
+
+impl fmt::Display for Millis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 % 1000 {
+            0 => write!(f, "{}s", self.0 / 1000),
+            _ => write!(f, "{}ms", self.0),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Bits(u64);
+
+impl fmt::Display for Bits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}bit", self.0)
+    }
+}
+
+/// One line that had a say.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Say {
+    /// `file`, `operator` or `kiln`.
+    pub by: &'static str,
+    /// The file and line, unless it is kiln itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
+    /// What it says.
+    pub says: String,
+}
+
+/// Whether a destination may be reached in a phase, and who decided.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Explanation {
+    /// As asked, in lower case.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+    /// The phase.
+    pub phase: String,
+    /// The answer.
+    pub allowed: bool,
+    /// What it must speak, when allowed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<Protocol>,
+    /// Who said what, the decisive one last.
+    pub said: Vec<Say>,
+}
+
+/// Why a destination is allowed or refused.
+///
+/// # Errors
+/// When `host` can never be a destination: the text says why.
+pub fn explain(
+    compiled: &Compiled,
+    grants: &Grants,
+    tenant: &TenantName,
+    phase: Phase,
+    (host, port): (&str, u16),
+) -> Result<Explanation, String> {
+    // Says well what is wrong with an address or a name of kiln's own.
+    AllowRule::new(host, &[port]).map_err(|error| error.to_string())?;
+    let host = normal_host(host).ok_or_else(|| "that is not a host name".to_owned())?;
+    let grant = grants.of(tenant);
+    let mut answer = Explanation {
+        phase: phase.name().to_owned(),
+        allowed: false,
+        protocol: None,
+        said: Vec::new(),
+        host,
+        port,
+    };
+    match compiled.policy().network(phase) {
+        PhaseNetwork::Isolated => answer.isolated(compiled, phase),
+        network @ (PhaseNetwork::Open | PhaseNetwork::Learn) => {
+            answer.open(compiled, phase, network.mode(), grants, &grant)
+        }
+        PhaseNetwork::Egress(_) => answer.egress(compiled, phase, grants, &grant),
+    }
+    if answer.allowed {
+        let says =
+            "the address must be an ordinary public one, checked when it is dialled".to_owned();
+        answer.said.push(Say {
+            by: "kiln",
+            at: None,
+            says,
+        });
+    }
+    Ok(answer)
+}
+
+impl Explanation {
+    fn file_says(&mut self, compiled: &Compiled, line: u32, says: String) {
+        let at = Some(format!("{}:{line}", compiled.file()));
+        self.said.push(Say {
+            by: "file",
+            at,
+            says,
+        });
+    }
+
+    fn isolated(&mut self, compiled: &Compiled, phase: Phase) {
+        match compiled.origin(phase) {
+            Some(origin) => self.file_says(
+                compiled,
+                origin.place.line,
+                format!("the phase {phase} reaches nothing"),
+            ),
+            None => self.said.push(Say {
+                by: "kiln",
+                at: None,
+                says: format!(
+                    "{} gives the phase {phase} no network, and none is inherited",
+                    compiled.file()
+                ),
+            }),
+        }
+    }
+
+    fn open(
+        &mut self,
+        compiled: &Compiled,
+        phase: Phase,
+        mode: &str,
+        grants: &Grants,
+        grant: &Grant,
+    ) {
+        let line = compiled.origin(phase).map_or(1, |origin| origin.place.line);
+        self.file_says(compiled, line, format!("the phase {phase} is `{mode}`"));
+        let given = match mode {
+            "learn" => grant.learn,
+            _ => grant.open,
+        };
+        let at = grants
+            .file
+            .as_ref()
+            .map(|file| format!("{file}:{}", grant.open_line.unwrap_or(1)));
+        let says = match given {
+            true => format!("`{mode}` is granted"),
+            false => format!("`{mode}` is not granted"),
+        };
+        self.said.push(Say {
+            by: "operator",
+            at,
+            says,
+        });
+        self.allowed = given;
+        self.protocol = given.then(|| Protocol::of_port(self.port));
+    }
+
+    fn egress(&mut self, compiled: &Compiled, phase: Phase, grants: &Grants, grant: &Grant) {
+        let effect = compiled.policy().network(phase).effect();
+        let rule = match effect.decide(&self.host, self.port) {
+            NameVerdict::Allowed(rule) => rule,
+            NameVerdict::PortRefused => {
+                let near = effect.rules().iter().find(|rule| rule.matches(&self.host));
+                let line = near.map_or(1, |rule| line_of(compiled, phase, rule));
+                let says = format!(
+                    "{} is named, with other ports than {}",
+                    self.host, self.port
+                );
+                return self.file_says(compiled, line, says);
+            }
+            NameVerdict::HostRefused => {
+                let line = compiled.origin(phase).map_or(1, |origin| origin.place.line);
+                let says = format!("no entry of the phase {phase} names {}", self.host);
+                return self.file_says(compiled, line, says);
+            }
+        };
+        self.file_says(
+            compiled,
+            line_of(compiled, phase, &rule),
+            format!("{rule} allows it"),
+        );
+        let Some(hosts) = &grant.hosts else {
+            self.allowed = true;
+            self.protocol = rule.protocol();
+            let at = grants.file.clone();
+            let says = "any named host is granted".to_owned();
+            return self.said.push(Say {
+                by: "operator",
+                at,
+                says,
+            });
+        };
+        let file = grants.file.as_deref().unwrap_or_default();
+        let given = hosts.iter().find_map(|granted| {
+            let both = granted.and(&rule)?;
+            (both.matches(&self.host) && both.ports().contains(&self.port))
+                .then_some((granted, both))
+        });
+        match given {
+            Some((granted, both)) => {
+                self.allowed = true;
+                self.protocol = both.protocol();
+                let at = Some(format!("{file}:{}", granted.line));
+                let says = format!("{} is granted", granted.text());
+                self.said.push(Say {
+                    by: "operator",
+                    at,
+                    says,
+                });
+            }
+            None => {
+                let at = Some(format!("{file}:{}", grant.hosts_line.unwrap_or(1)));
+                let says = format!("no granted host is {}:{}", self.host, self.port);
+                self.said.push(Say {
+                    by: "operator",
+                    at,
+                    says,
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! What the operator lets a tenant's policies ask for: `policy.toml` in the configuration directory. A policy can only stay below it.
+//!
+//! ```toml
+//! [tenant.local]
+//! open = false                            # may a phase be open to every name
+//! learn = false                           # may a phase learn
+//! hosts = ["*.example.org", "db.example.net:5432"]   # without the key: any name
+//! max = { cpus = 4, memory = "8G" }
+//! ```
+//!
+//! `[tenant."*"]` holds for tenants without a table of their own. Without a file: any named host, nothing open, no learning.
+
+use std::collections::BTreeMap;
+
+use kiln_core::{AllowRule, ByteSize, TenantName};
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::diagnostic::{Diagnostic, Diagnostics, Place, shown};
+
+/// The operator's file, in the configuration directory.
+pub const GRANT_FILE: &str = "policy.toml";
+/// Largest file, bytes.
+pub const GRANT_BYTES_MAX: usize = 1 << 20;
+/// The table of tenants without one.
+const ANYBODY: &str = "*";
+
+#[derive(Deserialize, Debug, Default)]
+#[serde(default, deny_unknown_fields)]
+struct RawFile {
+    tenant: BTreeMap<String, RawGrant>,
+}
+
+#[derive(Deserialize, Debug, Default)]
+#[serde(default, deny_unknown_fields)]
+struct RawGrant {
+    open: Option<Spanned<bool>>,
+    learn: Option<Spanned<bool>>,
+    hosts: Option<Spanned<Vec<Spanned<String>>>>,
+    max: RawMax,
+}
+
+#[derive(Deserialize, Debug, Default)]
+#[serde(default, deny_unknown_fields)]
+struct RawMax {
+    cpus: Option<u32>,
+    memory: Option<Spanned<String>>,
+    timeout: Option<Spanned<String>>,
+    disk: Option<Spanned<String>>,
+    upload: Option<Spanned<String>>,
+    download: Option<Spanned<String>>,
+    connections: Option<u32>,
+    processes: Option<u32>,
+    output: Option<Spanned<String>>,
+}
+
+/// A host that an operator grants: with a port that port alone, else every port.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct GrantedHost {
+    pub(crate) pattern: AllowRule,
+    pub(crate) any_port: bool,
+    /// Line of the file.
+    pub line: u32,
+}
+
+impl GrantedHost {
+    /// What a rule of one port and this grant have in common.
+    pub(crate) fn and(&self, rule: &AllowRule) -> Option<AllowRule> {
+        match self.any_port {
+            false => self.pattern.and(rule),
+            true => {
+                let port = AllowRule::of_pattern(self.pattern.host(), rule.ports()).ok()?;
+                let protocol = rule.protocol()?;
+                port.with_protocol(protocol).and(rule)
+            }
+        }
+    }
+
+    /// As it is written.
+    #[must_use]
+    pub fn text(&self) -> String {
+        match self.any_port {
+            true => self.pattern.host().to_owned(),
+            false => self.pattern.to_string(),
+        }
+    }
+}
+
+/// The most that a policy may ask for; none means that the operator says nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Maxima {
+    /// Virtual CPUs.
+    pub cpus: Option<u32>,
+    /// Memory.
+    pub memory: Option<ByteSize>,
+    /// Wall time in milliseconds.
+    pub timeout_ms: Option<u64>,
+    /// Disk.
+    pub disk: Option<ByteSize>,
+    /// Bits per second from the machine.
+    pub upload_bits: Option<u64>,
+    /// Bits per second to the machine.
+    pub download_bits: Option<u64>,
+    /// Connections at once.
+    pub connections: Option<u32>,
+    /// Processes at once.
+    pub processes: Option<u32>,
+    /// Bytes of output.
+    pub output: Option<ByteSize>,
+}
+
+/// What one tenant's policies may ask for.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Grant {
+    /// Every name may be reached where a policy asks for it.
+    pub open: bool,
+    /// A policy may learn.
+    pub learn: bool,
+    /// Hosts that may be named; none means any.
+    pub hosts: Option<Vec<GrantedHost>>,
+    /// The most of everything countable.
+    pub max: Maxima,
+    pub(crate) open_line: Option<u32>,
+    pub(crate) hosts_line: Option<u32>,
+}
+
+/// The operator's file.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Grants {
+    /// The file's name, as people know it; none when there is no file.
+    pub file: Option<String>,
+    tenants: BTreeMap<String, Grant>,
+}
+
+impl Grants {
+    /// Reads the operator's file.
+    ///
+    /// # Errors
+    /// What is wrong with it, with lines.
+    pub fn parse(file: &str, text: &str) -> Result<Self, Diagnostics> {
+        let mut reader = GrantReader {
+            text,
+            wrong: Vec::new(),
+        };
+        let fail = |wrong| Diagnostics::new(file, text, wrong);
+        if text.len() > GRANT_BYTES_MAX {
+            let message = format!("the file has more than {GRANT_BYTES_MAX} bytes");
+            return Err(fail(vec![Diagnostic::of_file(message)]));
+        }
+        let raw: RawFile = toml::from_str(text).map_err(|error| {
+            let message = error.message().to_owned();
+            let one = match error.span() {
+                Some(span) => Diagnostic::at(reader.place(span), message),
+                None => Diagnostic::of_file(message),
+            };
+            fail(vec![one])
+        })?;
+        let mut tenants = BTreeMap::new();
+        for (name, raw) in raw.tenant {
+            if name != ANYBODY && name.parse::<TenantName>().is_err() {
+                let message = format!("{:?} is not the name of a tenant", shown(&name));
+                reader.wrong.push(Diagnostic::of_file(message));
+            }
+            let grant = reader.grant(raw);
+            tenants.insert(name, grant);
+        }
+        if !reader.wrong.is_empty() {
+            return Err(fail(reader.wrong));
+        }
+        Ok(Self {
+            file: Some(file.to_owned()),
+            tenants,
+        })
+    }
+
+    /// What a tenant's policies may ask for.
+    #[must_use]
+    pub fn of(&self, tenant: &TenantName) -> Grant {
+        let own = self.tenants.get(tenant.as_str());
+        own.or_else(|| self.tenants.get(ANYBODY))
+            .cloned()
+            .unwrap_or_default()
+    }
+}
+
+struct GrantReader<'a> {
+    text: &'a str,
+    wrong: Vec<Diagnostic>,
+}
+
+impl GrantReader<'_> {
+    fn place(&self, span: std::ops::Range<usize>) -> Place {
+        let before = self.text.get(..span.start).unwrap_or(self.text);
+        let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+        let inside = self.text.get(span.clone()).unwrap_or_default();
+        Place {
+            line: number(before.matches('\n').count() + 1),
+            column: number(before[line_start..].chars().count() + 1),
+            len: number(
+                inside
+                    .lines()
+                    .next()
+                    .unwrap_or_default()
+                    .chars()
+                    .count()
+                    .max(1),
+            ),
+        }
+    }
+
+    fn grant(&mut self, raw: RawGrant) -> Grant {
+        let open = raw.open.as_ref().is_some_and(|open| *open.get_ref());
+        if let (true, Some(hosts)) = (open, &raw.hosts) {
+            let place = self.place(hosts.span());
+            let wrong = Diagnostic::at(place, "`hosts` bounds nothing where `open = true`");
+            self.wrong.push(wrong.hint("remove one of them"));
+        }
+        let hosts_line = raw
+            .hosts
+            .as_ref()
+            .map(|hosts| self.place(hosts.span()).line);
+        let open_line = raw.open.as_ref().map(|open| self.place(open.span()).line);
+        let hosts = raw.hosts.map(|hosts| {
+            let hosts = hosts.into_inner();
+            hosts
+                .into_iter()
+                .filter_map(|host| self.host(&host))
+                .collect()
+        });
+        let max = Maxima {
+            cpus: raw.max.cpus,
+            memory: self.size(raw.max.memory),
+            timeout_ms: self.with_unit(
+                raw.max.timeout,
+                &[("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)],
+                "a time such as 10m",
+            ),
+            disk: self.size(raw.max.disk),
+            upload_bits: self.rate(raw.max.upload),
+            download_bits: self.rate(raw.max.download),
+            connections: raw.max.connections,
+            processes: raw.max.processes,
+            output: self.size(raw.max.output),
+        };
+        Grant {
+            open,
+            learn: raw.learn.is_some_and(|learn| *learn.get_ref()),
+            hosts,
+            max,
+            open_line,
+            hosts_line,
+        }
+    }
+
+    fn host(&mut self, text: &Spanned<String>) -> Option<GrantedHost> {
+        let place = self.place(text.span());
+        match text.get_ref().parse::<AllowRule>() {
+            Ok(pattern) => Some(GrantedHost {
+                any_port: !text.get_ref().contains(':'),
+                pattern,
+                line: place.line,
+            }),
+            Err(error) => {
+                self.wrong.push(Diagnostic::at(place, error.to_string()));
+                None
+            }
+        }
+    }
+
+    fn size(&mut self, text: Option<Spanned<String>>) -> Option<ByteSize> {
+        let text = text?;
+        match text.get_ref().parse() {
+            Ok(size) => Some(size),
+            Err(error) => {
+                let place = self.place(text.span());
+                let error: kiln_core::size::ParseSizeError = error;
+                self.wrong.push(Diagnostic::at(place, error.to_string()));
+                None
+            }
+        }
+    }
+
+    fn rate(&mut self, text: Option<Spanned<String>>) -> Option<u64> {
+        let units = [
+            ("bit", 1),
+            ("kbit", 1_000),
+            ("Mbit", 1_000_000),
+            ("Gbit", 1_000_000_000),
+        ];
+        self.with_unit(text, &units, "a rate such as 10Mbit")
+    }
+
+    fn with_unit(
+        &mut self,
+        text: Option<Spanned<String>>,
+        units: &[(&str, u64)],
+        what: &str,
+    ) -> Option<u64> {
+        let text = text?;
+        let value = crate::read::with_unit(text.get_ref(), units);
+        if value.is_none() {
+            let place = self.place(text.span());
+            let message = format!("{:?} is not {what}", shown(text.get_ref()));
+            self.wrong.push(Diagnostic::at(place, message));
+        }
+        value
+    }
+}

@@ -1,0 +1,35 @@
+//! The policy of a project: what its commands may use and reach, in a file beside its sources.
+//!
+//! ```text
+//! text -> yaml (bounded tree with places) -> shape (keys, types, counts) -> compiled policy, hash -> AND the operator's grant
+//! ```
+//!
+//! It is pure: it opens no file, knows no clock and starts nothing; the command reads the files and the worker applies what comes out.
+//! What a destination means is `kiln_core::network`; what happens on a connection is `kiln-network`.
+//!
+//! Read next: [`policy`] (what a file means, and its canonical form), [`compile`], [`effective()`], [`explain`].
+
+mod cleanroom_file;
+mod compiled;
+mod diagnostic;
+mod effective;
+mod grant;
+mod kiln_file;
+mod kiln_keys;
+pub mod policy;
+mod read;
+mod shape;
+mod starter;
+mod yaml;
+
+pub use compiled::{
+    CLEANROOM_FALLBACK, CLEANROOM_FILE, Choice, ChoiceError, Compiled, Format, KILN_FILE,
+    NEAR_MISSES, choose, compile, json_schema,
+};
+pub use diagnostic::{DIAGNOSTICS_MAX, Diagnostic, Diagnostics, Place};
+pub use effective::{Effective, Explanation, NotGranted, Removed, Say, effective, explain};
+pub use grant::{GRANT_BYTES_MAX, GRANT_FILE, Grant, GrantedHost, Grants, Maxima};
+pub use kiln_keys::RULES_MAX;
+pub use policy::{Image, Phase, PhaseNetwork, Policy};
+pub use starter::{StarterFacts, starter};
+pub use yaml::{DEPTH_MAX, FILE_BYTES_MAX, NODES_MAX};
