@@ -3,11 +3,15 @@
 //! Raw here, resolved by [`Config::limits`]. Unknown keys are refused with their line. A project's own `kiln.toml` (`[build]`) is
 //! the image room's business.
 
+use std::fs::File;
+use std::io::{ErrorKind, Read as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
 use kiln_core::ByteSize;
 use kiln_core::job::Limits;
+use rustix::fs::OFlags;
 use serde::Deserialize;
 
 use crate::args::LimitArgs;
@@ -153,25 +157,42 @@ impl Default for CacheConfig {
     }
 }
 
+/// One byte more than a file of settings may have, at most. What is no file says nothing, or never ends.
+fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+    let file = File::options()
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::new(
+            ErrorKind::InvalidInput,
+            "it is no file",
+        ));
+    }
+    let mut text = Vec::new();
+    file.take(CONFIG_BYTES_MAX + 1).read_to_end(&mut text)?;
+    Ok(text)
+}
+
 impl Config {
     /// Reads the file; a missing one means defaults.
     ///
     /// # Errors
     /// When it cannot be read or has unknown keys or values; the message names the line.
     pub(crate) fn load(path: &Path) -> Result<Self> {
-        let text = match std::fs::metadata(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Self::default());
-            }
-            Ok(meta) if meta.len() > CONFIG_BYTES_MAX => {
+        let failed = |why: &dyn std::fmt::Display| {
+            CliError::usage(format!("could not read {}: {why}", path.shown()))
+        };
+        let text = match read(path) {
+            Ok(text) if text.len() as u64 > CONFIG_BYTES_MAX => {
                 return Err(CliError::usage(format!(
                     "{} is larger than 1 MiB",
                     path.shown()
                 )));
             }
-            _ => std::fs::read_to_string(path).map_err(|error| {
-                CliError::usage(format!("could not read {}: {error}", path.shown()))
-            })?,
+            Ok(text) => String::from_utf8(text).map_err(|_| failed(&"it is not UTF-8"))?,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => return Err(failed(&error)),
         };
         toml::from_str(&text).map_err(|error| {
             CliError::usage(format!(
@@ -232,6 +253,27 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_file_of_settings_is_told_at_once() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = |name: &str| dir.path().join(name);
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mkfifoat(rustix::fs::CWD, path("pipe"), mode).expect("pipe");
+        std::os::unix::fs::symlink("/dev/zero", path("zero")).expect("link");
+        std::fs::create_dir(path("folder")).expect("folder");
+        std::fs::write(path("large"), vec![b' '; (1 << 20) + 1]).expect("written");
+        std::fs::write(path("bytes"), [0xff, 0xfe]).expect("written");
+        for name in ["pipe", "zero", "folder", "large", "bytes"] {
+            let error = Config::load(&path(name)).expect_err(name);
+            assert_eq!(error.exit_code(), 2, "{name}: {}", error.message);
+        }
+        std::fs::write(path("plain"), "").expect("written");
+        std::os::unix::fs::symlink(path("plain"), path("link")).expect("link");
+        for name in ["none", "plain", "link"] {
+            assert!(Config::load(&path(name)).is_ok(), "{name}");
+        }
+    }
 
     #[test]
     fn unknown_keys_are_refused_with_their_line() {

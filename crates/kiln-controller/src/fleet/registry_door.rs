@@ -59,19 +59,27 @@ async fn live(controller: &Controller, lease: Lease) -> Result<(), LeaseRefused>
 /// The authority of an attempt over its quarantine. Layers of the images it is to name lie here already and are mounted, not sent.
 pub(super) async fn authority(controller: &Controller, lease: Lease) -> AttemptAuthority {
     let job = controller.db.job(&lease.attempt.job).await.ok().flatten();
+    let own = format!("t/{}/", lease.tenant);
+    let below = |repository: &str| match repository.starts_with(&own) {
+        true => repository.parse().ok(),
+        false => format!("{own}{repository}").parse().ok(),
+    };
     let named: Vec<RepoName> = match job.map(|job| job.request.kind) {
-        Some(JobKind::SourceBuild(build)) => build
-            .tags
-            .iter()
-            .filter_map(|tag| tag.repository.parse().ok())
-            .collect(),
+        Some(JobKind::SourceBuild(build)) => {
+            let tags = build.tags.iter();
+            tags.filter_map(|tag| below(&tag.repository)).collect()
+        }
         _ => Vec::new(),
     };
+    let read: Vec<String> = named.iter().map(|name| name.as_str().to_owned()).collect();
     let check = LiveLease {
         controller: controller.clone(),
         runtime: tokio::runtime::Handle::current(),
     };
-    AttemptAuthority::new(lease, Arc::new(check)).with_sources(named)
+    // What a worker needs of its tenant's images is what it may read, not all of them.
+    AttemptAuthority::new(lease, Arc::new(check))
+        .with_pull(read)
+        .with_sources(named)
 }
 
 /// Any request below `/v2`.

@@ -136,7 +136,7 @@ async fn a_backup_taken_under_load_is_put_back_and_old_leases_are_dead() {
     assert!(back.replaced.is_some_and(|path| path.exists()));
 
     // What a controller that was killed in the middle of a backup leaves.
-    std::fs::write(own.join("backup-00.db.part"), "half a copy").expect("writes");
+    std::fs::write(own.join("backup-00000000000000aa.db.part"), "half a copy").expect("writes");
     let fleet = Fleet::start(folder.path(), times(SHORT)).await;
     assert!(copies(&own).is_empty(), "{:?}", copies(&own));
     let late = line.finish(&lease).await;

@@ -119,6 +119,12 @@ async fn each_kind_of_token_opens_its_own_door_and_no_other() {
             refused += 1;
         }
     }
+    // What the tenant has beside the attempt's quarantine is not the attempt's to read.
+    let (_, registry) = &tokens[3];
+    for other in ["t/local/app", "shared/node", "quarantine/j2/1"] {
+        let got = ask(to, "GET", &format!("/v2/{other}/tags/list"), registry, "").await;
+        assert_eq!(got.status, 403, "{other}: {}", got.text());
+    }
     // A worker's own door over TCP is its certificate: the name in a header is nothing, also with a lease.
     let fleets = fleet.db().workers(None).await.expect("lists");
     assert_eq!(fleets.len(), 1, "somebody joined");
