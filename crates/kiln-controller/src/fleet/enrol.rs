@@ -105,7 +105,7 @@ pub(super) async fn renew(
     peer: Option<Extension<Peer>>,
     Json(renew): Json<Renew>,
 ) -> Answered<Joined> {
-    let renewed = renewed(&controller, peer, renew).await;
+    let renewed = renewed(&controller, peer.as_deref(), &renew).await;
     if let Err(refused) = &renewed
         && refused.is_forbidden()
     {
@@ -117,12 +117,8 @@ pub(super) async fn renew(
     renewed
 }
 
-async fn renewed(
-    controller: &Controller,
-    peer: Option<Extension<Peer>>,
-    renew: Renew,
-) -> Answered<Joined> {
-    let shown = peer.as_ref().and_then(|peer| peer.worker());
+async fn renewed(controller: &Controller, peer: Option<&Peer>, renew: &Renew) -> Answered<Joined> {
+    let shown = peer.and_then(Peer::worker);
     let shown = shown.ok_or_else(|| Refused::unknown_worker("a worker shows its certificate"))?;
     let now = now_unix_ms();
     if !shown.may_renew(now) {

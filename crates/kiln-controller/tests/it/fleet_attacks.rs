@@ -44,10 +44,10 @@ async fn rows(fleet: &Fleet, actor: &str, action: &str) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn strangers_are_noted_at_every_door_and_do_not_fill_the_database() {
+    const EACH: usize = 160;
     let folder = tempfile::tempdir().expect("folder");
     let fleet = Fleet::start(folder.path(), OpenOptions::default()).await;
     let to = fleet.running.addresses[0];
-    const EACH: usize = 160;
     for (method, path, body, action) in [
         (
             "GET",
