@@ -304,6 +304,8 @@ pub enum CheckLevel {
 pub struct HostStats {
     /// Resident bytes of the VMM process.
     pub rss: ByteSize,
+    /// The most bytes that were ever resident.
+    pub rss_peak: ByteSize,
     /// Proportional bytes: shared pages counted by share.
     pub pss: ByteSize,
     /// CPU time, milliseconds.

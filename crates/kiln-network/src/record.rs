@@ -181,6 +181,9 @@ pub struct ReachedHost {
     pub bytes_out: u64,
     /// Bytes to the guest.
     pub bytes_in: u64,
+    /// Rules that admitted them, sorted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<String>,
 }
 
 /// One host and port that was refused.
@@ -225,6 +228,12 @@ pub fn summary(events: &[EgressEvent]) -> EgressSummary {
             host.ports.push(event.port);
             host.ports.sort_unstable();
         }
+        if let Some(rule) = &event.rule
+            && !host.rules.contains(rule)
+        {
+            host.rules.push(rule.clone());
+            host.rules.sort_unstable();
+        }
         host.connections += 1;
         host.bytes_out = host.bytes_out.saturating_add(event.bytes_out);
         host.bytes_in = host.bytes_in.saturating_add(event.bytes_in);
@@ -241,6 +250,48 @@ pub fn summary(events: &[EgressEvent]) -> EgressSummary {
     EgressSummary {
         reached: reached.into_values().collect(),
         refused,
+    }
+}
+
+/// What a summary comes to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct EgressTotals {
+    /// Hosts that were reached.
+    pub reached: u64,
+    /// Hosts and ports that were refused, each reason by itself.
+    pub refused: u64,
+    /// Connections in the record.
+    pub connections: u64,
+    /// Bytes from the guest.
+    pub bytes_out: u64,
+    /// Bytes to the guest.
+    pub bytes_in: u64,
+}
+
+impl EgressSummary {
+    /// The sum of it.
+    #[must_use]
+    pub fn totals(&self) -> EgressTotals {
+        let sum = |of: fn(&ReachedHost) -> u64| {
+            let all = self.reached.iter().map(of);
+            all.fold(0, u64::saturating_add)
+        };
+        EgressTotals {
+            reached: self.reached.len() as u64,
+            refused: self.refused.len() as u64,
+            connections: sum(|host| host.connections),
+            bytes_out: sum(|host| host.bytes_out),
+            bytes_in: sum(|host| host.bytes_in),
+        }
+    }
+
+    /// The first so many hosts of each kind, where there is no room for all.
+    #[must_use]
+    pub fn first(&self, most: usize) -> Self {
+        Self {
+            reached: self.reached.iter().take(most).cloned().collect(),
+            refused: self.refused.iter().take(most).cloned().collect(),
+        }
     }
 }
 
@@ -404,6 +455,32 @@ mod tests {
         let summary = summary(&[cut]);
         assert_eq!(summary.reached[0].bytes_out, 7);
         assert_eq!(summary.refused.len(), 1);
+    }
+
+    #[test]
+    fn a_summary_adds_up_and_can_be_cut() {
+        let rule = |host: &str, rule: &str| EgressEvent {
+            rule: Some(rule.to_owned()),
+            ..event(host, 443, EgressVerdict::Allowed)
+        };
+        let events = [
+            rule("a.example.org", "*.example.org"),
+            rule("a.example.org", "*.example.org"),
+            rule("b.example.org", "b.example.org"),
+            event("c.example.org", 0, EgressVerdict::HostRefused),
+        ];
+        let summary = summary(&events);
+        assert_eq!(summary.reached[0].rules, ["*.example.org"]);
+        let totals = EgressTotals {
+            reached: 2,
+            refused: 1,
+            connections: 3,
+            bytes_out: 3,
+            bytes_in: 6,
+        };
+        assert_eq!(summary.totals(), totals);
+        let first = summary.first(1);
+        assert_eq!((first.reached.len(), first.refused.len()), (1, 1));
     }
 
     #[test]

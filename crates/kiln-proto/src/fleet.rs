@@ -239,6 +239,14 @@ pub struct Own {
     pub labels: BTreeMap<Label, Label>,
 }
 
+/// `POST /worker/v1/own-asked`, on the private socket alone: what a finished job of a command's own was asked for, so that a command may ask for
+/// it again. The answer is its [`Own`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AskOwn {
+    /// The job.
+    pub job: JobId,
+}
+
 /// Answer to [`Own`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Owned {

@@ -4,12 +4,13 @@
 //! head plugged in; a cold boot.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use kiln_core::machine::{DiskAccess, DiskFormat};
 use kiln_core::{ByteSize, DiskRole, DiskSlot, FailureClass, MachineName, MachineSpec};
 use kiln_image::heads::Head;
-use kiln_machine::bring_up::{self, BringUpError, Deadlines, Ready};
+use kiln_machine::bring_up::{self, BringUpError, Deadlines, Ready, Timings};
 use kiln_machine::driver::{LaunchError, Machine, MachineState, Start};
 use kiln_machine::ledger::Ticket;
 use kiln_machine::template::Held;
@@ -21,6 +22,7 @@ use tokio::task::JoinHandle;
 use crate::event::Events;
 use crate::failure::Failure;
 use crate::host::Host;
+use crate::measured::{Measured, add, ms};
 use crate::orders;
 use crate::services::Services;
 use crate::templates::{self, Chosen, Purpose};
@@ -45,6 +47,10 @@ pub struct Attempt {
     pub services: Arc<Services>,
     /// Key of the template it was cloned from.
     pub template: Option<String>,
+    /// How long the steps of its start took.
+    pub timings: Timings,
+    /// Milliseconds of plugging and mounting disks.
+    disk_ms: AtomicU64,
     /// Whether BuildKit already runs on the mounted state disk.
     pub build_ready: bool,
     serving: JoinHandle<()>,
@@ -205,6 +211,7 @@ impl Attempt {
             machine,
             session,
             incoming,
+            timings,
             ..
         } = ready;
         let services = Services::new(gateway, events.clone());
@@ -217,6 +224,8 @@ impl Attempt {
                 .template
                 .as_ref()
                 .map(|held| held.template.key.clone()),
+            timings,
+            disk_ms: AtomicU64::new(0),
             build_ready: chosen.holds_head,
             serving,
             _ticket: ticket,
@@ -236,9 +245,27 @@ impl Attempt {
     /// Plugs a fork of the head in, where the machine does not have it yet, and mounts it.
     async fn take_head(&self, host: &Host, head: &Head) -> Result<(), Failure> {
         if self.template.is_some() {
-            self.machine.attach_disk(&state_disk(host, head)).await?;
+            self.attach(&state_disk(host, head)).await?;
         }
         self.mount(DiskRole::State, false, false).await
+    }
+
+    /// Plugs a disk in.
+    ///
+    /// # Errors
+    /// When the machine does not take it.
+    pub async fn attach(&self, disk: &DiskSlot) -> Result<(), Failure> {
+        let since = Instant::now();
+        self.machine.attach_disk(disk).await?;
+        self.disk_ms
+            .fetch_add(ms(since.elapsed()), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Milliseconds of plugging and mounting disks until now; none when there were none.
+    #[must_use]
+    pub fn disk_ms(&self) -> Option<u64> {
+        Some(self.disk_ms.load(Ordering::Relaxed)).filter(|ms| *ms > 0)
     }
 
     /// Mounts a disk of the machine.
@@ -258,6 +285,7 @@ impl Attempt {
             timeout_ms: u64::try_from(MOUNT_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
             memory_bytes: 0,
         };
+        let since = Instant::now();
         orders::call(
             &self.session,
             "mount a disk",
@@ -265,6 +293,8 @@ impl Attempt {
             MOUNT_TIMEOUT * 2,
         )
         .await?;
+        self.disk_ms
+            .fetch_add(ms(since.elapsed()), Ordering::Relaxed);
         Ok(())
     }
 
@@ -314,6 +344,16 @@ impl Attempt {
             Some(reason) => Failure::from_close(&reason),
             None => failure,
         }
+    }
+
+    /// As [`Attempt::destroy`], with what is measured of a machine at its end.
+    pub async fn destroy_measured(self, events: &Events, measured: &mut Measured) {
+        measured.started(&self.timings);
+        measured.disk_ms = self.disk_ms();
+        measured.memory(&*self.machine).await;
+        let since = Instant::now();
+        self.destroy(events).await;
+        add(&mut measured.teardown_ms, since);
     }
 
     /// Destroys the machine; what could not be removed is told.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kiln_core::job::TrustClass;
@@ -31,6 +31,7 @@ use crate::failure::Failure;
 use crate::fork;
 use crate::host::{Host, now_unix_ms};
 use crate::joblog::JobLog;
+use crate::measured::{Measured, add};
 use crate::orders;
 use crate::phases::Phases;
 use crate::publish::{self, Published};
@@ -142,6 +143,8 @@ pub struct BuildEnd {
     pub egress: EgressSummary,
     /// What the host saw, when there is an image.
     pub observed: Option<Observed>,
+    /// What the host measured.
+    pub measured: Measured,
 }
 
 struct Job<'a> {
@@ -153,6 +156,7 @@ struct Job<'a> {
     events: Events,
     started_unix_ms: u64,
     submitted: std::time::Instant,
+    measured: Mutex<Measured>,
 }
 
 /// Runs one build. The lease must be live; it is ended here.
@@ -173,6 +177,7 @@ pub async fn run(
             phases_ms: Vec::new(),
             egress: EgressSummary::default(),
             observed: None,
+            measured: Measured::default(),
         };
     };
     let job = Job {
@@ -183,6 +188,7 @@ pub async fn run(
         events: events.clone(),
         started_unix_ms: now_unix_ms(),
         submitted: std::time::Instant::now(),
+        measured: Mutex::default(),
         input,
     };
     let limit = Duration::from_millis(job.input.request.limits.timeout_ms);
@@ -201,6 +207,8 @@ pub async fn run(
     registry.discard_quarantine(&job.lease.attempt).await;
     let phases_ms = phases.finish();
     let summary = kiln_network::record::summary(&egress.snapshot().events);
+    let mut measured = job.measured.into_inner().unwrap_or_default();
+    measured.finish(&phases_ms, &summary);
     let (result, observed) = match result {
         Ok((mut report, observed)) => {
             report.phases_ms.clone_from(&phases_ms);
@@ -214,6 +222,7 @@ pub async fn run(
         phases_ms,
         egress: summary,
         observed,
+        measured,
     }
 }
 
@@ -344,21 +353,21 @@ impl Job<'_> {
             purpose: Purpose::Build { head: &head },
             make_template: true,
         };
-        let attempt = Attempt::start(
-            self.host,
-            wanted,
-            ticket,
-            self.gateway(registry),
-            &self.events,
-        )
-        .await?;
+        let mut measured = Measured::default();
+        let since = std::time::Instant::now();
+        let gateway = self.gateway(registry);
+        add(&mut measured.policy_ms, since);
+        let attempt = Attempt::start(self.host, wanted, ticket, gateway, &self.events).await?;
         let done = match self.in_machine(&attempt, registry, phases).await {
             Ok(solve) => self.finish(&attempt, &head, registry, phases, solve).await,
             Err(failure) if cancel.is_cancelled() => Err(failure),
             Err(failure) => Err(attempt.explain(failure).await),
         };
         let template = attempt.template.clone();
-        attempt.destroy(&self.events).await;
+        attempt.destroy_measured(&self.events, &mut measured).await;
+        if let Ok(mut kept) = self.measured.lock() {
+            *kept = measured;
+        }
         drop(pin);
         let (published, solve, committed) = done?;
         Ok(self.report(Some(&head), template, published, &solve, committed))

@@ -190,10 +190,19 @@ async fn one_tree(
     let (wanted, dir, mut found) = (wanted.clone(), dir.to_owned(), found.clone());
     let work = tokio::task::spawn_blocking(move || {
         let taken = take(reader, &wanted, order.entries_max, &dir, &mut found);
-        (Some(found), taken.err().map(|error| orders::chain(&error)))
+        (Some(found), taken.err().map(|error| why(&error)))
     });
     work.await
         .unwrap_or_else(|error| (None, Some(error.to_string())))
+}
+
+/// Why a tree did not come, in words: a guest that has none says so with a code.
+fn why(error: &io::Error) -> String {
+    let text = orders::chain(error);
+    match text.contains("not_found") {
+        true => "there is no such file or folder".to_owned(),
+        false => text,
+    }
 }
 
 /// Takes the plain files that are wanted of a tar stream.
@@ -205,7 +214,6 @@ fn take(
     found: &mut Found,
 ) -> io::Result<()> {
     let mut archive = Archive::new(reader);
-    let before = found.files.len();
     let mut long = None;
     let mut number = 0_u64;
     // As they come: what describes an entry is read here, where it is bounded.
@@ -236,8 +244,11 @@ fn take(
         }
     }
     for path in &wanted.paths {
-        let new = &found.files[before..];
-        if !new.iter().any(|file| path.means(file.name.as_str())) {
+        if !found
+            .files
+            .iter()
+            .any(|file| path.means(file.name.as_str()))
+        {
             let why = match path.is_pattern() {
                 true => "no file fits it",
                 false => "there is no file in it",

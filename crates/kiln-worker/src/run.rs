@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_core::machine::{DiskAccess, DiskFormat};
 use kiln_core::network::RangeException;
@@ -26,6 +26,7 @@ use crate::event::Events;
 use crate::failure::Failure;
 use crate::host::Host;
 use crate::joblog::JobLog;
+use crate::measured::{Measured, add};
 use crate::orders::{self, Control, ExecIo};
 use crate::phases::Phases;
 use crate::templates::Purpose;
@@ -85,6 +86,15 @@ pub struct RunEnd {
     pub egress: EgressSummary,
     /// Files that were kept.
     pub artifacts: Vec<Collected>,
+    /// What the host measured.
+    pub measured: Measured,
+}
+
+/// What there is to tell of a run beside its result, as far as it came.
+struct Told {
+    phases: Phases,
+    kept: Vec<Collected>,
+    measured: Measured,
 }
 
 /// As a shell has it: 128 and the signal's number.
@@ -115,8 +125,11 @@ pub async fn run(
     events: &Events,
     cancel: &CancellationToken,
 ) -> RunEnd {
-    let mut phases = Phases::new(events.clone());
-    let mut artifacts = Vec::new();
+    let mut told = Told {
+        phases: Phases::new(events.clone()),
+        kept: Vec::new(),
+        measured: Measured::default(),
+    };
     let egress = Arc::new(EgressLog::new());
     let limit = Duration::from_millis(input.request.limits.timeout_ms);
     let work = work(
@@ -126,7 +139,7 @@ pub async fn run(
         Arc::clone(&egress),
         events,
         cancel,
-        (&mut phases, &mut artifacts),
+        &mut told,
     );
     let result = match tokio::time::timeout(limit, work).await {
         Ok(result) => result,
@@ -137,12 +150,19 @@ pub async fn run(
         .hint("give it more with --timeout")),
     };
     host.leases.end(&lease.attempt);
-    let summary = kiln_network::record::summary(&egress.snapshot().events);
+    let egress = kiln_network::record::summary(&egress.snapshot().events);
+    let phases_ms = told.phases.finish();
+    let mut measured = told.measured;
+    measured.finish(&phases_ms, &egress);
+    if let Ok(exit) = &result {
+        measured.command_memory_peak = Some(exit.memory_peak).filter(|peak| *peak > 0);
+    }
     RunEnd {
         result,
-        phases_ms: phases.finish(),
-        egress: summary,
-        artifacts,
+        phases_ms,
+        egress,
+        artifacts: told.kept,
+        measured,
     }
 }
 
@@ -153,16 +173,16 @@ async fn work(
     egress: Arc<EgressLog>,
     events: &Events,
     cancel: &CancellationToken,
-    (phases, kept): (&mut Phases, &mut Vec<Collected>),
+    told: &mut Told,
 ) -> Result<Exit, Failure> {
-    phases.begin("queue").await;
+    told.phases.begin("queue").await;
     let limits = input.request.limits;
     let memory = crate::templates::size_class(limits.memory);
     let ticket = tokio::select! {
         ticket = host.admit_for(&input.request, memory, events) => ticket?,
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
-    phases.begin("machine").await;
+    told.phases.begin("machine").await;
     let name = lease
         .attempt
         .machine_name("run")
@@ -174,6 +194,7 @@ async fn work(
         purpose: Purpose::Run,
         make_template: true,
     };
+    let since = Instant::now();
     let mut config = GatewayConfig::new(input.request.network.clone(), egress as _);
     config.exceptions.clone_from(&input.exceptions);
     config.proxy = input.proxy.clone();
@@ -186,16 +207,18 @@ async fn work(
         config.limits.connections_max = config.limits.connections_max.min(most);
     }
     config.services = KilnNames::default();
+    let gateway = Gateway::new(config);
+    add(&mut told.measured.policy_ms, since);
     let attempt = tokio::select! {
-        attempt = Attempt::start(host, wanted, ticket, Gateway::new(config), events) => attempt?,
+        attempt = Attempt::start(host, wanted, ticket, gateway, events) => attempt?,
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
-    let result = in_machine(&attempt, input, lease, cancel, (&mut *phases, events, kept)).await;
+    let result = in_machine(&attempt, input, lease, cancel, (events, told)).await;
     let result = match result {
         Err(failure) => Err(attempt.explain(failure).await),
         ok => ok,
     };
-    attempt.destroy(events).await;
+    attempt.destroy_measured(events, &mut told.measured).await;
     result
 }
 
@@ -204,7 +227,7 @@ async fn in_machine(
     input: RunInput,
     lease: &Lease,
     cancel: &CancellationToken,
-    (phases, events, kept): (&mut Phases, &Events, &mut Vec<Collected>),
+    (events, told): (&Events, &mut Told),
 ) -> Result<Exit, Failure> {
     let RunInput {
         request,
@@ -247,7 +270,7 @@ async fn in_machine(
         .into_iter()
         .map(|(listener, port)| tokio::spawn(forward(attempt.session.clone(), listener, port)))
         .collect();
-    phases.begin("run").await;
+    told.phases.begin("run").await;
     let result = run_exec(
         &attempt.session,
         &exec,
@@ -266,7 +289,7 @@ async fn in_machine(
     }
     let exit = result?;
     if let Some(dir) = artifacts.filter(|_| !command.artifacts.is_empty()) {
-        phases.begin("collect").await;
+        told.phases.begin("collect").await;
         // Also of a command that failed: its report says why.
         let place = (place.0.as_str(), place.1.as_str());
         let paths = &command.artifacts;
@@ -274,7 +297,7 @@ async fn in_machine(
         for text in found.left_out {
             events.warn(text).await;
         }
-        *kept = found.files;
+        told.kept = found.files;
     }
     if exit.oom {
         return Err(Failure {
@@ -329,7 +352,7 @@ async fn container_exec(
         format: DiskFormat::Qcow2,
         access: DiskAccess::ReadOnly,
     };
-    attempt.machine.attach_disk(&disk).await?;
+    attempt.attach(&disk).await?;
     attempt.mount(DiskRole::Image, true, false).await?;
     let spec = ContainerSpec {
         hostname: lease.attempt.job.to_string(),

@@ -100,10 +100,19 @@ pub(crate) enum JobCommand {
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
     },
-    /// Queue a server's finished job again, as a new one
+    /// Queue a server's finished job again, as a new one; run a command of this home again, here
+    #[command(
+        after_help = "Examples:\n  kiln job retry r1m7\n\nA command that ran without a server is run again in front of you, with the same words, environment, limits and network,\nas a new job. What nobody kept (standard input, ports, a build's folder and secrets) is refused, with the command to type."
+    )]
     Retry {
         /// Its id, or the beginning of it
         id: String,
+    },
+    /// Show what a job reached and was refused, by rule, with bytes
+    #[command(after_help = "Examples:\n  kiln job egress\n  kiln job egress r1m7 --json")]
+    Egress {
+        /// Its id, or the beginning of it; the newest job without
+        id: Option<String>,
     },
     /// List the files that a job left, or fetch them
     #[command(

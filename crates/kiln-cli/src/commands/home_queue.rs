@@ -16,8 +16,9 @@ use kiln_controller::server::{
     self, FolderLock, Running, ServeConfig, Sharing, StartError, Tls, socket_path,
 };
 use kiln_controller::webhooks::ReceiverPolicy;
-use kiln_core::{FailureClass, JobRequest, Label, PoolName, WorkerId};
+use kiln_core::{FailureClass, JobId, JobRequest, Label, PoolName, WorkerId};
 use kiln_db::{Database, Retention};
+use kiln_proto::fleet::{AskOwn, Own};
 use kiln_store::{HostRegistry, private_socket};
 use kiln_telemetry::metrics::Prefix;
 use kiln_telemetry::otlp::Tracer;
@@ -107,6 +108,18 @@ impl HomeQueue {
     /// The way to ask it.
     pub(crate) fn server(&self) -> Server {
         Server::of_home(self.socket.clone())
+    }
+
+    /// What a finished job of some command of this home was asked for.
+    ///
+    /// # Errors
+    /// When there is no such job, or it is not over.
+    pub(crate) async fn asked(&self, job: &JobId) -> Result<Own> {
+        let nobody = "none".parse().or_infrastructure()?;
+        let client = Client::new(Target::Socket(self.socket.clone()), nobody);
+        let ask = AskOwn { job: job.clone() };
+        let answer = client.call("/worker/v1/own-asked", None, &ask, ATTACH_TIMEOUT);
+        answer.await.map_err(|error| worker::link(&error))
     }
 
     /// Runs a job of this command's own to its end.
@@ -220,6 +233,11 @@ pub(crate) struct Asked {
 }
 
 impl Asked {
+    /// This home's queue, when no server was named.
+    pub(crate) fn of_home(&self) -> Option<&HomeQueue> {
+        self.queue.as_ref()
+    }
+
     /// To be called when nothing more is asked.
     pub(crate) async fn done(self) {
         if let Some(queue) = self.queue {

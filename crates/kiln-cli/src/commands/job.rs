@@ -4,6 +4,7 @@ use std::io::IsTerminal as _;
 
 use futures_util::StreamExt as _;
 use http::Method;
+use http::header::HeaderName;
 use http_body_util::BodyDataStream;
 use kiln_controller::api::{JobLine, JobView, List};
 use kiln_core::{ByteSize, FailureClass};
@@ -11,8 +12,9 @@ use kiln_worker::host::now_unix_ms;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::job_record::Record;
 use super::table::{Facts, Table, left, right, wide, wrap};
-use super::{artifacts, home_queue, when};
+use super::{artifacts, home_queue, job_record, retry, when};
 use crate::args::{JobCommand, JobFilterArgs, ServerArgs};
 use crate::error::{CliError, Result};
 use crate::server::follow::{Take, read_log};
@@ -43,9 +45,14 @@ pub(super) async fn run(
         return Err(CliError::usage("there are no jobs yet").hint("try `kiln build`"));
     }
     let asked = home_queue::ask(said).await?;
-    let answered = answer(verb, &asked.server, screen, &cancel).await;
+    let answered = match verb {
+        JobCommand::Retry { id } => retry::run(&id, &asked, screen, &cancel).await,
+        verb => answer(verb, &asked.server, screen, &cancel)
+            .await
+            .map(|()| 0),
+    };
     asked.done().await;
-    answered.map(|()| 0)
+    answered
 }
 
 async fn answer(
@@ -58,7 +65,10 @@ async fn answer(
         JobCommand::List { limit, filter } => list(server, limit, &filter, screen).await?,
         JobCommand::Show { id } => {
             let job = server.job(id.as_deref()).await?;
-            screen.data(&job, || show(&job, now_unix_ms()));
+            let record = Record::of(server, &job).await?;
+            let mut value = json!(job);
+            value["record"] = record.value();
+            screen.data(&value, || show(&job, &record, now_unix_ms()));
         }
         JobCommand::Logs { id, follow } => {
             let job = server.job(id.as_deref()).await?;
@@ -69,12 +79,11 @@ async fn answer(
                 cancel_one(server, id, reason.as_deref(), screen).await?;
             }
         }
-        JobCommand::Retry { id } => {
-            let job = server.job(Some(&id)).await?;
-            let path = format!("/v1/jobs/{}/retry", job.line.id);
-            let new: JobView = server.post(&path, &json!({})).await?;
-            let value = json!({ "event": "queued", "job": new.line.id, "again": job.line.id });
-            screen.data(&value, || new.line.id.clone());
+        // It may run here: see `run`.
+        JobCommand::Retry { .. } => {}
+        JobCommand::Egress { id } => {
+            let job = server.job(id.as_deref()).await?;
+            job_record::egress(server, &job, screen).await?;
         }
         JobCommand::Artifacts {
             id,
@@ -90,7 +99,7 @@ async fn answer(
         }
         JobCommand::Timeline { id } => {
             let job = server.job(id.as_deref()).await?;
-            let events = events(server, &job).await?;
+            let events = events(server, &job, 0).await?;
             if screen.json() {
                 for event in &events {
                     screen.data(event, String::new);
@@ -201,7 +210,7 @@ fn took_ms(job: &JobLine, now_unix_ms: u64) -> Option<u64> {
     Some(end.saturating_sub(job.started_unix_ms?))
 }
 
-fn show(job: &JobView, now_unix_ms: u64) -> String {
+fn show(job: &JobView, record: &Record, now_unix_ms: u64) -> String {
     let line = &job.line;
     let mut facts = Facts::default();
     facts.add("id", &line.id);
@@ -245,6 +254,7 @@ fn show(job: &JobView, now_unix_ms: u64) -> String {
     }
     facts.add("phase", job.phase.clone().unwrap_or_default());
     ending(&mut facts, job);
+    record.add_to(&mut facts);
     let limits = &job.limits;
     facts.add(
         "limits",
@@ -374,7 +384,7 @@ async fn logs(
     cancel: &CancellationToken,
 ) -> Result<()> {
     if screen.json() {
-        for event in events(server, job).await? {
+        for event in events(server, job, 0).await? {
             screen.data(&event, String::new);
         }
         return Ok(());
@@ -411,10 +421,13 @@ async fn logs(
     }
 }
 
-/// What happened until now, in order.
-async fn events(server: &Server, job: &JobView) -> Result<Vec<Value>> {
+/// What happened until now after this event, in order.
+pub(super) async fn events(server: &Server, job: &JobView, after: u64) -> Result<Vec<Value>> {
     let path = format!("/v1/jobs/{}/events", job.line.id);
-    let response = server.send(Method::GET, &path, empty(), &[]).await?;
+    let seen = HeaderName::from_static("last-event-id");
+    let from = [(seen, after.to_string())];
+    let from = if after > 0 { &from[..] } else { &[] };
+    let response = server.send(Method::GET, &path, empty(), from).await?;
     let mut body = BodyDataStream::new(response.into_body());
     let mut frames = crate::server::Frames::default();
     let mut events = Vec::new();
@@ -599,7 +612,7 @@ r1m7z7g68prr466fez  acme    failed  5 min ago  1 min 02 s  run sh -c 'make everâ
                 .collect::<Vec<_>>()
         };
         assert_eq!(lean(&text), lean(want));
-        let shown = show(&job, 1_300_000);
+        let shown = show(&job, &Record::default(), 1_300_000);
         for line in [
             "waited     18.0 s",
             "fault      user",

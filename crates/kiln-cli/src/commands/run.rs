@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::artifacts;
+use super::artifacts::{self, CopyOut};
 use super::home_queue::HomeQueue;
 use super::operator::Operator;
 use super::source;
@@ -60,6 +60,11 @@ pub(super) async fn run(
         ));
     }
     let size = wants_terminal(&args).then(terminal::size).flatten();
+    let wants_stdin = size.is_some() || args.interactive || terminal::stdin_is_piped();
+    let mut ports = Vec::new();
+    for (listener, guest) in &listeners {
+        ports.push((listener.local_addr().or_infrastructure()?.port(), *guest));
+    }
     let request = JobRequest {
         id: new_job_id('r').map_err(CliError::from_failure)?,
         tenant: TenantName::local(),
@@ -67,9 +72,9 @@ pub(super) async fn run(
             image: ruled.image,
             argv: ruled.argv,
             env,
-            ports: Vec::new(),
+            ports,
             tty: size.is_some(),
-            stdin: false,
+            stdin: wants_stdin,
             artifacts: wanted.clone(),
         }),
         network: ruled.network,
@@ -80,40 +85,77 @@ pub(super) async fn run(
         traceparent: None,
         policy: ruled.applied,
     };
-    let job = request.id.clone();
     let queue = HomeQueue::open(&operator.home).await?;
-    let (events, receiver) = Events::channel();
-    // A run's own output belongs to the user: progress is shown only until the command starts.
-    let follow = tokio::spawn(screen.follow_quietly(receiver));
-    let attached = Attached {
+    let in_front = InFront {
         operator: &operator,
         queue: &queue,
         request,
         labels: own.labels,
         listeners,
         size,
-        wants_stdin: size.is_some() || args.interactive || terminal::stdin_is_piped(),
+        wants_stdin,
+        keeps: !wanted.is_empty(),
+        copies: &args.copy_out,
     };
-    let ended = attached.run(&events, &cancel).await;
-    drop(events);
-    let _screen_ended = follow.await;
-    let brought = match &ended {
-        Ok((end, _)) if !wanted.is_empty() && (end.result.is_ok() || !end.artifacts.is_empty()) => {
-            artifacts::after_run(&queue.server(), job.as_str(), &args.copy_out, screen).await
-        }
-        _ => Ok(()),
-    };
+    let ended = in_front.run(screen, &cancel).await;
     queue.close().await;
-    let (end, printed) = ended?;
-    let ended = with_files(finish(end, &cancel, screen), brought, screen);
-    match printed {
-        // Like any program whose reader has gone; one that ended before keeps its own code.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ended.or(Ok(READER_GONE)),
-        Err(error) => Err(CliError::new(
-            FailureClass::Infrastructure,
-            format!("the command's output could not be written: {error}"),
-        )),
-        Ok(()) => ended,
+    ended
+}
+
+/// A run of this command's own, in front of whoever typed it.
+pub(super) struct InFront<'a> {
+    pub(super) operator: &'a Operator,
+    pub(super) queue: &'a HomeQueue,
+    pub(super) request: JobRequest,
+    pub(super) labels: BTreeMap<Label, Label>,
+    pub(super) listeners: Vec<(TcpListener, u16)>,
+    /// Of the terminal, if the command gets one.
+    pub(super) size: Option<TtySize>,
+    pub(super) wants_stdin: bool,
+    /// Files of it are kept.
+    pub(super) keeps: bool,
+    pub(super) copies: &'a [CopyOut],
+}
+
+impl InFront<'_> {
+    /// Runs it to its end; gives the exit code.
+    ///
+    /// # Errors
+    /// When it did not run, or what it left could not be brought here.
+    pub(super) async fn run(self, screen: Screen, cancel: &CancellationToken) -> Result<u8> {
+        let (events, receiver) = Events::channel();
+        // A run's own output belongs to the user: progress is shown only until the command starts.
+        let follow = tokio::spawn(screen.follow_quietly(receiver));
+        let (queue, job) = (self.queue, self.request.id.clone());
+        let (keeps, copies) = (self.keeps, self.copies);
+        let attached = Attached {
+            operator: self.operator,
+            queue,
+            request: self.request,
+            labels: self.labels,
+            listeners: self.listeners,
+            size: self.size,
+            wants_stdin: self.wants_stdin,
+        };
+        let ended = attached.run(&events, cancel).await;
+        drop(events);
+        let _screen_ended = follow.await;
+        let (end, printed) = ended?;
+        let left = keeps && (end.result.is_ok() || !end.artifacts.is_empty());
+        let brought = match left {
+            true => artifacts::after_run(&queue.server(), job.as_str(), copies, screen).await,
+            false => Ok(()),
+        };
+        let ended = with_files(finish(end, cancel, screen), brought, screen);
+        match printed {
+            // Like any program whose reader has gone; one that ended before keeps its own code.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ended.or(Ok(READER_GONE)),
+            Err(error) => Err(CliError::new(
+                FailureClass::Infrastructure,
+                format!("the command's output could not be written: {error}"),
+            )),
+            Ok(()) => ended,
+        }
     }
 }
 

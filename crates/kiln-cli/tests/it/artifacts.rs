@@ -132,6 +132,10 @@ fn a_copy_that_finds_nothing_fails_a_command_that_passed() {
             .run(&["run", "--copy-out", bad, "--", "true"])
             .exits(2);
     }
+    // A job that a command ran itself waits for no worker when it is asked for again.
+    let shown = annex.run(&["job", "show", "--json"]).exits(0).out;
+    let job: Value = serde_json::from_str(&shown).expect("JSON");
+    let own = job["id"].as_str().expect("an id").to_owned();
     let (server, at) = crate::serve::serve(&annex, free_port());
     let dir = tempfile::tempdir().expect("dir");
     let copy = format!("r.txt:{}", path(&dir.path().join("here.txt")));
@@ -140,6 +144,10 @@ fn a_copy_that_finds_nothing_fails_a_command_that_passed() {
     run.extend(["--copy-out", &copy, "--", "sh", "-c", "echo far > r.txt"]);
     annex.run(&run).exits(0).says("kiln: copied");
     assert_eq!(text(&dir.path().join("here.txt")), "far\n");
+    annex
+        .run(&["--server", &at, "job", "retry", &own])
+        .exits(2)
+        .says("type it again: kiln run --artifact none.txt -- true");
     annex
         .run(&[
             "--server",

@@ -1,11 +1,13 @@
 //! Without a server every command goes through the queue of its home, whose controller runs in one of them: what happens when that one ends.
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpListener;
+use std::path::Path;
 
 use serde_json::Value;
 
 use crate::annex::Annex;
-use crate::support::{Started, until};
+use crate::support::{Started, app, until};
 
 /// A run that has said it started; it says `over` after so many seconds.
 fn started(annex: &Annex, seconds: u32) -> Started {
@@ -96,6 +98,145 @@ fn a_suspended_command_holds_up_nobody_and_goes_on() {
         verdicts.clone().all(|verdict| verdict == "passed"),
         "{:?}",
         verdicts.collect::<Vec<_>>()
+    );
+    annex.is_well();
+}
+
+/// A fake collector: takes everything, and gives the bodies it got.
+fn fake_collector() -> (u16, std::sync::mpsc::Receiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
+    let port = listener.local_addr().expect("address").port();
+    let (sender, bodies) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        while let Ok((line, _)) = listener.accept() {
+            let mut reader = BufReader::new(line);
+            let mut length = 0;
+            loop {
+                let mut head = String::new();
+                reader.read_line(&mut head).expect("a line");
+                let head = head.trim().to_ascii_lowercase();
+                if let Some(text) = head.strip_prefix("content-length:") {
+                    length = text.trim().parse().expect("a number");
+                }
+                if head.is_empty() {
+                    break;
+                }
+            }
+            let mut body = vec![0; length];
+            reader.read_exact(&mut body).expect("a body");
+            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+            let sent = sender.send(String::from_utf8(body).expect("text"));
+            let answered = reader.into_inner().write_all(answer);
+            if sent.is_err() || answered.is_err() {
+                return;
+            }
+        }
+    });
+    (port, bodies)
+}
+
+/// Whether any file below a folder holds this text.
+fn holds(folder: &Path, text: &[u8]) -> bool {
+    let inside = |path: &Path| match path.is_dir() {
+        true => holds(path, text),
+        false => std::fs::read(path)
+            .is_ok_and(|bytes| bytes.windows(text.len()).any(|part| part == text)),
+    };
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).any(|path| inside(&path))
+}
+
+#[test]
+fn a_homes_settings_hold_for_its_own_controller() {
+    let (port, bodies) = fake_collector();
+    let otlp = format!("otlp = \"http://127.0.0.1:{port}\"");
+    let settings = format!("[controller]\nencrypt_logs = true\n{otlp}\n");
+    let Some(annex) = Annex::open_with(&settings) else {
+        return;
+    };
+    let script = "echo in-plain-words | tee kept.txt";
+    let run = ["run", "--artifact", "kept.txt", "--", "sh", "-c", script];
+    assert_eq!(annex.run(&run).exits(0).out, "in-plain-words\n");
+    // Everything was sent before the command ended.
+    let spans: String = bodies.try_iter().collect();
+    for name in ["\"run\"", "\"attempt\"", "kiln-controller", "kiln-worker"] {
+        assert!(spans.contains(name), "{name}: {spans}");
+    }
+    for folder in ["logs", "artifacts", "arriving"] {
+        let folder = annex.home.join("controller").join(folder);
+        assert!(!holds(&folder, b"in-plain-words"), "{}", folder.display());
+    }
+    let logs = annex.run(&["job", "logs"]).exits(0);
+    assert_eq!(logs.out, "in-plain-words\n");
+    let wrong = "[controller]\notlp = \"collector\"\n";
+    std::fs::write(annex.home.join("config/kiln.toml"), wrong).expect("write");
+    annex.run(&["job", "list"]).exits(2).says("line 2");
+}
+
+fn newest(annex: &Annex) -> String {
+    jobs(annex)[0]["id"].as_str().expect("an id").to_owned()
+}
+
+#[test]
+fn a_commands_own_job_is_run_again_or_refused() {
+    let Some(annex) = Annex::open() else { return };
+    let run = [
+        "run",
+        "-e",
+        "WORD=again",
+        "--",
+        "sh",
+        "-c",
+        "echo $WORD; exit 7",
+    ];
+    annex.run(&run).exits(7);
+    let first = newest(&annex);
+    let again = annex.run(&["job", "retry", &first]).exits(7);
+    let again = again.says(&format!("kiln: job {first} again, as r"));
+    assert_eq!(again.out, "again\n");
+    assert_eq!(jobs(&annex).len(), 2, "a new job");
+    assert_ne!(newest(&annex), first);
+
+    let dir = app(&[("Dockerfile", "FROM no-such-base\n")]);
+    let mut piped = annex.command(&["run", "--", "cat"]);
+    let file = std::fs::File::open(dir.path().join("Dockerfile")).expect("opens");
+    piped.stdin(file);
+    let said = crate::support::said(piped).exits(0);
+    assert_eq!(said.out, "FROM no-such-base\n");
+    let refused = annex.run(&["job", "retry", &newest(&annex)]).exits(2);
+    refused.says("type it again: kiln run -- cat");
+    annex.is_well();
+}
+
+#[test]
+fn the_host_records_what_a_command_reached_and_took() {
+    let Some(annex) = Annex::open() else { return };
+    annex.run(&["run", "--", "git", "ls-remote", "https://example.org/x.git"]);
+    let egress = annex.run(&["job", "egress"]).exits(0).out;
+    assert!(egress.contains("--allow example.org admits it"), "{egress}");
+    let shown = annex.run(&["job", "show", "--json"]).exits(0).out;
+    let shown: Value = serde_json::from_str(&shown).expect("JSON");
+    let record = &shown["record"];
+    for part in [
+        "policy_ms",
+        "clone_ms",
+        "ready_ms",
+        "command_ms",
+        "teardown_ms",
+        "memory_peak",
+        "command_memory_peak",
+    ] {
+        assert!(record[part].is_u64(), "{part}: {record}");
+    }
+    let egress = &record["egress"];
+    assert_eq!(
+        (&egress["reached"], &egress["refused"]),
+        (&0.into(), &1.into())
+    );
+    let text = annex.run(&["job", "show"]).exits(0).out;
+    assert!(
+        text.contains("of the machine") && text.contains("0 hosts reached, 1 refused"),
+        "{text}"
     );
     annex.is_well();
 }

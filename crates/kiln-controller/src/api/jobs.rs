@@ -275,7 +275,7 @@ pub(crate) async fn cancelled(
     }
 }
 
-/// Queues a finished job again, as a new one.
+/// Queues a finished job again, as a new one. Not one that a command ran itself (`own`): only such a command can run it again.
 #[utoipa::path(
     post, path = "/v1/jobs/{id}/retry", tag = "jobs",
     params(
@@ -298,6 +298,12 @@ pub(crate) async fn retry(
     let job = caller.job(&api, &id, Action::JobSubmit).await?;
     if !matches!(job.state, JobState::Finished { .. }) {
         return Err(Problem::conflict("unfinished", "the job is not over yet"));
+    }
+    if job.request.dispatch.requires.own().is_some() {
+        // No worker would ever take it: it ran inside the command that asked, which is over.
+        let why = "this job belonged to a command that ran it itself, and that command is over";
+        let line = super::command_line(&job.request);
+        return Err(Problem::conflict("own_job", why).hint(format!("type it again: {line}")));
     }
     let key = ask::idempotency_key(&headers)?;
     can_be_retried(&api, &job.request).await?;

@@ -3,6 +3,7 @@
 //! A handler proves who calls ([`caller`]), asks whether they may, checks what they say ([`ask`]), and says what came of it
 //! ([`view`], [`problem`]). OpenAPI is generated from the handlers. Read next: [`ports`] (what it needs), [`listen`] (the sockets).
 
+mod again;
 mod artifacts;
 mod ask;
 mod audit;
@@ -41,6 +42,7 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+pub use again::command_line;
 pub use ask::{BuildAsk, Common, RunAsk};
 pub use limits::ApiConfig;
 pub use listen::{ListenConfig, ListenError, Sockets};

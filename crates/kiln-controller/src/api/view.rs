@@ -219,6 +219,9 @@ pub struct JobView {
     pub policy: Option<Value>,
     /// `trusted` or `untrusted`.
     pub trust: String,
+    /// A command runs it itself, and no worker of a fleet does.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub own: bool,
     /// Phase of the running attempt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<String>,
@@ -281,6 +284,7 @@ impl JobView {
             network: json(&request.network).unwrap_or_default(),
             policy: request.policy.as_ref().and_then(json),
             trust: word(&request.trust).unwrap_or_default(),
+            own: request.dispatch.requires.own().is_some(),
             phase: job.phase.clone(),
             estimate: job.estimate.as_ref().and_then(json),
             cancel: job.cancel.as_ref().and_then(json),

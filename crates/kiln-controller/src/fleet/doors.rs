@@ -44,6 +44,7 @@ pub fn router(controller: Controller, body_stall: Duration) -> Router {
         .route("/worker/v1/heartbeat", post(heartbeat))
         .route("/worker/v1/poll", post(poll))
         .route("/worker/v1/own", post(own::submit))
+        .route("/worker/v1/own-asked", post(own::asked))
         .route("/worker/v1/give-way", post(own::give_way))
         .route("/worker/v1/jobs/{job}/source", get(inputs::source))
         .route("/worker/v1/jobs/{job}/secrets", post(inputs::secrets))

@@ -5,7 +5,7 @@ use axum::{Extension, Json};
 use http::StatusCode;
 use kiln_core::Action;
 use kiln_db::{NewAudit, NewJob, SubmitError};
-use kiln_proto::fleet::{Own, Owned};
+use kiln_proto::fleet::{AskOwn, Own, Owned};
 
 use super::refusal::Refused;
 use super::who::Worker;
@@ -52,6 +52,31 @@ pub(super) async fn submit(
         Err(SubmitError::Database(error)) => Err(error.into()),
         Err(refused) => Err(Refused::bad(refused.to_string())),
     }
+}
+
+/// What a finished job of a command's own was asked for: its command line and environment are this home's user's own.
+pub(super) async fn asked(
+    State(controller): State<Controller>,
+    peer: Option<Extension<Peer>>,
+    Json(ask): Json<AskOwn>,
+) -> Result<Json<Own>, Refused> {
+    if !peer.is_some_and(|peer| peer.is_owner()) {
+        return Err(Refused::unknown_worker(
+            "only a command of the controller's own home runs its jobs again",
+        ));
+    }
+    let job = controller.db.job(&ask.job).await?;
+    let job = job.ok_or_else(|| Refused::missing("there is no such job"))?;
+    if job.request.dispatch.requires.own().is_none() {
+        return Err(Refused::bad("this job is no command's own"));
+    }
+    if !job.state.is_terminal() {
+        return Err(Refused::bad("the job is not over yet"));
+    }
+    Ok(Json(Own {
+        request: job.request,
+        labels: job.labels,
+    }))
 }
 
 /// A controller that stays, of the same home, asks the one of a command to make room.

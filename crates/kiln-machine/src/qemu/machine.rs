@@ -362,13 +362,15 @@ impl Drop for QemuMachine {
 /// Memory and CPU of a process: proc_pid_smaps_rollup(5), proc_pid_stat(5).
 fn read_stats(pid: u32) -> io::Result<HostStats> {
     let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let kib = |name: &str| -> u64 {
-        let line = rollup
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let kib_of = |text: &str, name: &str| -> u64 {
+        let line = text
             .lines()
             .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
         line.and_then(|rest| rest.split_whitespace().next()?.parse().ok())
             .unwrap_or(0)
     };
+    let kib = |name: &str| kib_of(&rollup, name);
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // Fields are counted from the last parenthesis: the name may hold anything. User and system time are fields 14 and 15.
     let fields = stat
@@ -383,6 +385,7 @@ fn read_stats(pid: u32) -> io::Result<HostStats> {
     let per_second = rustix::param::clock_ticks_per_second().max(1);
     Ok(HostStats {
         rss: ByteSize(kib("Rss") << 10),
+        rss_peak: ByteSize(kib_of(&status, "VmHWM") << 10),
         pss: ByteSize(kib("Pss") << 10),
         cpu_ms: ticks * 1000 / per_second,
     })

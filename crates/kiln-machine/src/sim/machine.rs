@@ -325,6 +325,7 @@ impl Machine for SimMachine {
             let used = ByteSize(self.guest.memory().bytes().min(self.memory.0));
             Ok(HostStats {
                 rss: used,
+                rss_peak: used,
                 pss: used,
                 cpu_ms: 1,
             })

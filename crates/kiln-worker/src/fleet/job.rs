@@ -38,6 +38,7 @@ use crate::event::{Event, Events};
 use crate::failure::Failure;
 use crate::host::Host;
 use crate::joblog::JobLog;
+use crate::measured::{Measured, add};
 use crate::prepare::{self, Prepared, Wishes};
 use crate::registry::RegistryAccess;
 use crate::run::{RunEnd, RunInput, ending, exit_code};
@@ -49,6 +50,9 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const OWN_DOCKERFILE: &str = "dockerfile";
 /// Room for a command's output on its way into the log, pieces.
 const OUTPUT_PIECES: usize = 64;
+
+/// Most hosts of each kind that a report names, so that it has room in an event.
+const REPORT_HOSTS_MAX: usize = 30;
 
 /// Where a command finds the trace it is a part of, as OpenTelemetry's own tools name it.
 const TRACEPARENT_ENV: &str = "TRACEPARENT";
@@ -87,6 +91,8 @@ pub struct JobEnd {
     pub runtime: Option<String>,
     /// Artifacts that the controller has.
     pub artifacts: Vec<ArtifactName>,
+    /// What the host measured.
+    pub measured: Measured,
 }
 
 impl JobEnd {
@@ -102,6 +108,7 @@ impl JobEnd {
             egress: kiln_network::record::EgressSummary::default(),
             runtime: None,
             artifacts: Vec::new(),
+            measured: Measured::default(),
         }
     }
 }
@@ -243,13 +250,14 @@ fn finish_of(end: &JobEnd, observed: Option<Box<kiln_core::Observed>>) -> Finish
         (Ok(Ended::Built(report)), Some(observed)) => Some(report.receipt(observed)),
         _ => None,
     };
-    let details = match &end.result {
-        Ok(Ended::Built(report)) => serde_json::json!({ "build": report }),
-        Ok(Ended::Ran(exit)) => serde_json::json!({
-            "exit": exit, "egress": end.egress, "artifacts": end.artifacts,
-        }),
-        Err(_) => serde_json::json!({ "egress": end.egress }),
-    };
+    let mut details = serde_json::json!({
+        "egress": end.egress.first(REPORT_HOSTS_MAX), "measured": end.measured, "artifacts": end.artifacts.len(),
+    });
+    match &end.result {
+        Ok(Ended::Built(report)) => details["build"] = serde_json::json!(report),
+        Ok(Ended::Ran(exit)) => details["exit"] = serde_json::json!(exit),
+        Err(_) => {}
+    }
     Finish {
         outcome: end.outcome.clone(),
         receipt,
@@ -595,7 +603,11 @@ impl Work<'_> {
         let lease = self.lease.clone();
         let mut end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;
         let files = std::mem::take(&mut end.artifacts);
+        let since = std::time::Instant::now();
         let sent = artifacts::send(self.to, &files, self.events).await;
+        if !files.is_empty() {
+            add(&mut end.measured.artifacts_ms, since);
+        }
         Ok(JobEnd {
             artifacts: sent,
             ..ran(end)
@@ -672,6 +684,7 @@ fn built(end: BuildEnd) -> JobEnd {
         egress: end.egress,
         runtime: None,
         artifacts: Vec::new(),
+        measured: end.measured,
     }
 }
 
@@ -695,6 +708,7 @@ fn ran(end: RunEnd) -> JobEnd {
         egress: end.egress,
         runtime: None,
         artifacts: Vec::new(),
+        measured: end.measured,
     }
 }
 

@@ -1,0 +1,122 @@
+//! `kiln job retry`: a server queues the job again; a job that a command ran itself is run again by this one, from what was asked for then.
+
+use kiln_controller::api::{JobView, command_line};
+use kiln_core::{JobKind, JobRequest};
+use kiln_proto::fleet::Own;
+use kiln_worker::host::new_job_id;
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use super::home_queue::{Asked, HomeQueue};
+use super::operator::Operator;
+use super::run::InFront;
+use crate::error::{CliError, Result};
+use crate::show::Screen;
+use crate::terminal;
+
+pub(super) async fn run(
+    id: &str,
+    asked: &Asked,
+    screen: Screen,
+    cancel: &CancellationToken,
+) -> Result<u8> {
+    let job = asked.server.job(Some(id)).await?;
+    if let (true, Some(queue)) = (job.own, asked.of_home()) {
+        return here(&job, queue, screen, cancel).await;
+    }
+    let path = format!("/v1/jobs/{}/retry", job.line.id);
+    let new: JobView = asked.server.post(&path, &json!({})).await?;
+    let value = json!({ "event": "queued", "job": new.line.id, "again": job.line.id });
+    screen.data(&value, || new.line.id.clone());
+    Ok(0)
+}
+
+/// Runs a command's own job again, in front of whoever asks now.
+async fn here(
+    job: &JobView,
+    queue: &HomeQueue,
+    screen: Screen,
+    cancel: &CancellationToken,
+) -> Result<u8> {
+    let id = job.line.id.parse();
+    let id = id.map_err(|_| CliError::usage("the job's id is malformed"))?;
+    let Own { request, labels } = queue.asked(&id).await?;
+    if let Some(why) = missing(&request, terminal::size().is_some()) {
+        return Err(
+            CliError::usage(format!("job {id} cannot be run again here: {why}"))
+                .hint(format!("type it again: {}", command_line(&request))),
+        );
+    }
+    let operator = Operator::load()?;
+    let most = &operator.config.limits;
+    let mut request = JobRequest {
+        id: new_job_id('r').map_err(CliError::from_failure)?,
+        traceparent: None,
+        ..request
+    };
+    // Today's limits decide, not those of then.
+    request.limits.cpus = request.limits.cpus.min(most.cpus_max.max(1));
+    request.limits.memory = request.limits.memory.min(most.memory_max.0);
+    let (tty, keeps) = match &request.kind {
+        JobKind::Run(run) => (run.tty, !run.artifacts.is_empty()),
+        _ => (false, false),
+    };
+    screen.note(&format!("kiln: job {id} again, as {}", request.id));
+    let again = InFront {
+        operator: &operator,
+        queue,
+        request,
+        labels,
+        listeners: Vec::new(),
+        size: tty.then(terminal::size).flatten(),
+        wants_stdin: tty,
+        keeps,
+        copies: &[],
+    };
+    again.run(screen, cancel).await
+}
+
+/// What the job had and nobody has kept.
+fn missing(request: &JobRequest, terminal: bool) -> Option<&'static str> {
+    match &request.kind {
+        JobKind::Run(run) if run.stdin && !run.tty => {
+            Some("what came on its standard input is not kept")
+        }
+        JobKind::Run(run) if run.tty && !terminal => Some("it had a terminal, and here is none"),
+        JobKind::Run(run) if !run.ports.is_empty() => {
+            Some("its ports belonged to the command that is over")
+        }
+        JobKind::Run(_) => None,
+        _ => Some("a build's folder and secrets are not kept"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(kind: serde_json::Value) -> JobRequest {
+        let request = json!({
+            "id": "r1m7z7g68prr466fez", "tenant": "local", "kind": kind, "network": {"mode": "isolated"},
+            "limits": {"cpus": 1, "memory": 1 << 29, "disk": 1 << 30, "timeout_ms": 1000}, "trust": "untrusted",
+        });
+        serde_json::from_value(request).expect("a request")
+    }
+
+    #[test]
+    fn what_nobody_kept_cannot_be_run_again() {
+        let run = |tty: bool, stdin: bool, ports: serde_json::Value| {
+            request(
+                json!({"kind": "run", "image": null, "argv": ["true"], "env": {}, "ports": ports, "tty": tty, "stdin": stdin}),
+            )
+        };
+        let none = json!([]);
+        assert_eq!(missing(&run(false, false, none.clone()), false), None);
+        assert_eq!(missing(&run(true, true, none.clone()), true), None);
+        assert!(missing(&run(true, true, none.clone()), false).is_some());
+        assert!(missing(&run(false, true, none), true).is_some());
+        assert!(missing(&run(false, false, json!([[8080, 80]])), true).is_some());
+        let build = json!({"kind": "source_build", "name": "a", "source": {"from": "folder", "path": "/a"}});
+        assert!(missing(&request(build), true).is_some());
+    }
+}
