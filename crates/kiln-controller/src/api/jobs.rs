@@ -299,12 +299,6 @@ pub(crate) async fn retry(
     if !matches!(job.state, JobState::Finished { .. }) {
         return Err(Problem::conflict("unfinished", "the job is not over yet"));
     }
-    if job.request.dispatch.requires.own().is_some() {
-        // No worker would ever take it: it ran inside the command that asked, which is over.
-        let why = "this job belonged to a command that ran it itself, and that command is over";
-        let line = super::command_line(&job.request);
-        return Err(Problem::conflict("own_job", why).hint(format!("type it again: {line}")));
-    }
     let key = ask::idempotency_key(&headers)?;
     can_be_retried(&api, &job.request).await?;
     let mut request = job.request.clone();
@@ -354,8 +348,10 @@ pub(crate) async fn retry(
 /// What a job needs that is not in its row. One without it would fail on every host, as the host's fault.
 async fn can_be_retried(api: &Api, request: &JobRequest) -> Result<(), Problem> {
     if request.dispatch.requires.own().is_some() {
-        let why = "this job was a command's own: its folder and terminal went with the command";
-        return Err(Problem::conflict("own", why).hint("run the command again"));
+        // No worker would ever take it.
+        let why = "this job belonged to a command that ran it itself, and that command is over";
+        let line = super::command_line(request);
+        return Err(Problem::conflict("own", why).hint(format!("type it again: {line}")));
     }
     let JobKind::SourceBuild(build) = &request.kind else {
         return Ok(());
