@@ -27,7 +27,6 @@ use crate::fleet::source::{SourceError, SourceStore};
 use crate::fleet::{doors, schedule, sweep};
 use crate::metrics;
 use crate::peers::{self, Peers};
-use crate::pipelines::Pipelines;
 use crate::shared;
 pub use crate::shared::{SharedError, Sharing};
 use crate::state::{Controller, Parts, Settings};
@@ -279,7 +278,6 @@ async fn opened(
     logs.keys = log_keys.clone();
     let parts = Parts {
         metrics: counters,
-        pipelines: Pipelines::default(),
         tracer,
         db,
         access,

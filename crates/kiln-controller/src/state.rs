@@ -16,7 +16,6 @@ use crate::api::limits::Rates;
 use crate::fleet::secrets::Secrets;
 use crate::fleet::source::SourceStore;
 use crate::peers::Peers;
-use crate::pipelines::Pipelines;
 
 /// One controller. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -48,8 +47,6 @@ pub struct Parts {
     pub peers: Peers,
     /// What is counted.
     pub metrics: Metrics,
-    /// Pipelines whose builds fail.
-    pub pipelines: Pipelines,
     /// Where spans go.
     pub tracer: Tracer,
     /// The operator's settings.

@@ -116,6 +116,8 @@ pub struct Finish {
     pub repeated: bool,
     /// Why the worker gets no more jobs, if this was the failure that did it.
     pub quarantined: Option<String>,
+    /// Builds of the job's pipeline that failed in a row, this one included; 0 when it passed or says nothing about its pipeline.
+    pub failed_in_a_row: u32,
 }
 
 /// Where a log goes on.
@@ -317,7 +319,11 @@ impl Database {
 }
 
 /// Checks a lease; a refusal is an audit row of the same transaction.
-async fn enter(tx: &mut Tx, lease: &Lease, door: &str) -> Result<Admitted<Live>, DbError> {
+pub(crate) async fn enter(
+    tx: &mut Tx,
+    lease: &Lease,
+    door: &str,
+) -> Result<Admitted<Live>, DbError> {
     match admit(tx, lease).await? {
         Ok(live) => Ok(Ok(live)),
         Err(refused) => {
@@ -464,6 +470,7 @@ async fn reported(tx: &mut Tx, lease: &Lease) -> Result<Option<Finish>, DbError>
         state: job.state,
         repeated: true,
         quarantined: None,
+        failed_in_a_row: 0,
     }))
 }
 
@@ -493,9 +500,14 @@ async fn finish(tx: &mut Tx, live: &Live, end: &AttemptEnd) -> Result<Finish, Db
         Some(worker) => close::judge(tx, worker, &end.outcome).await?,
         None => None,
     };
+    let failed_in_a_row = match &state {
+        JobState::Finished { outcome } => crate::pipeline::judge(tx, live, outcome).await?,
+        _ => 0,
+    };
     Ok(Finish {
         state,
         repeated: false,
         quarantined,
+        failed_in_a_row,
     })
 }

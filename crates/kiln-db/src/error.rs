@@ -171,8 +171,49 @@ impl DbError {
         }
     }
 
+    /// What a transaction is told whose neighbour in the same commit failed like this and took it along: the same kind, so that whoever
+    /// asked can do the same about it.
+    pub(crate) fn of_neighbour(&self) -> Self {
+        let doing = "commit together with another transaction";
+        let cause = Cause::other(match std::error::Error::source(self) {
+            Some(cause) => format!("{self}: {cause}"),
+            None => self.to_string(),
+        });
+        match self {
+            Self::Disk { .. } => Self::Disk { doing, cause },
+            Self::Unavailable { .. } => Self::Unavailable { doing, cause },
+            Self::Damaged { .. } => Self::Damaged { doing, cause },
+            Self::Closed => Self::Closed,
+            // What was wrong with the other one is nothing that is wrong with this one.
+            Self::Busy { .. } | Self::Failed { .. } | Self::Unreadable { .. } => {
+                Self::Busy { doing, cause }
+            }
+        }
+    }
+
     /// Whether the same transaction may simply be tried again.
     pub(crate) fn is_contention(&self) -> bool {
         matches!(self, Self::Busy { .. })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_neighbour_is_told_what_it_can_do_something_about() {
+        let disk = DbError::coded("submit", "13", false, Cause::other("disk full"));
+        let told = disk.of_neighbour();
+        assert!(matches!(told, DbError::Disk { .. }), "{told:?}");
+        let words = std::error::Error::source(&told)
+            .expect("a cause")
+            .to_string();
+        assert!(
+            words.contains("submit") && words.contains("disk full"),
+            "{words}"
+        );
+        let bug = DbError::missing("column");
+        assert!(bug.of_neighbour().is_contention(), "worth another try");
     }
 }

@@ -244,6 +244,9 @@ async fn prepare_file(
     crate::expire::settle(tx, options.lease)
         .await
         .map_err(wrap)?;
+    // A file has one controller at a time: whoever scheduled from it is gone.
+    let sql = "update leaders set until_ms = 0";
+    tx.exec(sql, args![]).await.map_err(wrap)?;
     mark(tx, path, true).await.map_err(wrap)?;
     tx.exec("commit", args![]).await.map_err(wrap)?;
     // The mark must be in the file itself, not in its log: a copy of the file alone shows it then.

@@ -38,12 +38,37 @@ pub struct Webhook {
     pub url: String,
     /// Name of the sealed key that signs; the key is not in the database.
     pub secret: String,
+    /// The key before it, which signs too while receivers change over.
+    pub old: Option<OldSecret>,
     /// Told of these states; empty means of all.
     pub kinds: BTreeSet<String>,
     /// Whether it is told at all.
     pub enabled: bool,
     /// Who made it.
     pub created_by: String,
+}
+
+/// A key that was replaced and signs beside the new one for a while.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct OldSecret {
+    /// Name of the sealed key.
+    pub secret: String,
+    /// Until when.
+    pub until_unix_ms: u64,
+}
+
+/// What came of giving a webhook another key.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Rotated {
+    /// It has it.
+    Done(Webhook),
+    /// Nothing was changed: the key before the present one signs until then.
+    Overlaps {
+        /// Until when.
+        until_unix_ms: u64,
+    },
+    /// There is no such webhook.
+    Absent,
 }
 
 /// A message that waits to be sent.
@@ -59,6 +84,8 @@ pub struct Message {
     pub webhook: Option<TokenId>,
     /// Name of the sealed key of that webhook.
     pub secret: Option<String>,
+    /// Name of the key before it, while that one signs too.
+    pub old_secret: Option<String>,
     /// Where to.
     pub url: String,
     /// Number of the event it tells of.
@@ -104,7 +131,8 @@ impl Database {
             Box::pin(async move {
                 let sql = "select * from webhooks where id = $1";
                 let row = tx.row(sql, args![id.as_str()]).await?;
-                row.as_ref().map(webhook).transpose()
+                let now = tx.now().await?;
+                row.as_ref().map(|row| webhook(row, now)).transpose()
             })
         })
         .await
@@ -132,25 +160,69 @@ impl Database {
         let after = after.unwrap_or_default().to_owned();
         self.read("list webhook messages", |tx| {
             Box::pin(async move {
-                let sql = "select o.*, w.secret from outbox o left join webhooks w on w.id = o.webhook
+                let sql = "select o.*, w.secret, w.old_secret, w.old_until_ms from outbox o left join webhooks w on w.id = o.webhook
                     where ($1 = '' or o.tenant = $1) and ($2 = '' or o.webhook = $2) and o.id > $4
                         and ($3 < 0 or ($3 = 1 and o.dead_ms is not null) or ($3 = 0 and o.dead_ms is null))
                     order by o.id limit $5";
                 let values = args![tenant, webhook, dead, after, limit.min(PAGE_MAX)];
                 let rows = tx.rows(sql, values).await?;
-                rows.iter().map(message).collect()
+                let now = tx.now().await?;
+                rows.iter().map(|row| message(row, now)).collect()
             })
         })
         .await
     }
 
-    /// Keeps a webhook, in place of one of the same name.
+    /// Keeps a webhook, in place of one of the same name, whose keys stay: see [`Database::rotate_webhook`].
     ///
     /// # Errors
     /// When the database does not answer.
     pub async fn put_webhook(&self, webhook: Webhook) -> Result<(), DbError> {
         write_tx!(self, "keep a webhook", [webhook], |tx| {
             put(tx, &webhook).await
+        })
+    }
+
+    /// Gives a webhook another key. The present one signs too for `overlap_ms`; one before it that still does is ended with `end_overlap`
+    /// alone.
+    ///
+    /// # Errors
+    /// When the database does not answer.
+    pub async fn rotate_webhook(
+        &self,
+        id: &TokenId,
+        secret: &str,
+        overlap_ms: u64,
+        end_overlap: bool,
+    ) -> Result<Rotated, DbError> {
+        let (id, secret) = (id.clone(), secret.to_owned());
+        write_tx!(self, "give a webhook another key", [id, secret], |tx| {
+            let sql = "select * from webhooks where id = $1 /*lock webhooks*/";
+            let Some(row) = tx.row(sql, args![id.as_str()]).await? else {
+                return Ok(Rotated::Absent);
+            };
+            let now = tx.now().await?;
+            let mut known = webhook(&row, now)?;
+            if let Some(old) = known.old.as_ref().filter(|_| !end_overlap) {
+                let until_unix_ms = old.until_unix_ms;
+                return Ok(Rotated::Overlaps { until_unix_ms });
+            }
+            let until_unix_ms = now.saturating_add(overlap_ms);
+            let before = std::mem::replace(&mut known.secret, String::clone(&secret));
+            known.old = (overlap_ms > 0).then_some(OldSecret {
+                secret: before,
+                until_unix_ms,
+            });
+            let sql =
+                "update webhooks set secret = $2, old_secret = $3, old_until_ms = $4 where id = $1";
+            let values = args![
+                id.as_str(),
+                secret.as_str(),
+                known.old.as_ref().map(|old| old.secret.as_str()),
+                known.old.as_ref().map(|old| old.until_unix_ms),
+            ];
+            tx.exec(sql, values).await?;
+            Ok(Rotated::Done(known))
         })
     }
 
@@ -178,7 +250,8 @@ impl Database {
             Box::pin(async move {
                 let sql = "select * from webhooks where $1 = '' or tenant = $1 order by id";
                 let rows = tx.rows(sql, args![tenant]).await?;
-                rows.iter().map(webhook).collect()
+                let now = tx.now().await?;
+                rows.iter().map(|row| webhook(row, now)).collect()
             })
         })
         .await
@@ -191,10 +264,11 @@ impl Database {
     pub async fn outbox_take(&self, limit: u32, lease_ms: u64) -> Result<Vec<Message>, DbError> {
         write_tx!(self, "take webhooks to send", [], |tx| {
             let now = tx.now().await?;
-            let sql = "select o.*, w.secret from outbox o left join webhooks w on w.id = o.webhook
+            let sql = "select o.*, w.secret, w.old_secret, w.old_until_ms from outbox o left join webhooks w on w.id = o.webhook
                 where o.dead_ms is null and o.due_ms <= $1 order by o.due_ms, o.id limit $2 /*lock o skip*/";
             let rows = tx.rows(sql, args![now, limit.min(PAGE_MAX)]).await?;
-            let taken = rows.iter().map(message).collect::<Result<Vec<_>, _>>()?;
+            let read = rows.iter().map(|row| message(row, now));
+            let taken = read.collect::<Result<Vec<_>, _>>()?;
             let ids: Vec<_> = taken.iter().map(|message| [&message.id]).collect();
             let sql = "update outbox set due_ms = $2, tries = tries + 1 from json_each($1) e
                 where outbox.id = (e.value ->> 0)";
@@ -286,10 +360,11 @@ impl Database {
         let after = after.unwrap_or_default().to_owned();
         self.read("list dead letters", |tx| {
             Box::pin(async move {
-                let sql = "select o.*, w.secret from outbox o left join webhooks w on w.id = o.webhook
+                let sql = "select o.*, w.secret, w.old_secret, w.old_until_ms from outbox o left join webhooks w on w.id = o.webhook
                     where o.dead_ms is not null and ($1 = '' or o.tenant = $1) and o.id > $2 order by o.id limit $3";
                 let rows = tx.rows(sql, args![tenant, after, limit.min(PAGE_MAX)]).await?;
-                rows.iter().map(message).collect()
+                let now = tx.now().await?;
+                rows.iter().map(|row| message(row, now)).collect()
             })
         })
         .await
@@ -317,9 +392,10 @@ impl Database {
 
 async fn put(tx: &mut Tx, webhook: &Webhook) -> Result<(), DbError> {
     let now = tx.now().await?;
-    let sql = "insert into webhooks (id, tenant, url, secret, kinds, enabled, created_ms, created_by)
+    let sql =
+        "insert into webhooks (id, tenant, url, secret, kinds, enabled, created_ms, created_by)
         values ($1, $2, $3, $4, $5, $6, $7, $8)
-        on conflict (id) do update set tenant = excluded.tenant, url = excluded.url, secret = excluded.secret,
+        on conflict (id) do update set tenant = excluded.tenant, url = excluded.url,
             kinds = excluded.kinds, enabled = excluded.enabled";
     let values = args![
         webhook.id.as_str(),
@@ -334,25 +410,40 @@ async fn put(tx: &mut Tx, webhook: &Webhook) -> Result<(), DbError> {
     tx.exec(sql, values).await.map(drop)
 }
 
-fn webhook(row: &Row) -> Result<Webhook, DbError> {
+/// The key before the present one, if it signs still.
+fn old_secret(row: &Row, now: u64) -> Result<Option<OldSecret>, DbError> {
+    let old = row
+        .opt_text("old_secret")?
+        .zip(row.opt_u64("old_until_ms")?);
+    Ok(old
+        .filter(|(_, until)| now < *until)
+        .map(|(secret, until_unix_ms)| OldSecret {
+            secret,
+            until_unix_ms,
+        }))
+}
+
+fn webhook(row: &Row, now: u64) -> Result<Webhook, DbError> {
     Ok(Webhook {
         id: row.parse("id")?,
         tenant: row.opt_parse("tenant")?,
         url: row.text("url")?,
         secret: row.text("secret")?,
+        old: old_secret(row, now)?,
         kinds: row.json("kinds")?,
         enabled: row.flag("enabled")?,
         created_by: row.text("created_by")?,
     })
 }
 
-fn message(row: &Row) -> Result<Message, DbError> {
+fn message(row: &Row, now: u64) -> Result<Message, DbError> {
     Ok(Message {
         id: row.text("id")?,
         job: row.parse("job")?,
         tenant: row.parse("tenant")?,
         webhook: row.opt_parse("webhook")?,
         secret: row.opt_text("secret")?,
+        old_secret: old_secret(row, now)?.map(|old| old.secret),
         url: row.text("url")?,
         seq: row.u64("seq")?,
         kind: row.text("kind")?,

@@ -85,6 +85,7 @@ impl Database {
             tx.exec(sql, args![old]).await?;
             let sql = "delete from join_tokens where expires_ms < $1";
             tx.exec(sql, args![old]).await?;
+            crate::pipeline::forget(tx, old).await?;
             Ok(aged)
         })
     }

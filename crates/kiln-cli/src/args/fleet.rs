@@ -414,6 +414,12 @@ pub(crate) enum WebhookCommand {
     Rotate {
         /// Its id
         id: String,
+        /// For how long the secret before signs too, so that receivers can change over: at most 7d; 0s when it leaked
+        #[arg(long, value_name = "TIME", default_value = "1d", value_parser = parse_overlap)]
+        overlap: Duration,
+        /// End the overlap of an earlier rotation that still runs
+        #[arg(long)]
+        end_overlap: bool,
     },
     /// Let a webhook be told again
     Enable {
@@ -457,6 +463,14 @@ fn parse_bound(text: &str) -> Result<Bound, String> {
             Ok(number) => Ok(Bound(Some(number))),
             Err(_) => Err(format!("{text:?} is neither a number nor none")),
         },
+    }
+}
+
+/// As [`parse_life`], and none at all: `0s`.
+fn parse_overlap(text: &str) -> Result<Duration, String> {
+    match text {
+        "0" | "0s" => Ok(Duration::ZERO),
+        text => parse_life(text),
     }
 }
 

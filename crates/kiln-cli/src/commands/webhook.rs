@@ -35,9 +35,14 @@ async fn answer(verb: WebhookCommand, server: &Server, screen: Screen) -> Result
             let made: Value = server.post("/v1/webhooks", &asked).await?;
             show_secret(&made, screen);
         }
-        Verb::Rotate { id } => {
+        Verb::Rotate {
+            id,
+            overlap,
+            end_overlap,
+        } => {
             let path = format!("/v1/webhooks/{}/rotate", escaped(&id));
-            let made: Value = server.post(&path, &json!({})).await?;
+            let asked = json!({ "overlap_s": overlap.as_secs(), "end_overlap": end_overlap });
+            let made: Value = server.post(&path, &asked).await?;
             show_secret(&made, screen);
         }
         Verb::List => {
@@ -49,7 +54,7 @@ async fn answer(verb: WebhookCommand, server: &Server, screen: Screen) -> Result
                     screen.data(webhook, String::new);
                 }
             } else {
-                screen.text(&table(&webhooks.items, screen.width()));
+                screen.text(&table(&webhooks.items, now_unix_ms(), screen.width()));
             }
         }
         Verb::Enable { id } => enable(server, &id, true, screen).await?,
@@ -136,7 +141,7 @@ async fn deliveries(
     Ok(())
 }
 
-fn table(webhooks: &[WebhookView], width: Option<usize>) -> String {
+fn table(webhooks: &[WebhookView], now_unix_ms: u64, width: Option<usize>) -> String {
     let mut table = Table::new(&[
         left("ID"),
         left("FOR"),
@@ -147,6 +152,11 @@ fn table(webhooks: &[WebhookView], width: Option<usize>) -> String {
     .within(width);
     for webhook in webhooks {
         let state = if webhook.enabled { "told" } else { "disabled" };
+        let old = webhook.overlap_until_unix_ms;
+        let state = match old.map(|until| until.saturating_sub(now_unix_ms)) {
+            Some(left) => format!("{state}, old secret {} more", when::span(left)),
+            None => state.to_owned(),
+        };
         table.row([
             webhook.id.clone(),
             webhook
@@ -157,7 +167,7 @@ fn table(webhooks: &[WebhookView], width: Option<usize>) -> String {
                 true => "all".to_owned(),
                 false => webhook.kinds.join(","),
             },
-            state.to_owned(),
+            state,
             webhook.url.clone(),
         ]);
     }
@@ -195,12 +205,19 @@ mod tests {
             "id": "kwh-2f", "tenant": null, "url": "https://hooks.example.org/x", "kinds": ["finished"],
             "enabled": true, "created_by": "owner"
         });
-        let webhook = serde_json::from_value(webhook).expect("a webhook");
+        let mut webhook: WebhookView = serde_json::from_value(webhook).expect("a webhook");
         let want = "\
 ID      FOR        OF        STATE  TO
 kwh-2f  everybody  finished  told   https://hooks.example.org/x
 ";
-        assert_eq!(table(&[webhook], Some(super::super::table::WIDTH)), want);
+        let width = Some(super::super::table::WIDTH);
+        assert_eq!(table(&[webhook.clone()], 0, width), want);
+        webhook.overlap_until_unix_ms = Some(7_200_000);
+        let shown = table(&[webhook], 0, None);
+        assert!(
+            shown.contains("told, old secret 2 h 00 min more"),
+            "{shown}"
+        );
         let letter = json!({
             "id": "b1.4.kwh-2f", "job": "b1", "tenant": "acme", "webhook": "kwh-2f", "kind": "finished", "state": "dead",
             "created_unix_ms": 0, "tries": 13, "dead_unix_ms": 1, "last_error": "the receiver said 500"

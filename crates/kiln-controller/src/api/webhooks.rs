@@ -9,7 +9,7 @@ use axum::extract::State;
 use http::StatusCode;
 use kiln_core::access::{Target, sees_every_tenant};
 use kiln_core::{Action, TenantName, TokenId};
-use kiln_db::{Message, MessageFilter, WEBHOOKS_MAX, Webhook};
+use kiln_db::{Message, MessageFilter, Rotated, WEBHOOKS_MAX, Webhook};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -25,6 +25,10 @@ use crate::webhooks::{Destination, Signer};
 const KINDS: [&str; 4] = ["queued", "leased", "running", "finished"];
 /// Deliveries of one page.
 const PAGE: u32 = 100;
+/// How long the secret before a new one signs too, unless said otherwise: a day.
+const OVERLAP_DEFAULT_S: u64 = 24 * 3600;
+/// The longest it may: a week.
+const OVERLAP_MAX_S: u64 = 7 * 24 * 3600;
 /// Longest name of a delivery.
 const DELIVERY_ID_MAX: usize = 200;
 
@@ -43,6 +47,9 @@ pub struct WebhookView {
     pub enabled: bool,
     /// Who made it.
     pub created_by: String,
+    /// The secret before the present one signs too until then, milliseconds since the Unix epoch; null when there is one alone.
+    #[serde(default)]
+    pub overlap_until_unix_ms: Option<u64>,
 }
 
 impl WebhookView {
@@ -54,6 +61,7 @@ impl WebhookView {
             kinds: webhook.kinds.iter().cloned().collect(),
             enabled: webhook.enabled,
             created_by: webhook.created_by.clone(),
+            overlap_until_unix_ms: webhook.old.as_ref().map(|old| old.until_unix_ms),
         }
     }
 }
@@ -202,6 +210,7 @@ pub(crate) async fn create(
     let id: TokenId = crate::access::secret_token::new_webhook_id();
     let webhook = Webhook {
         secret: key_name(&id),
+        old: None,
         id,
         tenant,
         url: receiver(&api, asked.url)?,
@@ -351,9 +360,20 @@ pub(crate) async fn remove(
     }
 }
 
-/// Gives a webhook another secret; from the next try on, everything is signed with it.
+/// How a secret is replaced.
+#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Rotation {
+    /// For how many seconds the secret before signs too: at most a week, a day when left out, 0 for not at all.
+    overlap_s: Option<u64>,
+    /// Ends the overlap of an earlier rotation that still runs: without this it is refused with `overlap_runs`.
+    end_overlap: bool,
+}
+
+/// Gives a webhook another secret; from the next try on, everything is signed with it, and with the one before for a while.
 #[utoipa::path(
     post, path = "/v1/webhooks/{id}/rotate", tag = "webhooks", params(("id" = String, Path)),
+    request_body = Rotation,
     responses(
         (status = 200, description = "The webhook and its new secret, shown this once", body = MadeWebhook),
         (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
@@ -364,11 +384,29 @@ pub(crate) async fn rotate(
     State(api): State<Arc<Api>>,
     caller: Caller,
     Named(id): Named,
+    Body(asked): Body<Rotation>,
 ) -> Result<Answer<MadeWebhook>, Problem> {
-    let mut webhook = found(&api, &caller, &id, Action::WebhookControl).await?;
-    webhook.secret = key_name(&webhook.id);
-    api.db().put_webhook(webhook.clone()).await?;
-    Ok(Answer(StatusCode::OK, made(&api, &webhook)))
+    let webhook = found(&api, &caller, &id, Action::WebhookControl).await?;
+    let overlap_s = asked.overlap_s.unwrap_or(OVERLAP_DEFAULT_S);
+    if overlap_s > OVERLAP_MAX_S {
+        let text = format!("a secret signs beside its successor for at most {OVERLAP_MAX_S} s");
+        return Err(Problem::invalid("overlap_s", text));
+    }
+    let (key, overlap_ms) = (key_name(&webhook.id), overlap_s * 1000);
+    let rotated = api
+        .db()
+        .rotate_webhook(&webhook.id, &key, overlap_ms, asked.end_overlap)
+        .await?;
+    match rotated {
+        Rotated::Done(webhook) => Ok(Answer(StatusCode::OK, made(&api, &webhook))),
+        Rotated::Overlaps { .. } => {
+            let text =
+                "the secret before the present one is still good: receivers may be changing over";
+            let hint = "wait for its end (`overlap_until_unix_ms`), or say `end_overlap` (`--end-overlap`)";
+            Err(Problem::conflict("overlap_runs", text).hint(hint))
+        }
+        Rotated::Absent => Err(Problem::not_found("webhook", &id)),
+    }
 }
 
 /// The secret of a tenant's `notify_url`s.

@@ -18,6 +18,7 @@ use super::sweep::random;
 use super::who::{Held, Live, Worker};
 use crate::metrics::observe_end;
 use crate::peers::Home;
+use crate::pipelines;
 use crate::state::Controller;
 
 /// Most events of one message.
@@ -176,7 +177,7 @@ pub(super) async fn finish(
         tracing::warn!(worker = %lease.worker, why, "the worker is quarantined");
     }
     if !done.repeated && done.state.is_terminal() {
-        over(&controller, lease).await;
+        over(&controller, lease, done.failed_in_a_row).await;
     }
     forget(&controller, &numbers, lease, &done.state);
     end_log(&controller, lease).await?;
@@ -184,14 +185,13 @@ pub(super) async fn finish(
 }
 
 /// Tells of a job that is over. What cannot be read is not told: the job has ended all the same.
-async fn over(controller: &Controller, lease: &Lease) {
+async fn over(controller: &Controller, lease: &Lease, failed_in_a_row: u32) {
     let Ok(Some(job)) = controller.db.job(&lease.attempt.job).await else {
         return;
     };
-    if let JobState::Finished { outcome } = &job.state {
-        let (metrics, pipelines) = (&controller.metrics, &controller.pipelines);
-        pipelines.ended(metrics, &job.request, outcome);
-    }
+    pipelines::ended(controller, &job.request, failed_in_a_row);
+    // Every sweep shows it anew.
+    let _later = pipelines::observe(controller).await;
     if controller.tracer.is_on()
         && let Ok(attempts) = controller.db.attempts(&lease.attempt.job).await
     {

@@ -18,8 +18,13 @@ use tokio_util::sync::CancellationToken;
 use crate::metrics::{observe_lease, observe_pool};
 use crate::state::Controller;
 
-/// Life of a leadership; it is renewed at a third of it.
-pub const LEAD_TTL: Duration = Duration::from_secs(10);
+/// Life of a leadership where several controllers share the database. With [`SWEEP`] it bounds how long nobody schedules after the
+/// one that did died. Claims assert the epoch, so a short life risks no second scheduler: a database that stalls for longer costs a renewal.
+pub const LEAD_TTL: Duration = Duration::from_secs(4);
+/// Life of a leadership that nobody else can want: a file has one controller, which takes it over when it opens the file.
+pub const LEAD_TTL_ALONE: Duration = Duration::from_secs(12);
+/// A leadership is renewed, or asked for, this many times in its life.
+const ASKS: u32 = 4;
 /// Longest time without a plan.
 pub const SWEEP: Duration = Duration::from_secs(2);
 /// Most waiting jobs one plan looks at.
@@ -33,7 +38,7 @@ const RETRY: Duration = Duration::from_millis(500);
 
 /// Schedules the controller's pool until `stop`, and gives the right to do so back then: another controller need not wait for its end.
 pub async fn run(controller: Controller, stop: CancellationToken) {
-    let mut lead = Lead::default();
+    let mut lead = Lead::new(controller.db.is_shared());
     tokio::select! {
         never = plans(&controller, &mut lead) => match never {},
         () = stop.cancelled() => {}
@@ -47,18 +52,37 @@ pub async fn run(controller: Controller, stop: CancellationToken) {
 }
 
 /// What is known of the right to schedule.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Lead {
+    ttl: Duration,
     own: Option<Leadership>,
     /// When the database was asked last.
     asked: Option<Instant>,
 }
 
 impl Lead {
+    fn new(shared: bool) -> Self {
+        Self {
+            ttl: if shared { LEAD_TTL } else { LEAD_TTL_ALONE },
+            own: None,
+            asked: None,
+        }
+    }
+
+    /// Time between two askings.
+    fn every(&self) -> Duration {
+        self.ttl / ASKS
+    }
+
     /// Whether it is to be asked for: now and then, whether it is ours or another's.
     fn is_stale(&self) -> bool {
         self.asked
-            .is_none_or(|asked| asked.elapsed() >= LEAD_TTL / 3)
+            .is_none_or(|asked| asked.elapsed() >= self.every())
+    }
+
+    /// Nothing is known any more.
+    fn forget(&mut self) {
+        (self.own, self.asked) = (None, None);
     }
 }
 
@@ -73,7 +97,7 @@ async fn plans(controller: &Controller, lead: &mut Lead) -> Never {
             Ok(again) => again,
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "no plan was made");
-                *lead = Lead::default();
+                lead.forget();
                 tokio::time::sleep(RETRY).await;
                 continue;
             }
@@ -81,6 +105,7 @@ async fn plans(controller: &Controller, lead: &mut Lead) -> Never {
         if again {
             continue;
         }
+        let patience = SWEEP.min(lead.every());
         let woken = async {
             loop {
                 match wakes.recv().await {
@@ -96,7 +121,7 @@ async fn plans(controller: &Controller, lead: &mut Lead) -> Never {
                 }
             }
         };
-        if tokio::time::timeout(SWEEP, woken).await.is_ok() {
+        if tokio::time::timeout(patience, woken).await.is_ok() {
             tokio::time::sleep(COLLECT).await;
             while let Ok(wake) = wakes.try_recv() {
                 if matches!(wake, Wake::Lead(_)) {
@@ -116,15 +141,12 @@ async fn one(
     let (db, pool) = (&controller.db, &controller.settings.pool);
     if lead.is_stale() {
         let asked = Instant::now();
-        let ttl_ms = u64::try_from(LEAD_TTL.as_millis()).unwrap_or(u64::MAX);
+        let ttl_ms = u64::try_from(lead.ttl.as_millis()).unwrap_or(u64::MAX);
         let own = db.lead(pool, &controller.holder, ttl_ms).await?;
         if own.is_none() && lead.own.is_some() {
             tracing::warn!("another controller schedules now");
         }
-        *lead = Lead {
-            own,
-            asked: Some(asked),
-        };
+        (lead.own, lead.asked) = (own, Some(asked));
     }
     let Some(leadership) = lead.own.clone() else {
         // Another controller plans for this pool.
@@ -176,7 +198,7 @@ async fn one(
             Err(ClaimError::Database(error)) => return Err(error),
             Err(error) => {
                 tracing::warn!(%error, "this controller no longer leads");
-                *lead = Lead::default();
+                lead.forget();
                 return Ok(false);
             }
         }

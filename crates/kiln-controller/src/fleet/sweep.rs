@@ -196,6 +196,7 @@ async fn expire(controller: &Controller, not_before: &mut Option<u64>) -> Result
 }
 
 async fn tidy(controller: &Controller) -> Result<(), DbError> {
+    crate::pipelines::observe(controller).await?;
     controller.db.forget_lost_own_workers().await?;
     for job in controller.secrets.jobs() {
         let over = controller

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::destination::{Destination, ReceiverPolicy};
 use super::outbox::Outbox;
 use super::post::{HostNetwork, Letter, Network, PostError, Sender, tls};
-use super::signature::Signer;
+use super::signature::{Signer, sign_with};
 
 /// Seconds between a failed try and the next. After the last of them a message is dead. Together just under a day.
 pub const BACKOFF_S: [u64; 12] = [
@@ -342,15 +342,17 @@ impl<O: Outbox, N: Network> Courier<O, N> {
                 result: "failed",
             });
         }
-        let secret = match &message.secret {
+        let mut secrets = vec![match &message.secret {
             Some(key) => inner.signer.webhook(key),
             None => inner.signer.tenant(&message.tenant),
-        };
+        }];
+        let old = message.old_secret.as_ref();
+        secrets.extend(old.map(|key| inner.signer.webhook(key)));
         let timestamp = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs());
         let letter = Letter {
-            signature: secret.sign(&message.id, timestamp, message.body.as_bytes()),
+            signature: sign_with(&secrets, &message.id, timestamp, message.body.as_bytes()),
             id: message.id.clone(),
             timestamp,
             body: message.body.clone().into(),

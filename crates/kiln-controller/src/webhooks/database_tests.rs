@@ -70,6 +70,7 @@ async fn a_change_is_told_and_a_dead_letter_can_be_sent_again() {
         tenant: None,
         url: hooks.url(),
         secret: "key-1".to_owned(),
+        old: None,
         kinds: BTreeSet::new(),
         enabled: true,
         created_by: "user:tester".to_owned(),

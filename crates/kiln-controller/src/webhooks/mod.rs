@@ -26,4 +26,4 @@ pub use courier::{BACKOFF_S, Courier, CourierOptions};
 pub use destination::{Destination, DestinationRefused, ReceiverPolicy};
 pub use outbox::Outbox;
 pub use post::{Duplex, HostNetwork, Network, PostError};
-pub use signature::{Secret, Signer};
+pub use signature::{Secret, Signer, sign_with};

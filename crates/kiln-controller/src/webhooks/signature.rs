@@ -46,6 +46,15 @@ impl Secret {
     }
 }
 
+/// Value of the header `webhook-signature` while several secrets are good: a signature of each, the newest first, between spaces.
+#[must_use]
+pub fn sign_with(secrets: &[Secret], id: &str, timestamp: u64, body: &[u8]) -> String {
+    let each = secrets
+        .iter()
+        .map(|secret| secret.sign(id, timestamp, body));
+    each.collect::<Vec<_>>().join(" ")
+}
+
 /// Derives every receiver's secret from one master that is sealed outside the database.
 #[derive(Clone)]
 pub struct Signer(hmac::Key);

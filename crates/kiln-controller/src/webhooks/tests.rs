@@ -41,6 +41,7 @@ impl Box_ {
             tenant: tenant.parse().unwrap(),
             webhook: None,
             secret: Some("hook-1".to_owned()),
+            old_secret: None,
             url: url.to_owned(),
             seq: 1,
             kind: "finished".to_owned(),

@@ -7,13 +7,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kiln_controller::server::start_with;
-use kiln_controller::webhooks::{ReceiverPolicy, Secret};
+use kiln_controller::webhooks::{ReceiverPolicy, Secret, sign_with};
 use kiln_core::network::RangeException;
 use kiln_db::OpenOptions;
 use serde_json::{Value, json};
 
-use crate::fleet_server::{Fleet, PATIENCE, config};
 use crate::fleet_worker::send;
+use crate::fleet_server::{Fleet, PATIENCE, config};
 use crate::server::{Got, Server};
 
 const JSON: [(&str, &str); 1] = [("content-type", "application/json")];
@@ -131,7 +131,7 @@ async fn a_message_that_was_given_up_is_sent_again_and_proves_itself() {
         (&letter["kind"], &letter["tries"]),
         (&json!("queued"), &json!(1))
     );
-    // Another secret from now on; the message keeps its name and its body.
+    // Another secret beside it from now on; the message keeps its name and its body.
     let rotated = ask(
         &fleet,
         "POST",
@@ -170,17 +170,43 @@ async fn a_message_that_was_given_up_is_sent_again_and_proves_itself() {
     );
     let got = receiver.got.lock().expect("lock").clone();
     assert_eq!(got.len(), 2);
-    for ((head, body), secret) in got.iter().zip([&first, &second]) {
+    // While receivers change over, each finds a signature of the secret it has.
+    for ((head, body), secrets) in got.iter().zip([vec![first.clone()], vec![second, first]]) {
         assert_eq!(value(head, "webhook-id"), name.to_ascii_lowercase());
         let timestamp: u64 = value(head, "webhook-timestamp").parse().expect("a time");
-        let signature = secret.sign(name, timestamp, body.as_bytes());
+        let signature = sign_with(&secrets, name, timestamp, body.as_bytes());
         assert_eq!(
             value(head, "webhook-signature"),
             signature.to_ascii_lowercase()
         );
     }
     assert_eq!(got[0].1, got[1].1);
+    rotations_are_bounded_and_listed(&fleet, &id).await;
     fleet.stop().await;
+}
+
+/// One overlap at a time, shown, and ended early by who says so alone.
+async fn rotations_are_bounded_and_listed(fleet: &Fleet, id: &str) {
+    let rotate = format!("/v1/webhooks/{id}/rotate");
+    let listed = async || {
+        let all = ask(fleet, "GET", "/v1/webhooks", &json!({})).await.value();
+        all["items"][0]["overlap_until_unix_ms"].clone()
+    };
+    assert!(listed().await.is_u64(), "the first overlap runs");
+    let refused = ask(fleet, "POST", &rotate, &json!({})).await;
+    assert_eq!(
+        (refused.status, refused.code().as_str()),
+        (409, "overlap_runs"),
+        "{}",
+        refused.text()
+    );
+    let long = json!({"overlap_s": 700_000, "end_overlap": true});
+    let long = ask(fleet, "POST", &rotate, &long).await;
+    assert_eq!(long.status, 422, "{}", long.text());
+    let ended = json!({"overlap_s": 0, "end_overlap": true});
+    let ended = ask(fleet, "POST", &rotate, &ended).await;
+    assert_eq!(ended.status, 200, "{}", ended.text());
+    assert!(listed().await.is_null());
 }
 
 #[test]

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{Conn, Tx, args};
 use crate::clock::Clock;
 use crate::database::slowly;
-use crate::error::{Cause, DbError};
+use crate::error::DbError;
 use crate::wake::Wakes;
 
 /// Transactions that wait for the writer; more make their callers wait.
@@ -35,8 +35,8 @@ trait Work: Send {
 enum Ran {
     /// It waits for the commit.
     Done(Reply),
-    /// It failed and changed nothing; the caller was told.
-    Undone,
+    /// It failed and changed nothing; the caller was told. For its neighbours, if it takes them with it.
+    Undone(DbError),
 }
 
 struct Job<F, T> {
@@ -58,8 +58,9 @@ where
                     let _gone = reply.send(committed.map(|()| value));
                 })),
                 Err(error) => {
+                    let for_others = error.of_neighbour();
                     let _gone = reply.send(Err(error));
-                    Ran::Undone
+                    Ran::Undone(for_others)
                 }
             }
         })
@@ -186,34 +187,34 @@ async fn group(
     closing
 }
 
-/// One transaction between savepoints. An error here means that the whole group cannot go on.
+/// One transaction between savepoints. An error here means that the whole group cannot go on, and is what its others are told.
 async fn one(tx: &mut Tx, work: Box<dyn Work>, replies: &mut Vec<Reply>) -> Result<(), DbError> {
     tx.doing = work.doing();
     tx.now = None;
     let woken = tx.wakes.len();
     if let Err(error) = tx.exec("savepoint one", args![]).await {
+        let for_others = error.of_neighbour();
         work.fail(error);
-        return Err(group_failed());
+        return Err(for_others);
     }
     match work.run(tx).await {
         Ran::Done(reply) => {
             replies.push(reply);
             tx.exec("release one", args![]).await?;
         }
-        Ran::Undone => {
+        Ran::Undone(for_others) => {
             tx.wakes.truncate(woken);
-            tx.exec("rollback to one", args![]).await?;
-            tx.exec("release one", args![]).await?;
+            // A full disk may have ended the whole transaction: then there is nothing to go back to, and that is why.
+            let undone = async {
+                tx.exec("rollback to one", args![]).await?;
+                tx.exec("release one", args![]).await
+            };
+            if undone.await.is_err() {
+                return Err(for_others);
+            }
         }
     }
     Ok(())
-}
-
-fn group_failed() -> DbError {
-    DbError::Busy {
-        doing: "commit together with another transaction that failed",
-        cause: Cause::other("its neighbour in the group could not be undone alone"),
-    }
 }
 
 async fn end(tx: &mut Tx, broken: Option<DbError>, replies: Vec<Reply>, told: &Told) {
@@ -236,9 +237,8 @@ async fn end(tx: &mut Tx, broken: Option<DbError>, replies: Vec<Reply>, told: &T
             if let Err(error) = tx.exec("rollback", args![]).await {
                 tracing::debug!(%error, "nothing to roll back");
             }
-            let mut error = Some(error);
             for reply in replies {
-                reply(Err(error.take().unwrap_or_else(group_failed)));
+                reply(Err(error.of_neighbour()));
             }
         }
     }

@@ -10,12 +10,14 @@ use crate::error::DbError;
 const STEPS: &[&str] = &[
     include_str!("001-first.sql"),
     include_str!("002-controllers.sql"),
+    include_str!("003-pipelines.sql"),
+    include_str!("004-webhook-overlap.sql"),
 ];
 /// What PostgreSQL needs besides, step by step.
-const STEPS_POSTGRES: &[&str] = &[include_str!("001-first.postgres.sql"), ""];
+const STEPS_POSTGRES: &[&str] = &[include_str!("001-first.postgres.sql"), "", "", ""];
 
 /// The schema that this build writes.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 4;
 
 const _: () = assert!(STEPS.len() == VERSION as usize && STEPS_POSTGRES.len() == STEPS.len());
 

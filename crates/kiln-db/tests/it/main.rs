@@ -10,6 +10,7 @@ mod jobs;
 mod model;
 mod own;
 mod people;
+mod pipelines;
 mod races;
 mod support;
 mod webhooks;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use kiln_core::TenantName;
-use kiln_db::{Quota, Webhook};
+use kiln_db::{Quota, Rotated, Webhook};
 
 use crate::on_both;
 use crate::support::{World, end, id, job, passed};
@@ -12,6 +12,7 @@ on_both!(
     every_change_is_told_to_those_who_asked,
     messages_are_taken_once_and_tried_again,
     a_refused_change_tells_nobody,
+    two_keys_sign_while_receivers_change_over,
 );
 
 fn hook(name: &str, tenant: Option<&str>, kinds: &[&str]) -> Webhook {
@@ -20,6 +21,7 @@ fn hook(name: &str, tenant: Option<&str>, kinds: &[&str]) -> Webhook {
         tenant: tenant.map(|name| name.parse().expect("name")),
         url: format!("https://{name}.invalid/"),
         secret: "key-1".to_owned(),
+        old: None,
         kinds: kinds.iter().map(|kind| (*kind).to_owned()).collect(),
         enabled: true,
         created_by: "user:x".to_owned(),
@@ -155,4 +157,53 @@ async fn a_refused_change_tells_nobody(w: World) {
             .len(),
         1
     );
+}
+
+async fn two_keys_sign_while_receivers_change_over(w: World) {
+    let name = "all".parse().expect("name");
+    w.db.put_webhook(hook("all", None, &[]))
+        .await
+        .expect("keeps");
+    w.submit("b1").await;
+    let keys = async || {
+        let all = w.db.outbox_take(100, 0).await.expect("takes").remove(0);
+        (all.secret.expect("a key"), all.old_secret)
+    };
+    let rotate = async |key: &str, overlap_ms: u64, end: bool| {
+        let done = w.db.rotate_webhook(&name, key, overlap_ms, end).await;
+        done.expect("answers")
+    };
+    assert_eq!(keys().await, ("key-1".to_owned(), None));
+    assert!(matches!(
+        rotate("key-2", 1000, false).await,
+        Rotated::Done(_)
+    ));
+    let both = ("key-2".to_owned(), Some("key-1".to_owned()));
+    assert_eq!(keys().await, both);
+    let refused = rotate("key-3", 1000, false).await;
+    assert!(matches!(refused, Rotated::Overlaps { .. }), "{refused:?}");
+    // Another change leaves the keys alone.
+    w.db.put_webhook(hook("all", None, &["queued"]))
+        .await
+        .expect("keeps");
+    assert_eq!(keys().await, both);
+    w.advance(1000);
+    assert_eq!(keys().await, ("key-2".to_owned(), None));
+    let known = w.db.webhook(&name).await.expect("reads").expect("is there");
+    assert_eq!(known.old, None);
+    assert!(matches!(
+        rotate("key-3", 1000, false).await,
+        Rotated::Done(_)
+    ));
+    // Told to, the overlap ends before its time.
+    assert!(matches!(
+        rotate("key-4", 1000, true).await,
+        Rotated::Done(_)
+    ));
+    assert_eq!(keys().await, ("key-4".to_owned(), Some("key-3".to_owned())));
+    assert!(matches!(rotate("key-5", 0, true).await, Rotated::Done(_)));
+    assert_eq!(keys().await, ("key-5".to_owned(), None));
+    let nobody = "nobody".parse().expect("name");
+    let none = w.db.rotate_webhook(&nobody, "key-1", 0, true).await;
+    assert_eq!(none.expect("answers"), Rotated::Absent);
 }
