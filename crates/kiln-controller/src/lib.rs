@@ -7,6 +7,7 @@ pub mod api;
 mod backend;
 pub mod backup;
 pub mod fleet;
+pub mod images;
 pub mod metrics;
 pub mod peers;
 pub mod pipelines;

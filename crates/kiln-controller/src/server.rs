@@ -25,6 +25,7 @@ use crate::backup;
 use crate::fleet::secrets::Secrets;
 use crate::fleet::source::{SourceError, SourceStore};
 use crate::fleet::{doors, schedule, sweep};
+use crate::images::{self, Images};
 use crate::metrics;
 use crate::peers::{self, Peers};
 use crate::shared;
@@ -281,6 +282,7 @@ async fn opened(
         tracer,
         db,
         access,
+        images: bucket.clone().map(Images::new),
         sources: SourceStore::open(&sources, config.api.source_max, bucket)?,
         logs: LogStore::open(logs).await?,
         artifacts: ArtifactStore::open(arriving, &kept, log_keys)?,
@@ -392,6 +394,10 @@ async fn serve(
     tasks.spawn(sweep::retain(
         controller.clone(),
         config.retention,
+        stop.clone(),
+    ));
+    tasks.spawn(images::collect_now_and_then(
+        controller.clone(),
         stop.clone(),
     ));
     tasks.spawn(peers::run(controller.clone(), stop.clone()));

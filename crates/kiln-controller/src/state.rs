@@ -15,6 +15,7 @@ use crate::access::Access;
 use crate::api::limits::Rates;
 use crate::fleet::secrets::Secrets;
 use crate::fleet::source::SourceStore;
+use crate::images::Images;
 use crate::peers::Peers;
 
 /// One controller. Cheap to clone.
@@ -41,6 +42,8 @@ pub struct Parts {
     pub artifacts: ArtifactStore,
     /// The registry of this installation.
     pub registry: HostRegistry,
+    /// Images in the bucket that controllers share; none: they are in the registry alone.
+    pub images: Option<Images>,
     /// Secrets that came with a request: in memory alone.
     pub secrets: Secrets,
     /// Other controllers of the same database.

@@ -17,6 +17,7 @@ mod engine;
 mod error;
 mod event;
 mod expire;
+mod image;
 mod job;
 mod leader;
 mod lease;
@@ -52,6 +53,7 @@ pub use door::{
 pub use error::{Cause, DbError};
 pub use event::{Event, EventMark};
 pub use expire::{Expired, Sweep, Swept};
+pub use image::{ImageContent, ImageManifest, ImageTag, NameImagesError, NewImages, NewManifest};
 pub use job::{
     Attempt, CancelMark, Estimate, HeldJob, Idempotency, Job, NewJob, PendingJob, Tier, kind_name,
 };

@@ -306,7 +306,13 @@ pub struct RegistryToken {
     pub token: String,
     /// Its end, milliseconds since the Unix epoch.
     pub expires_unix_ms: u64,
+    /// Whether the controller names the image: also one in a registry that both share, when it shares its images with other controllers.
+    #[serde(default)]
+    pub named_by_controller: bool,
 }
+
+/// Code of the answer to [`PublishImage`] when this controller has no such image: it was pushed to another one, and is to be pushed again.
+pub const NOT_PUSHED: &str = "not_pushed";
 
 /// `POST /worker/v1/jobs/{job}/finish`: the end of the attempt.
 #[derive(Clone, Debug, Serialize, Deserialize)]

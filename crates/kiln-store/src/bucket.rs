@@ -9,9 +9,11 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt as _, TryStreamExt as _};
+use kiln_core::Digest;
+use kiln_core::digest::Hasher;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, WriteMultipart};
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 use crate::logs::{LogError, ObjectTarget, open_objects};
 
@@ -41,6 +43,15 @@ pub enum BucketError {
         /// Why.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// What was to be written could not be read, or is not what it should be.
+    #[error("what was to be {key} in the object store cannot be read")]
+    Content {
+        /// On what.
+        key: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
     },
     /// The local file could not be read.
     #[error("cannot read {}", path.display())]
@@ -82,6 +93,39 @@ fn failed(what: &'static str, key: &str) -> impl FnOnce(object_store::Error) -> 
     }
 }
 
+/// Reads until the buffer is full or the content ends; gives how much that was.
+async fn fill(
+    content: &mut (impl AsyncRead + Unpin),
+    buffer: &mut [u8],
+    key: &str,
+) -> Result<usize, BucketError> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        let read = content.read(&mut buffer[filled..]).await;
+        match read.map_err(unread(key))? {
+            0 => break,
+            read => filled += read,
+        }
+    }
+    Ok(filled)
+}
+
+fn unread(key: &str) -> impl FnOnce(std::io::Error) -> BucketError {
+    let key = key.to_owned();
+    move |source| BucketError::Content { key, source }
+}
+
+fn is_expected(hasher: Hasher, expected: Option<&Digest>, key: &str) -> Result<(), BucketError> {
+    let (actual, _) = hasher.finish();
+    match expected {
+        Some(expected) if actual != *expected => {
+            let text = format!("it has the digest {actual}, not {expected}");
+            Err(unread(key)(std::io::Error::other(text)))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Bucket {
     /// Sets it up; asks it nothing yet.
     ///
@@ -101,33 +145,75 @@ impl Bucket {
             path: path.to_owned(),
             source,
         };
-        let mut file = tokio::fs::File::open(path).await.map_err(unread)?;
+        let file = tokio::fs::File::open(path).await.map_err(unread)?;
+        self.put(key, file, None)
+            .await
+            .map_err(|error| match error {
+                BucketError::Content { source, .. } => unread(source),
+                error => error,
+            })
+    }
+
+    /// Uploads what a reader gives; with a digest expected, only if that is its digest. Memory does not grow with its size; an upload that
+    /// is cut leaves no object.
+    ///
+    /// # Errors
+    /// See [`BucketError`].
+    pub async fn put(
+        &self,
+        key: &str,
+        mut content: impl AsyncRead + Unpin,
+        expected: Option<&Digest>,
+    ) -> Result<(), BucketError> {
+        let mut hasher = Hasher::default();
+        let mut part = vec![0; PART_BYTES];
+        let first = fill(&mut content, &mut part, key).await?;
+        if first < part.len() {
+            // What fits into one part is one request, and never a part of an upload that nobody ends.
+            part.truncate(first);
+            hasher.update(&part);
+            is_expected(hasher, expected, key)?;
+            let put = self.objects.put(&Key::from(key), part.into()).await;
+            return put.map(drop).map_err(failed("write", key));
+        }
         let upload = self.objects.put_multipart(&Key::from(key)).await;
         let upload = upload.map_err(failed("begin to write", key))?;
         let mut upload = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            let read = match file.read(&mut buffer).await {
-                Ok(read) => read,
-                Err(error) => {
-                    let _parts_expire = upload.abort().await;
-                    return Err(unread(error));
-                }
-            };
-            if read == 0 {
-                break;
+        let mut filled = first;
+        let sent = async {
+            while filled > 0 {
+                hasher.update(&part[..filled]);
+                upload
+                    .wait_for_capacity(PARTS_MAX)
+                    .await
+                    .map_err(failed("write", key))?;
+                upload.write(&part[..filled]);
+                filled = fill(&mut content, &mut part, key).await?;
             }
-            upload
-                .wait_for_capacity(PARTS_MAX)
-                .await
-                .map_err(failed("write", key))?;
-            upload.write(&buffer[..read]);
+            is_expected(hasher, expected, key)
+        };
+        if let Err(error) = sent.await {
+            // Parts that stay all the same go with the bucket's own rule.
+            let _aborted = upload.abort().await;
+            return Err(error);
         }
         upload
             .finish()
             .await
             .map(drop)
             .map_err(failed("write", key))
+    }
+
+    /// Bytes of an object; none when it is not there.
+    ///
+    /// # Errors
+    /// When the store cannot be asked.
+    pub async fn size(&self, key: &str) -> Result<Option<u64>, BucketError> {
+        match self.objects.head(&Key::from(key)).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(failed("look for", key)(error)),
+        }
     }
 
     /// Streams an object, with its size.
@@ -251,6 +337,24 @@ mod tests {
         assert!(matches!(gone, Err(BucketError::NotFound(_))), "{gone:?}");
         let missing = bucket.put_file("x", &dir.path().join("none")).await;
         assert!(matches!(missing, Err(BucketError::File { .. })));
+    }
+
+    #[tokio::test]
+    async fn content_of_another_digest_is_no_object() {
+        let dir = tempfile::tempdir().unwrap();
+        let bucket = Bucket::open(&ObjectTarget::Folder(dir.path().to_owned())).unwrap();
+        for size in [0, 10, PART_BYTES, PART_BYTES + 1, PART_BYTES * 3] {
+            let content = vec![3; size];
+            let digest = Digest::of(&content);
+            let put = bucket.put("good", &content[..], Some(&digest)).await;
+            put.unwrap();
+            assert_eq!(bucket.size("good").await.unwrap(), Some(size as u64));
+            let put = bucket
+                .put("bad", &content[..], Some(&Digest::of(b"?")))
+                .await;
+            assert!(matches!(put, Err(BucketError::Content { .. })), "{put:?}");
+            assert_eq!(bucket.size("bad").await.unwrap(), None);
+        }
     }
 
     #[tokio::test]

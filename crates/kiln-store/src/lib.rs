@@ -6,6 +6,7 @@
 
 pub mod artifacts;
 pub mod bucket;
+pub mod dial;
 #[doc(hidden)]
 pub mod fuzz;
 pub mod host;

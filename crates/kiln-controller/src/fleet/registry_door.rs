@@ -26,6 +26,7 @@ use super::shield::DoorLimits;
 use super::who::now_unix_ms;
 use crate::access::{Door, Holder, Peer, RegistryAction, RegistryGrant};
 use crate::api::listen::Connection;
+use crate::images;
 use crate::peers::Relayed;
 use crate::state::Controller;
 
@@ -128,7 +129,11 @@ pub(super) async fn serve(
             Err(why) => return refuse(why, &challenge),
         },
     };
-    // Images lie with the controller they were pushed to: what is not here may be with another one.
+    let request = match images::answer(&controller, &authority, request).await {
+        Ok(response) => return response,
+        Err(request) => request,
+    };
+    // What was pushed before images were shared lies with the controller that took it.
     let elsewhere = Relayed::of(&request).filter(|_| grant.lease().is_none());
     match forward(&controller, authority, request).await {
         Ok(response) if response.status() == StatusCode::NOT_FOUND => {

@@ -8,18 +8,19 @@ use http::{HeaderMap, StatusCode, header};
 use kiln_core::artifact::{ARTIFACT_BYTES_MAX, ARTIFACTS_BYTES_MAX, ARTIFACTS_MAX};
 use kiln_core::job::SourceBuild;
 use kiln_core::{ArtifactName, Digest, ImageRef, JobKind, Lease};
-use kiln_db::{Artifact, DoorKind};
-use kiln_proto::fleet::{PublishImage, RegistryToken};
+use kiln_db::{Artifact, DoorKind, NameImagesError};
+use kiln_proto::fleet::{NOT_PUSHED, PublishImage, RegistryToken};
 use kiln_store::artifacts::ArtifactError;
 use kiln_store::host::Publish;
 use kiln_store::image::{Verify, verify};
-use kiln_store::registry::RepoName;
+use kiln_store::registry::{Reference, RepoName};
 
 use super::doors::{Answered, open_door};
 use super::refusal::Refused;
 use super::registry_door;
 use super::who::{Live, now_unix_ms};
 use crate::access::{Peer, RegistryAction, RepositoryGrant};
+use crate::images::{ImagesError, Named};
 use crate::state::Controller;
 
 /// Most names of one image.
@@ -134,6 +135,7 @@ pub(super) async fn registry_token(
             registry: String::new(),
             token: String::new(),
             expires_unix_ms: 0,
+            named_by_controller: here && controller.images.is_some(),
         }));
     };
     let issued = controller
@@ -144,6 +146,7 @@ pub(super) async fn registry_token(
         registry,
         token: issued.text,
         expires_unix_ms: issued.expires_unix_ms,
+        named_by_controller: true,
     }))
 }
 
@@ -159,6 +162,7 @@ fn quarantine_alone(lease: &Lease) -> Vec<RepositoryGrant> {
 /// Names what the attempt pushed into its quarantine, after every digest of it was read back here.
 pub(super) async fn image(
     State(controller): State<Controller>,
+    peer: Option<Extension<Peer>>,
     held: Live,
     Json(publish): Json<PublishImage>,
 ) -> Answered<serde_json::Value> {
@@ -186,8 +190,22 @@ pub(super) async fn image(
     }
     let names: Vec<String> = publish.tags.iter().map(ToString::to_string).collect();
     open_door(&controller, lease, DoorKind::Tag, names.join(" ")).await?;
-    let from = RepoName::quarantine(&lease.attempt);
-    let asked = Verify::image(from.clone(), publish.manifest);
+    let names = publish.tags.iter().map(|tag| {
+        let repo = tag.repository.parse();
+        Ok(Named {
+            repo: repo.map_err(|_| Refused::bad(format!("{tag} is not a name")))?,
+            tag: tag.tag.clone().unwrap_or_else(|| "latest".to_owned()),
+        })
+    });
+    let names = names.collect::<Result<Vec<_>, Refused>>()?;
+    let here = peer.is_some_and(|peer| peer.is_owner());
+    let manifest = publish.manifest;
+    let from = match pushed(&controller, lease, manifest, &names, here).await? {
+        Some(from) => from,
+        // Said again, because the answer was lost.
+        None => return Ok(Json(serde_json::json!({}))),
+    };
+    let asked = Verify::image(from.clone(), manifest);
     verify(&controller.registry, &asked)
         .await
         .map_err(|error| {
@@ -197,27 +215,90 @@ pub(super) async fn image(
                 format!("what was pushed is not that image: {error}"),
             )
         })?;
-    let authority = registry_door::authority(&controller, lease.clone()).await;
-    for tag in publish.tags {
-        let to = tag.repository.parse();
-        let publish = Publish {
-            from: from.clone(),
-            manifest: publish.manifest,
-            to: to.map_err(|_| Refused::bad(format!("{tag} is not a name")))?,
-            tags: vec![tag.tag.clone().unwrap_or_else(|| "latest".to_owned())],
-        };
-        let named = controller
-            .registry
-            .publish(&publish, Some(&authority))
-            .await;
-        named.map_err(|error| Refused::unavailable(error.to_string()))?;
-    }
-    if let Err(error) = controller.registry.delete_tree(&from).await
+    name(&controller, lease, &from, manifest, &names).await?;
+    if from == RepoName::quarantine(&lease.attempt)
+        && let Err(error) = controller.registry.delete_tree(&from).await
         && !error.is_not_found()
     {
         tracing::warn!(%error, "a quarantine was not removed");
     }
     Ok(Json(serde_json::json!({})))
+}
+
+/// Where the image is that is to be named; none when it has all these names already. A worker `here` has named it in the registry that it
+/// shares with this controller.
+async fn pushed(
+    controller: &Controller,
+    lease: &Lease,
+    manifest: Digest,
+    names: &[Named],
+    here: bool,
+) -> Result<Option<RepoName>, Refused> {
+    let own = RepoName::quarantine(&lease.attempt);
+    let shared = names.first().filter(|_| here).map(|named| &named.repo);
+    let reference = Reference::Digest(manifest);
+    for repo in [Some(&own), shared].into_iter().flatten() {
+        match controller.registry.resolve(repo, &reference).await {
+            Ok(_) => return Ok(Some(repo.clone())),
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(Refused::unavailable(error.to_string())),
+        }
+    }
+    for named in names {
+        if points_at(controller, named).await? != Some(manifest) {
+            let text = "this controller has no such image of this attempt: push it here first";
+            return Err(Refused::new(StatusCode::CONFLICT, NOT_PUSHED, text));
+        }
+    }
+    Ok(None)
+}
+
+/// The manifest that a name points at.
+async fn points_at(controller: &Controller, named: &Named) -> Result<Option<Digest>, Refused> {
+    let (repo, tag) = (&named.repo, &named.tag);
+    if controller.images.is_some() {
+        let found = controller.db.image_tagged(repo.as_str(), tag).await?;
+        return Ok(found.map(|found| found.content.digest));
+    }
+    let reference = Reference::Tag(tag.clone());
+    match controller.registry.resolve(repo, &reference).await {
+        Ok(digest) => Ok(Some(digest)),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(Refused::unavailable(error.to_string())),
+    }
+}
+
+/// Gives a verified image its names: in the bucket and the database where images are shared, else in the registry of this host.
+async fn name(
+    controller: &Controller,
+    lease: &Lease,
+    from: &RepoName,
+    manifest: Digest,
+    names: &[Named],
+) -> Result<(), Refused> {
+    let registry = &controller.registry;
+    if let Some(images) = &controller.images {
+        let published = images.publish(&controller.db, registry, lease, from, &manifest, names);
+        return published.await.map_err(|error| match error {
+            ImagesError::Names(NameImagesError::Door(refused)) => refused.into(),
+            error => {
+                tracing::warn!(job = %lease.attempt.job, error = &error as &dyn std::error::Error, "an image was not published");
+                Refused::unavailable("the image could not be stored for all controllers")
+            }
+        });
+    }
+    let authority = registry_door::authority(controller, lease.clone()).await;
+    for named in names {
+        let publish = Publish {
+            from: from.clone(),
+            manifest,
+            to: named.repo.clone(),
+            tags: vec![named.tag.clone()],
+        };
+        let named = registry.publish(&publish, Some(&authority)).await;
+        named.map_err(|error| Refused::unavailable(error.to_string()))?;
+    }
+    Ok(())
 }
 
 /// Whether a build was asked for this name below `own`: one of the request's, else the one that its short name becomes.

@@ -2,29 +2,20 @@
 //!
 //! The other's certificate is of the authority they share, or one the host trusts; its name is the one in its URL.
 
-use std::future::Future;
-use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Incoming;
-use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::client::legacy::Client as Pool;
-use hyper_util::client::legacy::connect::{Connected, Connection};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::TokioExecutor;
 use kiln_core::JobId;
+use kiln_store::dial::Dial;
 use kiln_store::logs::{LogName, READ_MAX};
-use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
-use tokio_rustls::TlsConnector;
 
 use super::routes;
 use crate::access::Authority;
@@ -98,6 +89,15 @@ pub(crate) struct Relayed {
 }
 
 impl Relayed {
+    /// A question of our own, with the proof of whoever needs the answer.
+    pub(crate) fn get(path: String, proof: HeaderValue) -> Self {
+        Self {
+            method: Method::GET,
+            path,
+            headers: vec![(header::AUTHORIZATION, proof)],
+        }
+    }
+
     /// What of a request is handed on; none when it has a body, or was handed on before.
     pub(crate) fn of<B>(request: &Request<B>) -> Option<Self> {
         let reads = matches!(*request.method(), Method::GET | Method::HEAD);
@@ -149,9 +149,7 @@ impl Client {
             .with_root_certificates(roots)
             .with_no_client_auth();
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        let dial = Dial {
-            tls: TlsConnector::from(Arc::new(config)),
-        };
+        let dial = Dial::new(Arc::new(config), CONNECT_TIMEOUT);
         let pool = Pool::builder(TokioExecutor::new())
             .pool_max_idle_per_host(IDLE_MAX)
             .build(dial);
@@ -292,82 +290,4 @@ async fn body(answer: Response<Incoming>, url: &str, max: usize) -> Result<Bytes
         .map_err(|late| lost(late.into()))?
         .map_err(lost)?
         .to_bytes())
-}
-
-/// TCP, and TLS where the URL says so.
-#[derive(Clone)]
-struct Dial {
-    tls: TlsConnector,
-}
-
-impl tower::Service<Uri> for Dial {
-    type Response = Link;
-    type Error = io::Error;
-    type Future = Pin<Box<dyn Future<Output = io::Result<Link>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let tls = self.tls.clone();
-        Box::pin(async move {
-            tokio::time::timeout(CONNECT_TIMEOUT, dial(tls, &uri))
-                .await
-                .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
-        })
-    }
-}
-
-async fn dial(tls: TlsConnector, uri: &Uri) -> io::Result<Link> {
-    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-    let secure = uri.scheme_str() == Some("https");
-    let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
-    let tcp = TcpStream::connect((host, port)).await?;
-    tcp.set_nodelay(true)?;
-    if !secure {
-        return Ok(Link(TokioIo::new(Box::new(tcp))));
-    }
-    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-    Ok(Link(TokioIo::new(Box::new(tls.connect(name, tcp).await?))))
-}
-
-trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
-
-struct Link(TokioIo<Box<dyn Duplex>>);
-
-impl Connection for Link {
-    fn connected(&self) -> Connected {
-        Connected::new()
-    }
-}
-
-impl Read for Link {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: ReadBufCursor<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
-    }
-}
-
-impl Write for Link {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
-    }
 }

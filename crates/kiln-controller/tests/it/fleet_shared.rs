@@ -7,19 +7,19 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt as _;
-use kiln_controller::access::{RegistryAction, RepositoryGrant};
 use kiln_controller::peers::Home;
 use kiln_controller::server::{Running, ServeConfig, SharedError, StartError, Tls, start_with};
-use kiln_core::{AttemptId, Digest, JobId, PoolName, TenantName};
+use kiln_core::{AttemptId, JobId, PoolName, TenantName};
 use kiln_db::{GlobalLimits, OpenOptions};
 use kiln_store::logs::{LogName, S3Credentials, S3Target};
 use kiln_testkit::{postgres, seaweed};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+use crate::fleet_line::{Line, send};
 use crate::fleet_server::{
     BEAT, Fleet, PATIENCE, SHORT, Served, config, socket, times, until_killed,
 };
-use crate::fleet_worker::{Ledger, Line, SimWorker, send, text};
+use crate::fleet_worker::{Ledger, SimWorker, text};
 
 /// What two controllers have in common.
 pub(crate) struct Common {
@@ -75,7 +75,7 @@ impl Common {
     }
 }
 
-fn copy_keys(from: &Path, to: &Path) {
+pub(crate) fn copy_keys(from: &Path, to: &Path) {
     std::fs::create_dir_all(to.join("controller")).expect("folder");
     let done = std::process::Command::new("cp")
         .arg("-a")
@@ -176,6 +176,7 @@ async fn what_one_takes_the_other_runs_and_both_show() {
     }
     first.all_over(std::slice::from_ref(&job)).await;
     // Put away in the bucket, it is read by both without the other.
+    put_away(&first, std::slice::from_ref(&job)).await;
     for fleet in [&first, &second] {
         fleet
             .count(std::slice::from_ref(&job))
@@ -185,7 +186,6 @@ async fn what_one_takes_the_other_runs_and_both_show() {
     assert_secret_is_found(&first, &second).await;
     assert_artifact_is_found(&first, &second).await;
     assert_strangers_are_refused(&first).await;
-    assert_images_are_pulled_from_either(&first, &second).await;
     drop(beside);
     first.stop().await;
     second.stop().await;
@@ -278,54 +278,7 @@ async fn assert_strangers_are_refused(fleet: &Fleet) {
     }
 }
 
-/// An image lies with the controller it was pushed to; the other one asks that one for it.
-async fn assert_images_are_pulled_from_either(has: &Fleet, asked: &Fleet) {
-    let access = &has.running.controller.access;
-    let grant = RepositoryGrant {
-        name: "t/local/app".to_owned(),
-        actions: vec![RegistryAction::Pull, RegistryAction::Push],
-    };
-    let owner = kiln_controller::access::owner();
-    let token = access.issue_for_person(&owner, None, &TenantName::local(), vec![grant], now_ms());
-    let bearer = format!("Bearer {}", token.expect("made").text);
-    let kind = "application/vnd.oci.image.manifest.v1+json";
-    let config =
-        br#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
-    let digest = Digest::of(config);
-    let manifest = format!(
-        r#"{{"schemaVersion":2,"mediaType":"{kind}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{digest}","size":{}}},"layers":[]}}"#,
-        config.len()
-    );
-    let ask = async |fleet: &Fleet, method: &str, path: String, kind: &str, body: &[u8]| {
-        let headers = [("authorization", bearer.as_str()), ("content-type", kind)];
-        let path = format!("/v2/t/local/app/{path}");
-        send(&fleet.socket, method, &path, &headers, body)
-            .await
-            .expect("answers")
-    };
-    let blob = format!("blobs/uploads/?digest={digest}");
-    let put = ask(has, "POST", blob, "application/octet-stream", config).await;
-    assert_eq!(put.status, 201, "{}", put.text());
-    let put = ask(
-        has,
-        "PUT",
-        "manifests/1".to_owned(),
-        kind,
-        manifest.as_bytes(),
-    )
-    .await;
-    assert_eq!(put.status, 201, "{}", put.text());
-    for fleet in [has, asked] {
-        let got = ask(fleet, "GET", "manifests/1".to_owned(), kind, b"").await;
-        assert_eq!((got.status, got.text()), (200, manifest.clone()));
-        let got = ask(fleet, "GET", format!("blobs/{digest}"), kind, b"").await;
-        assert_eq!((got.status, &got.body[..]), (200, &config[..]));
-        let none = ask(fleet, "GET", "manifests/2".to_owned(), kind, b"").await;
-        assert_eq!(none.status, 404, "{}", none.text());
-    }
-}
-
-fn now_ms() -> u64 {
+pub(crate) fn now_ms() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     u64::try_from(now.expect("clock").as_millis()).expect("clock")
 }

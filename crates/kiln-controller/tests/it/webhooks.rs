@@ -12,8 +12,8 @@ use kiln_core::network::RangeException;
 use kiln_db::OpenOptions;
 use serde_json::{Value, json};
 
-use crate::fleet_worker::send;
 use crate::fleet_server::{Fleet, PATIENCE, config};
+use crate::fleet_worker::send;
 use crate::server::{Got, Server};
 
 const JSON: [(&str, &str); 1] = [("content-type", "application/json")];

@@ -6,6 +6,7 @@ mod crash;
 mod doors;
 mod expiry;
 mod files;
+mod images;
 mod jobs;
 mod model;
 mod own;

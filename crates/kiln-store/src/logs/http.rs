@@ -10,26 +10,20 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
-use http::Uri;
 use hyper::body::{Body, Frame, SizeHint};
-use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::{Connected, Connection};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use object_store::ClientOptions;
 use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpRequestBody,
     HttpResponse, HttpResponseBody, HttpService,
 };
+use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
-use tokio_rustls::TlsConnector;
 
 use super::LogError;
+use crate::dial::Dial;
 
 /// Time for the connection to a bucket, TLS included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -70,9 +64,7 @@ impl Connector {
             .map_err(|error| unusable(error.to_string()))?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        let dial = Dial {
-            tls: TlsConnector::from(Arc::new(config)),
-        };
+        let dial = Dial::new(Arc::new(config), CONNECT_TIMEOUT);
         let client = Client::builder(TokioExecutor::new())
             .pool_max_idle_per_host(IDLE_MAX)
             .pool_idle_timeout(IDLE_FOR)
@@ -169,91 +161,6 @@ where
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
-    }
-}
-
-/// TCP, and TLS where the URL asks for it.
-#[derive(Clone)]
-struct Dial {
-    tls: TlsConnector,
-}
-
-impl std::fmt::Debug for Dial {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Dial")
-    }
-}
-
-impl tower::Service<Uri> for Dial {
-    type Response = Link;
-    type Error = io::Error;
-    type Future = BoxFuture<'static, io::Result<Link>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let tls = self.tls.clone();
-        Box::pin(async move {
-            tokio::time::timeout(CONNECT_TIMEOUT, dial(tls, &uri))
-                .await
-                .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
-        })
-    }
-}
-
-async fn dial(tls: TlsConnector, uri: &Uri) -> io::Result<Link> {
-    let secure = uri.scheme_str() == Some("https");
-    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-    let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
-    let tcp = TcpStream::connect((host, port)).await?;
-    tcp.set_nodelay(true)?;
-    if !secure {
-        return Ok(Link(TokioIo::new(Box::new(tcp))));
-    }
-    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-    Ok(Link(TokioIo::new(Box::new(tls.connect(name, tcp).await?))))
-}
-
-trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
-
-/// A connection to a bucket.
-struct Link(TokioIo<Box<dyn Duplex>>);
-
-impl Connection for Link {
-    fn connected(&self) -> Connected {
-        Connected::new()
-    }
-}
-
-impl Read for Link {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: ReadBufCursor<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
-    }
-}
-
-impl Write for Link {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
     }
 }
 

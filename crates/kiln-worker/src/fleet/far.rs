@@ -3,18 +3,20 @@
 use std::time::Duration;
 
 use kiln_core::{FailureClass, ImageRef, Lease};
-use kiln_proto::fleet::{PublishImage, RegistryToken};
+use kiln_proto::fleet::{NOT_PUSHED, PublishImage, RegistryToken};
 use kiln_store::image::Verify;
 use kiln_store::registry::RepoName;
 use kiln_store::remote::{Credential, RemoteConfig, RemoteRegistry, Target};
 use tokio_util::sync::CancellationToken;
 
-use super::client::{REQUEST_TIMEOUT, job_path};
+use super::client::{LinkError, REQUEST_TIMEOUT, job_path};
 use super::job::Workshop;
 use crate::build::{BuildReport, QUARANTINE_TAG};
 use crate::failure::Failure;
 use crate::publish;
 
+/// How often an image is pushed when the worker came to another controller before it was named.
+const PUSHES_MAX: u32 = 3;
 /// Longest time the controller takes to read an image back and name it.
 const NAME_TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -29,17 +31,69 @@ pub(super) async fn publish_far(
     tags: &[ImageRef],
     cancel: CancellationToken,
 ) -> Result<bool, Failure> {
-    let infrastructure = |error: &dyn std::error::Error| Failure::infrastructure(error);
-    let job = &lease.attempt.job;
-    let path = job_path(job, "registry-token");
+    let mut pushes = 1;
+    loop {
+        let token = token(shop, lease).await?;
+        let elsewhere = !token.registry.is_empty();
+        if elsewhere {
+            push(shop, lease, report, token, &cancel).await?;
+        } else if !token.named_by_controller {
+            return Ok(false);
+        }
+        match name(shop, lease, report, tags).await {
+            Ok(()) => return Ok(elsewhere),
+            Err(LinkError::Refused { code, .. }) if code == NOT_PUSHED && pushes < PUSHES_MAX => {
+                pushes += 1;
+            }
+            Err(error) => {
+                return Err(Failure::new(
+                    FailureClass::Infrastructure,
+                    format!(
+                        "the controller did not name the image: {}",
+                        crate::orders::chain(&error)
+                    ),
+                ));
+            }
+        }
+    }
+}
+
+/// Where and with what to push.
+async fn token(shop: &Workshop, lease: &Lease) -> Result<RegistryToken, Failure> {
+    let path = job_path(&lease.attempt.job, "registry-token");
     let nothing = serde_json::json!({});
     let asked = shop
         .client
         .call::<_, RegistryToken>(&path, Some(lease), &nothing, REQUEST_TIMEOUT);
-    let token = asked.await.map_err(|error| infrastructure(&error))?;
-    if token.registry.is_empty() {
-        return Ok(false);
-    }
+    asked.await.map_err(|error| Failure::infrastructure(&error))
+}
+
+async fn name(
+    shop: &Workshop,
+    lease: &Lease,
+    report: &BuildReport,
+    tags: &[ImageRef],
+) -> Result<(), LinkError> {
+    let message = PublishImage {
+        manifest: report.digest,
+        tags: tags.to_vec(),
+    };
+    let path = job_path(&lease.attempt.job, "image");
+    let named =
+        shop.client
+            .call::<_, serde_json::Value>(&path, Some(lease), &message, NAME_TIMEOUT);
+    named.await.map(drop)
+}
+
+/// Sends the image into this attempt's quarantine.
+async fn push(
+    shop: &Workshop,
+    lease: &Lease,
+    report: &BuildReport,
+    token: RegistryToken,
+    cancel: &CancellationToken,
+) -> Result<(), Failure> {
+    let infrastructure = |error: &dyn std::error::Error| Failure::infrastructure(error);
     let quarantine = RepoName::quarantine(&lease.attempt);
     let target = ImageRef {
         registry: Some(token.registry),
@@ -73,23 +127,5 @@ pub(super) async fn publish_far(
         pushed = remote.push(&shop.registry.host, &own, &image, |_| ()) => pushed,
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
-    pushed.map_err(|error| infrastructure(&error))?;
-    let message = PublishImage {
-        manifest: report.digest,
-        tags: tags.to_vec(),
-    };
-    let path = job_path(job, "image");
-    let named =
-        shop.client
-            .call::<_, serde_json::Value>(&path, Some(lease), &message, NAME_TIMEOUT);
-    named.await.map_err(|error| {
-        Failure::new(
-            FailureClass::Infrastructure,
-            format!(
-                "the controller did not name the image: {}",
-                crate::orders::chain(&error)
-            ),
-        )
-    })?;
-    Ok(true)
+    pushed.map(drop).map_err(|error| infrastructure(&error))
 }

@@ -89,7 +89,8 @@ pub(crate) fn error(status: StatusCode, code: &str, message: &str) -> Response {
 }
 
 /// A failure of the store, told to the client; the host's own troubles are logged with their causes.
-pub(crate) fn store_error(failure: &StoreError) -> Response {
+#[must_use]
+pub fn store_error(failure: &StoreError) -> Response {
     let (status, code) = failure.status_and_code();
     let message = match failure {
         StoreError::Lease(why) => format!("{failure}: {why}"),

@@ -6,6 +6,7 @@ use kiln_core::Digest;
 use serde_json::json;
 
 use super::answer::{Answer, FILTERS_APPLIED};
+use super::route::percent_encoded;
 use super::transfer::blocking;
 use super::{Asked, Handled};
 use crate::registry::authority::Action;
@@ -95,16 +96,6 @@ pub(super) async fn referrers(asked: Asked, repo: RepoName, subject: Digest) -> 
     }
     let index = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": found});
     Ok(answer.json_as(OCI_INDEX, &index))
-}
-
-fn percent_encoded(text: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
-    text.bytes()
-        .map(|byte| match plain(byte) {
-            true => char::from(byte).to_string(),
-            false => format!("%{byte:02X}"),
-        })
-        .collect()
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ pub(crate) mod drain;
 mod lists;
 mod manifests;
 pub(crate) mod range;
-pub(crate) mod route;
+pub mod route;
 pub(crate) mod transfer;
 pub(crate) mod uploads;
 
@@ -22,6 +22,8 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use http::request::Parts;
 use http::{HeaderMap, Method, StatusCode};
+
+pub use self::answer::store_error;
 
 use self::answer::Answer;
 use self::route::Route;

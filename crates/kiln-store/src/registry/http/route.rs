@@ -11,7 +11,7 @@ const PATH_BYTES_MAX: usize = 1024;
 
 /// What a path names.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Route {
+pub enum Route {
     /// `/v2/`
     Base,
     /// `/v2/_catalog`
@@ -32,7 +32,7 @@ pub(crate) enum Route {
 
 /// Why a path names nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum RouteError {
+pub enum RouteError {
     /// No such endpoint.
     NotFound,
     /// The repository name is not legal.
@@ -44,7 +44,11 @@ pub(crate) enum RouteError {
 }
 
 impl Route {
-    pub(crate) fn parse(path: &str) -> Result<Self, RouteError> {
+    /// What a path names.
+    ///
+    /// # Errors
+    /// Why it names nothing.
+    pub fn parse(path: &str) -> Result<Self, RouteError> {
         if path.len() > PATH_BYTES_MAX {
             return Err(RouteError::NotFound);
         }
@@ -89,7 +93,8 @@ impl Route {
     }
 
     /// The repository it is about.
-    pub(crate) fn repo(&self) -> Option<&RepoName> {
+    #[must_use]
+    pub fn repo(&self) -> Option<&RepoName> {
         match self {
             Self::Base | Self::Catalog => None,
             Self::Blob(repo, _)
@@ -131,6 +136,18 @@ pub(crate) fn percent_decoded(text: &str) -> Option<String> {
     (!text.chars().any(char::is_control)).then_some(text)
 }
 
+/// A text as a value of a query.
+#[must_use]
+pub fn percent_encoded(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
+    text.bytes()
+        .map(|byte| match plain(byte) {
+            true => char::from(byte).to_string(),
+            false => format!("%{byte:02X}"),
+        })
+        .collect()
+}
+
 /// Every value of `key` in a query string, decoded (`+` is a space). Broken pairs are left out.
 pub(crate) fn query_values(query: Option<&str>, key: &str) -> Vec<String> {
     let value = |text: &str| percent_decoded(&text.replace('+', " "));
@@ -144,7 +161,8 @@ pub(crate) fn query_values(query: Option<&str>, key: &str) -> Vec<String> {
 }
 
 /// The first value of `key` in a query string.
-pub(crate) fn query_value(query: Option<&str>, key: &str) -> Option<String> {
+#[must_use]
+pub fn query_value(query: Option<&str>, key: &str) -> Option<String> {
     query_values(query, key).into_iter().next()
 }
 

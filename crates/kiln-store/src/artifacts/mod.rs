@@ -9,7 +9,9 @@
 //! ```
 //! What this room does not know: names of artifacts, who may write or read, how many there may be.
 
-use std::io::{self, SeekFrom};
+mod reading;
+
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,15 +25,14 @@ use kiln_core::{Digest, JobId, TenantName};
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt as _};
 use tokio::fs::File;
-use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+use self::reading::{Reading, Source};
 use crate::logs::seal::{NotOpened, PREAMBLE, Sealer};
 use crate::logs::{LogError, LogKeys, ObjectTarget};
 
 /// Bytes of a piece, unsealed.
 const PIECE: usize = 64 * 1024;
-/// Pieces that one request to a bucket reads.
-const PIECES_AT_ONCE: u64 = 16;
 /// Bytes of one part of an upload to a bucket; smaller files go in one request.
 const UPLOAD_PART: usize = 8 << 20;
 /// First bytes of a file.
@@ -432,85 +433,6 @@ async fn upload(store: &dyn ObjectStore, key: &Key, path: &Path) -> Result<(), A
     sent
 }
 
-enum Source {
-    File(PathBuf, File),
-    Object(Arc<dyn ObjectStore>, Key),
-}
-
-impl Source {
-    /// The bytes of a range, fewer only where the file ends.
-    async fn read(&mut self, range: Range<u64>) -> Result<Bytes, ArtifactError> {
-        match self {
-            Self::File(path, file) => {
-                let io = |source| ArtifactError::Io {
-                    doing: "read",
-                    path: path.clone(),
-                    source,
-                };
-                file.seek(SeekFrom::Start(range.start)).await.map_err(io)?;
-                let mut bytes = Vec::new();
-                let mut part = file.take(range.end - range.start);
-                part.read_to_end(&mut bytes).await.map_err(io)?;
-                Ok(bytes.into())
-            }
-            Self::Object(store, key) => store.get_range(key, range).await.map_err(objects("read")),
-        }
-    }
-}
-
-struct Reading {
-    source: Source,
-    sealer: Sealer,
-    about: Vec<u8>,
-    size: u64,
-    at: u64,
-    end: u64,
-    whole: Option<(Hasher, Digest)>,
-}
-
-impl Reading {
-    async fn next(&mut self) -> Result<Option<Bytes>, ArtifactError> {
-        if self.at >= self.end {
-            // Nothing to give is nothing to check: an empty file has the digest of nothing.
-            return Ok(None);
-        }
-        let piece = PIECE as u64;
-        let sealed_piece = piece + u64::from(self.sealer.overhead());
-        let first = self.at / piece;
-        let until = (first + PIECES_AT_ONCE).min(self.end.div_ceil(piece));
-        let start = PREAMBLE as u64 + first * sealed_piece;
-        let end = PREAMBLE as u64 + until * sealed_piece;
-        // The last piece is shorter than the others.
-        let pieces = self.size.div_ceil(piece);
-        let stored = PREAMBLE as u64 + self.size + pieces * u64::from(self.sealer.overhead());
-        let bytes = self.source.read(start..end.min(stored)).await?;
-        let mut plain = Vec::with_capacity(bytes.len());
-        let length = usize::try_from(sealed_piece).unwrap_or(usize::MAX);
-        for (number, sealed) in (first..until).zip(bytes.chunks(length)) {
-            let opened = self.sealer.open(number, &self.about, sealed.to_vec());
-            plain.extend(opened.ok_or(ArtifactError::Damaged("a piece does not open"))?);
-        }
-        let have = first * piece + plain.len() as u64;
-        if have < self.end.min(until * piece) {
-            return Err(ArtifactError::Damaged("it is cut short"));
-        }
-        let skip = usize::try_from(self.at - first * piece).unwrap_or(usize::MAX);
-        let take = usize::try_from(have.min(self.end) - self.at).unwrap_or(usize::MAX);
-        let given = Bytes::from(plain).slice(skip..skip + take);
-        self.at += given.len() as u64;
-        if let Some((hasher, _)) = &mut self.whole {
-            hasher.update(&given);
-        }
-        if self.at >= self.end
-            && let Some((hasher, digest)) = self.whole.take()
-            && hasher.finish().0 != digest
-        {
-            return Err(ArtifactError::Damaged("its content has another digest"));
-        }
-        Ok(Some(given))
-    }
-}
-
 /// A file that is removed unless it was renamed.
 struct Part(PathBuf);
 
@@ -521,155 +443,4 @@ impl Drop for Part {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::logs::LogKey;
-
-    fn names() -> (TenantName, JobId) {
-        ("acme".parse().expect("name"), "b1".parse().expect("id"))
-    }
-
-    fn store(dir: &Path, keys: LogKeys) -> ArtifactStore {
-        let target = ObjectTarget::Folder(dir.join("kept"));
-        ArtifactStore::open(dir.join("parts"), &target, keys).expect("opens")
-    }
-
-    fn pieces(content: &[u8]) -> impl Stream<Item = Result<Bytes, io::Error>> + use<> {
-        let pieces: Vec<_> = content
-            .chunks(10_000)
-            .map(|piece| Ok(Bytes::copy_from_slice(piece)))
-            .collect();
-        stream::iter(pieces)
-    }
-
-    async fn read(
-        store: &ArtifactStore,
-        stored: Stored,
-        range: Range<u64>,
-    ) -> Result<Vec<u8>, ArtifactError> {
-        let (tenant, job) = names();
-        let pieces = store.read(&tenant, &job, stored, range).await?;
-        let all: Vec<Bytes> = pieces.try_collect().await?;
-        Ok(all.concat())
-    }
-
-    fn files(dir: &Path) -> Vec<PathBuf> {
-        let (mut found, mut folders) = (Vec::new(), vec![dir.to_owned()]);
-        while let Some(next) = folders.pop() {
-            for entry in std::fs::read_dir(next).expect("reads").flatten() {
-                match entry.path().is_dir() {
-                    true => folders.push(entry.path()),
-                    false => found.push(entry.path()),
-                }
-            }
-        }
-        found
-    }
-
-    #[tokio::test]
-    async fn every_range_reads_back_sealed_or_not() {
-        let content: Vec<u8> = (0..1_300_000_u32).map(|n| (n % 251) as u8).collect();
-        for keys in [LogKeys::default(), LogKeys::new(LogKey::new([7; 32]), [])] {
-            let dir = tempfile::tempdir().expect("dir");
-            let store = store(dir.path(), keys);
-            let (tenant, job) = names();
-            for length in [0, 1, PIECE - 1, PIECE, PIECE + 1, content.len()] {
-                let part = &content[..length];
-                let stored = store.put(&tenant, &job, pieces(part), u64::MAX).await;
-                let stored = stored.expect("stored");
-                assert_eq!(
-                    (stored.digest, stored.size),
-                    (Digest::of(part), length as u64)
-                );
-                let end = length as u64;
-                for range in [
-                    0..end,
-                    0..0,
-                    0..1.min(end),
-                    end / 2..end,
-                    end.saturating_sub(1)..end,
-                    65_535..65_537,
-                    5..u64::MAX,
-                ] {
-                    let from = range.start.min(end) as usize;
-                    let to = (range.end.min(end) as usize).max(from);
-                    let got = read(&store, stored, range.clone()).await.expect("reads");
-                    assert_eq!(got, content[from..to], "{range:?} of {length}");
-                }
-            }
-            let before = files(dir.path()).len();
-            store
-                .put(&tenant, &job, pieces(b"a"), 1)
-                .await
-                .expect("stored");
-            store
-                .put(&tenant, &job, pieces(b"a"), 1)
-                .await
-                .expect("the same again");
-            assert_eq!(files(dir.path()).len(), before + 1);
-            store.remove_job(&tenant, &job).await.expect("removed");
-            store.remove_job(&tenant, &job).await.expect("again");
-            assert!(files(dir.path()).is_empty());
-        }
-    }
-
-    #[tokio::test]
-    async fn what_breaks_off_or_is_too_large_leaves_nothing() {
-        let dir = tempfile::tempdir().expect("dir");
-        let store = store(dir.path(), LogKeys::default());
-        let (tenant, job) = names();
-        let large = store.put(&tenant, &job, pieces(&[0; 11]), 10).await;
-        assert!(matches!(large, Err(ArtifactError::TooLarge { max: 10 })));
-        let broken = stream::iter([
-            Ok(Bytes::from("abc")),
-            Err(io::Error::from(io::ErrorKind::ConnectionReset)),
-        ]);
-        let cut = store.put(&tenant, &job, broken, 10).await;
-        assert!(matches!(cut, Err(ArtifactError::Cut(_))));
-        assert!(files(dir.path()).is_empty());
-        std::fs::write(dir.path().join("parts/9-9.part"), "x").expect("written");
-        let _opened_again = self::store(dir.path(), LogKeys::default());
-        assert!(files(dir.path()).is_empty());
-    }
-
-    #[tokio::test]
-    async fn another_key_another_job_or_a_changed_bit_opens_nothing() {
-        let dir = tempfile::tempdir().expect("dir");
-        let sealed = store(dir.path(), LogKeys::new(LogKey::new([7; 32]), []));
-        let (tenant, job) = names();
-        let stored = sealed
-            .put(&tenant, &job, pieces(b"secret words"), 100)
-            .await;
-        let stored = stored.expect("stored");
-        let file = files(dir.path()).remove(0);
-        let bytes = std::fs::read(&file).expect("reads");
-        assert!(!bytes.windows(6).any(|window| window == b"secret"));
-        let other = store(dir.path(), LogKeys::default());
-        let refused = read(&other, stored, 0..12).await;
-        assert!(matches!(refused, Err(ArtifactError::Key(_))));
-        let moved = dir.path().join("kept/artifacts/acme/b2");
-        std::fs::create_dir_all(&moved).expect("folder");
-        std::fs::copy(&file, moved.join(stored.digest.hex())).expect("copied");
-        let b2: JobId = "b2".parse().expect("id");
-        let pieces = sealed
-            .read(&tenant, &b2, stored, 0..12)
-            .await
-            .expect("there");
-        let got: Result<Vec<Bytes>, _> = pieces.try_collect().await;
-        assert!(matches!(got, Err(ArtifactError::Damaged(_))));
-        for at in [PREAMBLE, bytes.len() - 1] {
-            let mut changed = bytes.clone();
-            changed[at] ^= 1;
-            std::fs::write(&file, changed).expect("written");
-            assert!(matches!(
-                read(&sealed, stored, 0..12).await,
-                Err(ArtifactError::Damaged(_))
-            ));
-        }
-        std::fs::write(&file, &bytes[..bytes.len() - 20]).expect("written");
-        assert!(matches!(
-            read(&sealed, stored, 0..12).await,
-            Err(ArtifactError::Damaged(_))
-        ));
-    }
-}
+mod tests;
