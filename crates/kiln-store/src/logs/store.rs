@@ -406,10 +406,16 @@ impl LogStore {
     fn find_live(&self, name: &LogName) -> Option<Arc<Live>> {
         // Under one lock, so that a log that moves away meanwhile is not taken for an empty one.
         let mut logs = lock(&self.inner.live);
-        if let Some(live) = logs.by_name.get(name) {
-            return Some(Arc::clone(live));
-        }
         let dir = self.dir_of(name);
+        match logs.by_name.get(name) {
+            // Left by followers that went while somebody looked: nobody wrote here, and it must not hide what another controller put away.
+            Some(live) if Arc::strong_count(live) == 1 && !dir.is_dir() => {
+                logs.by_name.remove(name);
+                return None;
+            }
+            Some(live) => return Some(Arc::clone(live)),
+            None => {}
+        }
         dir.is_dir().then(|| logs.insert(name, dir))
     }
 
