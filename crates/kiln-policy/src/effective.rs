@@ -26,18 +26,28 @@ pub struct Removed {
 }
 
 /// Something that the file asks for and the operator did not grant.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, thiserror::Error)]
-#[error("{file}:{line}: {message}")]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct NotGranted {
     /// The file that asks.
     pub file: String,
-    /// Its line; 1 where it has none of its own.
+    /// Its line; 0 where no line says it.
     pub line: u32,
     /// What is not granted.
     pub message: String,
     /// What to do.
     pub hint: String,
 }
+
+impl fmt::Display for NotGranted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            0 => write!(f, "{}: {}", self.file, self.message),
+            line => write!(f, "{}:{line}: {}", self.file, self.message),
+        }
+    }
+}
+
+impl std::error::Error for NotGranted {}
 
 /// What holds for a job.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -71,12 +81,12 @@ pub fn effective(
     for (phase, part) in &mut policy.phases {
         let line = compiled
             .origin(*phase)
-            .map_or(1, |origin| origin.place.line);
+            .map_or(0, |origin| origin.place.line);
         let mut not_granted = |word: &str, key: &str| {
             refused.push(NotGranted {
                 file: compiled.file().to_owned(),
                 line,
-                message: format!("the phase {phase} asks for `{word}`, which {source} does not grant to {tenant}"),
+                message: format!("the phase {phase} asks for `{word}`, which {tenant} is not granted ({source})"),
                 hint: format!("name what it may reach in `allow`; or the operator writes `{key} = true` below [tenant.{tenant}] in policy.toml"),
             });
         };
@@ -156,8 +166,8 @@ fn bound_all(
     let mut refuse = |what: &str, asked: String, most: String| {
         refused.push(NotGranted {
             file: compiled.file().to_owned(),
-            line: 1,
-            message: format!("`{what}` is {asked}: {source} grants at most {most}"),
+            line: 0,
+            message: format!("`{what}` is {asked}: at most {most} is granted ({source})"),
             hint: format!("ask for at most {most}"),
         });
     };
