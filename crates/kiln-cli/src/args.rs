@@ -1,6 +1,7 @@
 //! The command line, as clap sees it. Raw words only: nothing past `commands` sees these types.
 
 mod fleet;
+mod machines;
 mod policy;
 
 use std::path::PathBuf;
@@ -17,6 +18,8 @@ pub(crate) use fleet::{
     WorkerStateArgs,
 };
 pub(crate) use policy::{InitArgs, NetArg, PhaseArg, PolicyCommand};
+
+pub(crate) use machines::{ConsoleArgs, CpArgs, ExecArgs, ForwardArgs, MachineCommand};
 
 use crate::commands::artifacts::CopyOut;
 
@@ -56,6 +59,23 @@ pub(crate) enum Command {
     Build(Box<BuildArgs>),
     /// Run a command, or a container image, in a fresh machine
     Run(Box<RunArgs>),
+    /// List, show, end and look into machines that were kept
+    #[command(subcommand)]
+    Machine(MachineCommand),
+    /// Run a command in a kept machine
+    Exec(ExecArgs),
+    /// Stand in a kept machine: a shell on your terminal
+    Console(ConsoleArgs),
+    /// Copy files into or out of a kept machine
+    Cp(CpArgs),
+    /// Reach ports of a kept machine
+    PortForward(ForwardArgs),
+    /// Keep a machine: started by kiln itself, told what to do on standard input
+    #[command(
+        hide = true,
+        after_help = "Examples:\n  kiln keep-machine < handover.json"
+    )]
+    KeepMachine,
     /// Print how a folder would be built, without building it
     Plan(PlanArgs),
     /// Write a commented policy, kiln.yaml, that fits a folder
@@ -191,7 +211,8 @@ pub(crate) struct BuildArgs {
     after_help = "Examples:\n  kiln run -- uname -a\n  kiln run --image shop:1.4 -p 8080:3000\n  \
 kiln run --image shop:1.4 -e LOG=debug -- node --version\n  \
 kiln run --image shop:1.4 --copy-out report.xml -- npm test\n  \
-kiln run --artifact 'out/**/*.log' -- sh -c 'mkdir out; date > out/a.log'\n\nA policy in this folder (kiln.yaml) holds: flags only narrow it. Without one, and without --allow, the machine reaches nothing."
+kiln run --artifact 'out/**/*.log' -- sh -c 'mkdir out; date > out/a.log'\n  \
+kiln run --keep=2h -- make test\n\nA policy in this folder (kiln.yaml) holds: flags only narrow it. Without one, and without --allow, the machine reaches nothing."
 )]
 pub(crate) struct RunArgs {
     /// Container image to run; without it the command runs in the machine image itself
@@ -227,6 +248,12 @@ pub(crate) struct RunArgs {
     /// Connect standard input (the default when it is not a terminal, or with --tty)
     #[arg(short, long)]
     pub interactive: bool,
+    /// Let the machine stay when the command is over, passed or failed: for 1h, or this long (at most 24h)
+    #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "1h", value_parser = machines::parse_stays)]
+    pub keep: Option<Duration>,
+    /// In a terminal, stand in the machine when the command failed; the exit code stays the command's
+    #[arg(long)]
+    pub shell_on_failure: bool,
     /// Limits of the machine
     #[command(flatten)]
     pub limits: LimitArgs,

@@ -34,6 +34,7 @@ pub(crate) fn watch(screen: Screen) -> CancellationToken {
                 screen.note("cancelling; press Ctrl-C again to stop at once");
                 cancelled.cancel();
             } else {
+                crate::terminal::restore();
                 #[expect(clippy::exit, reason = "the second interrupt asks for exactly this")]
                 std::process::exit(130);
             }

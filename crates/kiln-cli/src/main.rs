@@ -37,6 +37,11 @@ fn main() -> ExitCode {
         LogFormat::Text
     };
     kiln_telemetry::init_logs(format, cli.verbose);
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        terminal::restore();
+        usual(panic);
+    }));
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

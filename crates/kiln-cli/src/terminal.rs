@@ -1,6 +1,7 @@
 //! The user's terminal as `kiln run` hands it to a command: raw mode, size, input, output byte for byte.
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::{Mutex, PoisonError};
 
 use kiln_proto::msg::TtySize;
 use kiln_worker::orders::Control;
@@ -27,12 +28,15 @@ pub(crate) fn stdin_is_piped() -> bool {
     )
 }
 
+/// Size of a terminal that does not say its own.
+pub(crate) const USUAL_SIZE: TtySize = TtySize { rows: 24, cols: 80 };
+
 /// Size of the terminal.
 pub(crate) fn size() -> Option<TtySize> {
     let size = tcgetwinsize(io::stdout()).ok()?;
-    Some(TtySize {
-        rows: size.ws_row.max(1),
-        cols: size.ws_col.max(1),
+    Some(match (size.ws_row, size.ws_col) {
+        (0, _) | (_, 0) => USUAL_SIZE,
+        (rows, cols) => TtySize { rows, cols },
     })
 }
 
@@ -80,11 +84,21 @@ pub(crate) async fn watch_size(control: mpsc::Sender<Control>) {
     }
 }
 
+/// How the terminal was, while it is in raw mode: for ways out of the process that drop nothing.
+static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
+
+/// Puts the terminal back as it was, when it is in raw mode. For every way out: also a panic, and an exit that drops nothing.
+pub(crate) fn restore() {
+    // A panic inside must not leave it raw.
+    let mut before = BEFORE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(before) = before.take() {
+        let _terminal_gone = tcsetattr(io::stdin(), OptionalActions::Now, &before);
+    }
+}
+
 /// The terminal in raw mode, until this is dropped.
 #[derive(Debug)]
-pub(crate) struct RawMode {
-    before: Termios,
-}
+pub(crate) struct RawMode(());
 
 impl RawMode {
     /// Enters raw mode on standard input.
@@ -95,13 +109,15 @@ impl RawMode {
         let before = tcgetattr(io::stdin())?;
         let mut raw = before.clone();
         raw.make_raw();
+        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
+        let raw_mode = Self(());
         tcsetattr(io::stdin(), OptionalActions::Now, &raw)?;
-        Ok(Self { before })
+        Ok(raw_mode)
     }
 }
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        let _terminal_gone = tcsetattr(io::stdin(), OptionalActions::Now, &self.before);
+        restore();
     }
 }

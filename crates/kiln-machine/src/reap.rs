@@ -14,7 +14,7 @@ use kiln_core::MachineName;
 
 use crate::cgroup::{self, CgroupHost};
 use crate::driver::{LeakReport, ReapReport};
-use crate::proc::{self, ProcessIdentity, Wanted};
+use crate::proc::{self, KillError, ProcessIdentity, Wanted};
 use crate::record::{self, LOCK_FILE, MachineRecord, REAPING_PREFIX, RECORD_FILE, RecordState};
 
 /// How long a killed VMM may take to end. The kernel frees its memory in this time: a large guest on a busy host is slow.
@@ -205,6 +205,20 @@ pub fn end_own(home: &Path, name: &MachineName) -> LeakReport {
         None => Vec::new(),
     };
     LeakReport { leaks }
+}
+
+/// Kills the process that owns a machine, when that is not this one: the machine is the next reaper's then, unless it is kept without an owner.
+/// A machine that is gone, or whose owner is, is no error. Blocks.
+///
+/// # Errors
+/// When the process may not be signalled, or is still there after a while.
+pub fn kill_owner(home: &Path, name: &MachineName) -> Result<(), KillError> {
+    let dir = home.join(record::MACHINES_DIR).join(name.as_str());
+    let owner = record::read_record(&dir).map(|record| record.owner);
+    match owner.filter(|owner| *owner != ProcessIdentity::of_self()) {
+        Some(owner) => owner.kill_and_wait(KILL_DEADLINE).map(drop),
+        None => Ok(()),
+    }
 }
 
 /// Removes files and directories directly in `dirs` that a dead process was writing: see [`proc::partial_name`]. Gives what was removed

@@ -71,6 +71,7 @@ pub async fn ask_base(
         memory,
         purpose: Purpose::Build { head: &head },
         make_template: true,
+        may_stay: false,
     };
     let attempt = Attempt::start(host, wanted, ticket, Gateway::new(config), events).await?;
     let answer = match in_machine(&attempt, base, argv).await {

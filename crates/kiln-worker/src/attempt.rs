@@ -11,7 +11,9 @@ use kiln_core::machine::{DiskAccess, DiskFormat};
 use kiln_core::{ByteSize, DiskRole, DiskSlot, FailureClass, MachineName, MachineSpec};
 use kiln_image::heads::Head;
 use kiln_machine::bring_up::{self, BringUpError, Deadlines, Ready, Timings};
-use kiln_machine::driver::{LaunchError, Machine, MachineState, Start};
+use kiln_machine::driver::{
+    Kept, LaunchError, Machine, MachineError, MachineState, PublicIdentity, Start,
+};
 use kiln_machine::ledger::Ticket;
 use kiln_machine::template::Held;
 use kiln_network::gateway::Gateway;
@@ -21,7 +23,8 @@ use tokio::task::JoinHandle;
 
 use crate::event::Events;
 use crate::failure::Failure;
-use crate::host::Host;
+use crate::host::{Host, now_unix_ms};
+use crate::kept::HANDOVER_MAX;
 use crate::measured::{Measured, add, ms};
 use crate::orders;
 use crate::services::Services;
@@ -53,6 +56,7 @@ pub struct Attempt {
     disk_ms: AtomicU64,
     /// Whether BuildKit already runs on the mounted state disk.
     pub build_ready: bool,
+    identity: PublicIdentity,
     serving: JoinHandle<()>,
     _ticket: Ticket,
     _template: Option<Held>,
@@ -71,6 +75,8 @@ pub struct Wanted<'a> {
     pub purpose: Purpose<'a>,
     /// Make a missing template first (true for people who wait anyway), or boot cold.
     pub make_template: bool,
+    /// It may stay when its job is over: see [`Attempt::let_go`].
+    pub may_stay: bool,
 }
 
 /// The shared, read-only root disk.
@@ -82,6 +88,12 @@ pub fn root_disk(host: &Host) -> DiskSlot {
         format: DiskFormat::Raw,
         access: DiskAccess::ReadOnly,
     }
+}
+
+/// When a machine that is let go of now must have found another owner.
+fn handed_over_until() -> u64 {
+    let most = u64::try_from(HANDOVER_MAX.as_millis()).unwrap_or(u64::MAX);
+    now_unix_ms().saturating_add(most)
 }
 
 /// A copy-on-write fork of a head.
@@ -168,6 +180,7 @@ async fn start_as(
     }
     let spec = MachineSpec {
         host_cpus: cpus.to_vec(),
+        keep_until_unix_ms: wanted.may_stay.then(handed_over_until),
         ..spec(host, wanted.name.clone(), wanted.cpus, memory, disks)
     };
     let start = chosen
@@ -212,6 +225,7 @@ impl Attempt {
             session,
             incoming,
             timings,
+            identity,
             ..
         } = ready;
         let services = Services::new(gateway, events.clone());
@@ -227,6 +241,7 @@ impl Attempt {
             timings,
             disk_ms: AtomicU64::new(0),
             build_ready: chosen.holds_head,
+            identity,
             serving,
             _ticket: ticket,
             _template: chosen.template,
@@ -346,14 +361,32 @@ impl Attempt {
         }
     }
 
-    /// As [`Attempt::destroy`], with what is measured of a machine at its end.
-    pub async fn destroy_measured(self, events: &Events, measured: &mut Measured) {
+    /// What is measured of a machine before its end, or before it is let go of.
+    pub async fn measure(&self, measured: &mut Measured) {
         measured.started(&self.timings);
         measured.disk_ms = self.disk_ms();
         measured.memory(&*self.machine).await;
+    }
+
+    /// As [`Attempt::destroy`], with what is measured of a machine at its end.
+    pub async fn destroy_measured(self, events: &Events, measured: &mut Measured) {
+        self.measure(measured).await;
         let since = Instant::now();
         self.destroy(events).await;
         add(&mut measured.teardown_ms, since);
+    }
+
+    /// Lets go of a machine that may stay: it runs on without an owner, until somebody adopts it within [`HANDOVER_MAX`].
+    ///
+    /// # Errors
+    /// When it cannot be kept; then it is destroyed when this is dropped.
+    pub fn let_go(self) -> Result<(), MachineError> {
+        self.session.close(0, "the job is over");
+        self.machine.keep(Kept {
+            until_unix_ms: handed_over_until(),
+            identity: self.identity.clone(),
+        })?;
+        self.machine.release()
     }
 
     /// Destroys the machine; what could not be removed is told.

@@ -352,6 +352,7 @@ impl Job<'_> {
             memory: limits.memory,
             purpose: Purpose::Build { head: &head },
             make_template: true,
+            may_stay: false,
         };
         let mut measured = Measured::default();
         let since = std::time::Instant::now();

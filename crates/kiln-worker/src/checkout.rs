@@ -171,6 +171,7 @@ async fn start(
         memory: MEMORY,
         purpose: Purpose::Run,
         make_template: true,
+        may_stay: false,
     };
     let policy = NetworkPolicy::from_rules([input.address.rule.clone()]);
     let mut config = GatewayConfig::new(policy, egress as _);

@@ -20,6 +20,7 @@ pub mod home;
 pub mod host;
 pub mod image;
 pub mod joblog;
+pub mod kept;
 pub mod measured;
 pub mod orders;
 pub mod phases;

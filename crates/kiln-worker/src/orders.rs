@@ -314,6 +314,18 @@ pub async fn exec(
     io: ExecIo<'_>,
 ) -> Result<Exit, CallError> {
     let stream = open(session, what, kind::EXEC, request).await?;
+    exec_over(stream, what, io).await
+}
+
+/// As [`exec`], on a stream that a guest's command was begun on already, or one that leads there.
+///
+/// # Errors
+/// As [`exec`].
+pub async fn exec_over(
+    stream: impl AsyncRead + AsyncWrite,
+    what: &'static str,
+    io: ExecIo<'_>,
+) -> Result<Exit, CallError> {
     let (mut from_guest, mut to_guest) = tokio::io::split(stream);
     let ExecIo {
         stdin,

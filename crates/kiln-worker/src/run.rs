@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kiln_core::machine::{DiskAccess, DiskFormat};
 use kiln_core::network::RangeException;
-use kiln_core::{ByteSize, DiskRole, DiskSlot, FailureClass, JobRequest, Lease};
+use kiln_core::{ByteSize, DiskRole, DiskSlot, FailureClass, JobRequest, Lease, MachineName};
 use kiln_network::gateway::proxy::ProxyConfig;
 use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
 use kiln_network::record::{EgressLog, EgressSummary};
@@ -26,6 +26,7 @@ use crate::event::Events;
 use crate::failure::Failure;
 use crate::host::Host;
 use crate::joblog::JobLog;
+use crate::kept::{self, Handover, Keep};
 use crate::measured::{Measured, add};
 use crate::orders::{self, Control, ExecIo};
 use crate::phases::Phases;
@@ -36,6 +37,8 @@ use crate::unpack::Unpacked;
 pub const FORWARDS_MAX: usize = 128;
 /// How long a command may take to end after it was interrupted.
 pub const INTERRUPT_GRACE: Duration = Duration::from_secs(2);
+/// How long everything but the command may take where the machine stays.
+const KEEP_GRACE: Duration = Duration::from_secs(30);
 /// The environment every command starts from.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -65,6 +68,8 @@ pub struct RunInput {
     pub log: Arc<JobLog>,
     /// An empty folder for the files that the request wants kept; without one none is.
     pub artifacts: Option<PathBuf>,
+    /// That the machine stays when the command is over.
+    pub keep: Option<Keep>,
 }
 
 impl std::fmt::Debug for RunInput {
@@ -88,13 +93,17 @@ pub struct RunEnd {
     pub artifacts: Vec<Collected>,
     /// What the host measured.
     pub measured: Measured,
+    /// The machine, when it stays; see [`Attempt::let_go`].
+    pub kept: Option<Handover>,
 }
 
 /// What there is to tell of a run beside its result, as far as it came.
 struct Told {
     phases: Phases,
-    kept: Vec<Collected>,
+    artifacts: Vec<Collected>,
     measured: Measured,
+    /// The machine, when it stays.
+    kept: Option<Handover>,
 }
 
 /// As a shell has it: 128 and the signal's number.
@@ -127,27 +136,31 @@ pub async fn run(
 ) -> RunEnd {
     let mut told = Told {
         phases: Phases::new(events.clone()),
-        kept: Vec::new(),
+        artifacts: Vec::new(),
         measured: Measured::default(),
+        kept: None,
     };
     let egress = Arc::new(EgressLog::new());
     let limit = Duration::from_millis(input.request.limits.timeout_ms);
+    let limit = Limit {
+        whole: limit,
+        // None: longer than any clock counts.
+        end: tokio::time::Instant::now().checked_add(limit),
+    };
+    // A machine that stays outlives a command whose time was up.
+    let grace = input.keep.map_or(Duration::ZERO, |_| KEEP_GRACE);
     let work = work(
         host,
         input,
         &lease,
-        Arc::clone(&egress),
+        (Arc::clone(&egress), limit),
         events,
         cancel,
         &mut told,
     );
-    let result = match tokio::time::timeout(limit, work).await {
+    let result = match tokio::time::timeout(limit.whole.saturating_add(grace), work).await {
         Ok(result) => result,
-        Err(_) => Err(Failure::new(
-            FailureClass::Timeout,
-            format!("the command took longer than {limit:?}"),
-        )
-        .hint("give it more with --timeout")),
+        Err(_) => Err(limit.over()),
     };
     host.leases.end(&lease.attempt);
     let egress = kiln_network::record::summary(&egress.snapshot().events);
@@ -161,8 +174,31 @@ pub async fn run(
         result,
         phases_ms,
         egress,
-        artifacts: told.kept,
+        artifacts: told.artifacts,
         measured,
+        kept: told.kept,
+    }
+}
+
+/// How long a command may take.
+#[derive(Clone, Copy, Debug)]
+struct Limit {
+    whole: Duration,
+    end: Option<tokio::time::Instant>,
+}
+
+impl Limit {
+    fn over(self) -> Failure {
+        let message = format!("the command took longer than {:?}", self.whole);
+        Failure::new(FailureClass::Timeout, message).hint("give it more with --timeout")
+    }
+
+    /// Completes when it is over.
+    async fn passed(self) {
+        match self.end {
+            Some(end) => tokio::time::sleep_until(end).await,
+            None => std::future::pending().await,
+        }
     }
 }
 
@@ -170,7 +206,7 @@ async fn work(
     host: &Host,
     input: RunInput,
     lease: &Lease,
-    egress: Arc<EgressLog>,
+    (egress, limit): (Arc<EgressLog>, Limit),
     events: &Events,
     cancel: &CancellationToken,
     told: &mut Told,
@@ -193,7 +229,10 @@ async fn work(
         memory: limits.memory,
         purpose: Purpose::Run,
         make_template: true,
+        may_stay: input.keep.is_some(),
     };
+    let stays = input.keep;
+    let mut handover = stays.and_then(|keep| handover(&input.request, keep, wanted.name.clone()));
     let since = Instant::now();
     let mut config = GatewayConfig::new(input.request.network.clone(), egress as _);
     config.exceptions.clone_from(&input.exceptions);
@@ -213,21 +252,79 @@ async fn work(
         attempt = Attempt::start(host, wanted, ticket, gateway, events) => attempt?,
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
-    let result = in_machine(&attempt, input, lease, cancel, (events, told)).await;
+    let ran = (events, &mut *told, &mut handover);
+    let result = in_machine(&attempt, input, lease, (cancel, limit), ran).await;
     let result = match result {
         Err(failure) => Err(attempt.explain(failure).await),
         ok => ok,
     };
-    attempt.destroy_measured(events, &mut told.measured).await;
+    let stays = stays.filter(|keep| remains(*keep, &result));
+    let Some(mut handover) = handover.filter(|_| stays.is_some()) else {
+        attempt.destroy_measured(events, &mut told.measured).await;
+        return result;
+    };
+    told.phases.begin("handover").await;
+    handover.ended = match &result {
+        Ok(exit) => ending(exit),
+        Err(failure) => failure.message.clone(),
+    };
+    handover.exit_code = match &result {
+        Ok(exit) => Some(exit_code(exit)),
+        Err(failure) => failure.command_code,
+    };
+    attempt.measure(&mut told.measured).await;
+    match attempt.let_go() {
+        Ok(()) => told.kept = Some(handover),
+        Err(error) => {
+            let why = orders::chain(&error);
+            events
+                .warn(format!("the machine does not stay: {why}"))
+                .await;
+        }
+    }
     result
+}
+
+/// Whether a machine stays after this. One that does not work, and one whose user wants an end, do not.
+fn remains(keep: Keep, result: &Result<Exit, Failure>) -> bool {
+    match result {
+        Ok(exit) => !keep.on_failure_only || exit.code != Some(0),
+        Err(failure) => matches!(
+            failure.class,
+            FailureClass::User | FailureClass::Timeout | FailureClass::OutOfMemory
+        ),
+    }
+}
+
+fn handover(request: &JobRequest, keep: Keep, machine: MachineName) -> Option<Handover> {
+    let kiln_core::JobKind::Run(command) = &request.kind else {
+        return None;
+    };
+    Some(Handover {
+        schema: kept::SCHEMA,
+        machine,
+        job: request.id.clone(),
+        tenant: request.tenant.clone(),
+        image: command.image.clone(),
+        command: command.argv.clone(),
+        ended: String::new(),
+        exit_code: None,
+        cpus: request.limits.cpus,
+        memory: crate::templates::size_class(request.limits.memory),
+        network: request.network.clone(),
+        bytes_out_and_in_per_second: request.bytes_out_and_in_per_second(),
+        connections_max: request.policy.and_then(|policy| policy.connections_max),
+        runc: None,
+        stays_ms: u64::try_from(keep.stays.as_millis()).unwrap_or(u64::MAX),
+    })
 }
 
 async fn in_machine(
     attempt: &Attempt,
     input: RunInput,
     lease: &Lease,
-    cancel: &CancellationToken,
-    (events, told): (&Events, &mut Told),
+    (cancel, limit): (&CancellationToken, Limit),
+    (events, told, handover): (&Events, &mut Told, &mut Option<Handover>),
 ) -> Result<Exit, Failure> {
     let RunInput {
         request,
@@ -263,7 +360,11 @@ async fn in_machine(
         Some((unpacked, spec)) => {
             let place = (collect::CONTAINER_ROOT.to_owned(), spec.cwd.clone());
             let exec = container_exec(attempt, &unpacked, spec, tty, stdin.is_some(), lease);
-            (exec.await?, place)
+            let exec = exec.await?;
+            if let Some(handover) = handover {
+                handover.runc = exec.argv.first().cloned();
+            }
+            (exec, place)
         }
     };
     let forwards: Vec<_> = listeners
@@ -271,19 +372,18 @@ async fn in_machine(
         .map(|(listener, port)| tokio::spawn(forward(attempt.session.clone(), listener, port)))
         .collect();
     told.phases.begin("run").await;
-    let result = run_exec(
-        &attempt.session,
-        &exec,
-        ExecParts {
-            stdin,
-            output,
-            output_max: request.policy.and_then(|policy| policy.output_bytes_max),
-            control,
-            log,
-        },
-        cancel,
-    )
-    .await;
+    let parts = ExecParts {
+        stdin,
+        output,
+        output_max: request.policy.and_then(|policy| policy.output_bytes_max),
+        control,
+        log,
+    };
+    let result = tokio::select! {
+        result = run_exec(&attempt.session, &exec, parts, cancel) => result,
+        // Dropped, the command is ended; its machine may stay.
+        () = limit.passed() => Err(limit.over()),
+    };
     for task in forwards {
         task.abort();
     }
@@ -297,7 +397,7 @@ async fn in_machine(
         for text in found.left_out {
             events.warn(text).await;
         }
-        told.kept = found.files;
+        told.artifacts = found.files;
     }
     if exit.oom {
         return Err(Failure {
@@ -467,8 +567,9 @@ fn output_limit(most: u64) -> Failure {
         .hint("write less, or raise limits.output of the policy")
 }
 
-/// A command that does not exist is the user's error, as in any shell.
-fn start_failure(error: orders::CallError) -> Failure {
+/// A command that does not exist is the user's error, as in any shell: 127, and 126 where it cannot be run.
+#[must_use]
+pub fn start_failure(error: orders::CallError) -> Failure {
     match error {
         orders::CallError::Refused { error, .. } => {
             let not_found = error.code == kiln_proto::msg::GuestErrorCode::NotFound;

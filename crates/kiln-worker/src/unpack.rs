@@ -166,6 +166,7 @@ async fn make(
         memory,
         purpose: Purpose::Run,
         make_template: true,
+        may_stay: false,
     };
     // No network at all: unpacking needs none.
     let gateway = Gateway::new(GatewayConfig::new(

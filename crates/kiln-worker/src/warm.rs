@@ -58,6 +58,7 @@ pub async fn make_shared_head(
         memory: MEMORY,
         purpose: Purpose::Run,
         make_template: true,
+        may_stay: false,
     };
     let attempt = Attempt::start(host, wanted, ticket, Gateway::new(config), events).await?;
     let done = fill(host, &attempt, bases, events).await;

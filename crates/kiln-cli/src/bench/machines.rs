@@ -59,6 +59,7 @@ impl Machines {
             memory,
             purpose: Purpose::Run,
             make_template: true,
+            may_stay: false,
         };
         let chosen = templates::choose(&host, &wanted, memory, &events)
             .await

@@ -13,6 +13,7 @@ pub(crate) mod home_queue;
 mod init;
 mod job;
 mod job_record;
+mod kept;
 pub(crate) mod landing;
 mod load;
 mod machine_image;
@@ -65,6 +66,12 @@ pub(crate) async fn run(
     match command {
         Command::Build(args) => build::run(*args, server, screen, cancel).await,
         Command::Run(args) => run::run(*args, server, screen, cancel).await,
+        Command::Machine(verb) => kept::machine::run(verb, screen, cancel).await,
+        Command::Exec(args) => kept::exec::run(args, screen, cancel).await,
+        Command::Console(args) => kept::exec::console(args, screen, cancel).await,
+        Command::Cp(args) => kept::copy::run(args, screen, cancel).await,
+        Command::PortForward(args) => kept::forward::run(args, screen, cancel).await,
+        Command::KeepMachine => kept::keeper::run(screen, cancel).await,
         Command::Plan(args) => plan::run(&args, screen),
         Command::Init(args) => init::run(&args, screen),
         Command::Policy(verb) => policy::run(verb, screen),

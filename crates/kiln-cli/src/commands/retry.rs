@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::home_queue::{Asked, HomeQueue};
 use super::operator::Operator;
-use super::run::InFront;
+use super::run::{InFront, Stay};
 use crate::error::{CliError, Result};
 use crate::show::Screen;
 use crate::terminal;
@@ -72,6 +72,7 @@ async fn here(
         wants_stdin: tty,
         keeps,
         copies: &[],
+        stay: Stay::default(),
     };
     again.run(screen, cancel).await
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use kiln_core::job::{RunCommand, TrustClass};
 use kiln_core::{FailureClass, ImageRef, JobKind, JobRequest, Label, TenantName};
@@ -11,6 +12,7 @@ use kiln_worker::event::Events;
 use kiln_worker::fleet::job::{Ended, JobEnd};
 use kiln_worker::fleet::local::{LocalJob, LocalRun};
 use kiln_worker::host::new_job_id;
+use kiln_worker::kept::{Facts, Keep, STAYS_DEFAULT};
 use kiln_worker::orders::Control;
 use kiln_worker::run::ending;
 use tokio::net::TcpListener;
@@ -19,8 +21,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::artifacts::{self, CopyOut};
 use super::home_queue::HomeQueue;
+use super::kept::{exec, keeper, machine};
 use super::operator::Operator;
-use super::source;
+use super::{source, when};
 use crate::args::{RunArgs, ServerArgs};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
@@ -42,7 +45,11 @@ pub(super) async fn run(
     }
     let own = super::queueing::own(&args.queueing)?;
     let operator = Operator::load()?;
-    let ruled = super::run_policy::rule(&args, &operator, screen)?;
+    let mut ruled = super::run_policy::rule(&args, &operator, screen)?;
+    if ruled.image.is_none() && ruled.argv.is_empty() && args.keep.is_some() {
+        // The machine itself is what is wanted.
+        ruled.argv = vec!["true".to_owned()];
+    }
     something(ruled.image.as_ref(), &ruled.argv)?;
     let config = &operator.config;
     let mut limits = config.limits(&ruled.limits, false, super::host_cpus())?;
@@ -52,13 +59,7 @@ pub(super) async fn run(
     let kept = [ruled.artifacts.as_slice(), args.artifacts.as_slice()].concat();
     let wanted = artifacts::wanted(&kept, &args.copy_out)?;
     let listeners = listen(&args.publish).await?;
-    for (listener, guest) in &listeners {
-        // Also where the system chose the port.
-        let address = listener.local_addr().or_infrastructure()?;
-        screen.note(&format!(
-            "http://{address} leads to port {guest} of the machine"
-        ));
-    }
+    announce(&listeners, screen)?;
     let size = wants_terminal(&args).then(terminal::size).flatten();
     let wants_stdin = size.is_some() || args.interactive || terminal::stdin_is_piped();
     let mut ports = Vec::new();
@@ -85,6 +86,7 @@ pub(super) async fn run(
         traceparent: None,
         policy: ruled.applied,
     };
+    let stay = Stay::of(&args, screen);
     let queue = HomeQueue::open(&operator.home).await?;
     let in_front = InFront {
         operator: &operator,
@@ -96,6 +98,7 @@ pub(super) async fn run(
         wants_stdin,
         keeps: !wanted.is_empty(),
         copies: &args.copy_out,
+        stay,
     };
     let ended = in_front.run(screen, &cancel).await;
     queue.close().await;
@@ -115,6 +118,8 @@ pub(super) struct InFront<'a> {
     /// Files of it are kept.
     pub(super) keeps: bool,
     pub(super) copies: &'a [CopyOut],
+    /// Whether its machine stays.
+    pub(super) stay: Stay,
 }
 
 impl InFront<'_> {
@@ -128,6 +133,7 @@ impl InFront<'_> {
         let follow = tokio::spawn(screen.follow_quietly(receiver));
         let (queue, job) = (self.queue, self.request.id.clone());
         let (keeps, copies) = (self.keeps, self.copies);
+        let (operator, stay) = (self.operator, self.stay);
         let attached = Attached {
             operator: self.operator,
             queue,
@@ -136,17 +142,34 @@ impl InFront<'_> {
             listeners: self.listeners,
             size: self.size,
             wants_stdin: self.wants_stdin,
+            keep: stay.keep(),
         };
         let ended = attached.run(&events, cancel).await;
         drop(events);
         let _screen_ended = follow.await;
-        let (end, printed) = ended?;
+        let (mut end, printed) = ended?;
+        let kept = match end.kept.take() {
+            // At once: it has no owner.
+            Some(handover) => Some(keeper::hand_over(operator, &handover).await),
+            None => None,
+        };
         let left = keeps && (end.result.is_ok() || !end.artifacts.is_empty());
         let brought = match left {
             true => artifacts::after_run(&queue.server(), job.as_str(), copies, screen).await,
             false => Ok(()),
         };
         let ended = with_files(finish(end, cancel, screen), brought, screen);
+        if let Some(kept) = kept {
+            // The command's own end is told first, and stays what this command ends with.
+            let told = match kept {
+                Ok(facts) => stay.tell(operator, &facts, screen, cancel).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = told {
+                screen.error(&error);
+                return ended.map(|code| code.max(error.exit_code()));
+            }
+        }
         match printed {
             // Like any program whose reader has gone; one that ended before keeps its own code.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ended.or(Ok(READER_GONE)),
@@ -157,6 +180,17 @@ impl InFront<'_> {
             Ok(()) => ended,
         }
     }
+}
+
+/// Says where ports lead, also where the system chose one.
+fn announce(listeners: &[(TcpListener, u16)], screen: Screen) -> Result<()> {
+    for (listener, guest) in listeners {
+        let address = listener.local_addr().or_infrastructure()?;
+        screen.note(&format!(
+            "http://{address} leads to port {guest} of the machine"
+        ));
+    }
+    Ok(())
 }
 
 /// A command that passed has failed all the same when what was to be copied out is not here; else its own end says more.
@@ -179,6 +213,69 @@ fn something(image: Option<&ImageRef>, argv: &[String]) -> Result<()> {
     }
 }
 
+/// Whether the machine stays when its command is over.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Stay {
+    keep: Option<Duration>,
+    shell_on_failure: bool,
+}
+
+impl Stay {
+    fn of(args: &RunArgs, screen: Screen) -> Self {
+        let shell = args.shell_on_failure && terminal::is_interactive();
+        if args.shell_on_failure && !shell {
+            screen.note("--shell-on-failure needs a terminal: there is none, so no shell either");
+        }
+        Self {
+            keep: args.keep,
+            shell_on_failure: shell,
+        }
+    }
+
+    fn keep(self) -> Option<Keep> {
+        match (self.keep, self.shell_on_failure) {
+            (None, false) => None,
+            (stays, _) => Some(Keep {
+                stays: stays.unwrap_or(STAYS_DEFAULT),
+                on_failure_only: stays.is_none(),
+            }),
+        }
+    }
+
+    /// Says how to reach it; and stands in it, where the command failed.
+    async fn tell(
+        self,
+        operator: &Operator,
+        facts: &Facts,
+        screen: Screen,
+        cancel: &CancellationToken,
+    ) -> Result<()> {
+        let id = facts.id();
+        if self.keep.is_some() {
+            let until = when::span(facts.machine.stays_ms);
+            screen.note(&format!(
+                "machine {id} stays for {until}: kiln exec {id} -- COMMAND, kiln console {id}, kiln machine rm {id}"
+            ));
+            if screen.json() {
+                let told = serde_json::json!({
+                    "event": "kept", "id": id, "machine": facts.machine.machine,
+                    "until_unix_ms": facts.until_unix_ms,
+                });
+                screen.data(&told, String::new);
+            }
+        }
+        if self.shell_on_failure && facts.machine.exit_code != Some(0) {
+            let stood = exec::stand_in(&operator.home, facts, Default::default(), screen, cancel);
+            let stood = stood.await.map(drop);
+            if self.keep.is_none() {
+                machine::remove(&operator.home, facts).await?;
+            }
+            return stood;
+        }
+        Ok(())
+    }
+}
+
 /// A command whose terminal and ports are this process's.
 struct Attached<'a> {
     operator: &'a Operator,
@@ -188,6 +285,7 @@ struct Attached<'a> {
     listeners: Vec<(TcpListener, u16)>,
     size: Option<TtySize>,
     wants_stdin: bool,
+    keep: Option<Keep>,
 }
 
 impl Attached<'_> {
@@ -217,6 +315,7 @@ impl Attached<'_> {
                 output,
                 control,
                 listeners: self.listeners,
+                keep: self.keep,
             }),
             events: Some(events.clone()),
             ..LocalJob::default()
@@ -271,7 +370,7 @@ fn wants_terminal(args: &RunArgs) -> bool {
 }
 
 /// Binds every published port before anything starts.
-async fn listen(words: &[String]) -> Result<Vec<(TcpListener, u16)>> {
+pub(super) async fn listen(words: &[String]) -> Result<Vec<(TcpListener, u16)>> {
     let mut listeners = Vec::new();
     for word in words {
         let (address, guest) = published(word)?;

@@ -95,6 +95,8 @@ fn refuse(args: &RunArgs) -> Result<()> {
         ("--publish", !args.publish.is_empty()),
         ("--tty", args.tty),
         ("--interactive", args.interactive),
+        ("--keep", args.keep.is_some()),
+        ("--shell-on-failure", args.shell_on_failure),
     ];
     if args.queueing.detach && !args.copy_out.is_empty() {
         return Err(

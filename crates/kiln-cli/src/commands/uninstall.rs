@@ -11,6 +11,7 @@ use kiln_image::bake::stage::remove_tree;
 use kiln_machine::reap::reap_home;
 use kiln_store::registry::{OpenError, Secret, Store, StoreConfig};
 use kiln_worker::home::Home;
+use kiln_worker::kept::Facts;
 use serde::Serialize;
 use serde_json::json;
 
@@ -22,11 +23,12 @@ use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::{Screen, ShownPath as _};
 
 /// What kiln writes into its data directory. A `KILN_HOME` may be a directory that holds other things too.
-const DATA: [&str; 18] = [
+const DATA: [&str; 19] = [
     "images",
     "heads",
     "templates",
     "machines",
+    "incidents",
     "ledger",
     "registry",
     "jobs",
@@ -142,6 +144,15 @@ fn refuse_while_used(home: &Home) -> Result<()> {
         }
     }
     let machines = live_machines(home);
+    let kept = kiln_worker::kept::list(&home.data);
+    if !kept.is_empty() && kept.len() == machines.len() {
+        let ids: Vec<&str> = kept.iter().map(Facts::id).collect();
+        let count = super::table::counted(kept.len() as u64, "kept machine");
+        return Err(
+            CliError::usage(format!("there is still {count}: {}", ids.join(", ")))
+                .hint("`kiln machine rm --all` ends them, then try again"),
+        );
+    }
     if !machines.is_empty() {
         return Err(CliError::usage(format!(
             "{} in use: {}",

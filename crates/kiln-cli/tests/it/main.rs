@@ -23,6 +23,7 @@ mod fleet_sim;
 mod git;
 mod home_queue;
 mod input;
+mod kept;
 mod ordinary_user;
 mod policy;
 mod push;

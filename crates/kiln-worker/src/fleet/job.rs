@@ -38,6 +38,7 @@ use crate::event::{Event, Events};
 use crate::failure::Failure;
 use crate::host::Host;
 use crate::joblog::JobLog;
+use crate::kept::Handover;
 use crate::measured::{Measured, add};
 use crate::prepare::{self, Prepared, Wishes};
 use crate::registry::RegistryAccess;
@@ -93,6 +94,8 @@ pub struct JobEnd {
     pub artifacts: Vec<ArtifactName>,
     /// What the host measured.
     pub measured: Measured,
+    /// The machine, when it stays: without an owner, for [`crate::kept::HANDOVER_MAX`] at most.
+    pub kept: Option<Box<Handover>>,
 }
 
 impl JobEnd {
@@ -109,6 +112,7 @@ impl JobEnd {
             runtime: None,
             artifacts: Vec::new(),
             measured: Measured::default(),
+            kept: None,
         }
     }
 }
@@ -599,6 +603,7 @@ impl Work<'_> {
             proxy: shop.site.proxy.clone(),
             log: Arc::clone(self.log),
             artifacts: dir.as_ref().map(|dir| dir.path().to_owned()),
+            keep: local.keep,
         };
         let lease = self.lease.clone();
         let mut end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;
@@ -641,6 +646,7 @@ fn nobody_watches() -> LocalRun {
         output,
         control,
         listeners: Vec::new(),
+        keep: None,
     }
 }
 
@@ -685,6 +691,7 @@ fn built(end: BuildEnd) -> JobEnd {
         runtime: None,
         artifacts: Vec::new(),
         measured: end.measured,
+        kept: None,
     }
 }
 
@@ -709,6 +716,7 @@ fn ran(end: RunEnd) -> JobEnd {
         runtime: None,
         artifacts: Vec::new(),
         measured: end.measured,
+        kept: end.kept.map(Box::new),
     }
 }
 

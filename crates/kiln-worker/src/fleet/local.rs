@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::job::JobEnd;
 use crate::event::Events;
+use crate::kept::Keep;
 use crate::orders::Control;
 
 /// A source folder of this host.
@@ -37,6 +38,8 @@ pub struct LocalRun {
     pub control: mpsc::Receiver<Control>,
     /// Ports already bound, each with its guest port.
     pub listeners: Vec<(TcpListener, u16)>,
+    /// That the machine stays when the command is over. Whoever asks takes it over then: see [`JobEnd::kept`].
+    pub keep: Option<Keep>,
 }
 
 impl std::fmt::Debug for LocalRun {

@@ -14,6 +14,7 @@ use kiln_machine::qemu::{QemuConfig, QemuDriver};
 use kiln_worker::home::Home;
 use kiln_worker::host::Host;
 use kiln_worker::image::CurrentImage;
+use kiln_worker::kept::Facts;
 
 use super::{fail, pass, warn};
 use crate::environment;
@@ -73,7 +74,31 @@ pub(super) async fn computer(home: &Home) -> Vec<Check> {
         checks.push(user_namespaces().await);
     }
     checks.extend(running(home).await);
+    checks.extend(kept(home));
     checks
+}
+
+/// Machines that were kept, and those whose keeper died. None when there is neither.
+fn kept(home: &Home) -> Option<Check> {
+    let all = kiln_worker::kept::list(&home.data);
+    let dead = |facts: &&Facts| {
+        rustix::process::Pid::from_raw(facts.pid.cast_signed())
+            .is_none_or(|pid| rustix::process::test_kill_process(pid).is_err())
+    };
+    let ids = |facts: Vec<&Facts>| -> String {
+        let ids: Vec<&str> = facts.into_iter().take(6).map(Facts::id).collect();
+        ids.join(", ")
+    };
+    let (dead, kept): (Vec<_>, Vec<_>) = all.iter().partition(|facts| dead(facts));
+    match (kept.len(), dead.len()) {
+        (0, 0) => None,
+        (count, 0) => Some(pass("kept-machines", format!("{count} ({})", ids(kept)))),
+        (_, count) => Some(warn(
+            "kept-machines",
+            format!("the keeper of {count} died ({})", ids(dead)),
+            "`kiln machine list` removes what is left of them",
+        )),
+    }
 }
 
 fn memory(home: &Home) -> Check {

@@ -1,0 +1,150 @@
+//! The process that keeps one machine, and how a command starts it.
+//!
+//! A command that ends cannot become something else: its shell waits for it. So it lets go of its machine, starts this same program once more, and
+//! hands over by its standard input; the keeper answers with one line when the machine is its own. It has no terminal, no session of the command's and
+//! no file of it open but its log, and its memory is what one connection to a guest needs.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::process::Stdio;
+use std::time::Duration;
+
+use kiln_core::FailureClass;
+use kiln_worker::kept::keeper::keep;
+use kiln_worker::kept::{Facts, Handover, LOG_FILE};
+use rustix::process::{chdir, setsid};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::process::{Child, Command};
+use tokio_util::sync::CancellationToken;
+
+use crate::commands::operator::Operator;
+use crate::error::{CliError, OrInfrastructure as _, Result, chain};
+use crate::show::Screen;
+
+/// Longest wait for a keeper to adopt its machine.
+const READY_TIMEOUT: Duration = Duration::from_secs(45);
+/// Most bytes of a handover, and of the answer.
+const HANDOVER_BYTES_MAX: u64 = 512 * 1024;
+/// This very program, also when its file was replaced meanwhile.
+const PROGRAM: &str = "/proc/self/exe";
+
+/// Hands a machine without an owner over to a keeper.
+///
+/// # Errors
+/// When there is none that takes it; then the machine is removed.
+pub(in crate::commands) async fn hand_over(
+    operator: &Operator,
+    handover: &Handover,
+) -> Result<Facts> {
+    let started = start(operator, handover).or_infrastructure();
+    let taken = async {
+        let mut child = started?;
+        let taken = tokio::time::timeout(READY_TIMEOUT, greet(&mut child, handover)).await;
+        let why = match taken {
+            Ok(Ok(facts)) => return Ok(facts),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("its keeper did not take it within {READY_TIMEOUT:?}"),
+        };
+        let _dead_already = child.kill().await;
+        Err(CliError::new(
+            FailureClass::Infrastructure,
+            format!("the machine could not be kept: {why}"),
+        ))
+    };
+    let taken = taken.await;
+    if taken.is_err() {
+        discard(operator, handover).await;
+    }
+    taken
+}
+
+fn start(operator: &Operator, handover: &Handover) -> io::Result<Child> {
+    let dir = operator
+        .home
+        .data
+        .join("machines")
+        .join(handover.machine.as_str());
+    let log = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(dir.join(LOG_FILE))?;
+    Command::new(PROGRAM)
+        .arg0("kiln")
+        .args(["--json", "keep-machine"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+}
+
+async fn greet(child: &mut Child, handover: &Handover) -> io::Result<Facts> {
+    let (Some(mut to), Some(from)) = (child.stdin.take(), child.stdout.take()) else {
+        return Err(io::ErrorKind::BrokenPipe.into());
+    };
+    to.write_all(&serde_json::to_vec(handover)?).await?;
+    drop(to);
+    let mut line = String::new();
+    BufReader::new(from.take(HANDOVER_BYTES_MAX))
+        .read_line(&mut line)
+        .await?;
+    if line.is_empty() {
+        return Err(io::Error::other("its keeper ended at once"));
+    }
+    if let Ok(facts) = serde_json::from_str(&line) {
+        return Ok(facts);
+    }
+    let told: serde_json::Value = serde_json::from_str(&line)?;
+    Err(io::Error::other(
+        told["message"]
+            .as_str()
+            .unwrap_or("its keeper gave no reason")
+            .to_owned(),
+    ))
+}
+
+/// Nobody else will.
+async fn discard(operator: &Operator, handover: &Handover) {
+    let Ok(host) = operator.host().await else {
+        return;
+    };
+    match host.driver.adopt(&handover.machine).await {
+        Ok(machine) => {
+            let _next_reaper = machine.destroy().await;
+        }
+        Err(error) => tracing::warn!(
+            error = chain(&error),
+            "the machine stays until its time is over"
+        ),
+    }
+}
+
+/// `kiln keep-machine`: keeps the machine that standard input names.
+pub(in crate::commands) async fn run(screen: Screen, cancel: CancellationToken) -> Result<u8> {
+    // Fails only where it leads a session already: then it has no terminal to lose.
+    let _leader_already = setsid();
+    let _stays_where_it_is = chdir("/");
+    let mut text = Vec::new();
+    tokio::io::stdin()
+        .take(HANDOVER_BYTES_MAX)
+        .read_to_end(&mut text)
+        .await
+        .or_infrastructure()?;
+    let handover: Handover = serde_json::from_slice(&text).map_err(|error| {
+        CliError::usage(format!("this is no machine to keep: {error}"))
+            .hint("`kiln run --keep` starts this by itself")
+    })?;
+    let operator = Operator::load()?;
+    let host = operator.host().await?;
+    let site = operator.site()?;
+    let kept = keep(&host, &site, handover, &cancel, |facts| {
+        screen.data(facts, String::new);
+        // The command that waited for it is about to go.
+        if let Ok(null) = OpenOptions::new().write(true).open("/dev/null") {
+            let _stays_open = rustix::stdio::dup2_stdout(null);
+        }
+    });
+    kept.await.map_err(CliError::from_failure)?;
+    Ok(0)
+}

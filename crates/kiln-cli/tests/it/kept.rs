@@ -1,0 +1,478 @@
+//! Machines that stay when their command is over: reached, copied from, stood in, ended; and whoever dies leaves nothing.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use crate::annex::Annex;
+use crate::support::{Kiln, app, free_port, path, said, until};
+
+/// A made-up user: nobody has this id.
+const STRANGER: &str = "60618";
+
+/// Runs a command in a machine that stays; gives its id.
+fn kept(kiln: &Kiln, code: i32, options: &[&str], command: &[&str]) -> String {
+    let mut words = vec!["--json", "run"];
+    words.extend(options);
+    words.push("--");
+    words.extend(command);
+    let said = kiln.run(&words).exits(code);
+    let lines = said
+        .out
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok());
+    let told = lines
+        .filter(|line: &serde_json::Value| line["event"] == "kept")
+        .last();
+    let told = told.unwrap_or_else(|| panic!("{said:?}"));
+    told["id"].as_str().expect("an id").to_owned()
+}
+
+fn dir_of(kiln: &Kiln, id: &str) -> PathBuf {
+    kiln.home.join("machines").join(format!("{id}-1-run"))
+}
+
+fn keeper_of(kiln: &Kiln, id: &str) -> i32 {
+    let facts = fs::read(dir_of(kiln, id).join("keeper.json")).expect("facts");
+    let facts: serde_json::Value = serde_json::from_slice(&facts).expect("JSON");
+    facts["pid"]
+        .as_i64()
+        .and_then(|pid| pid.try_into().ok())
+        .expect("a pid")
+}
+
+fn kill(pid: i32, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
+    rustix::process::kill_process(pid, signal).expect("kill");
+}
+
+/// Whether a process with this in its command line runs in the machine.
+fn runs(kiln: &Kiln, id: &str, word: &str) -> bool {
+    let script = format!("cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -q '{word}'");
+    // Its own command line must not be found.
+    let script = script.replace(
+        &format!("'{word}'"),
+        &format!("'[{}]{}'", &word[..1], &word[1..]),
+    );
+    kiln.run(&["exec", id, "--", "sh", "-c", &script]).code == 0
+}
+
+#[test]
+fn a_machine_that_stays_takes_commands_and_whoever_dies_leaves_nothing() {
+    let Some(kiln) = Annex::open() else { return };
+    let id = kept(
+        &kiln,
+        3,
+        &["--keep=10m", "-e", "TOKEN=hush-hush"],
+        &["sh", "-c", "echo hi > /root/f; exit 3"],
+    );
+    let said = kiln.run(&["machine", "list"]).exits(0);
+    assert!(
+        said.out.contains(&id) && said.out.contains("echo hi"),
+        "{said:?}"
+    );
+    assert!(
+        said.out.lines().all(|line| line.chars().count() <= 80),
+        "{said:?}"
+    );
+    let words = [
+        "exec",
+        &id,
+        "-e",
+        "A=b",
+        "--",
+        "sh",
+        "-c",
+        "cat /root/f; echo $A$TOKEN >&2; exit 7",
+    ];
+    let said = kiln.run(&words).exits(7);
+    assert_eq!((said.out.as_str(), said.err.as_str()), ("hi\n", "b\n"));
+    for entry in fs::read_dir(dir_of(&kiln, &id)).expect("list").flatten() {
+        let text = fs::read(entry.path()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        assert!(!text.contains("hush-hush"), "{:?}", entry.path());
+    }
+    // Several at once, each with its own input, to its end.
+    let children: Vec<(Child, String)> = (0..3)
+        .map(|n| {
+            let mut command = kiln.command(&["exec", &id, "--", "sha256sum"]);
+            let mut child = command
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .expect("start");
+            let bytes = vec![b'a' + n; 300_000];
+            child
+                .stdin
+                .take()
+                .expect("piped")
+                .write_all(&bytes)
+                .expect("write");
+            (child, kiln_core::Digest::of(&bytes).hex())
+        })
+        .collect();
+    for (child, want) in children {
+        let output = child.wait_with_output().expect("wait");
+        assert_eq!(
+            String::from_utf8_lossy(&output.stdout),
+            format!("{want}  -\n")
+        );
+    }
+    for words in [
+        vec!["exec", "r0nobody", "--", "true"],
+        vec!["console", "r0nobody"],
+        vec!["cp", "r0nobody:/x", "."],
+        vec!["port-forward", "r0nobody", "0:1"],
+        vec!["machine", "show", "r0nobody"],
+        vec!["machine", "rm", "r0nobody"],
+        vec!["machine", "kill", "r0nobody", "--incident"],
+    ] {
+        kiln.run(&words).exits(2).says("r0nobody");
+    }
+    kiln.run(&["exec", &id, "--", "no-such-program"]).exits(127);
+    // Ctrl-C reaches the command; one that is killed takes its command with it.
+    let mut interrupted = kiln.start(&[
+        "exec",
+        &id,
+        "--",
+        "sh",
+        "-c",
+        "trap 'exit 9' INT; echo ready; while :; do sleep 0.1; done",
+    ]);
+    interrupted.until_it_prints("ready");
+    interrupted.signal("INT");
+    interrupted.end().exits(9);
+    let mut killed = kiln.start(&[
+        "exec",
+        &id,
+        "--",
+        "sh",
+        "-c",
+        "echo ready; sleep 4321; true",
+    ]);
+    killed.until_it_prints("ready");
+    until("its command", || {
+        runs(&kiln, &id, "sleep 4321").then_some(())
+    });
+    killed.signal("KILL");
+    until("its command's end", || {
+        (!runs(&kiln, &id, "sleep 4321")).then_some(())
+    });
+    // The keeper dies: what it held is gone with the next command.
+    kill(keeper_of(&kiln, &id), rustix::process::Signal::KILL);
+    kiln.run(&["machine", "list"]).exits(0);
+    assert!(!dir_of(&kiln, &id).exists());
+    assert!(kiln.vmms().is_empty());
+    kiln.run(&["exec", &id, "--", "true"]).exits(2);
+}
+
+#[test]
+fn a_deadline_an_incident_and_a_stop_end_it() {
+    let Some(kiln) = Annex::open() else { return };
+    let short = kept(&kiln, 0, &["--keep=1s"], &["true"]);
+    until("its deadline", || {
+        (!dir_of(&kiln, &short).exists()).then_some(())
+    });
+    kiln.run(&["run", "--keep=25h", "--", "true"])
+        .exits(2)
+        .says("24h");
+
+    let id = kept(&kiln, 0, &["--keep"], &["echo", "evidence"]);
+    kiln.run(&["uninstall", "--yes"])
+        .exits(2)
+        .says("kiln machine rm --all");
+    let doctor = kiln.run(&["doctor"]);
+    assert!(
+        doctor.out.contains("kept-machines") && doctor.out.contains(&id),
+        "{doctor:?}"
+    );
+    let shown = kiln.run(&["machine", "show", &id]).exits(0);
+    assert!(
+        shown.out.contains("echo evidence") && shown.out.contains("left"),
+        "{shown:?}"
+    );
+    kiln.run(&["machine", "stats", &id]).exits(0);
+    let told = kiln
+        .run(&["--json", "machine", "kill", &id, "--incident=it mined"])
+        .exits(0);
+    let told: serde_json::Value = serde_json::from_str(told.out.trim()).expect("JSON");
+    let dir = Path::new(told["incident"].as_str().expect("a folder"));
+    assert!(
+        dir.starts_with(kiln.home.join("incidents")) && told["job"] == "finished",
+        "{told}"
+    );
+    let text = |name: &str| fs::read_to_string(dir.join(name)).expect("kept");
+    assert!(text("incident.json").contains("it mined"));
+    assert_eq!(text("job.log"), "evidence\n");
+    for name in [
+        "job.json",
+        "record.json",
+        "console.log",
+        "keeper.log",
+        "egress.json",
+    ] {
+        let _there = text(name);
+    }
+    assert!(!dir_of(&kiln, &id).exists() && kiln.vmms().is_empty());
+
+    let id = kept(&kiln, 0, &["--keep"], &["true"]);
+    kiln.run(&["machine", "stop", &id]).exits(0);
+    assert!(!dir_of(&kiln, &id).exists() && kiln.vmms().is_empty());
+}
+
+#[test]
+fn files_and_ports_lead_into_a_kept_machine_and_no_link_leads_out() {
+    let Some(kiln) = Annex::open() else { return };
+    let server = "use IO::Socket; $s = IO::Socket::INET->new(LocalAddr => '127.0.0.1', LocalPort => 3000, Listen => 1, ReuseAddr => 1); \
+        print \"ready\\n\"; $c = $s->accept; undef $/; $x = <$c>; print $c \"got $x\";";
+    let hostile = "mkdir -p out/sub; echo whole > out/sub/f; ln -s /etc/passwd out/abs; ln -s ../../../x out/up; ln -s sub/f out/in; \
+        mkfifo out/pipe; mknod out/disk b 8 0; echo one > single";
+    let id = kept(&kiln, 0, &["--keep=10m"], &["sh", "-c", hostile]);
+    let here = app(&[("src/a/file", "into"), ("there", "precious")]);
+    let at = |name: &str| here.path().join(name);
+    let there = |path: &str| format!("{id}:{path}");
+    let said = kiln
+        .run(&["cp", &there("/root/out"), path(&at("copy"))])
+        .exits(0)
+        .says("2 links");
+    assert!(said.out.contains("copy"));
+    assert_eq!(
+        fs::read_to_string(at("copy/in")).expect("inside"),
+        "whole\n"
+    );
+    let mut names: Vec<_> = fs::read_dir(at("copy"))
+        .expect("list")
+        .flatten()
+        .map(|e| e.file_name())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["in", "sub"]);
+    kiln.run(&["cp", &there("/root/out"), path(&at("copy"))])
+        .exits(0);
+    assert!(
+        at("copy/out/sub/f").exists(),
+        "below a folder that is there"
+    );
+    kiln.run(&["cp", &there("/root/out"), path(&at("copy"))])
+        .exits(2)
+        .says("not merged");
+    std::os::unix::fs::symlink("there", at("link")).expect("link");
+    kiln.run(&["cp", &there("/root/single"), path(&at("link"))])
+        .exits(0);
+    assert_eq!(fs::read_to_string(at("there")).expect("reads"), "precious");
+    assert_eq!(fs::read_to_string(at("link")).expect("reads"), "one\n");
+    kiln.run(&["cp", &there("/no/such"), path(&at("none"))])
+        .exits(2)
+        .says("/no/such");
+    kiln.run(&["cp", path(&at("src")), &there("/root/")])
+        .exits(0);
+    let said = kiln.run(&["exec", &id, "--", "cat", "src/a/file"]).exits(0);
+    assert_eq!(said.out, "into");
+    kiln.run(&["cp", path(&at("src")), &there("/no/such/folder/x")])
+        .exits(2)
+        .says("no folder");
+
+    let port = free_port();
+    let forwarded = kiln.start(&["port-forward", &id, &format!("{port}:3000")]);
+    let mut serving = kiln.start(&[
+        "exec",
+        &id,
+        "--",
+        "perl",
+        "-e",
+        &format!("$| = 1; {server}"),
+    ]);
+    serving.until_it_prints("ready");
+    let mut stream = until("the port", || TcpStream::connect(("127.0.0.1", port)).ok());
+    stream.write_all(b"half").expect("write");
+    stream
+        .shutdown(std::net::Shutdown::Write)
+        .expect("half-close");
+    let mut answer = String::new();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .expect("timeout");
+    stream.read_to_string(&mut answer).expect("read");
+    assert_eq!(answer, "got half");
+    serving.end().exits(0);
+    forwarded.signal("INT");
+    forwarded.end().exits(0);
+
+    a_stranger_is_refused(&kiln, &id);
+    kiln.run(&["machine", "rm", "--all"]).exits(0);
+    assert!(kiln.vmms().is_empty());
+}
+
+/// Even where every file were open to all, the keeper answers its owner alone.
+fn a_stranger_is_refused(kiln: &Kiln, id: &str) {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let socket = dir_of(kiln, id).join("keeper.sock");
+    let mode = fs::metadata(&socket).expect("there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let as_stranger = || {
+        let connect = "use IO::Socket::UNIX; alarm 20; $SIG{PIPE} = 'IGNORE'; $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or exit 3; \
+            print $s pack('V', 14) . '{\"ask\":\"show\"}'; $s->flush; print '<' . <$s> . '>'";
+        let mut command = Command::new("setpriv");
+        command.args([
+            "--reuid",
+            STRANGER,
+            "--regid",
+            STRANGER,
+            "--clear-groups",
+            "perl",
+            "-e",
+            connect,
+        ]);
+        command.arg(&socket);
+        said(command)
+    };
+    as_stranger().exits(3);
+    let mut opened = Vec::new();
+    for open in [
+        kiln.home.clone(),
+        kiln.home.join("machines"),
+        dir_of(kiln, id),
+        socket.clone(),
+    ] {
+        let before = fs::metadata(&open).expect("there").permissions();
+        fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).expect("chmod");
+        opened.push((open, before));
+    }
+    let said = as_stranger();
+    for (path, before) in opened {
+        fs::set_permissions(path, before).expect("chmod");
+    }
+    // The suite's own directory may be closed to others: then nobody even gets there.
+    assert!(said.code == 3 || said.out == "<>", "{said:?}");
+    if said.code != 3 {
+        let log = fs::read_to_string(dir_of(kiln, id).join("keeper.log")).expect("log");
+        assert!(log.contains("not its owner"), "{log}");
+    }
+}
+
+/// Words typed into a terminal of a command's own, each once the terminal shows what comes before it.
+fn typed(kiln: &Kiln, words: &str, typed: &[(&str, &str)], then: impl FnOnce()) -> (i32, String) {
+    // One that hangs ends, and its words are not found.
+    let mut command = Command::new("timeout");
+    command.args(["60", "script"]);
+    let words = format!("stty rows 33 cols 101; {words}; code=$?; stty -a; exit $code");
+    command.args([
+        "--quiet",
+        "--return",
+        "--flush",
+        "--command",
+        &words,
+        "/dev/null",
+    ]);
+    command
+        .env("KILN_HOME", &kiln.home)
+        .env("TERM", "dumb")
+        .env("NO_COLOR", "1");
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("script");
+    let mut stdin = child.stdin.take().expect("piped");
+    let mut stdout = child.stdout.take().expect("piped");
+    let mut all = Vec::new();
+    for (before, keys) in typed {
+        let from = all.len();
+        while !String::from_utf8_lossy(&all[from..]).contains(before) {
+            let mut byte = [0];
+            let read = stdout.read_exact(&mut byte);
+            assert!(
+                read.is_ok(),
+                "no {before:?} in {}",
+                String::from_utf8_lossy(&all)
+            );
+            all.extend(byte);
+        }
+        stdin.write_all(keys.as_bytes()).expect("type");
+    }
+    then();
+    let _read = stdout.read_to_end(&mut all);
+    let status = child.wait().expect("wait");
+    (
+        status.code().unwrap_or(-1),
+        String::from_utf8_lossy(&all).into_owned(),
+    )
+}
+
+#[test]
+fn a_console_is_a_terminal_and_gives_it_back() {
+    let Some(kiln) = Annex::open() else { return };
+    let id = kept(&kiln, 0, &["--keep=10m"], &["true"]);
+    let program = path(&kiln.program);
+    let console = format!("{program} console {id} -- sh -i");
+    let (code, all) = typed(
+        &kiln,
+        &console,
+        &[
+            ("Ctrl-]", ""),
+            ("# ", "stty size\r"),
+            // Typed words come back as they are: what a command says has to differ from them.
+            (
+                "33 101",
+                "sh -c 'trap \"echo cau\"\"ght; exit\" INT; echo rea\"\"dy; while :; do sleep 0.1; done'\r",
+            ),
+            ("ready", "\x03"),
+            ("caught", "echo $((6 * 7))\r"),
+            ("42", "exit 6\r"),
+        ],
+        || {},
+    );
+    assert_eq!(code, 6, "{all}");
+    assert!(
+        all.contains(" icanon") && all.contains(" echo "),
+        "given back: {all}"
+    );
+    let (code, all) = typed(
+        &kiln,
+        &console,
+        &[("# ", "sleep 9876\r"), ("9876", "\x1d\x1d")],
+        || {},
+    );
+    assert!(
+        code == 0 && all.contains("left ") && all.contains(" icanon"),
+        "{code} {all}"
+    );
+    until("its end", || {
+        (!runs(&kiln, &id, "sleep 9876")).then_some(())
+    });
+    let pid = kiln.home.join("pid");
+    let noted = format!("sh -c 'echo $$ > {}; exec {console}'", path(&pid));
+    let (code, all) = typed(&kiln, &noted, &[("# ", "")], || {
+        let pid = fs::read_to_string(&pid).expect("a pid");
+        kill(
+            pid.trim().parse().expect("a pid"),
+            rustix::process::Signal::TERM,
+        );
+    });
+    assert!(code == 130 && all.contains(" icanon"), "{code} {all}");
+    kiln.run(&["console", &id]).exits(2).says("terminal");
+    kiln.run(&["machine", "rm", &id]).exits(0);
+
+    // Where a command failed, its user stands in its machine; then it is gone.
+    let failing =
+        format!("{program} run --shell-on-failure -- sh -c 'echo left-behind > /root/f; exit 5'");
+    let (code, all) = typed(&kiln, &failing, &[("Ctrl-]", "cat /root/f; exit\r")], || {});
+    assert!(code == 5 && all.contains("left-behind"), "{code} {all}");
+    let said = kiln
+        .run(&["run", "--shell-on-failure", "--", "false"])
+        .exits(1);
+    assert!(said.err.contains("needs a terminal"), "{said:?}");
+    assert!(kiln.vmms().is_empty());
+    assert!(
+        kiln.run(&["machine", "list", "--json"])
+            .exits(0)
+            .out
+            .is_empty()
+    );
+}

@@ -1,0 +1,219 @@
+//! Further commands beside a container that has ended: its files and its user once more, in a container of their own.
+//!
+//! The first container's configuration is read out of the machine, changed where the new command differs, and written back there. It never
+//! leaves the machine for good and nothing on the host follows it: a guest that wrote it otherwise fools itself alone.
+
+use std::io::{Cursor, Read as _};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kiln_proto::Session;
+use kiln_proto::msg::{ExecRequest, GetTree};
+use serde_json::{Value, json};
+use tokio::io::AsyncReadExt as _;
+use tokio::sync::mpsc;
+
+use super::ask::{ExecAsk, Refused};
+use crate::orders::{self, ExecIo};
+
+/// Configuration of the first container (`BUNDLE` of the guest's `container`).
+const CONFIG: &str = "/run/kiln/container/config.json";
+/// Where runc keeps its state (`RUNC_ROOT` of the guest's `container`).
+const RUNC_ROOT: &str = "/run/kiln/runc";
+/// Most bytes of a configuration.
+const CONFIG_BYTES_MAX: u64 = 512 * 1024;
+/// Room for the heads of its tar stream.
+const HEADS_MAX: u64 = 16 * 1024;
+/// Folders for configurations; each is read once, when its container starts.
+const BUNDLES: u64 = 64;
+
+/// How commands run beside a container.
+#[derive(Debug)]
+pub(super) struct Beside {
+    runc: String,
+    config: Value,
+    next: AtomicU64,
+}
+
+impl Beside {
+    /// Reads how the first container was.
+    pub(super) async fn read(session: &Session, runc: String) -> Result<Self, Refused> {
+        let order = GetTree {
+            path: CONFIG.to_owned(),
+            bytes_max: CONFIG_BYTES_MAX,
+            entries_max: 1,
+        };
+        let failed = |error: &dyn std::error::Error| Refused::failed(orders::chain(error));
+        let stream = orders::get_tree(session, "say how its container was", &order).await;
+        let stream = stream.map_err(|error| failed(&error))?;
+        let mut bytes = Vec::new();
+        let mut stream = stream.take(CONFIG_BYTES_MAX + HEADS_MAX);
+        let read = tokio::time::timeout(orders::ORDER_TIMEOUT, stream.read_to_end(&mut bytes));
+        match read.await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return Err(failed(&error)),
+            Err(_) => {
+                return Err(Refused::failed(
+                    "the machine does not say how its container was",
+                ));
+            }
+        }
+        let config = config_in(&bytes).map_err(|error| failed(&error))?;
+        let next = AtomicU64::new(1);
+        Ok(Self { runc, config, next })
+    }
+
+    /// Puts a further container together; gives what starts it.
+    pub(super) async fn prepare(
+        &self,
+        session: &Session,
+        ask: &ExecAsk,
+    ) -> Result<Vec<String>, Refused> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let bundle = format!("/run/kiln/kept-{}", number % BUNDLES);
+        let config = changed(&self.config, ask).to_string();
+        let script = "umask 077; mkdir -p \"$0\" && cat > \"$0/config.json\"";
+        let words = ["/bin/sh", "-c", script, &bundle];
+        let request = ExecRequest {
+            argv: words.map(str::to_owned).to_vec(),
+            stdin: true,
+            ..ExecRequest::default()
+        };
+        let (output, mut said) = mpsc::channel(16);
+        let (_nobody, control) = mpsc::channel(1);
+        let io = ExecIo {
+            stdin: Some(Box::new(Cursor::new(config.into_bytes()))),
+            output,
+            control,
+        };
+        let written = orders::exec(session, "prepare a container", &request, io);
+        let all = async { while said.recv().await.is_some() {} };
+        let written = async { tokio::join!(written, all).0 };
+        let written = tokio::time::timeout(orders::ORDER_TIMEOUT, written).await;
+        match written {
+            Ok(Ok(exit)) if exit.code == Some(0) => {}
+            Ok(Ok(_)) => {
+                return Err(Refused::failed(
+                    "the machine has no room for another container",
+                ));
+            }
+            Ok(Err(error)) => return Err(Refused::failed(orders::chain(&error))),
+            Err(_) => return Err(Refused::failed("the machine does not prepare a container")),
+        }
+        let id = format!("kept-{number}");
+        let words = ["--root", RUNC_ROOT, "run", "--bundle", &bundle, &id];
+        let mut argv = vec![self.runc.clone()];
+        argv.extend(words.map(str::to_owned));
+        Ok(argv)
+    }
+}
+
+/// The configuration in a tar stream of one file.
+fn config_in(bytes: &[u8]) -> std::io::Result<Value> {
+    let mut archive = tar::Archive::new(bytes);
+    let none = || std::io::Error::other("the machine gives no configuration of its container");
+    let entry = archive.entries()?.next().ok_or_else(none)??;
+    let mut text = Vec::new();
+    entry.take(CONFIG_BYTES_MAX).read_to_end(&mut text)?;
+    let config: Value = serde_json::from_slice(&text)?;
+    match config["process"].is_object() {
+        true => Ok(config),
+        false => Err(none()),
+    }
+}
+
+/// With the command, environment, directory and terminal that are asked.
+fn changed(config: &Value, ask: &ExecAsk) -> Value {
+    let mut config = config.clone();
+    let process = &mut config["process"];
+    let before = process["env"].as_array().cloned().unwrap_or_default();
+    let replaced = |item: &Value| {
+        let key = item
+            .as_str()
+            .and_then(|item| item.split_once('='))
+            .map(|(key, _)| key);
+        key.is_some_and(|key| ask.env.iter().any(|(name, _)| name == key))
+    };
+    let mut env: Vec<Value> = before.into_iter().filter(|item| !replaced(item)).collect();
+    env.extend(
+        ask.env
+            .iter()
+            .map(|(key, value)| json!(format!("{key}={value}"))),
+    );
+    let has_term = env
+        .iter()
+        .any(|item| item.as_str().is_some_and(|item| item.starts_with("TERM=")));
+    if ask.tty.is_some() && !has_term {
+        env.push(json!("TERM=xterm"));
+    }
+    process["env"] = env.into();
+    process["args"] = json!(ask.argv);
+    process["terminal"] = json!(ask.tty.is_some());
+    if !ask.cwd.is_empty() {
+        process["cwd"] = json!(ask.cwd);
+    }
+    config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_proto::msg::TtySize;
+
+    #[test]
+    fn a_further_command_has_the_containers_user_and_its_own_words() {
+        let first = json!({
+            "process": { "terminal": false, "user": { "uid": 1000 }, "args": ["npm", "start"],
+                "env": ["PATH=/bin", "MODE=a"], "cwd": "/app" },
+            "root": { "path": "/run/kiln/container/rootfs" },
+        });
+        let ask = ExecAsk {
+            argv: vec!["sh".to_owned()],
+            env: vec![("MODE".to_owned(), "b=c".to_owned())],
+            tty: Some(TtySize { rows: 24, cols: 80 }),
+            ..ExecAsk::default()
+        };
+        let process = &changed(&first, &ask)["process"];
+        assert_eq!(process["args"], json!(["sh"]));
+        assert_eq!(
+            process["env"],
+            json!(["PATH=/bin", "MODE=b=c", "TERM=xterm"])
+        );
+        assert_eq!(
+            (&process["cwd"], &process["terminal"]),
+            (&json!("/app"), &json!(true))
+        );
+        assert_eq!(process["user"]["uid"], 1000);
+        let there = ExecAsk {
+            cwd: "/tmp".to_owned(),
+            tty: None,
+            ..ask
+        };
+        assert_eq!(changed(&first, &there)["process"]["cwd"], "/tmp");
+    }
+
+    #[test]
+    fn what_is_no_configuration_is_refused() {
+        let tar = |content: &[u8]| {
+            let mut builder = tar::Builder::new(Vec::new());
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            builder
+                .append_data(&mut header, "config.json", content)
+                .expect("appended");
+            builder.into_inner().expect("whole")
+        };
+        assert!(config_in(&tar(b"{\"process\":{}}")).is_ok());
+        for bad in [&b"{}"[..], b"[]", b"{", b""] {
+            assert!(config_in(&tar(bad)).is_err());
+        }
+        assert!(config_in(b"").is_err() && config_in(&[7; 700]).is_err());
+    }
+
+    #[test]
+    fn the_guests_places_are_these() {
+        let guest = include_str!("../../../kiln-guest/src/container.rs");
+        assert!(guest.contains(&format!("const RUNC_ROOT: &str = \"{RUNC_ROOT}\";")));
+        let bundle = CONFIG.strip_suffix("/config.json").expect("a folder");
+        assert!(guest.contains(&format!("const BUNDLE: &str = \"{bundle}\";")));
+    }
+}
