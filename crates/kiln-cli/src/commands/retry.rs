@@ -96,7 +96,7 @@ fn missing(request: &JobRequest, terminal: bool) -> Option<&'static str> {
 mod tests {
     use super::*;
 
-    fn request(kind: serde_json::Value) -> JobRequest {
+    fn request(kind: &serde_json::Value) -> JobRequest {
         let request = json!({
             "id": "r1m7z7g68prr466fez", "tenant": "local", "kind": kind, "network": {"mode": "isolated"},
             "limits": {"cpus": 1, "memory": 1 << 29, "disk": 1 << 30, "timeout_ms": 1000}, "trust": "untrusted",
@@ -108,7 +108,7 @@ mod tests {
     fn what_nobody_kept_cannot_be_run_again() {
         let run = |tty: bool, stdin: bool, ports: serde_json::Value| {
             request(
-                json!({"kind": "run", "image": null, "argv": ["true"], "env": {}, "ports": ports, "tty": tty, "stdin": stdin}),
+                &json!({"kind": "run", "image": null, "argv": ["true"], "env": {}, "ports": ports, "tty": tty, "stdin": stdin}),
             )
         };
         let none = json!([]);
@@ -118,6 +118,6 @@ mod tests {
         assert!(missing(&run(false, true, none), true).is_some());
         assert!(missing(&run(false, false, json!([[8080, 80]])), true).is_some());
         let build = json!({"kind": "source_build", "name": "a", "source": {"from": "folder", "path": "/a"}});
-        assert!(missing(&request(build), true).is_some());
+        assert!(missing(&request(&build), true).is_some());
     }
 }

@@ -223,11 +223,11 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use std::sync::mpsc;
 
+    /// What a connection is answered, by its request's head.
+    type Answer = Box<dyn Fn(&str) -> Vec<u8> + Send>;
+
     /// A server that answers each connection with what this gives for its request, and closes it.
-    fn fake_server(
-        dir: &Path,
-        answers: Vec<Box<dyn Fn(&str) -> Vec<u8> + Send>>,
-    ) -> (Server, mpsc::Receiver<String>) {
+    fn fake_server(dir: &Path, answers: Vec<Answer>) -> (Server, mpsc::Receiver<String>) {
         let socket = dir.join("socket");
         let listener = UnixListener::bind(&socket).expect("binds");
         let (asked, requests) = mpsc::channel();
@@ -247,14 +247,14 @@ mod tests {
         (Server::of_home(socket), requests)
     }
 
-    fn whole(body: &'static [u8], cut: usize) -> Box<dyn Fn(&str) -> Vec<u8> + Send> {
+    fn whole(body: &'static [u8], cut: usize) -> Answer {
         Box::new(move |_| {
             let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
             [head.as_bytes(), &body[..cut]].concat()
         })
     }
 
-    fn rest(body: &'static [u8], from: usize) -> Box<dyn Fn(&str) -> Vec<u8> + Send> {
+    fn rest(body: &'static [u8], from: usize) -> Answer {
         Box::new(move |head| {
             assert!(head.contains(&format!("range: bytes={from}-")), "{head}");
             assert!(

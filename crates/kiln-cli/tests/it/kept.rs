@@ -21,13 +21,11 @@ fn kept(kiln: &Kiln, code: i32, options: &[&str], command: &[&str]) -> String {
     words.push("--");
     words.extend(command);
     let said = kiln.run(&words).exits(code);
-    let lines = said
+    let mut lines = said
         .out
         .lines()
         .filter_map(|line| serde_json::from_str(line).ok());
-    let told = lines
-        .filter(|line: &serde_json::Value| line["event"] == "kept")
-        .last();
+    let told = lines.rfind(|line: &serde_json::Value| line["event"] == "kept");
     let told = told.unwrap_or_else(|| panic!("{said:?}"));
     told["id"].as_str().expect("an id").to_owned()
 }

@@ -103,7 +103,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn line(kind: serde_json::Value) -> String {
+    fn line(kind: &serde_json::Value) -> String {
         let request = json!({
             "id": "r1m7z7g68prr466fez", "tenant": "local", "kind": kind, "network": {"mode": "isolated"},
             "limits": {"cpus": 1, "memory": 1 << 29, "disk": 1 << 30, "timeout_ms": 1000}, "trust": "untrusted",
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn a_line_asks_for_the_same_and_tells_no_values() {
-        let run = line(json!({
+        let run = line(&json!({
             "kind": "run", "image": "shop:1.4", "argv": ["sh", "-c", "echo it's; \u{1b}[2J"], "env": {"TOKEN": "hush"},
             "ports": [[8080, 3000]], "tty": false, "stdin": false, "artifacts": ["out/*.xml"],
         }));
@@ -121,7 +121,7 @@ mod tests {
             run,
             "kiln run --image shop:1.4 -e TOKEN -p 8080:3000 --artifact 'out/*.xml' -- sh -c 'echo it'\\''s; ?[2J'"
         );
-        let build = line(json!({
+        let build = line(&json!({
             "kind": "source_build", "source": {"from": "folder", "path": "/home/me/my app"}, "name": "app",
             "tags": ["app:v1"], "build_args": {"A": "hush"}, "secrets": ["token"], "no_cache": true,
         }));
@@ -129,7 +129,7 @@ mod tests {
             build,
             "kiln build '/home/me/my app' --tag app:v1 --build-arg A --secret id=token,env=... --no-cache"
         );
-        let git = line(json!({
+        let git = line(&json!({
             "kind": "source_build", "name": "app",
             "source": {"from": "git", "url": "https://git.example.org/app.git", "reference": "v2"},
         }));

@@ -63,24 +63,27 @@ pub(crate) async fn answer(
         }
         (Route::Manifest(_, what), Method::PUT) => {
             let what = what.clone();
-            return Ok(asks.put(&what, request).await.unwrap_or_else(failed));
+            return Ok(asks
+                .put(&what, request)
+                .await
+                .unwrap_or_else(|error| failed(&error)));
         }
         _ => Ok(None),
     };
     match answered {
         Ok(None) => Err(request),
         Ok(Some(response)) => Ok(response),
-        Err(error) => Ok(failed(error)),
+        Err(error) => Ok(failed(&error)),
     }
 }
 
 /// A failure in the words of the registry.
-fn failed(error: ImagesError) -> Response {
-    if let ImagesError::Refused(refused) = &error {
+fn failed(error: &ImagesError) -> Response {
+    if let ImagesError::Refused(refused) = error {
         return store_error(refused);
     }
     tracing::warn!(
-        error = &error as &dyn std::error::Error,
+        error = error as &dyn std::error::Error,
         "an image was not served"
     );
     let body = serde_json::json!({
