@@ -3,6 +3,7 @@
 mod fleet;
 mod machines;
 mod policy;
+mod serve;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,12 +13,14 @@ use kiln_core::{AllowRule, ArtifactPath, ByteSize, ImageRef};
 
 #[cfg(test)]
 pub(crate) use fleet::Bound;
+pub(crate) use fleet::parse_life;
 pub(crate) use fleet::{
-    BackupCommand, JobCommand, JobFilterArgs, QueueCommand, QueueingArgs, QuotaArgs, ServeArgs,
-    ServerArgs, TenantCommand, TokenArgs, TokenCommand, WebhookCommand, WorkerArgs, WorkerCommand,
+    BackupCommand, JobCommand, JobFilterArgs, QueueCommand, QueueingArgs, QuotaArgs, ServerArgs,
+    TenantCommand, TokenArgs, TokenCommand, WebhookCommand, WorkerArgs, WorkerCommand,
     WorkerStateArgs,
 };
 pub(crate) use policy::{InitArgs, NetArg, PhaseArg, PolicyCommand};
+pub(crate) use serve::ServeArgs;
 
 pub(crate) use machines::{ConsoleArgs, CpArgs, ExecArgs, ForwardArgs, MachineCommand};
 
@@ -32,8 +35,9 @@ use crate::commands::artifacts::CopyOut;
     disable_help_subcommand = true
 )]
 #[command(
-    after_help = "Exit codes: 0 success, 1 your build or command failed, 2 usage or configuration, 3 infrastructure,\n\
-4 refused by policy, 5 guest fault, 124 timeout, 130 cancelled. `kiln run` passes on the command's own code.\n\n\
+    after_help = "Exit codes: 0 success, 1 your build or command failed, 2 usage or configuration,\n\
+3 infrastructure, 4 refused by policy, 5 guest fault, 124 timeout, 130 cancelled.\n\
+`kiln run` passes on the command's own code.\n\n\
 `kiln help VERB` says what `kiln VERB --help` says.\n\n\
 Examples:\n  kiln setup\n  kiln build examples/node-express --tag hello\n  kiln run --image hello -p 8080:3000\n  kiln run -- uname -a"
 )]
@@ -88,7 +92,7 @@ pub(crate) enum Command {
     /// List, show, read, cancel and repeat jobs
     #[command(subcommand)]
     Job(JobCommand),
-    /// Show, pause and resume a server's queues
+    /// Show, pause, resume, make and bound queues
     #[command(subcommand)]
     Queue(QueueCommand),
     /// Make, list and remove templates that machines are cloned from
@@ -145,6 +149,17 @@ pub(crate) enum Command {
         /// The folder
         dir: PathBuf,
     },
+}
+
+impl Command {
+    /// What the first Ctrl-C does: it ends looking and serving, and cancels work.
+    pub(crate) fn interrupted(&self) -> &'static str {
+        match self {
+            Self::Job(_) | Self::Serve(_) | Self::Worker(_) => "stopping",
+            Self::Registry(RegistryCommand::Serve { .. }) => "stopping",
+            _ => "cancelling",
+        }
+    }
 }
 
 /// Options of `kiln build`.
@@ -215,6 +230,9 @@ kiln run --artifact 'out/**/*.log' -- sh -c 'mkdir out; date > out/a.log'\n  \
 kiln run --keep=2h -- make test\n\nA policy in this folder (kiln.yaml) holds: flags only narrow it. Without one, and without --allow, the machine reaches nothing."
 )]
 pub(crate) struct RunArgs {
+    /// The command and its arguments
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
     /// Container image to run; without it the command runs in the machine image itself
     #[arg(long, value_name = "REF")]
     pub image: Option<ImageRef>,
@@ -260,9 +278,6 @@ pub(crate) struct RunArgs {
     /// How a server queues it
     #[command(flatten)]
     pub queueing: QueueingArgs,
-    /// The command and its arguments
-    #[arg(last = true, value_name = "COMMAND")]
-    pub command: Vec<String>,
 }
 
 /// Limits of one machine.

@@ -3,6 +3,8 @@
 //! Raw here, resolved by [`Config::limits`]. Unknown keys are refused with their line. A project's own `kiln.toml` (`[build]`) is
 //! the image room's business.
 
+mod controller;
+
 use std::fs::File;
 use std::io::{ErrorKind, Read as _};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -14,6 +16,7 @@ use kiln_core::job::Limits;
 use rustix::fs::OFlags;
 use serde::Deserialize;
 
+pub(crate) use self::controller::ControllerConfig;
 use crate::args::LimitArgs;
 use crate::error::{CliError, Result};
 use crate::show::ShownPath as _;
@@ -41,37 +44,6 @@ pub(crate) struct Config {
     pub server: ServerConfig,
     /// The controller of this home.
     pub controller: ControllerConfig,
-}
-
-/// `[controller]`: of whichever process has it. A flag of `kiln serve` goes before.
-#[derive(Deserialize, Debug, Default, Clone)]
-#[serde(default, deny_unknown_fields)]
-pub(crate) struct ControllerConfig {
-    /// Logs and artifacts are encrypted where they lie.
-    pub encrypt_logs: bool,
-    /// The collector that spans of jobs go to.
-    pub otlp: Option<CollectorUrl>,
-}
-
-/// Address of a collector, checked.
-#[derive(Deserialize, Debug, Clone)]
-#[serde(try_from = "String")]
-pub(crate) struct CollectorUrl(pub String);
-
-impl TryFrom<String> for CollectorUrl {
-    type Error = kiln_telemetry::otlp::TracerError;
-
-    fn try_from(text: String) -> std::result::Result<Self, Self::Error> {
-        kiln_telemetry::otlp::check(&text)?;
-        Ok(Self(text))
-    }
-}
-
-impl ControllerConfig {
-    /// Where spans go.
-    pub(crate) fn otlp(&self) -> Option<&str> {
-        self.otlp.as_ref().map(|url| url.0.as_str())
-    }
 }
 
 /// `[server]`
@@ -200,7 +172,7 @@ impl Config {
                 path.shown(),
                 error.to_string().trim()
             ))
-            .hint("correct it; docs/reference names its keys")
+            .hint("correct it; docs/guides/operate.md and server.md name its keys")
         })
     }
 

@@ -10,8 +10,8 @@ use crate::show::Screen;
 /// A clean cancel that takes longer than this is given up.
 pub(crate) const CANCEL_DEADLINE: Duration = Duration::from_secs(3);
 
-/// Starts watching for SIGINT, SIGTERM and SIGHUP; the token is cancelled by the first of them.
-pub(crate) fn watch(screen: Screen) -> CancellationToken {
+/// Starts watching for SIGINT, SIGTERM and SIGHUP; the token is cancelled by the first of them. `what` says what that does: `cancelling`.
+pub(crate) fn watch(screen: Screen, what: &'static str) -> CancellationToken {
     let token = CancellationToken::new();
     let cancelled = token.clone();
     tokio::spawn(async move {
@@ -31,7 +31,7 @@ pub(crate) fn watch(screen: Screen) -> CancellationToken {
             }
             count += 1;
             if count == 1 {
-                screen.note("cancelling; press Ctrl-C again to stop at once");
+                screen.note(&format!("{what}; press Ctrl-C again to stop at once"));
                 cancelled.cancel();
             } else {
                 crate::terminal::restore();

@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         }
     };
     let result = runtime.block_on(async {
-        let cancel = interrupt::watch(screen);
+        let cancel = interrupt::watch(screen, cli.command.interrupted());
         commands::run(cli.command, &cli.server, screen, cancel).await
     });
     // Blocking reads of standard input cannot be cancelled; they must not keep a finished command alive.

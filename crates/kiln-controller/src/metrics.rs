@@ -1,6 +1,7 @@
 //! The private door `/metrics`, and what the controller's rows mean as metrics. Names and labels are `kiln_telemetry::metrics`'s.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
 use axum::extract::State;
@@ -8,7 +9,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use kiln_core::dispatch::WorkerState;
-use kiln_core::{Outcome, PendingReason};
+use kiln_core::{Outcome, PendingReason, PoolName};
 use kiln_db::PoolRows;
 use kiln_telemetry::metrics::{CONTENT_TYPE, Metrics, QueueNow};
 use kiln_telemetry::span;
@@ -28,9 +29,41 @@ async fn show(State(metrics): State<Metrics>) -> Response {
     (headers, metrics.render()).into_response()
 }
 
-/// The queue and the workers as the scheduler has just seen them. `pending` of the rows may be fewer than wait: those beyond
-/// count as [`PendingReason::Behind`], because that is why they were not looked at.
-pub fn observe_pool(metrics: &Metrics, rows: &PoolRows) {
+/// What was seen of each pool last: the metrics are their sums, because no label names a pool. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct PoolsNow(Arc<Mutex<BTreeMap<PoolName, QueueNow>>>);
+
+impl PoolsNow {
+    /// Its queue and workers as the scheduler has just seen them.
+    pub fn observe(&self, metrics: &Metrics, pool: &PoolName, rows: &PoolRows) {
+        let mut pools = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pools.insert(pool.clone(), queue_now(rows));
+        metrics.queue(&sum(pools.values()));
+    }
+}
+
+fn sum<'a>(pools: impl Iterator<Item = &'a QueueNow>) -> QueueNow {
+    let mut all = QueueNow::default();
+    let mut pending: BTreeMap<&'static str, u64> = BTreeMap::new();
+    let mut workers: BTreeMap<&'static str, (WorkerState, u64)> = BTreeMap::new();
+    for one in pools {
+        all.oldest_seconds = all.oldest_seconds.max(one.oldest_seconds);
+        all.running += one.running;
+        for (code, count) in &one.pending {
+            *pending.entry(code).or_default() += count;
+        }
+        for (state, count) in &one.workers {
+            workers.entry(state.name()).or_insert((*state, 0)).1 += count;
+        }
+    }
+    all.pending = pending.into_iter().collect();
+    all.workers = workers.into_values().collect();
+    all
+}
+
+/// `pending` of the rows may be fewer than wait: those beyond count as [`PendingReason::Behind`], because that is why they were not
+/// looked at.
+fn queue_now(rows: &PoolRows) -> QueueNow {
     let mut pending: BTreeMap<&'static str, u64> = BTreeMap::new();
     for job in &rows.pending {
         *pending.entry(job.reason.code()).or_default() += 1;
@@ -45,12 +78,12 @@ pub fn observe_pool(metrics: &Metrics, rows: &PoolRows) {
         let entry = workers.entry(worker.state.name());
         entry.or_insert((worker.state, 0)).1 += 1;
     }
-    metrics.queue(&QueueNow {
+    QueueNow {
         oldest_seconds: seconds(waited),
         pending: pending.into_iter().collect(),
         running: u64::try_from(rows.held.len()).unwrap_or(u64::MAX),
         workers: workers.into_values().collect(),
-    });
+    }
 }
 
 /// An attempt ended. `runtime` is the language runtime of an image build, as it was planned; none for a run, which counts in the
@@ -93,6 +126,29 @@ mod tests {
     use tower::ServiceExt as _;
 
     use super::*;
+
+    #[test]
+    fn pools_are_summed() {
+        let one = QueueNow {
+            oldest_seconds: 3.0,
+            pending: vec![("behind", 2), ("quota", 1)],
+            running: 4,
+            workers: vec![(WorkerState::Active, 2)],
+        };
+        let other = QueueNow {
+            oldest_seconds: 9.0,
+            pending: vec![("quota", 5)],
+            running: 1,
+            workers: vec![(WorkerState::Active, 1), (WorkerState::Draining, 1)],
+        };
+        let both = sum([&one, &other].into_iter());
+        assert_eq!((both.oldest_seconds, both.running), (9.0, 5));
+        assert_eq!(both.pending, [("behind", 2), ("quota", 6)]);
+        assert_eq!(
+            both.workers,
+            [(WorkerState::Active, 3), (WorkerState::Draining, 1)]
+        );
+    }
 
     #[tokio::test]
     async fn the_door_shows_what_was_observed() {

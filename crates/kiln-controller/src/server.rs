@@ -63,7 +63,7 @@ pub struct ServeConfig {
     pub registry: HostRegistry,
     /// Where workers of other hosts reach it.
     pub registry_address: Option<String>,
-    /// The pool to schedule.
+    /// The pool of workers beside it; those of queues are scheduled, too.
     pub pool: PoolName,
     /// Where `/metrics` is shown, to whoever reaches it; none: nowhere.
     pub metrics: Option<SocketAddr>,

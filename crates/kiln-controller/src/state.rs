@@ -61,7 +61,7 @@ pub struct Parts {
 /// What the operator set.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The pool this controller schedules.
+    /// The pool of workers beside it.
     pub pool: PoolName,
     /// Where others reach the registry, `host:port`; none when worker and controller share one.
     pub registry_address: Option<String>,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::TypedValueParser as _;
 use clap::{Args, Subcommand};
 
 use super::parse_duration;
@@ -25,43 +26,48 @@ pub(crate) struct ServerArgs {
         global = true,
         value_name = "FILE",
         env = "KILN_CA",
-        hide_env_values = true
+        hide_env_values = true,
+        // Empty is as good as unset, as it is for the other variables.
+        value_parser = clap::builder::OsStringValueParser::new().map(PathBuf::from)
     )]
     pub ca: Option<PathBuf>,
 }
 
-/// How a server queues a job.
+/// How a job is queued.
 #[derive(Args, Debug, Clone, Default)]
-#[command(next_help_heading = "With a server")]
+#[command(next_help_heading = "Queue")]
 pub(crate) struct QueueingArgs {
-    /// Print the job's id and do not wait for its end
-    #[arg(long)]
-    pub detach: bool,
     /// Disk its machine may fill, for example 10G
     #[arg(long, value_name = "SIZE")]
     pub disk: Option<kiln_core::ByteSize>,
     /// Queue to wait in
     #[arg(long, value_name = "NAME")]
     pub queue: Option<String>,
-    /// Order there, -100 (last) to 100 (first)
+    /// Order there, -100 (last) to 100 (first); with a server at most what the token allows
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     pub priority: Option<i16>,
-    /// Label its worker must have; may be given more than once
-    #[arg(long = "require", value_name = "LABEL=VALUE")]
-    pub require: Vec<String>,
     /// At most one job of this group runs at a time
     #[arg(long, value_name = "NAME")]
     pub group: Option<String>,
     /// Label for lists and filters; may be given more than once
     #[arg(long = "label", value_name = "LABEL=VALUE")]
     pub labels: Vec<String>,
+    /// Print the job's id and do not wait for its end
+    #[arg(long, help_heading = WITH_A_SERVER)]
+    pub detach: bool,
+    /// Label its worker must have; may be given more than once
+    #[arg(long = "require", value_name = "LABEL=VALUE", help_heading = WITH_A_SERVER)]
+    pub require: Vec<String>,
     /// For which tenant; the token's own without
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = WITH_A_SERVER)]
     pub tenant: Option<String>,
     /// Where webhooks about it go
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", help_heading = WITH_A_SERVER)]
     pub notify_url: Option<String>,
 }
+
+/// Heading of options that mean nothing without a server.
+const WITH_A_SERVER: &str = "With a server";
 
 /// Verbs of `kiln job`.
 #[derive(Subcommand, Debug)]
@@ -74,7 +80,7 @@ pub(crate) enum JobCommand {
         /// How many
         #[arg(long, default_value_t = 20)]
         limit: usize,
-        /// Which of a server's jobs
+        /// Which jobs
         #[command(flatten)]
         filter: JobFilterArgs,
     },
@@ -91,7 +97,7 @@ pub(crate) enum JobCommand {
         #[arg(short, long)]
         follow: bool,
     },
-    /// Stop a server's jobs; those that wait never begin
+    /// Stop jobs; those that wait never begin
     Cancel {
         /// Their ids, or the beginnings of them
         #[arg(required = true, value_name = "ID")]
@@ -131,21 +137,21 @@ pub(crate) enum JobCommand {
         #[arg(short, long, value_name = "DIR", default_value = ".")]
         output: PathBuf,
     },
-    /// Print when everything happened to a server's job
+    /// Print when everything happened to a job
     Timeline {
         /// Its id, or the beginning of it; the newest job without
         id: Option<String>,
     },
-    /// Say why a server's job has not begun, and when it is expected to
+    /// Say why a job has not begun, and when it is expected to
     Why {
         /// Its id, or the beginning of it; the newest job without
         id: Option<String>,
     },
 }
 
-/// Which of a server's jobs.
+/// Which jobs.
 #[derive(Args, Debug, Clone, Default)]
-#[command(next_help_heading = "With a server")]
+#[command(next_help_heading = "Which")]
 pub(crate) struct JobFilterArgs {
     /// In these states: queued, leased, running, finished
     #[arg(long, value_name = "STATE,...")]
@@ -167,7 +173,8 @@ pub(crate) struct JobFilterArgs {
 /// Verbs of `kiln queue`.
 #[derive(Subcommand, Debug)]
 #[command(
-    after_help = "Examples:\n  kiln queue list\n  kiln queue pause default --reason \"disks are changed\"\n  kiln queue resume default"
+    after_help = "Examples:\n  kiln queue list\n  kiln queue pause default --reason \"disks are changed\"\n  kiln queue resume default\n  \
+kiln queue create nightly && kiln queue quota nightly --running 2"
 )]
 pub(crate) enum QueueCommand {
     /// List queues, with what waits and runs in them
@@ -192,6 +199,29 @@ pub(crate) enum QueueCommand {
     Resume {
         /// Its name
         name: String,
+    },
+    /// Make a queue
+    Create {
+        /// Its name
+        name: String,
+        /// The workers its jobs may use; the default pool without
+        #[arg(long, value_name = "NAME")]
+        pool: Option<String>,
+    },
+    /// Bound how many jobs of a queue run, whoever sent them
+    Quota {
+        /// Its name
+        name: String,
+        /// Most jobs that have a worker at a time; none for no bound
+        #[arg(long, value_name = "N|none", value_parser = parse_bound)]
+        running: Bound,
+    },
+    /// Set a queue's share against other queues of the same tenant
+    Weight {
+        /// Its name
+        name: String,
+        /// 1 to 10000; 100 is usual
+        weight: u32,
     },
 }
 
@@ -291,7 +321,9 @@ pub(crate) struct Bound(pub Option<u32>);
 /// Verbs of `kiln token`.
 #[derive(Subcommand, Debug)]
 #[command(
-    after_help = "Examples:\n  kiln token create --role developer --tenant acme --description \"the nightly build\"\n  kiln token create --join --label zone=a\n  kiln token revoke kst-4f2a\n\nA token is shown once. Commands find theirs in KILN_TOKEN, or in the file `token` of kiln's configuration\ndirectory ($KILN_HOME/config), which nobody else may read."
+    after_help = "Examples:\n  kiln token create --role developer --tenant acme --description nightly\n  kiln token create --join --label zone=a\n  kiln token revoke kst-4f2a\n\n\
+A token is shown once. Commands find theirs in KILN_TOKEN, or in the file `token` in\n\
+~/.config/kiln ($KILN_HOME/config), which nobody else may read."
 )]
 pub(crate) enum TokenCommand {
     /// Make a token, and show it this once
@@ -354,7 +386,9 @@ pub(crate) struct TokenArgs {
 /// Verbs of `kiln backup`.
 #[derive(Subcommand, Debug)]
 #[command(
-    after_help = "Examples:\n  kiln backup create /backup/kiln-monday.db\n  kiln backup restore --replace /backup/kiln-monday.db\n\nIt holds the queue, its history, tenants and tokens. Sources, logs, images and keys are files of the home: copy\nthem after it. A PostgreSQL database has its own tools (docs/design/state.md)."
+    after_help = "Examples:\n  kiln backup create /backup/kiln-monday.db\n  kiln backup restore --replace /backup/kiln-monday.db\n\nIt holds the queue, its history, tenants and tokens. Sources, logs, images and keys\n\
+are files of the home: copy them after it. A PostgreSQL database has its own tools\n\
+(docs/design/state.md)."
 )]
 pub(crate) enum BackupCommand {
     /// Write a whole copy of the database of this home's server, while it serves
@@ -370,22 +404,6 @@ pub(crate) enum BackupCommand {
         #[arg(long)]
         replace: bool,
     },
-}
-
-/// `HOST:PORT`, as it is put into a URL.
-fn parse_host_port(text: &str) -> Result<String, String> {
-    let wrong = || "write HOST:PORT".to_owned();
-    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
-    let bare = host.trim_matches(['[', ']']);
-    let legal = !bare.is_empty()
-        && bare
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"-.:".contains(&b))
-        && (host.starts_with('[') || !host.contains(':'));
-    match (legal, port.parse::<u16>()) {
-        (true, Ok(1..)) => Ok(text.to_owned()),
-        _ => Err(wrong()),
-    }
 }
 
 /// Verbs of `kiln webhook`.
@@ -475,7 +493,7 @@ fn parse_overlap(text: &str) -> Result<Duration, String> {
 }
 
 /// As [`parse_duration`], and days: `90d`.
-fn parse_life(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_life(text: &str) -> Result<Duration, String> {
     let days = text
         .strip_suffix('d')
         .and_then(|days| days.parse::<u64>().ok());
@@ -484,73 +502,6 @@ fn parse_life(text: &str) -> Result<Duration, String> {
         Some(_) => Err(format!("{text:?} is no sensible time")),
         None => parse_duration(text),
     }
-}
-
-/// Options of `kiln serve`.
-#[derive(Args, Debug)]
-#[command(
-    after_help = "Examples:\n  kiln serve --with-worker\n  kiln serve --listen 0.0.0.0:8443 --name ci.example.org\n  \
-kiln serve --listen 0.0.0.0:8443 --name ci.example.org --database postgres://kiln@db.example.org/kiln\n  \
-kiln serve --listen 10.0.0.2:8443 --name ci.example.org --database postgres://kiln@db.example.org/kiln --store s3://kiln/ci"
-)]
-pub(crate) struct ServeArgs {
-    /// Address and port to listen on, besides the private socket; may be given more than once
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub listen: Vec<std::net::SocketAddr>,
-    /// DNS name or address that others reach this server by; may be given more than once
-    #[arg(long = "name", value_name = "HOST")]
-    pub names: Vec<String>,
-    /// Certificate chain to show, PEM, instead of one that kiln's own authority signs
-    #[arg(long, value_name = "FILE", requires = "tls_key")]
-    pub tls_cert: Option<PathBuf>,
-    /// Its private key, PEM
-    #[arg(long, value_name = "FILE", requires = "tls_cert")]
-    pub tls_key: Option<PathBuf>,
-    /// Speak plain HTTP, also where others can listen in
-    #[arg(long, conflicts_with = "tls_cert")]
-    pub insecure_plain_http: bool,
-    /// Database: sqlite:PATH or postgres://USER@HOST/NAME; a file of the home without
-    #[arg(
-        long,
-        value_name = "URL",
-        env = "KILN_DATABASE",
-        hide_env_values = true
-    )]
-    pub database: Option<String>,
-    /// Bucket for logs and uploaded sources, s3://BUCKET/FOLDER?endpoint=https://HOST:PORT&region=NAME; the home without. Its key is
-    /// in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY
-    #[arg(long, value_name = "URL", env = "KILN_STORE", hide_env_values = true)]
-    pub store: Option<String>,
-    /// Key of the bucket: a file with access_key_id = "..." and secret_access_key = "...", which nobody else may read
-    #[arg(long, value_name = "FILE", requires = "store")]
-    pub store_key: Option<PathBuf>,
-    /// Authority that signed the bucket's certificate, PEM, when the host does not trust it already
-    #[arg(long, value_name = "FILE", requires = "store")]
-    pub store_ca: Option<PathBuf>,
-    /// Speak plain HTTP to the bucket, also where others can listen in
-    #[arg(long, requires = "store")]
-    pub store_plain_http: bool,
-    /// Where other controllers of the database reach this one; the first --listen address without
-    #[arg(long, value_name = "HOST:PORT", value_parser = parse_host_port)]
-    pub advertise: Option<String>,
-    /// Take over a database whose controllers are gone, with other keys or another store than theirs
-    #[arg(long, requires = "database")]
-    pub adopt_database: bool,
-    /// Show /metrics at this address, plain HTTP and without a token
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub metrics: Option<std::net::SocketAddr>,
-    /// First word of the metrics' names: kiln or hypeman
-    #[arg(long, value_name = "NAME", default_value = "kiln")]
-    pub metrics_prefix: kiln_telemetry::metrics::Prefix,
-    /// Send spans of jobs to this OpenTelemetry collector (OTLP over HTTP), http://HOST:4318
-    #[arg(long, value_name = "URL")]
-    pub otlp: Option<String>,
-    /// Encrypt logs and artifacts where they lie, with a key below controller/keys
-    #[arg(long)]
-    pub encrypt_logs: bool,
-    /// Run jobs on this host, too
-    #[arg(long)]
-    pub with_worker: bool,
 }
 
 /// Options of `kiln worker`.
@@ -594,12 +545,6 @@ mod tests {
     fn lives_and_bounds() {
         assert_eq!(parse_life("2d"), Ok(Duration::from_secs(172_800)));
         assert!(parse_life("0d").is_err() && parse_life("d").is_err());
-        for bad in ["", "a", "a:0", ":1", "::1:80", "a/b:1", "a:x"] {
-            assert!(parse_host_port(bad).is_err(), "{bad}");
-        }
-        assert!(
-            parse_host_port("[::1]:80").is_ok() && parse_host_port("ci.example.org:8443").is_ok()
-        );
         assert_eq!(parse_bound("none"), Ok(Bound(None)));
         assert_eq!(parse_bound("7"), Ok(Bound(Some(7))));
         assert!(parse_bound("-1").is_err());

@@ -15,6 +15,7 @@ use serde_json::json;
 
 use super::home_queue;
 use super::operator::Operator;
+use super::table::counted;
 use crate::args::{BackupCommand, ServerArgs};
 use crate::error::{CliError, Result, chain};
 use crate::server::Server;
@@ -46,8 +47,9 @@ pub(super) async fn run(verb: BackupCommand, said: &ServerArgs, screen: Screen) 
                     Some(path) => format!("\nwhat was there is kept as {}", path.shown()),
                     None => String::new(),
                 };
+                let ended = counted(ended, "job");
                 format!(
-                    "restored {}; {ended} jobs that ran then begin again{kept}",
+                    "restored {}; {ended} that ran then will begin again{kept}",
                     file.shown()
                 )
             });

@@ -15,7 +15,6 @@ use kiln_controller::api::{ApiConfig, JobView, ListenConfig, OutcomeView};
 use kiln_controller::server::{
     self, FolderLock, Running, ServeConfig, Sharing, StartError, Tls, socket_path,
 };
-use kiln_controller::webhooks::ReceiverPolicy;
 use kiln_core::{FailureClass, JobId, JobRequest, Label, PoolName, WorkerId};
 use kiln_db::{Database, Retention};
 use kiln_proto::fleet::{AskOwn, Own};
@@ -85,8 +84,10 @@ impl HomeQueue {
         let registry = operator::registry(home).await?;
         let folder = home.controller();
         let socket = socket_path(&folder);
+        let settings = Config::load(&home.config.join("kiln.toml"))?.controller;
         let keeper = Keeper {
-            settings: Config::load(&home.config.join("kiln.toml"))?.controller,
+            retention: settings.retention()?,
+            settings,
             folder,
             registry: registry.host.clone(),
         };
@@ -449,6 +450,7 @@ async fn bury_once(folder: &Path, db: &Database) {
 struct Keeper {
     folder: PathBuf,
     settings: ControllerConfig,
+    retention: Retention,
     registry: HostRegistry,
 }
 
@@ -571,8 +573,8 @@ impl Keeper {
             otlp: self.settings.otlp().map(str::to_owned),
             encrypt_logs: self.settings.encrypt_logs,
             prefix: Prefix::default(),
-            receivers: ReceiverPolicy::default(),
-            retention: Retention::default(),
+            receivers: self.settings.receivers(),
+            retention: self.retention,
             generation: kiln_proto::fleet::GENERATION,
         }
     }

@@ -13,9 +13,10 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::job_record::Record;
-use super::table::{Facts, Table, left, right, wide, wrap};
-use super::{artifacts, home_queue, job_record, retry, when};
+use super::table::{Facts, Table, counted, left, right, wide, wrap};
+use super::{artifacts, home_queue, job_record, retry, timeline, when, why};
 use crate::args::{JobCommand, JobFilterArgs, ServerArgs};
+use crate::config::NO_TIMEOUT;
 use crate::error::{CliError, Result};
 use crate::server::follow::{Take, read_log};
 use crate::server::{Server, configured, empty, escaped, words};
@@ -105,12 +106,12 @@ async fn answer(
                     screen.data(event, String::new);
                 }
             } else {
-                screen.text(&timeline(&job, &events, screen.width()));
+                screen.text(&timeline::table(&job, &events, screen.width()));
             }
         }
         JobCommand::Why { id } => {
             let job = server.job(id.as_deref()).await?;
-            why(&job, screen);
+            why::tell(server, &job, screen).await;
         }
     }
     Ok(())
@@ -197,7 +198,7 @@ pub(super) fn table(jobs: &[JobLine], now_unix_ms: u64, width: Option<usize>) ->
     table.render()
 }
 
-fn kind(job: &JobLine) -> &'static str {
+pub(super) fn kind(job: &JobLine) -> &'static str {
     if job.kind == "run" { "run" } else { "build" }
 }
 
@@ -259,10 +260,14 @@ fn show(job: &JobView, record: &Record, now_unix_ms: u64) -> String {
     facts.add(
         "limits",
         format!(
-            "{} CPUs, {}, {}",
-            limits.cpus,
+            "{}, {} of memory, {} of disk, {}",
+            counted(limits.cpus.into(), "CPU"),
             ByteSize(limits.memory),
-            when::span(limits.timeout_ms)
+            ByteSize(limits.disk),
+            match u128::from(limits.timeout_ms) >= NO_TIMEOUT.as_millis() {
+                true => "no time limit".to_owned(),
+                false => format!("at most {}", when::span(limits.timeout_ms)),
+            }
         ),
     );
     let policy = job.policy.clone().unwrap_or_default();
@@ -457,63 +462,6 @@ pub(super) async fn events(server: &Server, job: &JobView, after: u64) -> Result
     }
 }
 
-fn timeline(job: &JobView, events: &[Value], width: Option<usize>) -> String {
-    let mut table = Table::new(&[right("AFTER"), left("EVENT"), wide("WHAT")]).within(width);
-    for event in events {
-        let at = event["at_unix_ms"].as_u64().unwrap_or_default();
-        let data = &event["data"];
-        let kind = event["kind"].as_str().unwrap_or("?");
-        let text = |name: &str| data[name].as_str().unwrap_or_default().to_owned();
-        let what = match kind {
-            "queued" => match data["outcome"]["message"].as_str() {
-                Some(message) => format!("again: {message}"),
-                None => format!("in queue {}", text("queue")),
-            },
-            "leased" => format!("attempt {} to worker {}", data["attempt"], text("worker")),
-            "running" => format!("on worker {}", text("worker")),
-            "phase" => text("phase"),
-            "note" | "warning" => text("text"),
-            "step" => format!("#{} {} {}", data["number"], text("name"), text("state")),
-            "cancelling" => format!("asked by {}", text("by")),
-            "finished" => match data["outcome"]["message"].as_str() {
-                Some(message) => message.to_owned(),
-                None => "passed".to_owned(),
-            },
-            _ => String::new(),
-        };
-        table.row([
-            when::span(at.saturating_sub(job.line.created_unix_ms)),
-            kind.to_owned(),
-            what,
-        ]);
-    }
-    table.render()
-}
-
-fn why(job: &JobView, screen: Screen) {
-    let lines = words::chain(job, now_unix_ms());
-    let value = json!({
-        "event": "why", "job": job.line.id, "state": job.line.state, "pending": job.line.pending,
-        "estimate": job.estimate, "chain": lines,
-    });
-    screen.data(&value, || {
-        let mut text = format!(
-            "job {} ({} {})\n",
-            job.line.id,
-            kind(&job.line),
-            job.line.name
-        );
-        for line in &lines {
-            let mut indent = "  ";
-            for part in wrap(line, super::table::WIDTH - 4) {
-                text.push_str(&printable(&format!("{indent}{part}\n")));
-                indent = "    ";
-            }
-        }
-        text
-    });
-}
-
 async fn cancel_one(server: &Server, id: &str, reason: Option<&str>, screen: Screen) -> Result<()> {
     let job = server.job(Some(id)).await?;
     let reason = reason
@@ -604,7 +552,7 @@ r1m7z7g68prr466fez  acme    failed  5 min ago  1 min 02 s  run sh -c 'make everâ
       40 ms  leased    attempt 1 to worker here
 1 min 20 s  finished  it ended with 7
 ";
-        let text = timeline(&job, &events, None);
+        let text = timeline::table(&job, &events, None);
         let lean = |text: &str| {
             text.lines()
                 .map(str::trim)

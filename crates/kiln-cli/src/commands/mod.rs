@@ -39,10 +39,12 @@ mod source;
 pub(crate) mod table;
 mod template;
 mod tenant;
+mod timeline;
 mod token;
 mod uninstall;
 mod webhook;
 pub(crate) mod when;
+mod why;
 mod worker;
 mod worker_server;
 

@@ -1,4 +1,4 @@
-//! `kiln queue`: what waits where on a server; operators pause and resume.
+//! `kiln queue`: what waits where; operators make queues, bound them, pause and resume.
 
 use std::collections::BTreeMap;
 
@@ -49,14 +49,47 @@ async fn answer(verb: QueueCommand, server: &Server, screen: Screen) -> Result<(
         QueueCommand::Resume { name } => {
             change(server, &name, &json!({ "paused": false }), screen).await?;
         }
+        QueueCommand::Create { name, pool } => {
+            let asked = json!({ "name": name, "pool": pool });
+            tell(&server.post("/v1/queues", &asked).await?, screen);
+        }
+        QueueCommand::Quota { name, running } => {
+            let asked = json!({ "running_max": running.0 });
+            tell(&server.post(&at(&name), &asked).await?, screen);
+        }
+        QueueCommand::Weight { name, weight } => {
+            let asked = json!({ "weight": weight });
+            tell(&server.post(&at(&name), &asked).await?, screen);
+        }
     }
     Ok(())
 }
 
+fn at(name: &str) -> String {
+    format!("/v1/queues/{}", escaped(name))
+}
+
+fn tell(queue: &QueueView, screen: Screen) {
+    screen.data(queue, || facts(queue).render());
+}
+
+fn facts(queue: &QueueView) -> Facts {
+    let mut facts = Facts::default();
+    facts.add("queue", &queue.name);
+    facts.add("pool", &queue.pool);
+    facts.add("state", state(queue));
+    facts.add("weight", queue.weight.to_string());
+    facts.add("waiting", queue.pending.to_string());
+    let most = queue
+        .running_max
+        .map(|most| format!(" of at most {most}"))
+        .unwrap_or_default();
+    facts.add("running", format!("{}{most}", queue.running));
+    facts
+}
+
 async fn change(server: &Server, name: &str, asked: &Value, screen: Screen) -> Result<()> {
-    let queue: QueueView = server
-        .post(&format!("/v1/queues/{}", escaped(name)), asked)
-        .await?;
+    let queue: QueueView = server.post(&at(name), asked).await?;
     screen.data(&queue, || match queue.paused_since_unix_ms {
         Some(_) => format!(
             "queue {} is paused; {} waiting",
@@ -126,18 +159,7 @@ async fn show(server: &Server, name: &str, screen: Screen) -> Result<()> {
     let value = json!({ "queue": queue, "jobs": waiting.items });
     screen.data(&value, || {
         let now = now_unix_ms();
-        let mut facts = Facts::default();
-        facts.add("queue", &queue.name);
-        facts.add("pool", &queue.pool);
-        facts.add("state", state(&queue));
-        facts.add("weight", queue.weight.to_string());
-        facts.add("waiting", queue.pending.to_string());
-        let most = queue
-            .running_max
-            .map(|most| format!(" of at most {most}"))
-            .unwrap_or_default();
-        facts.add("running", format!("{}{most}", queue.running));
-        let mut text = facts.render();
+        let mut text = facts(&queue).render();
         if !waiting.items.is_empty() {
             text.push('\n');
             text.push_str(&job::table(&waiting.items, now, screen.width()));

@@ -1,12 +1,11 @@
 //! `kiln serve`: one controller on this host, with its registry, and a worker beside it if asked.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use kiln_controller::api::{ApiConfig, ListenConfig};
+use kiln_controller::api::ListenConfig;
 use kiln_controller::server::{self, Running, ServeConfig, SharedError, Sharing, StartError, Tls};
-use kiln_controller::webhooks::ReceiverPolicy;
 use kiln_core::{FailureClass, PoolName};
-use kiln_db::{DatabaseUrl, OpenOptions, Retention};
+use kiln_db::{DatabaseUrl, OpenOptions};
 use kiln_store::BucketError;
 use kiln_store::logs::{S3Credentials, S3Target};
 use kiln_worker::fleet::http::Target;
@@ -17,7 +16,7 @@ use super::{home_queue, worker};
 use crate::args::ServeArgs;
 use crate::environment;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
-use crate::show::Screen;
+use crate::show::{Screen, ShownPath as _};
 
 /// Name of the worker that `--with-worker` starts.
 const OWN_WORKER: &str = "here";
@@ -32,13 +31,16 @@ pub(super) async fn run(args: ServeArgs, screen: Screen, cancel: CancellationTok
         encrypt_logs: args.encrypt_logs || settings.encrypt_logs,
         ..args
     };
+    nameless(&args, screen);
     let (with_worker, otlp) = (args.with_worker, args.otlp.clone());
     let scheme = match args.insecure_plain_http {
         true => "http",
         false => "https",
     };
+    let own = args.tls_cert.is_none() && !args.insecure_plain_http;
     let running = start(&operator, args).await?;
-    tell(&running, scheme, screen);
+    let authority = (own && !running.addresses.is_empty()).then(|| authority_file(&operator));
+    tell(&running, scheme, authority.as_deref(), screen);
     let working = async {
         if !with_worker {
             cancel.cancelled().await;
@@ -63,6 +65,8 @@ pub(super) async fn run(args: ServeArgs, screen: Screen, cancel: CancellationTok
 
 async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
     operator.home.prepare().or_infrastructure()?;
+    let said = &operator.config.controller;
+    let (api, retention) = (said.api(&operator.config.limits)?, said.retention()?);
     let database = args.database.as_deref().map(database).transpose()?;
     let sharing = sharing(&args)?;
     let tls = tls(&args)?;
@@ -81,13 +85,13 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
             plain_is_fine: args.insecure_plain_http,
             ..ListenConfig::default()
         },
-        api: ApiConfig::default(),
+        api,
         issuer: args
             .names
             .first()
             .cloned()
             .unwrap_or_else(|| "kiln".to_owned()),
-        trusted: Vec::new(),
+        trusted: said.issuers.clone(),
         registry,
         registry_address,
         pool: PoolName::default_pool(),
@@ -95,11 +99,11 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
         prefix: args.metrics_prefix,
         otlp: args.otlp,
         encrypt_logs: args.encrypt_logs,
-        receivers: ReceiverPolicy::default(),
-        retention: Retention::default(),
+        receivers: said.receivers(),
+        retention,
         generation: kiln_proto::fleet::GENERATION,
     };
-    let ca = config.folder.join("authority.pem");
+    let ca = authority_file(operator);
     let lock = home_queue::make_room(&config.folder).await?;
     let running = server::start_locked(config, OpenOptions::default(), lock).await;
     let running = running.map_err(|error| refused(&error))?;
@@ -200,7 +204,7 @@ fn tls(args: &ServeArgs) -> Result<Tls> {
             names.push(address.ip().to_string());
         }
     }
-    names.push("localhost".to_owned());
+    names.extend(["localhost", "127.0.0.1", "::1"].map(str::to_owned));
     Ok(Tls::Own(names))
 }
 
@@ -249,9 +253,31 @@ pub(super) fn refused(error: &StartError) -> CliError {
     }
 }
 
-fn tell(running: &Running, scheme: &str, screen: Screen) {
+/// Says when nobody elsewhere can check the certificate, because no name of this host is in it.
+fn nameless(args: &ServeArgs, screen: Screen) {
+    let own = args.tls_cert.is_none() && !args.insecure_plain_http;
+    let everywhere = args.listen.iter().any(|to| to.ip().is_unspecified());
+    if own && everywhere && args.names.is_empty() {
+        screen.note(
+            "warning: without --name its certificate is for localhost alone; others need --name HOST, the name they reach it by",
+        );
+    }
+}
+
+/// The certificate of its own authority, for `--ca` of those who ask it from elsewhere.
+fn authority_file(operator: &Operator) -> PathBuf {
+    operator.home.controller().join("authority.pem")
+}
+
+fn tell(running: &Running, scheme: &str, authority: Option<&Path>, screen: Screen) {
     let value = serde_json::json!({
-        "event": "serving", "addresses": running.addresses, "socket": running.socket,
+        "event": "serving", "addresses": running.addresses, "socket": running.socket, "authority": authority,
+    });
+    let trusted = authority.map_or(String::new(), |file| {
+        format!(
+            "  those who ask it trust {} (--ca), and have a token (`kiln token create`)\n",
+            file.shown()
+        )
     });
     screen.data(&value, || {
         let addresses: Vec<String> = running
@@ -260,7 +286,7 @@ fn tell(running: &Running, scheme: &str, screen: Screen) {
             .map(|address| format!("  {scheme}://{address}\n"))
             .collect();
         format!(
-            "serving kiln's queue; Ctrl-C ends it\n{}  private socket {}",
+            "serving kiln's queue; Ctrl-C ends it\n{}{trusted}  private socket {}",
             addresses.concat(),
             running.socket.display()
         )

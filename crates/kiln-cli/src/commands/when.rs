@@ -15,14 +15,15 @@ pub(crate) fn ago(then_unix_ms: u64, now_unix_ms: u64) -> String {
     }
 }
 
-/// `85 ms`, `4.2 s`, `3 min 05 s`, `2 h 10 min`.
+/// `85 ms`, `4.2 s`, `3 min 05 s`, `2 h 10 min`, `89 d 23 h`.
 pub(crate) fn span(ms: u64) -> String {
     let seconds = ms / 1000;
     match ms {
         0..1000 => format!("{ms} ms"),
         1000..60_000 => format!("{seconds}.{} s", ms % 1000 / 100),
         60_000..3_600_000 => format!("{} min {:02} s", seconds / 60, seconds % 60),
-        _ => format!("{} h {:02} min", seconds / 3600, seconds % 3600 / 60),
+        3_600_000..172_800_000 => format!("{} h {:02} min", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{} d {:02} h", seconds / 86_400, seconds % 86_400 / 3600),
     }
 }
 
@@ -70,6 +71,7 @@ mod tests {
             (4_250, "4.2 s"),
             (185_000, "3 min 05 s"),
             (7_800_000, "2 h 10 min"),
+            (7_775_999_000, "89 d 23 h"),
         ] {
             assert_eq!(span(ms), words);
         }

@@ -40,6 +40,8 @@ const IDS_SHOWN_MAX: usize = 8;
 /// A refusal as a server tells it: a problem document (RFC 9457), as far as a person reads it.
 #[derive(Deserialize, Debug)]
 struct Problem {
+    #[serde(default)]
+    code: String,
     detail: String,
     #[serde(default)]
     hint: Option<String>,
@@ -173,14 +175,28 @@ impl Server {
 
     /// Nobody answers, or what answers breaks off.
     fn silent(&self, why: &str) -> CliError {
+        let distrusted = |hint: &str| {
+            // The server is there: what is wrong is how it was named, or whom this side trusts.
+            CliError::usage(format!("{} is not trusted: {why}", self.name)).hint(hint)
+        };
+        if why.contains("not valid for name") {
+            return distrusted(
+                "its certificate is for other names: use one of them, or start `kiln serve` with `--name` and this one",
+            );
+        }
+        if why.contains("invalid peer certificate") {
+            return distrusted(
+                "name the authority that signed its certificate with --ca FILE, KILN_CA or [server] ca (`kiln serve` writes its own to controller/authority.pem)",
+            );
+        }
         let told = CliError::new(
             FailureClass::Infrastructure,
             format!("{} does not answer: {why}", self.name),
         );
-        match why.contains("UnknownIssuer") || why.contains("certificate") {
-            true => told.hint("its certificate is not trusted: name the authority that signed it with --ca FILE (`kiln serve` writes its own to controller/authority.pem)"),
-            false => told.hint("is the server running, and is its address right?"),
-        }
+        told.hint(match why.contains("invalid HTTP version") {
+            true => "does it speak TLS? then its address begins with https://",
+            false => "is the server running, and is its address right?",
+        })
     }
 
     fn refusal(&self, status: StatusCode, bytes: &[u8]) -> CliError {
@@ -189,6 +205,11 @@ impl Server {
         let Some(problem) = problem else {
             let text: String = String::from_utf8_lossy(bytes).chars().take(200).collect();
             return CliError::new(class, format!("{} answers {status}: {text}", self.name));
+        };
+        // A bound of the tenant is the operator's word, not a trouble that passes by itself.
+        let class = match problem.code.as_str() {
+            "pending_quota" => FailureClass::Policy,
+            _ => class,
         };
         let message = match &problem.field {
             Some(field) => format!("{field}: {}", problem.detail),
@@ -319,9 +340,26 @@ mod tests {
                 "{status}"
             );
         }
+        let body = br#"{"code":"pending_quota","detail":"5 jobs wait already","hint":"x"}"#;
+        let error = server(None).refusal(StatusCode::TOO_MANY_REQUESTS, body);
+        assert_eq!((error.exit_code(), error.hints.len()), (4, 1));
         let body = br#"{"detail":"there is no token","hint":"x"}"#;
         let error = server(None).refusal(StatusCode::UNAUTHORIZED, body);
         assert!(error.hints[0].contains("KILN_TOKEN"), "{error:?}");
+    }
+
+    #[test]
+    fn a_certificate_for_another_name_is_not_an_unknown_authority() {
+        let named = "invalid peer certificate: certificate not valid for name \"127.0.0.1\"";
+        let error = server(None).silent(named);
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.hints[0].contains("--name"), "{error:?}");
+        let error = server(None).silent("invalid peer certificate: UnknownIssuer");
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.hints[0].contains("--ca"), "{error:?}");
+        let error = server(None).silent("client error (SendRequest): invalid HTTP version parsed");
+        assert_eq!(error.exit_code(), 3);
+        assert!(error.hints[0].contains("https://"), "{error:?}");
     }
 
     #[tokio::test]

@@ -113,7 +113,8 @@ pub(crate) fn configured(said: &ServerArgs) -> Result<Option<Server>> {
     let Some(text) = named else {
         return Ok(None);
     };
-    let ca = said.ca.clone().or(config.ca);
+    let given = said.ca.clone().filter(|path| !path.as_os_str().is_empty());
+    let ca = given.or(config.ca);
     let target = match text.parse()? {
         Place::Socket(path) => Target::Socket(path),
         Place::Plain { host, port } => Target::Tcp { host, port },

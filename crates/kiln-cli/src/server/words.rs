@@ -89,9 +89,9 @@ pub(crate) fn advice(pending: &Value, job: &JobLine) -> Option<String> {
     Some(match reason(Some(pending))? {
         PendingReason::NoWorkers => "start one: `kiln worker` on a host, or `kiln serve --with-worker`".to_owned(),
         PendingReason::NoWorkerMatches { .. } => {
-            "`kiln worker list` shows what there is; labels are fixed by the token a worker joins with".to_owned()
+            "an operator's `kiln worker list` shows what there is; labels are fixed by the token a worker joins with".to_owned()
         }
-        PendingReason::WorkersUnavailable { .. } => "`kiln worker list` says why; `kiln worker resume NAME` takes one back".to_owned(),
+        PendingReason::WorkersUnavailable { .. } => "an operator sees why with `kiln worker show NAME`; `kiln worker resume NAME` takes one back".to_owned(),
         PendingReason::TooLarge { need, largest } => {
             format!("ask for less with {}, or add a larger host", flags(&need, &largest))
         }
@@ -144,7 +144,12 @@ pub(crate) fn estimate(estimate: Option<&Value>) -> Option<String> {
         None | Some(0) => String::new(),
         Some(count) => format!("; {} known", counted(count, "run")),
     };
-    Some(format!("in about {} ({basis}{samples})", when::span(wait)))
+    // What should have ended by now goes on: nobody knows for how long.
+    let when = match wait {
+        0 => "at any moment".to_owned(),
+        wait => format!("in about {}", when::span(wait)),
+    };
+    Some(format!("{when} ({basis}{samples})"))
 }
 
 /// The state of a job in one word: `queued`, `leased`, `running`, `passed`, or what it failed of.
@@ -307,7 +312,7 @@ mod tests {
                 "it waits in queue default for 1 min 01 s, priority 5",
                 "attempt 1 failed: its worker is gone",
                 "because none of 1 worker has label gpu=a100",
-                "try: `kiln worker list` shows what there is; labels are fixed by the token a worker joins with",
+                "try: an operator's `kiln worker list` shows what there is; labels are fixed by the token a worker joins with",
                 "it is expected to begin in about 1 min 30 s (median of the last 50 builds; 50 runs known)",
             ]
         );
@@ -333,6 +338,11 @@ mod tests {
             );
             assert_eq!(lines[2], try_this);
         }
+        let late = json!({"wait_ms": 0, "basis": "when jobs that run now should end"});
+        assert_eq!(
+            estimate(Some(&late)).as_deref(),
+            Some("at any moment (when jobs that run now should end)")
+        );
         let over = job(
             &json!({"state": "finished", "outcome": {"verdict": "failed", "class": "timeout", "message": "it took too long", "exit_code": 124, "phases_ms": []}}),
         );

@@ -476,8 +476,13 @@ pub(crate) fn new_job(
             } else {
                 outside.field
             };
-            Problem::invalid(field, outside.to_string())
-                .hint("a request can only ask for less than the operator allows")
+            let hint = match outside.field {
+                "priority" => "the most is the token's: `kiln token create --priority-max N`",
+                _ => {
+                    "the operator's bounds are [limits] and [controller] of the server's kiln.toml"
+                }
+            };
+            Problem::invalid(field, outside.bounds()).hint(hint)
         })?;
     let trust = match (common.trust.as_deref(), caller.principal.trust) {
         (None, token) => token,

@@ -260,6 +260,7 @@ async fn queue(api: &Api, new: NewJob) -> Result<Submitted, Problem> {
             }
             SubmitError::UnknownQueue(name) => {
                 Problem::invalid("queue", format!("there is no queue {name}"))
+                    .hint("`kiln queue list` shows the queues; an operator makes one with `kiln queue create`")
             }
             SubmitError::TooManyPending { pending, limit, .. } => {
                 refused("pending_quota");
@@ -267,6 +268,7 @@ async fn queue(api: &Api, new: NewJob) -> Result<Submitted, Problem> {
                     "pending_quota",
                     format!("{pending} jobs of this tenant wait already, at most {limit} may"),
                 )
+                .hint("wait until some of them began, or have an operator raise it with `kiln tenant quota TENANT --pending N`")
                 .retry_after(10)
             }
             SubmitError::Database(error) => error.into(),

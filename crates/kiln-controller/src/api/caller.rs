@@ -263,6 +263,8 @@ impl Caller {
         match decided {
             Ok(()) => Ok(()),
             Err(Refused::ForeignTenant) => Err(Problem::not_found("thing", name)),
+            Err(why @ Refused::OperatorsOnly { .. }) => Err(Problem::forbidden(why.to_string())
+                .hint("an operator's admin makes one: `kiln token create --role ROLE --operator`")),
             Err(why) => Err(Problem::forbidden(why.to_string())
                 .hint("ask an admin for a token with the role and scopes for this")),
         }

@@ -328,7 +328,7 @@ pub(crate) async fn retry(
             &api.config.defaults(&request.kind),
             caller.principal.priority_max,
         )
-        .map_err(|outside| Problem::invalid(outside.field, outside.to_string()))?;
+        .map_err(|outside| Problem::invalid(outside.field, outside.bounds()))?;
     request.limits = granted.limits;
     request.network_bits = Some(granted.network_bits);
     request.dispatch.priority = granted.priority;

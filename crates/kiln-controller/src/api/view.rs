@@ -260,7 +260,11 @@ impl JobView {
         let (name, source) = match &request.kind {
             JobKind::SourceBuild(build) => (build.name.clone(), json(&build.source)),
             JobKind::ImageBuild(build) => (build.source.to_string(), json(&build.source)),
-            JobKind::Run(run) => (run.argv.join(" "), None),
+            // An image that is run with its own command is known by its name.
+            JobKind::Run(run) => match (&run.argv[..], &run.image) {
+                ([], Some(image)) => (image.to_string(), None),
+                (argv, _) => (argv.join(" "), None),
+            },
         };
         Self {
             line: JobLine {

@@ -1,12 +1,13 @@
-//! The scheduling loop of one pool: looks, plans, claims. Woken by what was committed, and by a sweep that makes a lost wake-up harmless.
+//! The scheduling loop of each pool: looks, plans, claims. Woken by what was committed, and by a sweep that makes a lost wake-up harmless.
+//! A pool is scheduled from when a queue uses it.
 //!
 //! Only the controller that leads the pool plans; each claim asserts its leadership, so one that lost it without knowing claims nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use kiln_core::dispatch::Room;
-use kiln_core::{ByteSize, Label};
+use kiln_core::{ByteSize, Label, PendingReason, PoolName};
 use kiln_db::{CLAIM_MAX, ClaimError, DbError, Estimate, Leadership, PoolRows, Wake};
 use kiln_scheduler::{
     EstimateBasis, HistoryKey, PendingJob, Plan, PoolView, Profile, QueueRule, Reservation,
@@ -14,8 +15,9 @@ use kiln_scheduler::{
 };
 use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use crate::metrics::{observe_lease, observe_pool};
+use crate::metrics::{PoolsNow, observe_lease};
 use crate::state::Controller;
 
 /// Life of a leadership where several controllers share the database. With [`SWEEP`] it bounds how long nobody schedules after the
@@ -27,6 +29,8 @@ pub const LEAD_TTL_ALONE: Duration = Duration::from_secs(12);
 const ASKS: u32 = 4;
 /// Longest time without a plan.
 pub const SWEEP: Duration = Duration::from_secs(2);
+/// Most pools that one controller schedules; operators make them, with their queues.
+pub const POOLS_MAX: usize = 64;
 /// Most waiting jobs one plan looks at.
 pub const PENDING_MAX: u32 = 10_000;
 /// How long wake-ups that come together are collected.
@@ -35,10 +39,68 @@ const COLLECT: Duration = Duration::from_millis(3);
 const RESIGN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Wait after the database failed.
 const RETRY: Duration = Duration::from_millis(500);
+/// Longest time until a new pool is found.
+const POOLS_EVERY: Duration = Duration::from_secs(10);
 
-/// Schedules the controller's pool until `stop`, and gives the right to do so back then: another controller need not wait for its end.
+/// Schedules every pool until `stop`, and gives the right to do so back then: another controller need not wait for its end.
 pub async fn run(controller: Controller, stop: CancellationToken) {
-    let mut lead = Lead::new(controller.db.is_shared());
+    let (seen, tasks) = (PoolsNow::default(), TaskTracker::new());
+    let mut known = BTreeSet::new();
+    let mut full = false;
+    let mut wakes = controller.db.subscribe();
+    loop {
+        let pools = pools(&controller).await;
+        for pool in pools {
+            if known.len() >= POOLS_MAX && !known.contains(&pool) {
+                if !full {
+                    tracing::warn!(%pool, "more pools than one controller schedules: nothing of it begins");
+                }
+                full = true;
+            } else if known.insert(pool.clone()) {
+                tasks.spawn(run_pool(
+                    controller.clone(),
+                    pool,
+                    seen.clone(),
+                    stop.clone(),
+                ));
+            }
+        }
+        let new = async {
+            loop {
+                match wakes.recv().await {
+                    Ok(Wake::Queue(pool)) if !known.contains(&pool) => return,
+                    Ok(_) | Err(RecvError::Lagged(_)) => {}
+                    Err(RecvError::Closed) => std::future::pending().await,
+                }
+            }
+        };
+        tokio::select! {
+            () = new, if !full => {}
+            () = tokio::time::sleep(POOLS_EVERY) => {}
+            () = stop.cancelled() => break,
+        }
+    }
+    tasks.close();
+    tasks.wait().await;
+}
+
+/// The controller's own pool, and those of queues.
+async fn pools(controller: &Controller) -> BTreeSet<PoolName> {
+    let mut pools = BTreeSet::from([controller.settings.pool.clone()]);
+    match controller.db.queues().await {
+        Ok(queues) => pools.extend(queues.into_iter().map(|queue| queue.pool)),
+        Err(error) => {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "pools were not looked for"
+            );
+        }
+    }
+    pools
+}
+
+async fn run_pool(controller: Controller, pool: PoolName, seen: PoolsNow, stop: CancellationToken) {
+    let mut lead = Lead::new(pool, seen, controller.db.is_shared());
     tokio::select! {
         never = plans(&controller, &mut lead) => match never {},
         () = stop.cancelled() => {}
@@ -54,6 +116,8 @@ pub async fn run(controller: Controller, stop: CancellationToken) {
 /// What is known of the right to schedule.
 #[derive(Debug)]
 struct Lead {
+    pool: PoolName,
+    seen: PoolsNow,
     ttl: Duration,
     own: Option<Leadership>,
     /// When the database was asked last.
@@ -61,8 +125,10 @@ struct Lead {
 }
 
 impl Lead {
-    fn new(shared: bool) -> Self {
+    fn new(pool: PoolName, seen: PoolsNow, shared: bool) -> Self {
         Self {
+            pool,
+            seen,
             ttl: if shared { LEAD_TTL } else { LEAD_TTL_ALONE },
             own: None,
             asked: None,
@@ -109,8 +175,8 @@ async fn plans(controller: &Controller, lead: &mut Lead) -> Never {
         let woken = async {
             loop {
                 match wakes.recv().await {
-                    Ok(Wake::Queue(pool)) if pool == controller.settings.pool => return,
-                    Ok(Wake::Lead(pool)) if pool == controller.settings.pool => {
+                    Ok(Wake::Queue(pool)) if pool == lead.pool => return,
+                    Ok(Wake::Lead(pool)) if pool == lead.pool => {
                         lead.asked = None;
                         return;
                     }
@@ -138,11 +204,11 @@ async fn one(
     lead: &mut Lead,
     reserved: &mut Vec<Reservation>,
 ) -> Result<bool, DbError> {
-    let (db, pool) = (&controller.db, &controller.settings.pool);
+    let (db, pool) = (&controller.db, lead.pool.clone());
     if lead.is_stale() {
         let asked = Instant::now();
         let ttl_ms = u64::try_from(lead.ttl.as_millis()).unwrap_or(u64::MAX);
-        let own = db.lead(pool, &controller.holder, ttl_ms).await?;
+        let own = db.lead(&pool, &controller.holder, ttl_ms).await?;
         if own.is_none() && lead.own.is_some() {
             tracing::warn!("another controller schedules now");
         }
@@ -153,8 +219,8 @@ async fn one(
         reserved.clear();
         return Ok(false);
     };
-    let rows = db.pool_view(pool, PENDING_MAX).await?;
-    observe_pool(&controller.metrics, &rows);
+    let rows = db.pool_view(&pool, PENDING_MAX).await?;
+    lead.seen.observe(&controller.metrics, &pool, &rows);
     if rows.pending.is_empty() {
         reserved.clear();
         return Ok(false);
@@ -164,7 +230,9 @@ async fn one(
         .pending
         .iter()
         .map(|job| {
-            let times = (job.created_unix_ms, job.ready_unix_ms);
+            // Nobody had to tell it why it waits: a worker had room when it was first looked at.
+            let at_once = job.reason == PendingReason::New;
+            let times = (job.created_unix_ms, job.ready_unix_ms, at_once);
             (job.attempt.job.clone(), times)
         })
         .collect();
@@ -187,8 +255,9 @@ async fn one(
             Ok(answers) => {
                 for lease in answers.iter().flatten() {
                     let waits = waiting.get(&lease.attempt.job).copied();
-                    let (created, ready) = waits.unwrap_or((now_unix_ms, now_unix_ms));
-                    observe_lease(&controller.metrics, created, ready, now_unix_ms, false);
+                    let (created, ready, at_once) =
+                        waits.unwrap_or((now_unix_ms, now_unix_ms, false));
+                    observe_lease(&controller.metrics, created, ready, now_unix_ms, at_once);
                 }
                 for why in answers.into_iter().filter_map(Result::err) {
                     tracing::debug!(%why, "an assignment was not claimed");

@@ -16,6 +16,7 @@ mod fleet_images;
 mod fleet_lease_model;
 mod fleet_lease_sim;
 mod fleet_line;
+mod fleet_pools;
 mod fleet_postgres;
 mod fleet_server;
 mod fleet_shared;

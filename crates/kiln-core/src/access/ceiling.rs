@@ -89,6 +89,17 @@ pub struct OutsideLimits {
     pub most: String,
 }
 
+impl OutsideLimits {
+    /// What was asked and what may be, for where the field is named already.
+    #[must_use]
+    pub fn bounds(&self) -> String {
+        let Self {
+            asked, least, most, ..
+        } = self;
+        format!("{asked} is outside what is allowed: {least} to {most}")
+    }
+}
+
 /// What a request gets.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Granted {
