@@ -3,13 +3,14 @@
 mod fleet;
 mod machines;
 mod policy;
+mod secret;
 mod serve;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_core::{AllowRule, ArtifactPath, ByteSize, ImageRef};
+use kiln_core::{AllowRule, ArtifactPath, ByteSize, ImageRef, RunSecret};
 
 #[cfg(test)]
 pub(crate) use fleet::Bound;
@@ -20,6 +21,7 @@ pub(crate) use fleet::{
     WorkerStateArgs,
 };
 pub(crate) use policy::{InitArgs, NetArg, PhaseArg, PolicyCommand};
+pub(crate) use secret::{OwnerArgs, ScopeArgs, SecretCommand, ValueArgs};
 pub(crate) use serve::ServeArgs;
 
 pub(crate) use machines::{ConsoleArgs, CpArgs, ExecArgs, ForwardArgs, MachineCommand};
@@ -123,6 +125,9 @@ pub(crate) enum Command {
     /// Make, list and revoke a server's tokens
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Keep secrets for jobs, say who may have them, see who had them
+    #[command(subcommand)]
+    Secret(SecretCommand),
     /// Copy this home's queue while it is served, and put a copy back
     #[command(subcommand)]
     Backup(BackupCommand),
@@ -185,7 +190,7 @@ pub(crate) struct BuildArgs {
     /// Build argument; KEY alone takes the value from the environment
     #[arg(long = "build-arg", value_name = "KEY[=VALUE]")]
     pub build_args: Vec<String>,
-    /// Secret for RUN --mount=type=secret: id=NAME,src=FILE or id=NAME,env=VARIABLE
+    /// Secret for RUN --mount=type=secret: id=NAME of `kiln secret`, id=NAME,src=FILE or id=NAME,env=VARIABLE
     #[arg(long = "secret", value_name = "SPEC")]
     pub secrets: Vec<String>,
     /// SSH agent for RUN --mount=type=ssh: ID, with the agent of SSH_AUTH_SOCK, or ID=SOCKET
@@ -242,6 +247,9 @@ pub(crate) struct RunArgs {
     /// Environment variable; KEY alone takes the value from the environment
     #[arg(short, long = "env", value_name = "KEY[=VALUE]")]
     pub env: Vec<String>,
+    /// Secret of `kiln secret`, as a variable (NAME, NAME=VARIABLE) or as the file /run/secrets/NAME (NAME:file)
+    #[arg(long = "secret", value_name = "NAME[=VARIABLE]")]
+    pub secrets: Vec<RunSecret>,
     /// Let it reach this host; `*.HOST` is every name below it
     #[arg(long = "allow", value_name = "HOST[:PORTS[/tls|http|raw]]")]
     pub allow: Vec<AllowRule>,

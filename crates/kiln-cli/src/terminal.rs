@@ -1,11 +1,11 @@
 //! The user's terminal as `kiln run` hands it to a command: raw mode, size, input, output byte for byte.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal, Read as _, Write};
 use std::sync::{Mutex, PoisonError};
 
 use kiln_proto::msg::TtySize;
 use kiln_worker::orders::Control;
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use tokio::io::AsyncRead;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -93,6 +93,48 @@ pub(crate) fn restore() {
     let mut before = BEFORE.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(before) = before.take() {
         let _terminal_gone = tcsetattr(io::stdin(), OptionalActions::Now, &before);
+    }
+}
+
+/// Reads a line that is not shown as it is typed; at most this many bytes, without its newline.
+///
+/// # Errors
+/// When standard input is no terminal.
+pub(crate) fn hidden_line(most: usize) -> io::Result<Vec<u8>> {
+    let _quiet = Quiet::enter()?;
+    let mut line = Vec::new();
+    let mut input = io::stdin().lock();
+    while line.len() < most {
+        let mut byte = [0];
+        if input.read(&mut byte)? == 0 || byte[0] == b'\n' {
+            break;
+        }
+        line.push(byte[0]);
+    }
+    Ok(line)
+}
+
+/// The terminal without echo, until this is dropped.
+#[derive(Debug)]
+struct Quiet {
+    before: Termios,
+}
+
+impl Quiet {
+    fn enter() -> io::Result<Self> {
+        let before = tcgetattr(io::stdin())?;
+        let mut quiet = before.clone();
+        quiet.local_modes.remove(LocalModes::ECHO);
+        quiet.local_modes.insert(LocalModes::ECHONL);
+        // What was typed before the question is no answer to it.
+        tcsetattr(io::stdin(), OptionalActions::Flush, &quiet)?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        let _terminal_gone = tcsetattr(io::stdin(), OptionalActions::Now, &self.before);
     }
 }
 

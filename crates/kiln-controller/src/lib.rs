@@ -15,6 +15,7 @@ pub mod retention;
 pub mod server;
 mod shared;
 pub mod state;
+mod stored;
 mod strangers;
 mod traces;
 pub mod webhooks;

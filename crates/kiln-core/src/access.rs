@@ -142,6 +142,12 @@ actions! {
     WebhookControl = "webhook:control",
     /// Read the audit trail.
     AuditRead = "audit:read",
+    /// See which secrets a tenant keeps, and who may have them: never a value.
+    SecretRead = "secret:read",
+    /// Give secrets a value and a scope.
+    SecretWrite = "secret:write",
+    /// Take secrets away.
+    SecretRemove = "secret:remove",
     /// Read images.
     ImagePull = "image:pull",
     /// Write images into the tenant's own tree.
@@ -216,7 +222,13 @@ impl Role {
             Self::Admin => Some(Everything),
             Self::BuildEngineer => match action {
                 A::TenantControl | A::TokenCreate | A::TokenRevoke | A::AuditRead => None,
-                A::JobSubmit | A::ImagePush | A::WebhookControl | A::TokenRead => Some(Own),
+                A::JobSubmit
+                | A::ImagePush
+                | A::WebhookControl
+                | A::TokenRead
+                | A::SecretRead
+                | A::SecretWrite
+                | A::SecretRemove => Some(Own),
                 _ => Some(Everything),
             },
             Self::Security => match action {
@@ -227,6 +239,7 @@ impl Role {
                 | A::TenantControl
                 | A::TokenCreate
                 | A::WebhookControl
+                | A::SecretWrite
                 | A::ImagePush => None,
                 _ => Some(Everything),
             },
@@ -239,6 +252,7 @@ impl Role {
                 | A::QueueRead
                 | A::TenantRead
                 | A::WebhookRead
+                | A::SecretRead
                 | A::ImagePull
                 | A::ImagePush => Some(Own),
                 _ => None,
@@ -396,8 +410,18 @@ mod tests {
         assert!(!may(Role::BuildEngineer, true, Action::AuditRead));
         assert!(may(Role::Security, true, Action::AuditRead));
         assert!(!may(Role::Security, true, Action::JobSubmit));
+        assert!(may(Role::BuildEngineer, false, Action::SecretWrite));
+        assert!(may(Role::Developer, false, Action::SecretRead));
+        assert!(!may(Role::Developer, true, Action::SecretWrite));
+        assert!(may(Role::Security, false, Action::SecretRemove));
+        assert!(!may(Role::Security, true, Action::SecretWrite));
         assert!(may(Role::ReadOnly, false, Action::JobRead));
-        for action in [Action::JobSubmit, Action::JobCancel, Action::LogRead] {
+        for action in [
+            Action::JobSubmit,
+            Action::JobCancel,
+            Action::LogRead,
+            Action::SecretRead,
+        ] {
             assert!(!may(Role::ReadOnly, true, action));
         }
     }

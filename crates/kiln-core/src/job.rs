@@ -5,7 +5,10 @@ use std::num::NonZeroU64;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, Digest, Dispatch, ImageRef, JobId, NetworkPolicy, Outcome, TenantName};
+use crate::{
+    ByteSize, Digest, Dispatch, ImageRef, JobId, NetworkPolicy, Outcome, RunSecret, SecretName,
+    TenantName,
+};
 
 /// A validated request. Path-free: a source is a digest, a secret is a name.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -117,6 +120,9 @@ pub struct SourceBuild {
     /// Names of the secrets it may ask for.
     #[serde(default)]
     pub secrets: Vec<String>,
+    /// Those of them that the tenant's store has: the values of the others came with the request.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stored_secrets: Vec<SecretName>,
     /// Where the verified image is tagged, within the tenant; empty means after `name`.
     #[serde(default)]
     pub tags: Vec<ImageRef>,
@@ -164,6 +170,9 @@ pub struct RunCommand {
     /// Files and folders of the machine that are kept when the command has ended, however it did.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub artifacts: Vec<crate::ArtifactPath>,
+    /// Secrets of the tenant's store that it has.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<RunSecret>,
 }
 
 /// A bound below a byte a second is one all the same.
@@ -172,6 +181,26 @@ fn bytes_per_second(bits: u64) -> NonZeroU64 {
 }
 
 impl JobRequest {
+    /// Names of all secrets it asks for, those of the store and those whose values came with it.
+    #[must_use]
+    pub fn secret_names(&self) -> Vec<&str> {
+        match &self.kind {
+            JobKind::SourceBuild(build) => build.secrets.iter().map(String::as_str).collect(),
+            JobKind::ImageBuild(build) => build.secrets.iter().map(String::as_str).collect(),
+            JobKind::Run(run) => run.secrets.iter().map(|one| one.name.as_str()).collect(),
+        }
+    }
+
+    /// Names of the secrets that the tenant's store is to give it.
+    #[must_use]
+    pub fn stored_secrets(&self) -> Vec<&SecretName> {
+        match &self.kind {
+            JobKind::SourceBuild(build) => build.stored_secrets.iter().collect(),
+            JobKind::ImageBuild(_) => Vec::new(),
+            JobKind::Run(run) => run.secrets.iter().map(|one| &one.name).collect(),
+        }
+    }
+
     /// The bound of its network as a gateway counts it, bytes per second of each direction.
     #[must_use]
     pub fn network_bytes_per_second(&self) -> Option<NonZeroU64> {

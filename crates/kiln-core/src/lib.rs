@@ -16,6 +16,7 @@ pub mod machine;
 pub mod network;
 pub mod observed;
 pub mod outcome;
+pub mod secret;
 pub mod size;
 
 pub use access::{Action, Principal, Role};
@@ -30,4 +31,5 @@ pub use machine::{DiskRole, DiskSlot, MachineSpec};
 pub use network::{AllowRule, NetworkPolicy};
 pub use observed::{GitCommit, Observed, Receipt};
 pub use outcome::{FailureClass, Outcome, Verdict};
+pub use secret::{RunSecret, SecretName, SecretPlace};
 pub use size::ByteSize;

@@ -4,7 +4,7 @@ use kiln_core::TenantName;
 use serde_json::Value;
 
 use crate::database::{Database, write_tx};
-use crate::engine::{Tx, args, json};
+use crate::engine::{Row, Tx, args, json};
 use crate::error::DbError;
 use crate::list::PAGE_MAX;
 
@@ -74,27 +74,27 @@ impl Database {
                 let rows = tx
                     .rows(sql, args![name, after, limit.min(PAGE_MAX)])
                     .await?;
-                rows.iter()
-                    .map(|row| {
-                        Ok(AuditRow {
-                            seq: row.u64("seq")?,
-                            at_unix_ms: row.u64("at_ms")?,
-                            entry: NewAudit {
-                                actor: row.text("actor")?,
-                                tenant: row.opt_parse("tenant")?,
-                                action: row.text("action")?,
-                                target: row.text("target")?,
-                                allowed: row.flag("allowed")?,
-                                reason: row.opt_text("reason")?,
-                                detail: row.opt_json("detail")?,
-                            },
-                        })
-                    })
-                    .collect()
+                rows.iter().map(audit_row).collect()
             })
         })
         .await
     }
+}
+
+pub(crate) fn audit_row(row: &Row) -> Result<AuditRow, DbError> {
+    Ok(AuditRow {
+        seq: row.u64("seq")?,
+        at_unix_ms: row.u64("at_ms")?,
+        entry: NewAudit {
+            actor: row.text("actor")?,
+            tenant: row.opt_parse("tenant")?,
+            action: row.text("action")?,
+            target: row.text("target")?,
+            allowed: row.flag("allowed")?,
+            reason: row.opt_text("reason")?,
+            detail: row.opt_json("detail")?,
+        },
+    })
 }
 
 /// Writes an audit row in a transaction.

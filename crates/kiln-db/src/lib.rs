@@ -32,6 +32,7 @@ mod pipeline;
 mod restore;
 mod retention;
 mod schema;
+mod secret;
 mod submit;
 mod tenant;
 mod token;
@@ -65,6 +66,7 @@ pub use outbox::{Message, MessageFilter, OldSecret, Rotated, WEBHOOKS_MAX, Webho
 pub use restore::{BackupError, RestoreError, Restored};
 pub use retention::{Aged, Hold, Retention};
 pub use schema::VERSION as SCHEMA_VERSION;
+pub use secret::{NewValue, Opened, SECRET_READ, Secret, SecretFrom, SecretValue, Written};
 pub use submit::{SubmitError, Submitted};
 pub use tenant::{
     Depth, GlobalLimits, NameError, Paused, Queue, Quota, Tenant, Usage, WEIGHT_DEFAULT,

@@ -246,6 +246,7 @@ fn job(id: JobId) -> NewJob {
             tty: false,
             stdin: false,
             artifacts: Vec::new(),
+            secrets: Vec::new(),
         }),
         network: NetworkPolicy::Isolated,
         limits: Limits {

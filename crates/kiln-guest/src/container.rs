@@ -22,6 +22,8 @@ use crate::{identity, mounts, net, oci_wrapper, tree};
 const IMAGE_ROOT: &str = "/image/rootfs";
 /// Where the container is put together.
 const BUNDLE: &str = "/run/kiln/container";
+/// Copies of the secrets of the container's user; a tmpfs.
+const SECRETS: &str = "/run/kiln/container-secrets";
 /// Where runc keeps its state.
 const RUNC_ROOT: &str = "/run/kiln/runc";
 /// Most bytes of passwd and group that are read.
@@ -334,10 +336,40 @@ fn put_together(spec: &ContainerSpec, upper: &str) -> Result<(), GuestError> {
         ..spec.clone()
     };
     let mut config = config(&spec, &user);
+    give_secrets(&spec.secrets, &user, Path::new(SECRETS), &mut config)?;
     if Path::new(tree::CA_OPERATOR).exists() {
         oci_wrapper::add_certificates(&mut config, tree::CA_BUNDLE);
     }
     write("config.json", &config.to_string())?;
+    Ok(())
+}
+
+/// Copies secrets, in memory, into a folder that the container has: files of its user alone.
+fn give_secrets(
+    ids: &[String],
+    user: &User,
+    folder: &Path,
+    config: &mut Value,
+) -> Result<(), GuestError> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).context(|| format!("empty {}", folder.display()))?;
+    }
+    if ids.is_empty() {
+        return Ok(());
+    }
+    for id in ids {
+        if !tree::is_secret_id(id) {
+            return Err(invalid("the id of a secret has letters, digits, - _ ."));
+        }
+        let what = || format!("give the container the secret {id}");
+        let value = fs::read(Path::new(tree::SECRETS).join(id)).context(what)?;
+        let path = folder.join(id);
+        tree::write_file(&path, 0o755, 0o400, &value)?;
+        std::os::unix::fs::chown(&path, Some(user.uid), Some(user.gid)).context(what)?;
+    }
+    if let Some(mounts) = config.get_mut("mounts").and_then(Value::as_array_mut) {
+        mounts.push(bind(&folder.display().to_string(), tree::SECRETS_INSIDE));
+    }
     Ok(())
 }
 

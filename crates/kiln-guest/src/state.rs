@@ -108,6 +108,7 @@ impl Guest {
             feature::TREE,
             feature::FORWARD,
             feature::EGRESS,
+            feature::SECRET_FILES,
         ];
         if Path::new(buildkit::DAEMON).exists() {
             features.push(feature::BUILDKIT);

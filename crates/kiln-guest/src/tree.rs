@@ -30,6 +30,8 @@ use extract::{Content, Rules};
 
 /// Where secrets lie: a tmpfs, readable for root alone.
 pub(crate) const SECRETS: &str = "/run/kiln/secrets";
+/// Where commands look for them.
+pub(crate) const SECRETS_INSIDE: &str = "/run/secrets";
 /// Certificates for programs in the machine: those of the root disk and the operator's.
 pub(crate) const CA_BUNDLE: &str = "/run/kiln/ca/bundle.pem";
 /// The operator's certificates alone; there only when the operator gave some.
@@ -56,7 +58,7 @@ fn is_name(text: &str) -> bool {
     (1..=NAME_MAX).contains(&text.len()) && text.bytes().all(plain)
 }
 
-fn is_secret_id(text: &str) -> bool {
+pub(crate) fn is_secret_id(text: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     (1..=SECRET_ID_MAX).contains(&text.len()) && !text.starts_with('.') && text.bytes().all(plain)
 }
@@ -237,6 +239,8 @@ async fn receive_file(
             guest.secret_issued.store(true, Ordering::Relaxed);
             let path = Path::new(SECRETS).join(id);
             write_file(&path, 0o700, 0o400, &bytes)?;
+            // Where steps of builds and containers find theirs too. A root disk may have its own: then only the path it is told stands.
+            let _there_already = std::os::unix::fs::symlink(SECRETS, SECRETS_INSIDE);
             path
         }
         Place::Secret { .. } => {

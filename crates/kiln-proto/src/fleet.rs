@@ -341,10 +341,13 @@ pub struct AskSecrets {
 }
 
 /// Answer to [`AskSecrets`].
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Secrets {
     /// Name and value in base 64.
     pub values: BTreeMap<String, String>,
+    /// Names of secrets that the job may not have, and why. Those that are in neither are not there.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub refused: BTreeMap<String, String>,
 }
 
 impl fmt::Debug for Secrets {

@@ -77,6 +77,8 @@ pub mod feature {
     pub const BUILDKIT: &str = "buildkit";
     /// Can run a container image.
     pub const CONTAINER: &str = "container";
+    /// Shows secrets that were put as files below `/run/secrets`, in the machine and in containers that name them.
+    pub const SECRET_FILES: &str = "secret_files";
 }
 
 /// Why the guest could not do what it was told.
@@ -550,4 +552,7 @@ pub struct ContainerSpec {
     pub tty: bool,
     /// Host name inside.
     pub hostname: String,
+    /// Ids of secrets that were put before: files of its user alone below `/run/secrets`, in memory.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<String>,
 }

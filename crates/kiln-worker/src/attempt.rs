@@ -17,8 +17,8 @@ use kiln_machine::driver::{
 use kiln_machine::ledger::Ticket;
 use kiln_machine::template::Held;
 use kiln_network::gateway::Gateway;
-use kiln_proto::Session;
 use kiln_proto::msg::{Mount, Order};
+use kiln_proto::{Hello, Session};
 use tokio::task::JoinHandle;
 
 use crate::event::Events;
@@ -57,6 +57,8 @@ pub struct Attempt {
     /// Whether BuildKit already runs on the mounted state disk.
     pub build_ready: bool,
     identity: PublicIdentity,
+    /// What its guest says of itself.
+    pub hello: Hello,
     serving: JoinHandle<()>,
     _ticket: Ticket,
     _template: Option<Held>,
@@ -226,6 +228,7 @@ impl Attempt {
             incoming,
             timings,
             identity,
+            hello,
             ..
         } = ready;
         let services = Services::new(gateway, events.clone());
@@ -242,6 +245,7 @@ impl Attempt {
             disk_ms: AtomicU64::new(0),
             build_ready: chosen.holds_head,
             identity,
+            hello,
             serving,
             _ticket: ticket,
             _template: chosen.template,

@@ -1,5 +1,6 @@
 //! A command in a fresh machine: in the machine image itself, or in a container image under runc.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
 use kiln_network::record::{EgressLog, EgressSummary};
 use kiln_proto::msg::{
     ConnectReply, ContainerSpec, ExecRequest, Exit, Forward, Order, OrderReply, Place, TtySize,
-    kind,
+    feature, kind,
 };
 use kiln_proto::{Session, codec};
 use tokio::io::AsyncRead;
@@ -30,6 +31,7 @@ use crate::kept::{self, Handover, Keep};
 use crate::measured::{Measured, add};
 use crate::orders::{self, Control, ExecIo};
 use crate::phases::Phases;
+use crate::run_secrets::RunSecrets;
 use crate::templates::Purpose;
 use crate::unpack::Unpacked;
 
@@ -70,6 +72,8 @@ pub struct RunInput {
     pub artifacts: Option<PathBuf>,
     /// That the machine stays when the command is over.
     pub keep: Option<Keep>,
+    /// Secrets of the command.
+    pub secrets: RunSecrets,
 }
 
 impl std::fmt::Debug for RunInput {
@@ -337,6 +341,7 @@ async fn in_machine(
         ca_bundle,
         log,
         artifacts,
+        secrets,
         ..
     } = input;
     let kiln_core::JobKind::Run(command) = request.kind else {
@@ -351,13 +356,24 @@ async fn in_machine(
         )
         .await?;
     }
+    if !secrets.files().is_empty() && !attempt.hello.has(feature::SECRET_FILES) {
+        let message = "the machine image is too old to give a command secrets as files";
+        let failure = Failure::new(FailureClass::Infrastructure, message);
+        return Err(failure.hint("`kiln setup` makes a new one"));
+    }
+    secrets.put(&attempt.session).await?;
     let (exec, place) = match image {
         None => {
-            let exec = plain_exec(&command, tty, stdin.is_some());
+            let env = secrets.joined(&command.env);
+            let exec = plain_exec(&command, env, tty, stdin.is_some());
             let cwd = exec.cwd.clone();
             (exec, (String::new(), cwd))
         }
         Some((unpacked, spec)) => {
+            let spec = ContainerSpec {
+                secrets: secrets.files(),
+                ..spec
+            };
             let place = (collect::CONTAINER_ROOT.to_owned(), spec.cwd.clone());
             let exec = container_exec(attempt, &unpacked, spec, tty, stdin.is_some(), lease);
             let exec = exec.await?;
@@ -412,6 +428,7 @@ async fn in_machine(
 
 fn plain_exec(
     command: &kiln_core::job::RunCommand,
+    all: BTreeMap<String, String>,
     tty: Option<TtySize>,
     stdin: bool,
 ) -> ExecRequest {
@@ -419,15 +436,10 @@ fn plain_exec(
         ("PATH".to_owned(), PATH.to_owned()),
         ("HOME".to_owned(), "/root".to_owned()),
     ];
-    if tty.is_some() && !command.env.contains_key("TERM") {
+    if tty.is_some() && !all.contains_key("TERM") {
         env.push(("TERM".to_owned(), "xterm-256color".to_owned()));
     }
-    env.extend(
-        command
-            .env
-            .iter()
-            .map(|(key, value)| (key.clone(), value.clone())),
-    );
+    env.extend(all);
     ExecRequest {
         argv: command.argv.clone(),
         env,

@@ -45,8 +45,7 @@ pub(super) async fn run(
     limits.disk = own.disk.unwrap_or(limits.disk);
     let secrets = source::secrets(&args.secrets)?;
     let ssh_agents = source::ssh_agents(&args.ssh)?;
-    let names = secrets.iter().map(|(name, _)| name.clone()).collect();
-    let (wanted, folder) = wanted(&args, &operator, names)?;
+    let (wanted, folder) = wanted(&args, &operator, &secrets)?;
     let request = JobRequest {
         id: new_job_id('b').map_err(CliError::from_failure)?,
         tenant: TenantName::local(),
@@ -64,7 +63,7 @@ pub(super) async fn run(
     let follow = tokio::spawn(screen.follow(receiver));
     let local = LocalJob {
         folder,
-        secrets,
+        secrets: secrets.given,
         ssh_agents,
         events: Some(events.clone()),
         ..LocalJob::default()
@@ -111,7 +110,7 @@ fn finish(end: JobEnd, screen: Screen) -> Result<BuildReport> {
 fn wanted(
     args: &BuildArgs,
     operator: &Operator,
-    secrets: Vec<String>,
+    secrets: &source::Secrets,
 ) -> Result<(SourceBuild, Option<LocalFolder>)> {
     for tag in &args.tags {
         let _legal = super::reference::in_tenant(tag)?;
@@ -159,7 +158,8 @@ fn wanted(
         dockerfile_text,
         target: args.target.clone(),
         build_args: source::pairs(&args.build_args, "--build-arg")?,
-        secrets,
+        secrets: secrets.names(),
+        stored_secrets: secrets.stored.clone(),
         tags: args.tags.clone(),
         no_cache: args.no_cache,
     };

@@ -69,7 +69,7 @@ pub(super) async fn run(
         }
     };
     let job = tokio::select! {
-        job = upload::build(server, &asked, secrets, tree, build::source_error) => job?,
+        job = upload::build(server, &asked, secrets.given, tree, build::source_error) => job?,
         () = cancel.cancelled() => {
             return Err(CliError::new(FailureClass::Cancelled, "cancelled before the source was sent"));
         }
@@ -113,12 +113,12 @@ fn refuse(args: &BuildArgs) -> Result<()> {
     }
 }
 
-fn asked(args: &BuildArgs, secrets: &[(String, Vec<u8>)]) -> Result<BuildAsk> {
+fn asked(args: &BuildArgs, secrets: &source::Secrets) -> Result<BuildAsk> {
     let images = args.tags.iter().map(image).collect::<Result<_>>()?;
     Ok(BuildAsk {
         target: args.target.clone(),
         build_args: source::pairs(&args.build_args, "--build-arg")?,
-        secrets: secrets.iter().map(|(name, _)| name.clone()).collect(),
+        secrets: secrets.names(),
         images,
         no_cache: args.no_cache,
         common: queueing::common(&args.queueing, &args.limits, &args.allow)?,

@@ -33,6 +33,7 @@ mod retry;
 mod run;
 mod run_policy;
 mod run_server;
+mod secret;
 mod serve;
 mod setup;
 mod source;
@@ -93,6 +94,7 @@ pub(crate) async fn run(
         },
         Command::Tenant(verb) => tenant::run(verb, server, screen).await,
         Command::Token(verb) => token::run(verb, server, screen).await,
+        Command::Secret(verb) => secret::run(verb, server, screen).await,
         Command::Backup(verb) => backup::run(verb, server, screen).await,
         Command::Webhook(verb) => webhook::run(verb, server, screen).await,
         Command::Bench(args) => bench::run(args, screen, cancel).await,

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use kiln_core::job::{RunCommand, TrustClass};
-use kiln_core::{FailureClass, ImageRef, JobKind, JobRequest, Label, TenantName};
+use kiln_core::{FailureClass, ImageRef, JobKind, JobRequest, Label, RunSecret, TenantName};
 use kiln_proto::msg::{Exit, TtySize};
 use kiln_worker::event::Events;
 use kiln_worker::fleet::job::{Ended, JobEnd};
@@ -58,6 +58,7 @@ pub(super) async fn run(
     let env = source::pairs(&args.env, "--env")?;
     let kept = [ruled.artifacts.as_slice(), args.artifacts.as_slice()].concat();
     let wanted = artifacts::wanted(&kept, &args.copy_out)?;
+    let secrets = secrets(&args.secrets, &env)?;
     let listeners = listen(&args.publish).await?;
     announce(&listeners, screen)?;
     let size = wants_terminal(&args).then(terminal::size).flatten();
@@ -77,10 +78,15 @@ pub(super) async fn run(
             tty: size.is_some(),
             stdin: wants_stdin,
             artifacts: wanted.clone(),
+            secrets: secrets.clone(),
         }),
         network: ruled.network,
         limits,
-        trust: TrustClass::Untrusted,
+        // What its owner gives secrets is trusted by them; whatever else is run here may be anything.
+        trust: match secrets.is_empty() {
+            true => TrustClass::Untrusted,
+            false => TrustClass::Trusted,
+        },
         network_bits: None,
         dispatch: own.dispatch,
         traceparent: None,
@@ -274,6 +280,19 @@ impl Stay {
         }
         Ok(())
     }
+}
+
+/// The secrets of a command, each with a place of its own.
+///
+/// # Errors
+/// When two want one place.
+pub(super) fn secrets(
+    said: &[RunSecret],
+    env: &BTreeMap<String, String>,
+) -> Result<Vec<RunSecret>> {
+    kiln_core::secret::check_places(said, |variable| env.contains_key(variable))
+        .map_err(|twice| CliError::usage(format!("--secret: {twice}")))?;
+    Ok(said.to_vec())
 }
 
 /// A command whose terminal and ports are this process's.

@@ -22,11 +22,14 @@ pub(super) async fn run(
 ) -> Result<u8> {
     refuse(&args)?;
     let wanted = artifacts::wanted(&args.artifacts, &args.copy_out)?;
+    let env = source::pairs(&args.env, "--env")?;
+    let secrets = super::run::secrets(&args.secrets, &env)?;
     let asked = RunAsk {
+        secrets: secrets.iter().map(ToString::to_string).collect(),
         artifacts: wanted.iter().map(ToString::to_string).collect(),
         image: args.image.as_ref().map(ToString::to_string),
         argv: args.command.clone(),
-        env: source::pairs(&args.env, "--env")?,
+        env,
         common: queueing::common(&args.queueing, &args.limits, &args.allow)?,
     };
     if terminal::stdin_is_piped() {

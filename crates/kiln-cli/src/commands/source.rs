@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use kiln_core::SecretName;
+use kiln_core::secret::ParseSecretError;
 use kiln_worker::ssh_agent::SshAgents;
 
 use crate::environment;
@@ -10,6 +12,9 @@ use crate::error::{CliError, Result};
 
 /// Largest secret, bytes (as Docker's).
 pub(crate) const SECRET_BYTES_MAX: u64 = 500 * 1024;
+
+/// What a word about a secret may say.
+const SECRET_PARTS: [&str; 5] = ["id", "src", "source", "env", "type"];
 
 /// Where the source is.
 #[derive(Debug, PartialEq, Eq)]
@@ -109,16 +114,35 @@ pub(crate) fn pairs(words: &[String], flag: &str) -> Result<BTreeMap<String, Str
     Ok(map)
 }
 
-/// `id=NAME,src=FILE` or `id=NAME,env=VARIABLE`.
+/// The secrets of a build.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Secrets {
+    /// Names and values that this command has itself.
+    pub(crate) given: Vec<(String, Vec<u8>)>,
+    /// Names of those that the store has.
+    pub(crate) stored: Vec<SecretName>,
+}
+
+impl Secrets {
+    /// Names of all of them.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let given = self.given.iter().map(|(name, _)| name.clone());
+        given
+            .chain(self.stored.iter().map(ToString::to_string))
+            .collect()
+    }
+}
+
+/// `id=NAME` of the store, `id=NAME,src=FILE` or `id=NAME,env=VARIABLE`.
 ///
 /// # Errors
 /// When a word is malformed, or what it names is missing or too large.
-pub(crate) fn secrets(words: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
-    let mut secrets: Vec<(String, Vec<u8>)> = Vec::new();
+pub(crate) fn secrets(words: &[String]) -> Result<Secrets> {
+    let mut secrets = Secrets::default();
     for word in words {
         let usage = |why: &str| {
             CliError::usage(format!("--secret {word:?}: {why}"))
-                .hint("write --secret id=NAME,src=FILE or --secret id=NAME,env=VARIABLE")
+                .hint("write --secret id=NAME for one of `kiln secret`, or --secret id=NAME,src=FILE, or --secret id=NAME,env=VARIABLE")
         };
         let mut parts = BTreeMap::new();
         for part in word.split(',') {
@@ -132,6 +156,12 @@ pub(crate) fn secrets(words: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
         if id.is_empty() || id.len() > 128 || !id.bytes().all(legal) || id.starts_with('.') {
             return Err(usage("ids are letters, digits, '-', '_' and '.'"));
         }
+        if secrets.names().iter().any(|seen| seen == id) {
+            return Err(usage("this id is given twice"));
+        }
+        if let Some(unknown) = parts.keys().find(|key| !SECRET_PARTS.contains(key)) {
+            return Err(usage(&format!("there is no part {unknown}")));
+        }
         let value = match (
             parts.get("src").or_else(|| parts.get("source")),
             parts.get("env"),
@@ -140,12 +170,15 @@ pub(crate) fn secrets(words: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
             (None, Some(name)) => environment::var(name)
                 .ok_or_else(|| usage(&format!("the environment has no {name}")))?
                 .into_bytes(),
-            _ => return Err(usage("name either src or env")),
+            (None, None) => {
+                let name = id.parse();
+                let name = name.map_err(|error: ParseSecretError| usage(&error.to_string()))?;
+                secrets.stored.push(name);
+                continue;
+            }
+            (Some(_), Some(_)) => return Err(usage("name either src or env")),
         };
-        if secrets.iter().any(|(seen, _)| seen == id) {
-            return Err(usage("this id is given twice"));
-        }
-        secrets.push((id.to_owned(), value));
+        secrets.given.push((id.to_owned(), value));
     }
     Ok(secrets)
 }
@@ -238,12 +271,18 @@ mod tests {
         std::fs::write(&file, "top").expect("write");
         let word = format!("id=a,src={}", file.display());
         assert_eq!(
-            secrets(std::slice::from_ref(&word)).expect("valid"),
+            secrets(std::slice::from_ref(&word)).expect("valid").given,
             [("a".to_owned(), b"top".to_vec())]
         );
+        let stored = secrets(&["id=a".to_owned(), "id=b".to_owned()]).expect("valid");
+        assert_eq!(
+            (stored.given.len(), stored.names()),
+            (0, vec!["a".to_owned(), "b".to_owned()])
+        );
+        assert!(secrets(&["id=a".to_owned(), word.clone()]).is_err());
         for bad in [
-            "id=a",
             "src=x",
+            "id=a,form=x",
             "id=../x,src=/dev/null",
             "id=a,src=/dev/null,env=B",
             "id=a,env=KILN_NOT_SET",

@@ -76,17 +76,33 @@ impl Server {
         path: &str,
         asked: &impl Serialize,
     ) -> Result<A> {
+        self.with_document(Method::POST, path, asked).await
+    }
+
+    async fn with_document<A: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        asked: &impl Serialize,
+    ) -> Result<A> {
         let bytes = serde_json::to_vec(asked).map_err(|error| CliError::infrastructure(&error))?;
         let body = Full::new(Bytes::from(bytes))
             .map_err(|never| match never {})
             .boxed();
-        self.answer(
-            Method::POST,
-            path,
-            body,
-            &[(CONTENT_TYPE, "application/json".to_owned())],
-        )
-        .await
+        let kind = (CONTENT_TYPE, "application/json".to_owned());
+        self.answer(method, path, body, &[kind]).await
+    }
+
+    /// Puts something in its place with a JSON document.
+    ///
+    /// # Errors
+    /// As [`Server::get`].
+    pub(crate) async fn put<A: DeserializeOwned>(
+        &self,
+        path: &str,
+        asked: &impl Serialize,
+    ) -> Result<A> {
+        self.with_document(Method::PUT, path, asked).await
     }
 
     /// Removes or stops something.

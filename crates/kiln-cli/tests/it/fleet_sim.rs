@@ -262,6 +262,7 @@ pub(crate) fn job(id: &str) -> NewJob {
         tty: false,
         stdin: false,
         artifacts: Vec::new(),
+        secrets: Vec::new(),
     };
     NewJob {
         request: JobRequest {

@@ -19,6 +19,7 @@ mod fleet_hostile;
 mod fleet_kill;
 mod fleet_network;
 mod fleet_orphans;
+mod fleet_secrets;
 mod fleet_sim;
 mod git;
 mod home_queue;

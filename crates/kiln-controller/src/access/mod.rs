@@ -12,6 +12,7 @@ pub mod oidc;
 pub mod peer;
 pub mod registry_token;
 mod sealed;
+mod secret_seal;
 pub mod secret_token;
 pub mod tls;
 pub mod user_token;
@@ -38,13 +39,15 @@ pub use registry_token::{
 };
 pub use sealed::SealedError;
 pub(crate) use sealed::random;
+pub use secret_seal::{SealedAs, UnsealError};
 pub use user_token::{UserToken, VerifiedUser};
 
 use door::{CONTROLLER_LIFE_MAX_S, REGISTRY_LIFE_MAX_S, USER_LIFE_MAX_S};
 use keys::KeyRing;
 use sealed::Vault;
+use secret_seal::SecretKeys;
 
-/// The first key of logs and artifacts.
+/// The first key of logs and artifacts, and the first of stored secrets.
 const FIRST_LOG_KEY: &str = "0001.key";
 
 /// Everything a controller knows about identity.
@@ -59,6 +62,7 @@ pub struct Access {
     cursor: [u8; 32],
     /// Keys of logs and artifacts at rest, the newest first.
     logs: Vec<[u8; 32]>,
+    secrets: SecretKeys,
     issuers: Issuers,
 }
 
@@ -82,11 +86,18 @@ impl Access {
                 now_ms,
             )
         };
-        let secret = |vault: &Vault, name: &str| {
+        let secret = |vault: &Vault, name: &str| -> Result<[u8; 32], SealedError> {
             let bytes = vault.read_or_create(name, || sealed::random::<32>().to_vec())?;
             bytes.try_into().map_err(|_| SealedError::Damaged {
                 path: vault.path(name),
             })
+        };
+        // Every key of a folder, the newest first.
+        let all = |vault: &Vault| {
+            secret(vault, FIRST_LOG_KEY)?;
+            let names = vault.names()?;
+            let keys = names.iter().rev().map(|name| secret(vault, name));
+            keys.collect::<Result<Vec<[u8; 32]>, SealedError>>()
         };
         Ok(Self {
             issuer: issuer.to_owned(),
@@ -96,13 +107,8 @@ impl Access {
             authority: Authority::open(&vault.inner(Door::Worker.name())?, now_ms)?,
             webhook: secret(&vault.inner(Door::Webhook.name())?, "master.key")?,
             cursor: secret(&vault, "cursor.key")?,
-            logs: {
-                let logs = vault.inner("logs")?;
-                secret(&logs, FIRST_LOG_KEY)?;
-                let names = logs.names()?;
-                let keys = names.iter().rev().map(|name| secret(&logs, name));
-                keys.collect::<Result<_, _>>()?
-            },
+            logs: all(&vault.inner("logs")?)?,
+            secrets: SecretKeys::new(&all(&vault.inner("secrets")?)?),
             issuers: Issuers::new(trusted),
         })
     }
@@ -140,7 +146,12 @@ impl Access {
     #[must_use]
     pub fn fingerprint_now(&self) -> kiln_core::Digest {
         let rings = [&self.user, &self.registry, &self.controller].map(KeyRing::public);
-        let text = format!("{} {}", self.fingerprint(), serde_json::json!(rings));
+        let secrets = self.secrets.ids();
+        let text = format!(
+            "{} {} {secrets:?}",
+            self.fingerprint(),
+            serde_json::json!(rings)
+        );
         kiln_core::Digest::of(text.as_bytes())
     }
 
@@ -178,6 +189,22 @@ impl Access {
             Some(current) if encrypted => LogKeys::new(current, keys),
             current => LogKeys::opening(current.into_iter().chain(keys)),
         }
+    }
+
+    /// Seals a stored secret's value. The newest key of the folder `secrets` among the keys seals, each opens what it sealed.
+    ///
+    /// # Errors
+    /// When there is no key that works.
+    pub fn seal_secret(&self, about: SealedAs<'_>, value: &[u8]) -> Result<String, SignError> {
+        self.secrets.seal(about, value).ok_or(SignError)
+    }
+
+    /// Opens a stored secret's value.
+    ///
+    /// # Errors
+    /// When it is not what was sealed as this, or its key is not here.
+    pub fn open_secret(&self, about: SealedAs<'_>, sealed: &str) -> Result<Vec<u8>, UnsealError> {
+        self.secrets.open(about, sealed)
     }
 
     /// What cursors of lists are authenticated with.

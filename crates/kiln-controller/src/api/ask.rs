@@ -7,9 +7,10 @@ use kiln_core::access::{Asked, Granted};
 use kiln_core::artifact::ARTIFACT_PATHS_MAX;
 use kiln_core::dispatch::{LABELS_MAX, RESERVED_PREFIX, Requirements, TAGS_MAX};
 use kiln_core::job::{RunCommand, Source, SourceBuild};
+use kiln_core::secret::JOB_SECRETS_MAX;
 use kiln_core::{
     AllowRule, ByteSize, Digest, Dispatch, ImageRef, JobId, JobKind, JobRequest, Label,
-    NetworkPolicy, Priority, QueueName, TenantName,
+    NetworkPolicy, Priority, QueueName, RunSecret, TenantName,
 };
 use kiln_db::{Idempotency, NewJob};
 use serde::{Deserialize, Serialize};
@@ -22,7 +23,7 @@ use crate::webhooks::Destination;
 
 /// Longest `Idempotency-Key`.
 const KEY_MAX: usize = 128;
-/// Most build arguments, environment variables, secrets or arguments of a command.
+/// Most build arguments, environment variables or arguments of a command.
 const ENTRIES_MAX: usize = 1000;
 /// Longest single text of a request.
 const TEXT_MAX: usize = 128 * 1024;
@@ -101,7 +102,7 @@ pub struct BuildAsk {
     pub target: Option<String>,
     /// Build arguments.
     pub build_args: BTreeMap<String, String>,
-    /// Names of secrets.
+    /// Names of secrets: of the tenant's store, unless their values come with the request.
     pub secrets: Vec<String>,
     /// Names of the image, within the tenant.
     pub images: Vec<String>,
@@ -126,6 +127,9 @@ pub struct RunAsk {
     /// `?` within a part, `**` for any number of parts); relative to its working directory. At most 64.
     #[schema(max_items = 64)]
     pub artifacts: Vec<String>,
+    /// Secrets of the tenant's store: `NAME` or `NAME=VARIABLE` for a variable of its environment, `NAME:file` for the file
+    /// `/run/secrets/NAME`.
+    pub secrets: Vec<String>,
     /// What every submission may say.
     #[serde(flatten)]
     pub common: Common,
@@ -314,8 +318,12 @@ impl Common {
 }
 
 impl BuildAsk {
-    /// The work, of a source that was uploaded or of the git URL.
-    pub(crate) fn kind(&self, uploaded: Option<(Digest, u64)>) -> Result<JobKind, Problem> {
+    /// The work, of a source that was uploaded or of the git URL. Values of the `given` secrets came with the request; the others are of the store.
+    pub(crate) fn kind(
+        &self,
+        uploaded: Option<(Digest, u64)>,
+        given: &[&str],
+    ) -> Result<JobKind, Problem> {
         let source = match (uploaded, &self.git_url) {
             (Some((digest, size)), None) => Source::Tree { digest, size },
             (None, Some(address)) => {
@@ -361,7 +369,7 @@ impl BuildAsk {
             label("target", target)?;
         }
         entries("build_args", &self.build_args)?;
-        if self.secrets.len() > ENTRIES_MAX || self.images.len() > TAGS_MAX {
+        if self.secrets.len() > JOB_SECRETS_MAX || self.images.len() > TAGS_MAX {
             return Err(Problem::invalid("secrets", "too many secrets or images"));
         }
         for secret in &self.secrets {
@@ -375,6 +383,12 @@ impl BuildAsk {
             target: self.target.clone(),
             build_args: self.build_args.clone(),
             secrets: self.secrets.clone(),
+            stored_secrets: self
+                .secrets
+                .iter()
+                .filter(|name| !given.contains(&name.as_str()))
+                .map(|name| parsed("secrets", name))
+                .collect::<Result<_, _>>()?,
             tags: self
                 .images
                 .iter()
@@ -441,6 +455,7 @@ impl RunAsk {
         }
         let artifacts = self.artifacts.iter().map(|path| parsed("artifacts", path));
         Ok(JobKind::Run(RunCommand {
+            secrets: self.run_secrets()?,
             artifacts: artifacts.collect::<Result<_, _>>()?,
             image,
             argv: self.argv.clone(),
@@ -449,6 +464,20 @@ impl RunAsk {
             tty: false,
             stdin: false,
         }))
+    }
+}
+
+impl RunAsk {
+    fn run_secrets(&self) -> Result<Vec<RunSecret>, Problem> {
+        if self.secrets.len() > JOB_SECRETS_MAX {
+            let text = format!("at most {JOB_SECRETS_MAX} secrets");
+            return Err(Problem::invalid("secrets", text));
+        }
+        let secrets = self.secrets.iter().map(|word| parsed("secrets", word));
+        let secrets: Vec<RunSecret> = secrets.collect::<Result<_, _>>()?;
+        kiln_core::secret::check_places(&secrets, |variable| self.env.contains_key(variable))
+            .map_err(|twice| Problem::invalid("secrets", twice.to_string()))?;
+        Ok(secrets)
     }
 }
 

@@ -6,6 +6,7 @@ use axum::extract::State;
 use http::StatusCode;
 use kiln_core::Action;
 use kiln_core::access::sees_every_tenant;
+use kiln_db::AuditRow;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
@@ -51,6 +52,23 @@ pub(crate) struct AuditView {
     detail: Option<Value>,
 }
 
+impl AuditView {
+    /// Of a row.
+    pub(crate) fn of(row: AuditRow) -> Self {
+        Self {
+            seq: row.seq,
+            at_unix_ms: row.at_unix_ms,
+            actor: row.entry.actor,
+            tenant: row.entry.tenant.map(String::from),
+            action: row.entry.action,
+            target: row.entry.target,
+            allowed: row.entry.allowed,
+            reason: row.entry.reason,
+            detail: row.entry.detail,
+        }
+    }
+}
+
 /// Reads the audit trail, oldest first; `next` is the `after` of the next page.
 #[utoipa::path(
     get, path = "/v1/audit", tag = "operators", params(AuditAsked),
@@ -76,17 +94,6 @@ pub(crate) async fn list(
     let rows = api.db().audit_rows(tenant, asked.after, PAGE).await?;
     let full = rows.len() >= PAGE as usize;
     let next = rows.last().filter(|_| full).map(|row| row.seq.to_string());
-    let items = rows.into_iter().map(|row| AuditView {
-        seq: row.seq,
-        at_unix_ms: row.at_unix_ms,
-        actor: row.entry.actor,
-        tenant: row.entry.tenant.map(String::from),
-        action: row.entry.action,
-        target: row.entry.target,
-        allowed: row.entry.allowed,
-        reason: row.entry.reason,
-        detail: row.entry.detail,
-    });
-    let items = items.collect();
+    let items = rows.into_iter().map(AuditView::of).collect();
     Ok(Answer(StatusCode::OK, List { items, next }))
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use http::{HeaderMap, StatusCode, header};
-use kiln_core::{Action, Digest, JobId, JobKind, TenantName};
-use kiln_db::{NewJob, SubmitError, Submitted};
+use kiln_core::{Action, Digest, JobId, JobKind, SecretName, TenantName};
+use kiln_db::{NewJob, Opened, SubmitError, Submitted};
 use utoipa::ToSchema;
 
 use super::Api;
@@ -104,7 +104,9 @@ pub(crate) async fn create(
         }
     }
     asked.secrets.sort();
-    let kind = asked.kind(collected.source)?;
+    asked.secrets.dedup();
+    let given: Vec<&str> = collected.secrets.keys().map(String::as_str).collect();
+    let kind = asked.kind(collected.source, &given)?;
     submit(
         &api,
         &caller,
@@ -223,6 +225,30 @@ pub(crate) async fn submit_ready(
     Ok(Answer(status, JobView::of(&submitted.job, &attempts)))
 }
 
+/// A job that names a secret it cannot have is not queued; that it was asked for is an audit row.
+async fn secret_refused(
+    api: &Api,
+    new: &NewJob,
+    name: &SecretName,
+    opened: &Opened,
+) -> Result<Problem, Problem> {
+    let code = opened.refused();
+    api.backend().count(Door::User, "secret:use", code);
+    let row = crate::stored::refusal(new, name, opened);
+    api.db().audit(row).await?;
+    Ok(match opened {
+        Opened::Refused(why) => Problem::new(
+            StatusCode::FORBIDDEN,
+            "secret_refused",
+            format!("this job may not have the secret {name}: {why}"),
+        )
+        .hint("`kiln secret list` shows who may have it"),
+        _ => Problem::invalid("secrets", format!("there is no secret {name}")).hint(
+            "`kiln secret set NAME` keeps one; a build may also bring the value with its request",
+        ),
+    })
+}
+
 /// Queues a build for a caller that is already authorised.
 pub(crate) async fn submit_asked(
     api: &Api,
@@ -231,13 +257,16 @@ pub(crate) async fn submit_asked(
     asked: &BuildAsk,
     source: Option<(Digest, u64)>,
 ) -> Result<kiln_db::Job, Problem> {
-    let kind = asked.kind(source)?;
+    let kind = asked.kind(source, &[])?;
     let id = new_id(api, &kind);
     let new = ask::new_job(&api.config, caller, tenant, kind, &asked.common, None, id)?;
     Ok(queue(api, new).await?.job)
 }
 
 async fn queue(api: &Api, new: NewJob) -> Result<Submitted, Problem> {
+    if let Some((name, opened)) = api.db().refused_secret(&new.request).await? {
+        return Err(secret_refused(api, &new, &name, &opened).await?);
+    }
     api.db().submit(new).await.map_err(|error| {
         let refused = |code: &'static str| {
             api.backend()

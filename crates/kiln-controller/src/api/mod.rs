@@ -22,6 +22,7 @@ mod ports;
 mod problem;
 mod queues;
 mod runs;
+mod secrets;
 mod sessions;
 pub(crate) mod shield;
 mod tenants;
@@ -48,6 +49,7 @@ pub use limits::ApiConfig;
 pub use listen::{ListenConfig, ListenError, Sockets};
 pub use ports::{Backend, LogPiece, Pieces, SourceRefused};
 pub use problem::{Problem, ProblemBody};
+pub use secrets::{ScopeView, SecretView};
 pub use tokens::TokenClaims;
 pub use view::{
     ArtifactView, AttemptView, JobLine, JobView, LimitsView, List, OutcomeView, QueueView,
@@ -176,6 +178,11 @@ fn handlers() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(webhooks::deliveries))
         .routes(routes!(webhooks::replay))
         .routes(routes!(audit::list))
+        .routes(routes!(secrets::list))
+        .routes(routes!(secrets::show, secrets::set, secrets::remove))
+        .routes(routes!(secrets::rotate))
+        .routes(routes!(secrets::scope))
+        .routes(routes!(secrets::accesses))
         .routes(routes!(hypeman::create, hypeman::list))
         .routes(routes!(hypeman::show, hypeman::cancel))
         .routes(routes!(hypeman::events))
@@ -199,6 +206,7 @@ fn name_operations(document: &mut utoipa::openapi::OpenApi) {
         let operations = [
             ("get", &mut item.get),
             ("post", &mut item.post),
+            ("put", &mut item.put),
             ("delete", &mut item.delete),
         ];
         for (method, operation) in operations {

@@ -1,12 +1,9 @@
 //! What a worker fetches for an attempt: the uploaded tree, and the values of secrets that the request names.
 
-use std::collections::BTreeMap;
-
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
+use kiln_core::secret::JOB_SECRETS_MAX;
 use kiln_db::DoorKind;
 use kiln_proto::fleet::{AskSecrets, Secrets};
 
@@ -52,20 +49,11 @@ pub(super) async fn secrets(
     held: Live,
     Json(ask): Json<AskSecrets>,
 ) -> Answered<Secrets> {
-    let job = controller.db.job(&held.lease.attempt.job).await?;
-    let named = match job.map(|job| job.request.kind) {
-        Some(kiln_core::JobKind::SourceBuild(build)) => build.secrets,
-        _ => Vec::new(),
-    };
-    let mut values = BTreeMap::new();
-    for name in ask.names {
-        if !named.contains(&name) {
-            return Err(Refused::missing("the job names no such secret"));
-        }
-        open_door(&controller, &held.lease, DoorKind::Secret, name.clone()).await?;
-        if let Some(value) = controller.secret_of(&held.lease.attempt.job, &name).await {
-            values.insert(name, STANDARD.encode(value));
-        }
+    if ask.names.len() > JOB_SECRETS_MAX {
+        return Err(Refused::bad("a job asks for too many secrets"));
     }
-    Ok(Json(Secrets { values }))
+    let job = controller.db.job(&held.lease.attempt.job).await?;
+    let job = job.ok_or_else(|| Refused::missing("there is no such job"))?;
+    let given = controller.secrets_for(&held.lease, &job.request, ask.names);
+    Ok(Json(given.await?))
 }

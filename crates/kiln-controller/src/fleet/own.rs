@@ -4,7 +4,7 @@ use axum::extract::State;
 use axum::{Extension, Json};
 use http::StatusCode;
 use kiln_core::Action;
-use kiln_db::{NewAudit, NewJob, SubmitError};
+use kiln_db::{NewAudit, NewJob, Opened, SubmitError};
 use kiln_proto::fleet::{AskOwn, Own, Owned};
 
 use super::refusal::Refused;
@@ -45,6 +45,14 @@ pub(super) async fn submit(
         notify_url: None,
         labels: own.labels,
     };
+    if let Some((name, opened)) = controller.db.refused_secret(&new.request).await? {
+        let row = crate::stored::refusal(&new, &name, &opened);
+        controller.db.audit(row).await?;
+        return Err(Refused::bad(match opened {
+            Opened::Refused(why) => format!("this job may not have the secret {name}: {why}"),
+            _ => format!("there is no secret {name} in this home's store"),
+        }));
+    }
     match controller.db.submit(new).await {
         Ok(submitted) => Ok(Json(Owned {
             job: submitted.job.request.id,

@@ -276,6 +276,7 @@ mod tests {
             target: None,
             build_args: BTreeMap::new(),
             secrets: Vec::new(),
+            stored_secrets: Vec::new(),
             tags: Vec::new(),
             no_cache: false,
         });

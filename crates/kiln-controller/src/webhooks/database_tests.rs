@@ -24,6 +24,7 @@ pub(crate) fn job(id: &str, notify_url: Option<String>) -> NewJob {
             tty: false,
             stdin: false,
             artifacts: Vec::new(),
+            secrets: Vec::new(),
         }),
         network: NetworkPolicy::Isolated,
         limits: Limits {

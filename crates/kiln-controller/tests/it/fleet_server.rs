@@ -249,6 +249,7 @@ pub(crate) fn script(id: &str, lines: u64, pause_ms: u64) -> NewJob {
         tty: false,
         stdin: false,
         artifacts: Vec::new(),
+        secrets: Vec::new(),
     };
     NewJob {
         request: JobRequest {

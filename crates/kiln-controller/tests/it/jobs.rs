@@ -338,7 +338,10 @@ fn logs_are_read_from_any_offset_and_followed_to_the_end() {
 #[test]
 fn hypemans_clients_find_their_routes() {
     let server = Server::start();
-    let acme = server.member("acme", "developer");
+    let keeper = server.member("acme", "admin");
+    let acme = server.token(&json!({"tenant": "acme", "role": "developer", "trusted": true}));
+    let kept = keeper.json("PUT", "/v1/secrets/npm", &json!({"value": "s3cret"}));
+    assert_eq!(kept.status, 201, "{}", kept.text());
     let made = acme.form(
         "/builds",
         &[

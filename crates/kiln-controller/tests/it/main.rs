@@ -28,5 +28,6 @@ mod identity;
 mod jobs;
 mod registry_people;
 mod schema;
+mod secrets;
 mod server;
 mod webhooks;

@@ -13,6 +13,7 @@ mod own;
 mod people;
 mod pipelines;
 mod races;
+mod secrets;
 mod support;
 mod webhooks;
 

@@ -202,6 +202,7 @@ pub(crate) fn request(id: &str) -> JobRequest {
             tty: false,
             stdin: false,
             artifacts: Vec::new(),
+            secrets: Vec::new(),
         }),
         network: NetworkPolicy::Isolated,
         limits: Limits {

@@ -32,6 +32,7 @@ const FEATURES: &[&str] = &[
     feature::EGRESS,
     feature::BUILDKIT,
     feature::CONTAINER,
+    feature::SECRET_FILES,
 ];
 
 /// One simulated guest. Its tasks end with the [`watch`] on its power.

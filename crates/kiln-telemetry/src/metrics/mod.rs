@@ -48,6 +48,8 @@ pub const STATUSES: [&str; 10] = [
 pub const CACHE_TIERS: [&str; 3] = ["shared", "tenant", "registry"];
 /// Doors that callers come through.
 pub const DOORS: [&str; 5] = ["user", "worker", "registry", "metrics", "controller"];
+/// Where the secrets of jobs come from.
+pub const SECRET_SOURCES: [&str; 2] = ["request", "store"];
 /// What became of a try to deliver a webhook.
 pub const WEBHOOK_RESULTS: [&str; 4] = ["delivered", "failed", "refused", "dead"];
 /// What a worker may be, for the gauge of workers.
@@ -157,6 +159,7 @@ struct Inner {
     access: Family<Two, Counter>,
     webhooks: Family<One, Counter>,
     webhook_backlog: GaugeI,
+    secrets: Family<Two, Counter>,
     log_bytes: Counter,
     logs_truncated: Counter,
 }
@@ -197,6 +200,7 @@ impl Inner {
             access: Family::default(),
             webhooks: Family::default(),
             webhook_backlog: Gauge::default(),
+            secrets: Family::default(),
             log_bytes: Counter::default(),
             logs_truncated: Counter::default(),
         }
@@ -280,6 +284,11 @@ impl Inner {
             self.webhooks.clone(),
         );
         r.register(
+            "secret_reads",
+            "Secrets that workers asked for, by where they come from and result",
+            self.secrets.clone(),
+        );
+        r.register(
             "webhook_backlog",
             "Webhooks that are taken and not delivered yet",
             self.webhook_backlog.clone(),
@@ -347,6 +356,12 @@ impl Inner {
                     self.access
                         .get_or_create(&[("door", door), ("result", result)]),
                 );
+            }
+        }
+        for from in SECRET_SOURCES {
+            for result in ["allowed", "denied"] {
+                let labels = [("from", from), ("result", result)];
+                drop(self.secrets.get_or_create(&labels));
             }
         }
         for result in WEBHOOK_RESULTS {
@@ -474,6 +489,15 @@ impl Metrics {
         if DOORS.contains(&door) {
             let labels = [("door", door), ("result", result)];
             self.inner.access.get_or_create(&labels).inc();
+        }
+    }
+
+    /// A worker asked for a secret of its job, of one of [`SECRET_SOURCES`].
+    pub fn secret_read(&self, from: &'static str, allowed: bool) {
+        let result = if allowed { "allowed" } else { "denied" };
+        if SECRET_SOURCES.contains(&from) {
+            let labels = [("from", from), ("result", result)];
+            self.inner.secrets.get_or_create(&labels).inc();
         }
     }
 

@@ -43,6 +43,7 @@ use crate::measured::{Measured, add};
 use crate::prepare::{self, Prepared, Wishes};
 use crate::registry::RegistryAccess;
 use crate::run::{RunEnd, RunInput, ending, exit_code};
+use crate::run_secrets::RunSecrets;
 use crate::site::Site;
 
 /// Longest wait for the end of a log to be acknowledged.
@@ -304,15 +305,12 @@ async fn secrets(
     request: &JobRequest,
     local: &mut LocalJob,
 ) -> Result<Vec<(String, Vec<u8>)>, Failure> {
-    let JobKind::SourceBuild(build) = &request.kind else {
-        return Ok(Vec::new());
-    };
     let mut found = std::mem::take(&mut local.secrets);
-    let missing = build
-        .secrets
-        .iter()
-        .filter(|name| !found.iter().any(|(have, _)| have == *name));
-    let names: Vec<_> = missing.cloned().collect();
+    let missing = request
+        .secret_names()
+        .into_iter()
+        .filter(|name| !found.iter().any(|(have, _)| have == name));
+    let names: Vec<_> = missing.map(str::to_owned).collect();
     if names.is_empty() {
         return Ok(found);
     }
@@ -325,13 +323,19 @@ async fn secrets(
         .await
         .map_err(|error| Failure::infrastructure(&error))?;
     for name in ask.names {
+        if let Some(why) = answer.refused.get(&name) {
+            let message = format!("this job may not have the secret {name}: {why}");
+            return Err(Failure::new(FailureClass::Policy, message)
+                .hint("`kiln secret list` shows who may have it"));
+        }
         let value = answer
             .values
             .get(&name)
             .and_then(|v| STANDARD.decode(v).ok());
         let Some(value) = value else {
-            let message = format!("there is no secret {name:?} for this build");
-            return Err(Failure::new(FailureClass::Usage, message));
+            let message = format!("there is no secret {name:?} for this job");
+            return Err(Failure::new(FailureClass::Usage, message)
+                .hint("a value that comes with a request is lost when its controller starts again; `kiln secret set` keeps one"));
         };
         found.push((name, value));
     }
@@ -375,7 +379,7 @@ impl Work<'_> {
                 Err(failure) => (JobEnd::failed(failure), None),
             },
             JobKind::Run(command) => {
-                let ran = self.command(request, &command, local.run).await;
+                let ran = self.command(request, &command, local.run, secrets).await;
                 (ran.unwrap_or_else(JobEnd::failed), None)
             }
             JobKind::ImageBuild(_) => {
@@ -559,14 +563,17 @@ impl Work<'_> {
         request: JobRequest,
         command: &kiln_core::job::RunCommand,
         local: Option<LocalRun>,
+        secrets: Vec<(String, Vec<u8>)>,
     ) -> Result<JobEnd, Failure> {
         let shop = self.shop;
+        let secrets = RunSecrets::new(&command.secrets, &secrets)?;
         let image = match &command.image {
             None => None,
             Some(image) => {
+                let env = secrets.joined(&command.env);
                 let wanted = container::Command {
                     argv: &command.argv,
-                    env: &command.env,
+                    env: &env,
                 };
                 let names = (&request.tenant, image);
                 let prepared = container::prepare(
@@ -604,6 +611,7 @@ impl Work<'_> {
             log: Arc::clone(self.log),
             artifacts: dir.as_ref().map(|dir| dir.path().to_owned()),
             keep: local.keep,
+            secrets,
         };
         let lease = self.lease.clone();
         let mut end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;

@@ -1,0 +1,96 @@
+//! Secrets of the store on their way to a job: what is asked for at submission, and what a worker is given under its lease.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use kiln_core::{JobRequest, Lease, SecretName};
+use kiln_db::{NewAudit, NewJob, Opened, SECRET_READ, Secret, SecretFrom, SecretValue};
+use kiln_proto::fleet::Secrets;
+
+use crate::access::SealedAs;
+use crate::fleet::refusal::Refused;
+use crate::state::Controller;
+
+/// The audit row of a submission that named a secret it cannot have.
+pub(crate) fn refusal(new: &NewJob, name: &SecretName, opened: &Opened) -> NewAudit {
+    NewAudit {
+        actor: format!("user:{}", new.submitted_by),
+        tenant: Some(new.request.tenant.clone()),
+        action: SECRET_READ.to_owned(),
+        target: name.to_string(),
+        allowed: false,
+        reason: opened.refused().map(str::to_owned),
+        detail: Some(serde_json::json!({ "job": new.request.id, "at": "submission" })),
+    }
+}
+
+impl Controller {
+    /// What a worker gets that asks for these secrets of its job.
+    ///
+    /// # Errors
+    /// When the lease is not the live one, the job names no such secret, or a value cannot be had now.
+    pub(crate) async fn secrets_for(
+        &self,
+        lease: &Lease,
+        request: &JobRequest,
+        names: Vec<String>,
+    ) -> Result<Secrets, Refused> {
+        let mut answer = Secrets::default();
+        let named = request.secret_names();
+        let stored = request.stored_secrets();
+        for name in names {
+            if !named.contains(&name.as_str()) {
+                return Err(Refused::missing("the job names no such secret"));
+            }
+            let of_store = stored.iter().any(|one| one.as_str() == name);
+            // Whose value came with the request never falls back on the store: it may be another value.
+            let held = match of_store {
+                true => None,
+                false => self.secret_of(&lease.attempt.job, &name).await,
+            };
+            let (place, from) = match of_store {
+                true => (SecretFrom::Store, "store"),
+                false => {
+                    let here = held.is_some();
+                    (SecretFrom::Request { here }, "request")
+                }
+            };
+            let opened = self.db.open_secret(lease, request, &name, place).await?;
+            self.metrics.secret_read(from, opened.refused().is_none());
+            match (opened, held) {
+                (Opened::Given, Some(value)) => {
+                    answer.values.insert(name, STANDARD.encode(value));
+                }
+                (Opened::Allowed(secret), _) => {
+                    let value = self.value_of(&secret)?;
+                    answer.values.insert(name, STANDARD.encode(value));
+                }
+                (Opened::Refused(why), _) => {
+                    answer.refused.insert(name, why.to_string());
+                }
+                (Opened::Given | Opened::Missing, _) => {}
+            }
+        }
+        Ok(answer)
+    }
+
+    fn value_of(&self, secret: &Secret) -> Result<Vec<u8>, Refused> {
+        let about = SealedAs {
+            tenant: &secret.tenant,
+            name: &secret.name,
+            version: secret.version,
+        };
+        let opened = match &secret.value {
+            SecretValue::Sealed(sealed) => self.access.open_secret(about, sealed),
+            SecretValue::Source(_) => {
+                return Err(Refused::unavailable(format!(
+                    "the secret {} has a source that this controller does not know",
+                    secret.name
+                )));
+            }
+        };
+        opened.map_err(|error| {
+            tracing::error!(tenant = %secret.tenant, secret = %secret.name, %error, "a stored secret cannot be opened");
+            Refused::unavailable(format!("the secret {} cannot be opened: {error}", secret.name))
+        })
+    }
+}
