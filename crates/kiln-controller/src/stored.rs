@@ -8,6 +8,7 @@ use kiln_proto::fleet::Secrets;
 
 use crate::access::SealedAs;
 use crate::fleet::refusal::Refused;
+use crate::fleet::secrets::{JOB_BYTES_MAX, SecretsRefused};
 use crate::state::Controller;
 
 /// The audit row of a submission that named a secret it cannot have.
@@ -37,6 +38,7 @@ impl Controller {
         let mut answer = Secrets::default();
         let named = request.secret_names();
         let stored = request.stored_secrets();
+        let mut bytes = 0;
         for name in names {
             if !named.contains(&name.as_str()) {
                 return Err(Refused::missing("the job names no such secret"));
@@ -62,6 +64,13 @@ impl Controller {
                 }
                 (Opened::Allowed(secret), _) => {
                     let value = self.value_of(&secret)?;
+                    bytes += name.len() + value.len();
+                    if bytes > JOB_BYTES_MAX {
+                        // One answer holds them all: a larger one would be no worker's to read.
+                        let why = SecretsRefused::JobTooLarge.to_string();
+                        answer.refused.insert(name, why);
+                        continue;
+                    }
                     answer.values.insert(name, STANDARD.encode(value));
                 }
                 (Opened::Refused(why), _) => {

@@ -344,6 +344,7 @@ mod tests {
             target: None,
             build_args: std::collections::BTreeMap::new(),
             secrets: Vec::new(),
+            stored_secrets: Vec::new(),
             tags: tags
                 .iter()
                 .map(|tag| tag.parse().expect("a name"))

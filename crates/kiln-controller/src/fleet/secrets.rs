@@ -177,7 +177,11 @@ mod tests {
         for n in 0..1000 {
             values.insert(format!("{name}{n}"), String::new());
         }
-        let answer = serde_json::to_vec(&kiln_proto::fleet::Secrets { values });
+        let answer = kiln_proto::fleet::Secrets {
+            values,
+            ..Default::default()
+        };
+        let answer = serde_json::to_vec(&answer);
         assert!(answer.expect("written").len() < BODY_MAX);
     }
 }

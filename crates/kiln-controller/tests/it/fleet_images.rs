@@ -283,6 +283,7 @@ async fn build(fleet: &Fleet, id: &str) -> JobId {
         target: None,
         build_args: BTreeMap::new(),
         secrets: Vec::new(),
+        stored_secrets: Vec::new(),
         tags: tags
             .iter()
             .map(|tag| tag.parse().expect("a name"))

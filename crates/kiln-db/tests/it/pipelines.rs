@@ -27,6 +27,7 @@ fn build(id: &str, name: &str) -> NewJob {
         target: None,
         build_args: BTreeMap::new(),
         secrets: Vec::new(),
+        stored_secrets: Vec::new(),
         tags: Vec::new(),
         no_cache: false,
     });
