@@ -408,8 +408,8 @@ mod tests {
     fn the_list_fits_a_terminal() {
         let text = table(&[facts()], 1_900_000_060_000, Some(table::WIDTH));
         let want = "\
-ID                  KEPT       LEFT          EXIT  COMMAND
-r1m7zxmk0w0t3neew0  1 min ago  59 min 00 s      2  sh -c make test && echo a ve…
+ID                  KEPT       LEFT         EXIT  COMMAND
+r1m7zxmk0w0t3neew0  1 min ago  59 min 00 s     2  sh -c make test && echo a ver…
 ";
         assert_eq!(text, want);
     }
