@@ -158,7 +158,7 @@ impl Database {
         slowly(self.inner.delay).await;
         let conn = match &self.inner.engine {
             Engine::Sqlite { readers, .. } => readers.acquire().await.map(Conn::Sqlite),
-            Engine::Postgres { pool } => pool.acquire().await.map(Conn::Postgres),
+            Engine::Postgres { pool } => postgres::alive(pool).await.map(Conn::Postgres),
         };
         let conn = conn.map_err(|error| DbError::query(doing, error))?;
         body(&mut Tx::new(conn, doing, &self.inner.clock)).await
@@ -171,13 +171,15 @@ impl Database {
     {
         slowly(self.inner.delay).await;
         let conn = match &self.inner.engine {
-            Engine::Sqlite { readers, .. } => readers.begin().await.map(Conn::SqliteSnapshot),
-            Engine::Postgres { pool } => pool
-                .begin_with("begin isolation level repeatable read read only")
-                .await
-                .map(Conn::PostgresTx),
+            Engine::Sqlite { readers, .. } => {
+                let begun = readers.begin().await;
+                Conn::SqliteSnapshot(begun.map_err(|error| DbError::query(doing, error))?)
+            }
+            Engine::Postgres { pool } => {
+                let sql = "begin isolation level repeatable read read only";
+                Conn::PostgresTx(postgres::begin(pool, doing, sql).await?)
+            }
         };
-        let conn = conn.map_err(|error| DbError::query(doing, error))?;
         body(&mut Tx::new(conn, doing, &self.inner.clock)).await
     }
 }

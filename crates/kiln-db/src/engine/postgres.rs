@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions as _, Connection as _, Pool, Postgres};
 
@@ -64,14 +65,30 @@ pub(crate) fn pool(
         .connect_lazy_with(options)
 }
 
+/// A connection that lives: one that died while it was idle (the server was restarted) is replaced.
+pub(crate) async fn alive(pool: &Pool<Postgres>) -> Result<PoolConnection<Postgres>, sqlx::Error> {
+    let mut tries = 1;
+    loop {
+        let mut conn = pool.acquire().await?;
+        match conn.ping().await {
+            Ok(()) => return Ok(conn),
+            Err(error) if tries >= BEGIN_MAX => return Err(error),
+            // Else the pool would hand it out again.
+            Err(_) => drop(conn.detach()),
+        }
+        tries += 1;
+    }
+}
+
 /// Begins a transaction. A connection that died while it was idle (the server was restarted) is replaced: nothing was done on it.
-async fn begin(
+pub(crate) async fn begin(
     pool: &Pool<Postgres>,
     doing: &'static str,
+    sql: &'static str,
 ) -> Result<sqlx::Transaction<'static, Postgres>, DbError> {
     let mut tries = 1;
     loop {
-        match pool.begin().await {
+        match pool.begin_with(sql).await {
             Ok(begun) => return Ok(begun),
             Err(error) => {
                 let waited = matches!(error, sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed);
@@ -130,7 +147,7 @@ async fn once<F, T>(
 where
     F: for<'t> Fn(&'t mut Tx) -> BoxFuture<'t, Result<T, DbError>> + Send + Sync + 'static,
 {
-    let begun = begin(pool, doing).await?;
+    let begun = begin(pool, doing, "begin").await?;
     let mut tx = Tx::new(Conn::PostgresTx(begun), doing, clock);
     let value = body(&mut tx).await?;
     let Tx {
