@@ -356,12 +356,7 @@ async fn in_machine(
         )
         .await?;
     }
-    if !secrets.files().is_empty() && !attempt.hello.has(feature::SECRET_FILES) {
-        let message = "the machine image is too old to give a command secrets as files";
-        let failure = Failure::new(FailureClass::Infrastructure, message);
-        return Err(failure.hint("`kiln setup` makes a new one"));
-    }
-    secrets.put(&attempt.session).await?;
+    put_secrets(attempt, &secrets).await?;
     let (exec, place) = match image {
         None => {
             let env = secrets.joined(&command.env);
@@ -415,15 +410,29 @@ async fn in_machine(
         }
         told.artifacts = found.files;
     }
-    if exit.oom {
-        return Err(Failure {
-            // As a shell has it: 128 and the signal's number.
-            command_code: exit.code.or(exit.signal.map(|signal| 128 + signal)),
-            ..Failure::new(FailureClass::OutOfMemory, "the command ran out of memory")
-                .hint("give it more with --memory")
-        });
+    of_its_own(exit)
+}
+
+/// An end of the command's own making.
+fn of_its_own(exit: Exit) -> Result<Exit, Failure> {
+    if !exit.oom {
+        return Ok(exit);
     }
-    Ok(exit)
+    Err(Failure {
+        // As a shell has it: 128 and the signal's number.
+        command_code: exit.code.or(exit.signal.map(|signal| 128 + signal)),
+        ..Failure::new(FailureClass::OutOfMemory, "the command ran out of memory")
+            .hint("give it more with --memory")
+    })
+}
+
+async fn put_secrets(attempt: &Attempt, secrets: &RunSecrets) -> Result<(), Failure> {
+    if !secrets.files().is_empty() && !attempt.hello.has(feature::SECRET_FILES) {
+        let message = "the machine image is too old to give a command secrets as files";
+        let failure = Failure::new(FailureClass::Infrastructure, message);
+        return Err(failure.hint("`kiln setup` makes a new one"));
+    }
+    secrets.put(&attempt.session).await
 }
 
 fn plain_exec(
