@@ -6,6 +6,9 @@ use clap::{Args, Subcommand, ValueEnum};
 
 /// Verbs of `kiln policy`.
 #[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln policy check\n  kiln policy show --json\n  kiln policy explain registry.example.org:443"
+)]
 pub(crate) enum PolicyCommand {
     /// Read a policy and say what is wrong with it
     #[command(

@@ -83,7 +83,9 @@ fn skopeo_reads_built_images_from_the_registry() {
         let output = tool(home.path(), "skopeo", &inspect);
         assert!(!output.status.success(), "read without a token");
         let words = String::from_utf8_lossy(&output.stderr).into_owned();
-        (!words.contains("connection refused")).then_some(words)
+        // It tries three ways one after another: a door that opens in between is met by the last, oldest one alone.
+        let too_early = words.contains("connection refused") || words.contains("V1 container");
+        (!too_early).then_some(words)
     });
     assert!(
         refused.contains("uthenti") || refused.contains("unauthorized"),

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Longest wait for a state a test waits for.
@@ -222,10 +223,23 @@ pub(crate) fn root() -> PathBuf {
         .to_owned()
 }
 
-/// A port that is free now.
+/// A port that nobody listens on, and that neither another test of this process is given nor a connection that somebody makes meanwhile.
 pub(crate) fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
-    listener.local_addr().expect("address").port()
+    /// Below the range that the system takes the near ends of connections from.
+    const FIRST: u32 = 10_000;
+    const COUNT: u32 = 20_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Processes that test side by side begin at different places.
+    let from = std::process::id().wrapping_mul(397);
+    for _ in 0..COUNT {
+        let next = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = FIRST + from.wrapping_add(next) % COUNT;
+        let port = u16::try_from(port).expect("a port");
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+    panic!("no port of loopback is free");
 }
 
 /// Waits until something holds.
