@@ -315,6 +315,7 @@ fn gigabytes_and_hundreds_of_thousands_of_files_stream_in_constant_memory() {
         (packed.entries, packed.bytes),
         (400_402, (3 << 30) + 400_001)
     );
-    let grown = high_water() - before;
+    // The kernel adds up what its processors counted from time to time: a later look may even see a little less.
+    let grown = high_water().saturating_sub(before);
     assert!(grown < 64 * 1024, "{grown} KiB");
 }
