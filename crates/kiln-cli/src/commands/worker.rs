@@ -229,6 +229,8 @@ fn refused(error: &IdentityError) -> CliError {
 /// A controller that does not do what a worker asks.
 pub(super) fn link(error: &LinkError) -> CliError {
     let class = match error {
+        // What was asked makes no sense, or names what is not there.
+        LinkError::Refused { status: 400, .. } => FailureClass::Usage,
         LinkError::Refused { .. } => FailureClass::Policy,
         _ => FailureClass::Infrastructure,
     };

@@ -48,10 +48,13 @@ pub(super) async fn submit(
     if let Some((name, opened)) = controller.db.refused_secret(&new.request).await? {
         let row = crate::stored::refusal(&new, &name, &opened);
         controller.db.audit(row).await?;
-        return Err(Refused::bad(match opened {
-            Opened::Refused(why) => format!("this job may not have the secret {name}: {why}"),
-            _ => format!("there is no secret {name} in this home's store"),
-        }));
+        return Err(match opened {
+            Opened::Refused(why) => {
+                let text = format!("this job may not have the secret {name}: {why}");
+                Refused::new(StatusCode::FORBIDDEN, "secret_refused", text)
+            }
+            _ => Refused::bad(format!("there is no secret {name} in this home's store")),
+        });
     }
     match controller.db.submit(new).await {
         Ok(submitted) => Ok(Json(Owned {

@@ -270,7 +270,7 @@ impl Asks<'_> {
                 .db
                 .image_manifest(self.repo.as_str(), &child.digest);
             match known.await? {
-                Some(known) => same_size(child, known.content.size)?,
+                Some(known) => child.check_size(known.content.size)?,
                 None => return Err(self.missing(&child.digest).into()),
             }
         }
@@ -314,12 +314,12 @@ impl Asks<'_> {
     async fn has(&self, blob: &Descriptor, proof: Option<&HeaderValue>) -> Result<(), ImagesError> {
         let (registry, digest) = (&self.controller.registry, &blob.digest);
         match registry.open_blob(self.repo, digest).await {
-            Ok(here) => return Ok(same_size(blob, here.size)?),
+            Ok(here) => return Ok(blob.check_size(here.size)?),
             Err(error) if error.is_not_found() => {}
             Err(error) => return Err(error.into()),
         }
         if let Some(size) = self.bring(digest).await? {
-            return Ok(same_size(blob, size)?);
+            return Ok(blob.check_size(size)?);
         }
         let path = format!("/v2/{}/blobs/{digest}", self.repo);
         let Some(asked) = proof.map(|proof| Relayed::get(path, proof.clone())) else {
@@ -334,7 +334,7 @@ impl Asks<'_> {
         let reader = tokio_util::io::StreamReader::new(stream.map_err(std::io::Error::other));
         let reader = reader.take(blob.size.saturating_add(1));
         let (_, size) = registry.put_blob(self.repo, reader, Some(*digest)).await?;
-        Ok(same_size(blob, size)?)
+        Ok(blob.check_size(size)?)
     }
 
     fn missing(&self, digest: &Digest) -> StoreError {
@@ -363,17 +363,6 @@ fn listed(kind: &str, body: &serde_json::Value, next: Option<String>) -> Respons
         set(response.headers_mut(), header::LINK, &next);
     }
     response
-}
-
-fn same_size(descriptor: &Descriptor, actual: u64) -> Result<(), StoreError> {
-    if descriptor.size == actual {
-        return Ok(());
-    }
-    Err(StoreError::SizeMismatch {
-        digest: descriptor.digest,
-        stated: descriptor.size,
-        actual,
-    })
 }
 
 async fn body(body: Body) -> Result<Vec<u8>, StoreError> {

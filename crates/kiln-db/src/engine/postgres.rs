@@ -20,8 +20,6 @@ const TRIES_MAX: u32 = 8;
 const TRY_AGAIN: Duration = Duration::from_millis(5);
 /// Connections tried for one transaction.
 const BEGIN_MAX: u32 = 32;
-/// A connection that was idle this long is asked whether it lives before it is used.
-const IDLE: Duration = Duration::from_secs(1);
 /// Longest wait for a connection.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for a row lock, shorter than a lease's grace: a time read before the wait stays true enough.
@@ -53,15 +51,8 @@ pub(crate) fn pool(
     PgPoolOptions::new()
         .max_connections(connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
+        // Whoever takes one looks by itself whether it lives.
         .test_before_acquire(false)
-        .before_acquire(|conn, meta| {
-            Box::pin(async move {
-                if meta.idle_for >= IDLE {
-                    conn.ping().await?;
-                }
-                Ok(true)
-            })
-        })
         .connect_lazy_with(options)
 }
 

@@ -49,6 +49,23 @@ pub struct Descriptor {
     pub annotations: BTreeMap<String, String>,
 }
 
+impl Descriptor {
+    /// Compares the size it states with the content's own.
+    ///
+    /// # Errors
+    /// [`StoreError::SizeMismatch`] when they differ.
+    pub fn check_size(&self, actual: u64) -> Result<(), StoreError> {
+        if self.size == actual {
+            return Ok(());
+        }
+        Err(StoreError::SizeMismatch {
+            digest: self.digest,
+            stated: self.size,
+            actual,
+        })
+    }
+}
+
 /// Some writers say `null` where they mean "none".
 fn null_is_empty<'de, D: serde::Deserializer<'de>>(
     deserializer: D,

@@ -130,7 +130,7 @@ impl Store {
         for descriptor in manifest.blobs() {
             let blob = self.open_blob(repo, &descriptor.digest);
             let blob = blob.map_err(|error| missing(error, repo, descriptor))?;
-            check_size(descriptor, blob.size)?;
+            descriptor.check_size(blob.size)?;
         }
         for descriptor in manifest.manifests() {
             let link = self.read_link(repo, &descriptor.digest)?.ok_or_else(|| {
@@ -139,7 +139,7 @@ impl Store {
                     digest: descriptor.digest,
                 }
             })?;
-            check_size(descriptor, link.size)?;
+            descriptor.check_size(link.size)?;
         }
         Ok(())
     }
@@ -400,17 +400,6 @@ fn missing(error: StoreError, repo: &RepoName, descriptor: &Descriptor) -> Store
         }
         other => other,
     }
-}
-
-fn check_size(descriptor: &Descriptor, actual: u64) -> Result<(), StoreError> {
-    if descriptor.size == actual {
-        return Ok(());
-    }
-    Err(StoreError::SizeMismatch {
-        digest: descriptor.digest,
-        stated: descriptor.size,
-        actual,
-    })
 }
 
 fn unknown_manifest(repo: &RepoName, reference: &Reference) -> StoreError {
