@@ -346,7 +346,7 @@ fn slow_senders_are_cut_and_cost_nobody_else() {
     line.write_all(format!("{head}\r\n--XX\r\n").as_bytes())
         .expect("writes");
     assert_eq!(receive(&mut *line).status, 408);
-    assert!(began.elapsed() < Duration::from_secs(20));
+    assert!(began.elapsed() < Duration::from_secs(120));
 }
 
 #[test]

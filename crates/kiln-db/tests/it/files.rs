@@ -237,7 +237,7 @@ async fn a_database_that_is_not_there_is_waited_for_and_named() {
     };
     assert_eq!(url, "postgres://kiln@127.0.0.1:1/queue");
     assert!(!format!("{refused:?}").contains("hidden"));
-    assert!(began.elapsed() < Duration::from_secs(20));
+    assert!(began.elapsed() < Duration::from_secs(60));
     let missing = server().url("no_such_database").parse().expect("url");
     let refused = open(&missing).await;
     assert!(

@@ -76,7 +76,7 @@ async fn attacks_on_the_guest_end_with_their_command() {
     let begun = Instant::now();
     let ran = in_time("daemon left behind", sh(&session, daemon)).await;
     assert_eq!(ran.exit.as_ref().unwrap().code, Some(0));
-    assert!(begun.elapsed() < Duration::from_secs(10), "{ran:?}");
+    assert!(begun.elapsed() < Duration::from_secs(60), "{ran:?}");
     let quiet = "exec > /dev/null 2>&1; exec 1>&- 2>&-; sleep 1; exit 3";
     let ran = in_time("closed output", sh(&session, quiet)).await;
     assert_eq!(ran.exit.unwrap().code, Some(3));

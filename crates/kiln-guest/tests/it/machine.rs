@@ -82,7 +82,7 @@ async fn commands_run_and_end() {
     sh(&session, "sleep 1000 & setsid sleep 1000 & exit 0")
         .await
         .ok();
-    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert!(begun.elapsed() < Duration::from_secs(60));
     assert_eq!(
         sh(&session, "cat /proc/[0-9]*/comm | grep -c sleep")
             .await
@@ -217,7 +217,7 @@ async fn a_host_that_dies_takes_its_commands_with_it() {
     let mut hungry = shell("x=$(head -c 200000000 /dev/zero | tr '\\0' x)");
     hungry.memory_max = 30 << 20;
     assert!(exec(&session, &hungry, &[]).await.exit.unwrap().oom);
-    let told = tokio::time::timeout(Duration::from_secs(10), events)
+    let told = tokio::time::timeout(Duration::from_secs(60), events)
         .await
         .unwrap()
         .unwrap();
@@ -235,7 +235,7 @@ async fn a_host_that_dies_takes_its_commands_with_it() {
     assert_eq!(first.tag, chunk::STDOUT);
     drop((session, stream));
     let (session, _, _incoming) = vm.session().await;
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let left = sh(
             &session,
@@ -257,7 +257,7 @@ async fn a_host_that_dies_takes_its_commands_with_it() {
         .unwrap()
         .unwrap();
     drop(stream);
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while sh(&session, "cat /proc/[0-9]*/comm | grep -c sleep")
         .await
         .out

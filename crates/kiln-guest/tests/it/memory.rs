@@ -9,8 +9,9 @@ use kiln_proto::stream::Incoming;
 use crate::host::{exec, request, sh, shell};
 use crate::vm::{Spec, Vm};
 
-/// From the start of a hog to the report of its end, without hardware to run it on.
-const HOG_MAX: Duration = Duration::from_secs(15);
+/// From the start of a hog to the report of its end. One that nobody ends thrashes for as long as it may; the rest is for an
+/// emulated machine on a busy host, which was seen to take 18 s.
+const HOG_MAX: Duration = Duration::from_secs(90);
 const MIB: u64 = 1 << 20;
 
 /// Keeps the groups that the guest tells of.
@@ -75,7 +76,7 @@ async fn hogs_end_soon_and_page_cache_is_no_hog() {
         println!("{script}: {took:?}, {exit:?}");
         assert!(exit.oom && exit.code != Some(0), "{exit:?}");
         assert!(took < HOG_MAX, "{script} took {took:?}");
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while told.lock().unwrap().len() <= number {
             assert!(Instant::now() < deadline, "no event for {script}");
             tokio::time::sleep(Duration::from_millis(10)).await;

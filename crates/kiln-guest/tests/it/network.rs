@@ -118,7 +118,7 @@ async fn names_lead_to_the_host_and_nothing_else_leads_anywhere() {
         assert_ne!(ran.exit.as_ref().unwrap().code, Some(0), "{why}: {ran:?}");
         println!("{why}: {}", ran.err.trim());
     }
-    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert!(begun.elapsed() < Duration::from_secs(60));
     // DNS over TCP.
     let tcp = bash(&session, r"printf '\0\035\x12\x34\1\0\0\1\0\0\0\0\0\0\3one\7example\0\0\1\0\1' > /tmp/q; exec 3<>/dev/tcp/198.18.0.1/53; cat /tmp/q >&3; head -c 47 <&3 | od -An -tu1").await;
     println!("{tcp:?}");

@@ -174,11 +174,11 @@ async fn kvm_that_boots_a_kernel_is_used_and_remembered() {
 
 #[tokio::test]
 async fn kvm_that_boots_nothing_leads_to_emulation_within_the_deadline() {
-    let hangs = made("exec sleep 60");
+    let hangs = made("exec sleep 600");
     let began = Instant::now();
     let verdict = hangs.ask(true).await;
     assert_eq!(verdict.accelerator, Accelerator::KvmBroken, "{verdict:?}");
-    assert!(began.elapsed() < Duration::from_secs(10));
+    assert!(began.elapsed() < Duration::from_secs(60));
     assert!(verdict.why.contains("does not boot a guest"), "{verdict:?}");
     assert_eq!(verdict.check().level, CheckLevel::Warn);
     assert_eq!(hangs.ask(true).await, verdict);
@@ -201,7 +201,7 @@ async fn without_a_kernel_a_few_bytes_decide_for_now() {
         assert_eq!(verdict.check().level, CheckLevel::Warn);
         assert_eq!(runs.runs(), count, "not remembered");
     }
-    let hangs = made("exec sleep 60");
+    let hangs = made("exec sleep 600");
     assert_eq!(hangs.ask(false).await.accelerator, Accelerator::KvmBroken);
     let left: Vec<_> = fs::read_dir(&hangs.config.home)
         .unwrap()

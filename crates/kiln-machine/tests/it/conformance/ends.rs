@@ -116,7 +116,7 @@ pub(crate) async fn stop_with_deadline(test: &UnderTest) {
     let state = machine.stop(Duration::from_millis(200)).await;
     assert_eq!(state, MachineState::Stopped(StopReason::Killed));
     assert!(begun.elapsed() >= Duration::from_millis(200));
-    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert!(begun.elapsed() < Duration::from_secs(60));
     assert!(host.exec(&["true"]).await.is_err());
     test.destroy(&*machine).await;
 }
