@@ -378,6 +378,34 @@ pub struct EgressEvent {
     pub bytes_out: u64,
     /// Bytes back.
     pub bytes_in: u64,
+    /// The policy's phase in which it began, where a policy has phases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<String>,
+    /// What the rule that admitted it makes it speak, if the rule says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<Protocol>,
+    /// It ended because the rules became narrower.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub narrowed: bool,
+}
+
+impl EgressEvent {
+    /// An event of a decision alone: no address, no rule, no bytes.
+    #[must_use]
+    pub fn of(host: &str, port: u16, verdict: EgressVerdict) -> Self {
+        Self {
+            host: host.to_owned(),
+            port,
+            address: None,
+            rule: None,
+            verdict,
+            bytes_out: 0,
+            bytes_in: 0,
+            phase: None,
+            protocol: None,
+            narrowed: false,
+        }
+    }
 }
 
 /// What the gateway decided for one connection.

@@ -373,13 +373,9 @@ mod tests {
 
     fn event(host: &str, port: u16, verdict: EgressVerdict) -> EgressEvent {
         EgressEvent {
-            host: host.to_owned(),
-            port,
-            address: None,
-            rule: None,
             bytes_out: u64::from(verdict == EgressVerdict::Allowed),
             bytes_in: 2 * u64::from(verdict == EgressVerdict::Allowed),
-            verdict,
+            ..EgressEvent::of(host, port, verdict)
         }
     }
 

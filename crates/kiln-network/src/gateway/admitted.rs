@@ -8,16 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use kiln_core::network::{
-    AllowRule, EgressEvent, EgressVerdict, NameVerdict, NetworkPolicy, Protocol as Speaks,
-    normal_host,
-};
+use kiln_core::network::{EgressEvent, EgressVerdict, Protocol as Speaks, normal_host};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use super::bandwidth::{Bandwidth, Direction};
 use super::dial::BoxedDuplex;
+use super::rules::Watched;
 use super::{GuestService, Limits};
 use crate::inspect::http::{Form, HttpChecker};
 use crate::inspect::tls::{Hello, client_hello};
@@ -56,8 +54,9 @@ pub(super) struct Flow {
     pub(super) rule: String,
     /// What it must speak; none means that its first bytes tell.
     pub(super) protocol: Option<Speaks>,
+    pub(super) phase: Option<Arc<str>>,
     pub(super) limits: Limits,
-    pub(super) policy: watch::Receiver<NetworkPolicy>,
+    pub(super) watched: Watched,
     pub(super) sink: Arc<dyn EgressSink>,
     pub(super) bandwidth: Arc<Bandwidth>,
 }
@@ -167,6 +166,7 @@ struct Tally {
     flow: Flow,
     address: Option<IpAddr>,
     verdict: EgressVerdict,
+    narrowed: bool,
     start: Instant,
     /// Milliseconds after `start` of the last byte.
     moved_at_ms: AtomicU64,
@@ -184,6 +184,9 @@ impl Drop for Tally {
             verdict: self.verdict.clone(),
             bytes_out: self.bytes_out.load(Ordering::Relaxed),
             bytes_in: self.bytes_in.load(Ordering::Relaxed),
+            phase: self.flow.phase.as_deref().map(str::to_owned),
+            protocol: self.flow.protocol,
+            narrowed: self.narrowed,
         });
     }
 }
@@ -210,33 +213,6 @@ impl Tally {
             sleep_until(end).await;
         }
     }
-
-    /// Returns once the policy no longer allows this flow.
-    async fn narrowed(&self) {
-        let mut policy = self.flow.policy.clone();
-        let allowed = |policy: &NetworkPolicy| {
-            let now = policy.decide(&self.flow.name, self.flow.port);
-            matches!(now, NameVerdict::Allowed(rule) if still(&rule, self.flow.protocol))
-        };
-        loop {
-            if !allowed(&policy.borrow_and_update()) {
-                return;
-            }
-            if policy.changed().await.is_err() {
-                // The gateway is gone; nobody can narrow any more.
-                std::future::pending::<()>().await;
-            }
-        }
-    }
-}
-
-/// Whether a flow that may speak this may go on under a rule of today.
-fn still(rule: &AllowRule, speaks: Option<Speaks>) -> bool {
-    match (rule.protocol(), speaks) {
-        (Some(Speaks::Raw), _) => true,
-        (None, speaks) => speaks != Some(Speaks::Raw),
-        (today, speaks) => today == speaks,
-    }
 }
 
 async fn relay(egress: Egress, guest: BoxedDuplex) -> RelayReport {
@@ -245,6 +221,7 @@ async fn relay(egress: Egress, guest: BoxedDuplex) -> RelayReport {
         flow,
         address: route.address,
         verdict: EgressVerdict::Allowed,
+        narrowed: false,
         start: Instant::now(),
         moved_at_ms: AtomicU64::new(0),
         bytes_out: AtomicU64::new(0),
@@ -257,7 +234,9 @@ async fn relay(egress: Egress, guest: BoxedDuplex) -> RelayReport {
         form: Some(route.form),
         http_only: route.http_only,
         last_words: LastWords::None,
+        watched: tally.flow.watched.clone(),
     };
+    let mut watched = tally.flow.watched.clone();
     let stopped = {
         let both = async {
             tokio::try_join!(
@@ -266,9 +245,11 @@ async fn relay(egress: Egress, guest: BoxedDuplex) -> RelayReport {
             )
         };
         tokio::select! {
+            // First: no byte may follow the rules that forbid it.
+            biased;
+            () = watched.ended() => Some(Stop::End(RelayEnd::Narrowed)),
             ended = both => ended.err(),
             () = tally.idle() => Some(Stop::End(RelayEnd::Idle)),
-            () = tally.narrowed() => Some(Stop::End(RelayEnd::Narrowed)),
         }
     };
     let last_words = gate.last_words;
@@ -278,6 +259,7 @@ async fn relay(egress: Egress, guest: BoxedDuplex) -> RelayReport {
         Some(Stop::Guest(error)) => RelayEnd::Broken(format!("guest: {error}")),
         Some(Stop::Server(error)) => RelayEnd::Broken(format!("server: {error}")),
     };
+    tally.narrowed = end == RelayEnd::Narrowed;
     if let RelayEnd::NameRefused { said, reason } = &end {
         tracing::debug!(host = %tally.flow.name, port = tally.flow.port, %reason, "egress refused by name");
         tally.verdict = EgressVerdict::NameMismatch { said: said.clone() };
@@ -343,6 +325,7 @@ struct Gate<'a> {
     form: Option<Form>,
     http_only: bool,
     last_words: LastWords,
+    watched: Watched,
 }
 
 impl Gate<'_> {
@@ -366,6 +349,9 @@ impl Gate<'_> {
                     .bandwidth
                     .admit(Direction::Out, out.len())
                     .await;
+                if !self.watched.allows() {
+                    return Err(Stop::End(RelayEnd::Narrowed));
+                }
                 if let Err(error) = write_all(to, &out).await {
                     // It no longer listens; what it still says is the guest's to read.
                     tracing::trace!(%error, "server closed its reading side");
@@ -517,6 +503,7 @@ where
         tally.moved(&tally.bytes_in, early.len());
     }
     let mut part = vec![0; COPY_BYTES];
+    let mut watched = tally.flow.watched.clone();
     loop {
         let len = from.read(&mut part).await.map_err(Stop::Server)?;
         if len == 0 {
@@ -524,6 +511,9 @@ where
         }
         tally.touch();
         tally.flow.bandwidth.admit(Direction::In, len).await;
+        if !watched.allows() {
+            return Err(Stop::End(RelayEnd::Narrowed));
+        }
         write_all(to, &part[..len]).await.map_err(Stop::Guest)?;
         tally.moved(&tally.bytes_in, len);
     }

@@ -23,6 +23,7 @@ mod admitted;
 mod bandwidth;
 pub mod dial;
 pub mod proxy;
+mod rules;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -45,6 +46,7 @@ use self::admitted::{Flow, Route};
 use self::bandwidth::Bandwidth;
 use self::dial::{Dialer, Resolver, SystemResolver, TcpDialer};
 use self::proxy::{Hop, ProxyConfig};
+use self::rules::{Rules, Watched};
 use crate::BoxFuture;
 use crate::inspect::http::Form;
 use crate::record::EgressSink;
@@ -208,7 +210,7 @@ pub struct Gateway {
 }
 
 struct Inner {
-    policy: watch::Sender<NetworkPolicy>,
+    rules: watch::Sender<Rules>,
     exceptions: Vec<RangeException>,
     services: Services,
     proxy: ProxyConfig,
@@ -224,7 +226,7 @@ struct Inner {
 impl fmt::Debug for Gateway {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Gateway")
-            .field("policy", &*self.inner.policy.borrow())
+            .field("rules", &*self.inner.rules.borrow())
             .finish_non_exhaustive()
     }
 }
@@ -249,7 +251,7 @@ impl Gateway {
         dialer: Arc<dyn Dialer>,
     ) -> Self {
         let inner = Inner {
-            policy: watch::Sender::new(config.policy),
+            rules: watch::Sender::new(Rules::new(config.policy)),
             exceptions: config.exceptions,
             services: config.services,
             proxy: config.proxy,
@@ -276,7 +278,7 @@ impl Gateway {
         let name = normal_host(host);
         let known = name.as_deref().is_some_and(|name| {
             self.inner.services.knows(name)
-                || (!is_internal(name) && self.inner.policy.borrow().knows_host(name))
+                || (!is_internal(name) && self.inner.rules.borrow().policy.knows_host(name))
         });
         if let Some(name) = name.filter(|_| !known) {
             let mut refused = self.refused_names();
@@ -286,11 +288,6 @@ impl Gateway {
             }
         }
         known
-    }
-
-    /// Allows only what the old and this policy both allow, and ends connections that are no longer allowed.
-    pub fn narrow(&self, policy: &NetworkPolicy) {
-        self.inner.policy.send_modify(|now| *now = now.and(policy));
     }
 
     /// Decides, resolves, checks and dials. The guest's bytes are not looked at yet.
@@ -310,7 +307,8 @@ impl Gateway {
             return Ok(Admitted::service(Arc::clone(service), permit));
         }
         // Subscribed before the decision: a narrowing in between is seen by the flow.
-        let policy = self.inner.policy.subscribe();
+        let rules = self.inner.rules.subscribe();
+        let phase = rules.borrow().phase.clone();
         let rule = match self.decide(&name, port) {
             NameVerdict::Allowed(rule) => rule,
             NameVerdict::PortRefused => {
@@ -329,12 +327,13 @@ impl Gateway {
         let route = route.map_err(|refusal| self.refuse(&name, port, &rule, refusal))?;
         Ok(Admitted::flow(
             Flow {
+                watched: Watched::new(&name, port, rule.protocol(), rules),
                 name,
                 port,
+                phase,
                 rule: rule.to_string(),
                 protocol: rule.protocol(),
                 limits: self.inner.limits,
-                policy,
                 sink: Arc::clone(&self.inner.sink),
                 bandwidth: Arc::clone(&self.inner.bandwidth),
             },
@@ -351,7 +350,7 @@ impl Gateway {
                 NameVerdict::HostRefused
             };
         }
-        self.inner.policy.borrow().decide(name, port)
+        self.inner.rules.borrow().policy.decide(name, port)
     }
 
     /// Dials an address of the name that passes the floor.
@@ -470,30 +469,28 @@ impl Gateway {
         };
         self.inner.sink.record(EgressEvent {
             rule: Some(rule.to_string()),
-            ..plain_event(name, port, verdict)
+            protocol: rule.protocol(),
+            phase: self.phase(),
+            ..EgressEvent::of(name, port, verdict)
         });
         refusal
     }
 
     fn record(&self, name: &str, port: u16, verdict: EgressVerdict) {
-        self.inner.sink.record(plain_event(name, port, verdict));
+        self.inner.sink.record(EgressEvent {
+            phase: self.phase(),
+            ..EgressEvent::of(name, port, verdict)
+        });
+    }
+
+    fn phase(&self) -> Option<String> {
+        let rules = self.inner.rules.borrow();
+        rules.phase.as_deref().map(str::to_owned)
     }
 
     fn refused_names(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
         let names = &self.inner.refused_names;
         names.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn plain_event(name: &str, port: u16, verdict: EgressVerdict) -> EgressEvent {
-    EgressEvent {
-        host: name.to_owned(),
-        port,
-        address: None,
-        rule: None,
-        verdict,
-        bytes_out: 0,
-        bytes_in: 0,
     }
 }
 

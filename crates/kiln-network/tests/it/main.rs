@@ -2,6 +2,7 @@
 
 mod gateway;
 mod names;
+mod phases;
 mod proxy;
 mod rules;
 mod world;

@@ -60,7 +60,7 @@ async fn send(port: u16, parts: &[&[u8]]) -> Seen {
     }
 }
 
-fn hello(name: Option<&str>) -> Vec<u8> {
+pub(crate) fn hello(name: Option<&str>) -> Vec<u8> {
     let mut config = rustls::ClientConfig::builder_with_provider(
         rustls::crypto::ring::default_provider().into(),
     )
