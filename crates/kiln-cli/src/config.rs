@@ -94,6 +94,9 @@ pub(crate) struct CacheConfig {
 pub(crate) struct NetworkConfig {
     /// Pass the host's CA bundle into builds: yes when the host's settings name one, unless set here.
     pub ca_bundle: Option<bool>,
+    /// Addresses, ranges and names of this host and its installation that nothing here can know, such as the public address of a host behind a
+    /// translator: no machine reaches them.
+    pub own: Vec<String>,
 }
 
 /// A size written as text (`2G`).

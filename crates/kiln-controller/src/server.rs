@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 use crate::access::{Access, SealedError, TrustedIssuer, tls};
 use crate::api::{self, ApiConfig, ListenConfig, ListenError, Sockets};
 use crate::backup;
+use crate::fleet::neighbours::Neighbours;
 use crate::fleet::secrets::Secrets;
 use crate::fleet::source::{SourceError, SourceStore};
 use crate::fleet::{doors, schedule, sweep};
@@ -275,6 +276,7 @@ async fn opened(
             Tracer::start(url, "kiln-controller", dropped)?
         }
     };
+    let neighbours = Neighbours::new(own_places(config));
     let log_keys = access.log_keys(config.encrypt_logs);
     logs.keys = log_keys.clone();
     let parts = Parts {
@@ -289,6 +291,7 @@ async fn opened(
         registry: config.registry.clone(),
         secrets: Secrets::default(),
         peers: peers.map_err(StartError::Peers)?,
+        neighbours,
         settings: Settings {
             pool: config.pool.clone(),
             registry_address: config.registry_address.clone(),
@@ -314,6 +317,19 @@ fn tls_config(config: &ServeConfig, access: &Access, now_ms: u64) -> Result<TlsC
         Tls::Given { chain, key } => tls::identity_from_pem(chain, key)?,
     };
     Ok(Some(tls::server_config(identity, access.authority())?))
+}
+
+/// What workers keep their machines away from, beside each other.
+fn own_places(config: &ServeConfig) -> Vec<String> {
+    let sharing = &config.sharing;
+    let database = config.database.as_ref().and_then(DatabaseUrl::host);
+    let advertised = sharing.advertise.as_deref().map(host_of);
+    let listened = config.listen.iter().map(SocketAddr::ip);
+    let listened = listened.filter(|addr| !addr.is_unspecified());
+    let mut places: Vec<String> = listened.map(|addr| addr.to_string()).collect();
+    places.extend(database.map(str::to_owned));
+    places.extend(advertised);
+    places
 }
 
 /// The host of `HOST:PORT`.

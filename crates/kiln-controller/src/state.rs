@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::access::Access;
 use crate::api::limits::Rates;
+use crate::fleet::neighbours::Neighbours;
 use crate::fleet::secrets::Secrets;
 use crate::fleet::source::SourceStore;
 use crate::images::Images;
@@ -48,6 +49,8 @@ pub struct Parts {
     pub secrets: Secrets,
     /// Other controllers of the same database.
     pub peers: Peers,
+    /// Where the installation is.
+    pub neighbours: Neighbours,
     /// What is counted.
     pub metrics: Metrics,
     /// Where spans go.

@@ -68,6 +68,15 @@ impl DatabaseUrl {
     pub fn is_shared(&self) -> bool {
         matches!(self, Self::Postgres(_))
     }
+
+    /// The host it is on; none when it is a file or a socket of this one.
+    #[must_use]
+    pub fn host(&self) -> Option<&str> {
+        match self {
+            Self::Postgres(url) if url.0.get_socket().is_none() => Some(url.0.get_host()),
+            Self::Postgres(_) | Self::Sqlite(_) => None,
+        }
+    }
 }
 
 impl fmt::Display for DatabaseUrl {

@@ -21,7 +21,8 @@ pub mod record;
 pub mod registries;
 
 pub use gateway::{
-    Admitted, BoxedDuplex, Gateway, GatewayConfig, GuestService, Limits, Refusal, RelayReport,
+    Admitted, BoxedDuplex, Gateway, GatewayConfig, GuestService, Limits, OwnPlaces, Refusal,
+    RelayReport,
 };
 pub use record::{EgressLog, EgressSink, EgressSummary, summary};
 

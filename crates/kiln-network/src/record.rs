@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
-use kiln_core::network::{EgressEvent, EgressVerdict, INTERNAL_SUFFIX};
+use kiln_core::network::{EgressEvent, EgressVerdict, INTERNAL_SUFFIX, SpecialRange};
 use serde::{Deserialize, Serialize};
 
 /// Most separate events of admitted connections.
@@ -313,6 +313,13 @@ fn explain(event: &EgressEvent) -> (String, Option<String>) {
             "its rule does not name this port".to_owned(),
             flag(format!("{}:{}", event.host, event.port)),
         ),
+        EgressVerdict::AddressRefused {
+            range: SpecialRange::Own,
+        } => (
+            "it resolves to this host or another of the installation: the operator may except it in registries.toml"
+                .to_owned(),
+            None,
+        ),
         EgressVerdict::AddressRefused { range } if range.may_be_excepted() => (
             "it resolves into a special-purpose range: the operator may except it in registries.toml"
                 .to_owned(),
@@ -369,7 +376,6 @@ impl fmt::Display for EgressSummary {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kiln_core::network::SpecialRange;
 
     fn event(host: &str, port: u16, verdict: EgressVerdict) -> EgressEvent {
         EgressEvent {

@@ -161,6 +161,9 @@ pub struct Released {
     pub leases: u32,
 }
 
+/// Most places that a [`HeartbeatAnswer`] names.
+pub const OWN_PLACES_MAX: usize = 1024;
+
 /// `POST /worker/v1/heartbeat`: every lease at once.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Heartbeat {
@@ -192,6 +195,10 @@ pub struct HeartbeatAnswer {
     pub ttl_ms: u64,
     /// One for each lease asked about, in the same order.
     pub leases: Vec<LeaseAnswer>,
+    /// Controllers, workers and database of the installation, by host name or address, at most [`OWN_PLACES_MAX`]: no machine may
+    /// reach them unless the worker's operator says so.
+    #[serde(default)]
+    pub own: Vec<String>,
 }
 
 /// What is to become of one lease.

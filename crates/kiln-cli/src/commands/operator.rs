@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use kiln_image::bases::Bases;
+use kiln_network::OwnPlaces;
 use kiln_network::gateway::proxy::ProxyConfig;
 use kiln_network::registries::Registries;
 use kiln_store::host::{HostConfig, HostRegistry};
@@ -41,6 +42,8 @@ impl Operator {
     pub(crate) fn load() -> Result<Self> {
         let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
         let config = Config::load(&home.config.join("kiln.toml"))?;
+        let own = config.network.own.iter().map(String::as_str);
+        OwnPlaces::of_process().set("kiln.toml", own);
         let path = registries_path(&home);
         let registries = Registries::load(&path).map_err(|error| {
             CliError::usage(format!(

@@ -21,6 +21,7 @@ use super::reports::EventNumbers;
 use super::shield::{self, DoorLimits};
 use super::who::Worker;
 use super::{enrol, inputs, own, registry_door, registry_login, reports, results};
+use crate::access::Peer;
 use crate::state::Controller;
 
 /// Bytes of new leases that one answer to a poll has, but for a single larger one: a worker reads no more than [`BODY_MAX`].
@@ -73,6 +74,7 @@ pub fn router(controller: Controller, body_stall: Duration) -> Router {
 async fn heartbeat(
     State(controller): State<Controller>,
     worker: Worker,
+    peer: Option<Extension<Peer>>,
     Json(beat): Json<Heartbeat>,
 ) -> Answered<HeartbeatAnswer> {
     if beat.held.len() > LEASES_MAX {
@@ -118,6 +120,7 @@ async fn heartbeat(
     Ok(Json(HeartbeatAnswer {
         ttl_ms: controller.db.lease_times().ttl_ms,
         leases: leases.collect(),
+        own: controller.own_places(&worker.id, peer.as_deref()),
     }))
 }
 

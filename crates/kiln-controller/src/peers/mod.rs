@@ -127,7 +127,7 @@ impl Peers {
     }
 
     /// URLs of all others that are alive.
-    fn others(&self) -> Vec<String> {
+    pub(crate) fn others(&self) -> Vec<String> {
         let seen = self.seen.read().unwrap_or_else(PoisonError::into_inner);
         seen.iter()
             .filter(|(id, seen)| **id != self.id && seen.silent_ms < DEAD_AFTER_MS)

@@ -157,6 +157,12 @@ async fn a_worker_that_lies_is_refused_at_every_door() {
     // Heartbeats tell a liar that its leases are gone.
     let told = liar.beat(vec![held(&lease)], 0).await.expect("answers");
     assert!(matches!(told.leases[0], LeaseAnswer::Gone { .. }));
+    // They also say what machines are to keep off: where workers and controllers are.
+    assert!(
+        told.own.iter().any(|place| place == "127.0.0.1"),
+        "{:?}",
+        told.own
+    );
     // None of it had an effect, and the honest one goes on.
     let events = fleet.db().events_after(&job, 0, 100).await.expect("reads");
     let kinds: Vec<_> = events.iter().map(|event| event.kind.as_str()).collect();

@@ -22,6 +22,7 @@
 mod admitted;
 mod bandwidth;
 pub mod dial;
+mod floor;
 pub mod proxy;
 mod rules;
 
@@ -34,17 +35,19 @@ use std::time::Duration;
 
 use kiln_core::network::{
     AllowRule, EgressEvent, EgressVerdict, INTERNAL_SUFFIX, NameVerdict, NetworkPolicy,
-    RangeException, SpecialRange, check_address, normal_host,
+    RangeException, SpecialRange, normal_host,
 };
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout_at};
 
 pub use admitted::{Admitted, RelayEnd, RelayReport};
 pub use dial::{BoxedDuplex, Duplex};
+pub use floor::{OwnPlaces, PLACES_MAX, is_this_host};
 
 use self::admitted::{Flow, Route};
 use self::bandwidth::Bandwidth;
 use self::dial::{Dialer, Resolver, SystemResolver, TcpDialer};
+use self::floor::Floor;
 use self::proxy::{Hop, ProxyConfig};
 use self::rules::{Rules, Watched};
 use crate::BoxFuture;
@@ -123,6 +126,8 @@ pub struct GatewayConfig {
     pub policy: NetworkPolicy,
     /// Special-purpose ranges the operator excepts for single names.
     pub exceptions: Vec<RangeException>,
+    /// Where the installation itself is; the process's own list unless set.
+    pub own: Arc<OwnPlaces>,
     /// kiln's own names.
     pub services: Services,
     /// The operator's HTTP proxy.
@@ -140,6 +145,7 @@ impl GatewayConfig {
         Self {
             policy,
             exceptions: Vec::new(),
+            own: OwnPlaces::of_process(),
             services: Services::default(),
             proxy: ProxyConfig::default(),
             limits: Limits::default(),
@@ -211,7 +217,7 @@ pub struct Gateway {
 
 struct Inner {
     rules: watch::Sender<Rules>,
-    exceptions: Vec<RangeException>,
+    floor: Floor,
     services: Services,
     proxy: ProxyConfig,
     limits: Limits,
@@ -252,7 +258,7 @@ impl Gateway {
     ) -> Self {
         let inner = Inner {
             rules: watch::Sender::new(Rules::new(config.policy)),
-            exceptions: config.exceptions,
+            floor: Floor::new(config.exceptions, config.own),
             services: config.services,
             proxy: config.proxy,
             limits: config.limits,
@@ -358,8 +364,8 @@ impl Gateway {
         let answers = self.resolve(name, port).await?;
         let mut first_refused = None;
         let mut checked = Vec::new();
-        for addr in answers {
-            match check_address(name, addr, &self.inner.exceptions) {
+        for (addr, verdict) in self.checked(name, &answers).await {
+            match verdict {
                 Ok(()) => checked.push(SocketAddr::new(addr, port)),
                 Err(range) => first_refused = first_refused.or(Some(range)),
             }
@@ -386,8 +392,8 @@ impl Gateway {
     async fn through(&self, name: &str, port: u16, hop: Hop) -> Result<Route, Refusal> {
         // A name only the proxy can resolve is left to it; one special answer refuses.
         let answers = self.resolve(name, port).await.unwrap_or_default();
-        for addr in &answers {
-            if let Err(range) = check_address(name, *addr, &self.inner.exceptions) {
+        for (_, verdict) in self.checked(name, &answers).await {
+            if let Err(range) = verdict {
                 return Err(Refusal::Address {
                     host: name.to_owned(),
                     range,
@@ -432,6 +438,20 @@ impl Gateway {
             http_only: matches!(form, Form::Proxy { .. }),
             form,
         })
+    }
+
+    /// What the floor says to each address.
+    async fn checked(
+        &self,
+        name: &str,
+        addrs: &[IpAddr],
+    ) -> Vec<(IpAddr, Result<(), SpecialRange>)> {
+        let deadline = Instant::now() + self.inner.limits.resolve;
+        let resolver = self.inner.resolver.as_ref();
+        self.inner
+            .floor
+            .check(name, addrs, resolver, deadline)
+            .await
     }
 
     async fn resolve(&self, name: &str, port: u16) -> Result<Vec<IpAddr>, Refusal> {

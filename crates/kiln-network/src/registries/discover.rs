@@ -508,7 +508,7 @@ impl Asking<'_> {
 fn never(host: &str, range: SpecialRange) -> String {
     let what = match range {
         SpecialRange::Loopback => "this host itself",
-        SpecialRange::LinkLocal => "a link-local or metadata address",
+        SpecialRange::LinkLocal | SpecialRange::Metadata => "a link-local or metadata address",
         _ => "no single host",
     };
     format!("{host} resolves to {what}: machines can never reach it there")

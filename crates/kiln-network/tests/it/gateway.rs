@@ -80,7 +80,9 @@ async fn special_addresses_are_never_dialled() {
         (&["::ffff:8.8.8.8"], SpecialRange::Reserved),
         (&["10.0.0.1", "127.0.0.1"], SpecialRange::Private),
         (&["0.0.0.0"], SpecialRange::NotUnicast),
-        (&["64:ff9b::a9fe:a9fe"], SpecialRange::Reserved),
+        (&["64:ff9b::a9fe:a9fe"], SpecialRange::LinkLocal),
+        (&["64:ff9b::808:808"], SpecialRange::Reserved),
+        (&["168.63.129.16"], SpecialRange::Metadata),
     ];
     for (answer, range) in cases {
         let world = World::default();

@@ -83,6 +83,12 @@ impl Client {
         &self.worker
     }
 
+    /// The controller's host, unless it is this one over a private socket.
+    #[must_use]
+    pub fn host(&self) -> Option<&str> {
+        self.http.host()
+    }
+
     /// Sends a message and reads the answer. `path` begins with a slash.
     ///
     /// # Errors

@@ -7,9 +7,10 @@ use std::time::Duration;
 use kiln_core::dispatch::{Room, WorkerFacts};
 use kiln_core::{AttemptId, ByteSize, Epoch, JobKind, Label, Lease};
 use kiln_machine::ledger::Capacity;
+use kiln_network::OwnPlaces;
 use kiln_proto::fleet::{
-    HEARTBEAT_MS, Heartbeat, HeartbeatAnswer, HeldLease, LEASES_MAX, LeaseAnswer, Leased, POLL_MS,
-    Poll, PollAnswer, Release, Released,
+    HEARTBEAT_MS, Heartbeat, HeartbeatAnswer, HeldLease, LEASES_MAX, LeaseAnswer, Leased,
+    OWN_PLACES_MAX, POLL_MS, Poll, PollAnswer, Release, Released,
 };
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
@@ -329,6 +330,9 @@ impl Daemon {
                 "it answers about other leases".to_owned(),
             ));
         }
+        let own = answer.own.iter().map(String::as_str);
+        let own = own.take(OWN_PLACES_MAX).chain(self.shop.client.host());
+        OwnPlaces::of_process().set("controller", own);
         let ttl_ms = self.ttl_ms(answer.ttl_ms);
         let mut state = self.lock();
         state.orphans = state.orphans.saturating_sub(orphans);

@@ -62,6 +62,7 @@ pub use hyper_util::client::legacy::Error as HttpError;
 pub struct Http {
     pool: Pool<Connector, Body>,
     authority: String,
+    host: Option<String>,
 }
 
 impl Http {
@@ -77,13 +78,27 @@ impl Http {
                 }
             }
         };
+        let host = match &target {
+            Target::Socket(_) => None,
+            Target::Tcp { host, .. } | Target::Tls { host, .. } => Some(host.clone()),
+        };
         let pool = Pool::builder(TokioExecutor::new())
             .pool_max_idle_per_host(IDLE_MAX)
             .build(Connector {
                 target: Arc::new(target),
                 last: Arc::default(),
             });
-        Self { pool, authority }
+        Self {
+            pool,
+            authority,
+            host,
+        }
+    }
+
+    /// The controller's host name or address; none over a private socket.
+    #[must_use]
+    pub fn host(&self) -> Option<&str> {
+        self.host.as_deref()
     }
 
     /// The URI of a path, which begins with a slash. What it begins with only fills the `Host` header: where a connection goes, the
