@@ -83,7 +83,7 @@ install_packages() {
 }
 
 packages=(qemu-system-x86 qemu-utils mmdebstrap e2fsprogs zstd xz-utils ca-certificates uidmap git make gcc libc6-dev)
-[ "${1:-}" = --test ] && packages+=(skopeo docker-registry podman openssh-client postgresql openssl python3 python3-venv)
+[ "${1:-}" = --test ] && packages+=(skopeo docker-registry podman openssh-client postgresql openssl python3 python3-venv sudo)
 
 missing=()
 for package in "${packages[@]}"; do

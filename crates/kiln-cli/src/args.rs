@@ -5,6 +5,7 @@ mod machines;
 mod policy;
 mod secret;
 mod serve;
+mod setup;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -23,6 +24,7 @@ pub(crate) use fleet::{
 pub(crate) use policy::{InitArgs, NetArg, PhaseArg, PolicyCommand};
 pub(crate) use secret::{OwnerArgs, ScopeArgs, SecretCommand, ValueArgs};
 pub(crate) use serve::ServeArgs;
+pub(crate) use setup::{HostArgs, HostMode, SetupArgs, SetupPart};
 
 pub(crate) use machines::{ConsoleArgs, CpArgs, ExecArgs, ForwardArgs, MachineCommand};
 
@@ -528,20 +530,6 @@ pub(crate) struct BenchArgs {
     /// For `soak`: its length for each database
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub soak: u64,
-}
-
-/// Options of `kiln setup`.
-#[derive(Args, Debug)]
-#[command(
-    after_help = "Examples:\n  kiln setup\n  kiln setup --recipe my-recipe --guest ./kiln-guest\n\nWhat is there already is kept. It may be stopped at any time: the next run goes on where it was."
-)]
-pub(crate) struct SetupArgs {
-    /// The recipe's folder
-    #[arg(long, default_value = "machine-image")]
-    pub recipe: PathBuf,
-    /// The static kiln-guest binary
-    #[arg(long, value_name = "PATH")]
-    pub guest: Option<PathBuf>,
 }
 
 /// Options of `kiln uninstall`.

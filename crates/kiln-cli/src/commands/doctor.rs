@@ -1,12 +1,13 @@
 //! `kiln doctor`: what this host offers, what is ready, and how to mend what is missing. With `--scrub` everything stored is read
 //! again.
 //!
-//! Read next: `doctor::host` (the computer), `doctor::ready` (what set-up made), `doctor::reach` (package registries),
+//! Read next: `doctor::host` (the computer), `doctor::ready` (what set-up made), `doctor::reach` (package registries), `doctor::rights` (who may do what),
 //! `doctor::scrub`.
 
 mod host;
 mod reach;
 mod ready;
+mod rights;
 mod scrub;
 
 use kiln_machine::driver::{Check, CheckLevel};
@@ -42,6 +43,7 @@ pub(super) async fn run(args: &DoctorArgs, screen: Screen) -> Result<u8> {
             "make the directory writable, or set KILN_HOME to another",
         ),
     });
+    report.all(rights::checks(&home));
     if prepared.is_ok() {
         report.all(host::machines(&home).await);
     }

@@ -36,6 +36,7 @@ mod run_server;
 mod secret;
 mod serve;
 mod setup;
+mod setup_host;
 mod source;
 pub(crate) mod table;
 mod template;

@@ -10,11 +10,14 @@ use kiln_worker::setup;
 use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
-use crate::args::SetupArgs;
+use crate::args::{SetupArgs, SetupPart};
 use crate::error::{CliError, Result};
 use crate::show::Screen;
 
 pub(super) async fn run(args: SetupArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
+    if let Some(SetupPart::Host(host)) = &args.part {
+        return super::setup_host::run(host, screen).await;
+    }
     let (events, receiver) = Events::channel();
     let follow = tokio::spawn(screen.follow(receiver));
     let done = tokio::select! {

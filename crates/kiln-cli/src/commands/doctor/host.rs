@@ -248,7 +248,9 @@ fn namespaces_verdict(
             why,
             format!(
                 "{as_root}, or have root give you subordinate ids (package uidmap): \
-                 usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER"
+                 kiln setup host --user {} --apply",
+                user_name(&rustix::process::geteuid().as_raw().to_string())
+                    .unwrap_or_else(|| "USER".to_owned())
             ),
         ),
         (Ok(()), Ok(())) => pass(name, "work, with subordinate ids"),
@@ -429,7 +431,7 @@ mod tests {
         };
         assert!(hint(Ok(()), refused()).contains("uidmap"));
         let none = || Err("/etc/subuid gives me no range of 65536 ids".to_owned());
-        assert!(hint(none(), refused()).contains("--add-subuids"));
+        assert!(hint(none(), refused()).contains("kiln setup host"));
         switch("kernel/apparmor_restrict_unprivileged_userns", "1\n");
         assert!(hint(Ok(()), refused()).contains("apparmor_restrict_unprivileged_userns=0"));
         switch("user/max_user_namespaces", "0\n");
