@@ -159,6 +159,15 @@ pub(crate) enum Command {
 }
 
 impl Command {
+    /// Whether it answers somebody or runs for itself.
+    pub(crate) fn kind(&self) -> kiln_telemetry::Kind {
+        match self {
+            Self::Serve(_) => kiln_telemetry::Kind::Service,
+            Self::Worker(args) if args.verb.is_none() => kiln_telemetry::Kind::Service,
+            _ => kiln_telemetry::Kind::Command,
+        }
+    }
+
     /// What the first Ctrl-C does: it ends looking and serving, and cancels work.
     pub(crate) fn interrupted(&self) -> &'static str {
         match self {

@@ -36,7 +36,7 @@ fn main() -> ExitCode {
     } else {
         LogFormat::Text
     };
-    kiln_telemetry::init_logs(format, cli.verbose);
+    kiln_telemetry::init_logs(format, cli.command.kind(), cli.verbose);
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         terminal::restore();

@@ -19,6 +19,7 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::access::shown::{self, IdentityFiles, Shown};
 use crate::access::{Access, SealedError, TrustedIssuer, tls};
 use crate::api::{self, ApiConfig, ListenConfig, ListenError, Sockets};
 use crate::backup;
@@ -34,8 +35,6 @@ pub use crate::shared::{SharedError, Sharing};
 use crate::state::{Controller, Parts, Settings};
 use crate::webhooks::{Courier, CourierOptions, ReceiverPolicy, Signer};
 
-/// Most names of the certificate a controller makes for itself at each start.
-const CERTIFICATE_NAMES_MAX: usize = 64;
 /// How long requests may take to end when a controller stops.
 pub const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -89,12 +88,12 @@ pub enum Tls {
     Plain,
     /// By a certificate of the controller's own authority, for these DNS names and addresses.
     Own(Vec<String>),
-    /// By the operator's certificate and key, PEM.
+    /// By the operator's certificate and key, looked at again while the server runs.
     Given {
-        /// The chain, its own certificate first.
-        chain: Vec<u8>,
-        /// The private key.
-        key: Vec<u8>,
+        /// Shown to everybody but workers, who trust the controller's own authority alone.
+        files: IdentityFiles,
+        /// The DNS names and addresses by which workers come, besides those of the certificate.
+        names: Vec<String>,
     },
 }
 
@@ -150,7 +149,7 @@ pub enum StartError {
     #[error(transparent)]
     Tracer(#[from] TracerError),
     /// Too many names for one certificate.
-    #[error("a certificate names at most {CERTIFICATE_NAMES_MAX} hosts")]
+    #[error("a certificate names at most {} hosts", shown::NAMES_MAX)]
     Names,
 }
 
@@ -213,7 +212,7 @@ pub async fn start_locked(
     }
 }
 
-type TlsConfig = Option<Arc<rustls::ServerConfig>>;
+type TlsConfig = Option<(Arc<rustls::ServerConfig>, Arc<Shown>)>;
 
 /// Everything that is opened before anybody is answered.
 async fn parts(
@@ -303,20 +302,20 @@ async fn opened(
 }
 
 fn tls_config(config: &ServeConfig, access: &Access, now_ms: u64) -> Result<TlsConfig, StartError> {
-    let identity = match &config.tls {
+    let (names, files) = match &config.tls {
         Tls::Plain => return Ok(None),
-        Tls::Own(names) => {
-            let mut names = names.clone();
-            // The others verify the name they reach it by.
-            names.extend(config.sharing.advertise.as_deref().map(host_of));
-            if names.len() > CERTIFICATE_NAMES_MAX {
-                return Err(StartError::Names);
-            }
-            access.authority().server_identity(&names, now_ms)?
-        }
-        Tls::Given { chain, key } => tls::identity_from_pem(chain, key)?,
+        Tls::Own(names) => (names, None),
+        Tls::Given { files, names } => (names, Some(files.clone())),
     };
-    Ok(Some(tls::server_config(identity, access.authority())?))
+    let mut names = names.clone();
+    // The others verify the name they reach it by.
+    names.extend(config.sharing.advertise.as_deref().map(host_of));
+    if names.len() > shown::NAMES_MAX {
+        return Err(StartError::Names);
+    }
+    let shown = Arc::new(Shown::new(access.authority(), names, files, now_ms)?);
+    let config = tls::server_config(Arc::clone(&shown) as _, access.authority())?;
+    Ok(Some((config, shown)))
 }
 
 /// What workers keep their machines away from, beside each other.
@@ -369,7 +368,8 @@ async fn serve(
     let sockets = Sockets::new(config.sockets);
     let mut addresses = Vec::new();
     for address in config.listen {
-        addresses.push(sockets.tcp(address, tls.clone(), router.clone()).await?);
+        let tls = tls.as_ref().map(|(config, _)| Arc::clone(config));
+        addresses.push(sockets.tcp(address, tls, router.clone()).await?);
     }
     let socket = socket_path(&config.folder);
     let private = router.merge(backup::router(controller.clone(), &config.folder));
@@ -407,6 +407,9 @@ async fn serve(
     tasks.spawn(async move {
         let _ended = sending.await;
     });
+    if let Some((_, shown)) = tls {
+        tasks.spawn(shown::keep_fresh(shown, controller.clone(), stop.clone()));
+    }
     tasks.spawn(sweep::retain(
         controller.clone(),
         config.retention,

@@ -7,7 +7,7 @@ pub mod metrics;
 pub mod otlp;
 pub mod trace;
 
-pub use logs::{LogFormat, init_logs};
+pub use logs::{Kind, LogFormat, init_logs};
 
 /// Names of spans: one per phase of an attempt.
 pub mod span {

@@ -19,12 +19,22 @@ pub enum LogFormat {
     Json,
 }
 
-/// Sets up logging for this process. `verbosity` 0 shows errors, 1 information, 2 and more debugging; `KILN_LOG` overrides it.
-/// A second call does nothing.
-pub fn init_logs(format: LogFormat, verbosity: u8) {
-    let level = match verbosity {
-        0 => "error",
-        1 => "info",
+/// What a process is, for how much it says unasked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Somebody waits for it: what went wrong is in its answer; the log shows errors.
+    Command,
+    /// It runs for long with nobody before it: the log is where an operator learns of a lost worker or an issuer that is away; it shows warnings, too.
+    Service,
+}
+
+/// Sets up logging for this process. `verbosity` 0 shows what its `kind` says, 1 information, 2 and more debugging; `KILN_LOG` overrides
+/// it. A second call does nothing.
+pub fn init_logs(format: LogFormat, kind: Kind, verbosity: u8) {
+    let level = match (verbosity, kind) {
+        (0, Kind::Command) => "error",
+        (0, Kind::Service) => "warn",
+        (1, _) => "info",
         _ => "debug",
     };
     let filter = EnvFilter::try_from_env("KILN_LOG").unwrap_or_else(|_| EnvFilter::new(level));

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use kiln_controller::access::shown::IdentityFiles;
 use kiln_controller::api::ListenConfig;
 use kiln_controller::server::{self, Running, ServeConfig, SharedError, Sharing, StartError, Tls};
 use kiln_core::{FailureClass, PoolName};
@@ -69,7 +70,11 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
     let (api, retention) = (said.api(&operator.config.limits)?, said.retention()?);
     let database = args.database.as_deref().map(database).transpose()?;
     let sharing = sharing(&args)?;
-    let tls = tls(&args)?;
+    let tls = tls(&args);
+    for issuer in &said.issuers {
+        let wrong = |error| CliError::usage(format!("controller.issuers in kiln.toml: {error}"));
+        issuer.check().map_err(wrong)?;
+    }
     let registry = operator.registry().await?.host;
     let registry_address = args.listen.first().map(|address| match args.names.first() {
         Some(name) => format!("{name}:{}", address.port()),
@@ -188,15 +193,9 @@ fn read(path: &Path) -> Result<Vec<u8>> {
         .map_err(|error| CliError::usage(format!("could not read {path:?}: {error}")))
 }
 
-fn tls(args: &ServeArgs) -> Result<Tls> {
+fn tls(args: &ServeArgs) -> Tls {
     if args.insecure_plain_http {
-        return Ok(Tls::Plain);
-    }
-    if let (Some(chain), Some(key)) = (&args.tls_cert, &args.tls_key) {
-        return Ok(Tls::Given {
-            chain: read(chain)?,
-            key: read(key)?,
-        });
+        return Tls::Plain;
     }
     let mut names = args.names.clone();
     for address in &args.listen {
@@ -205,7 +204,16 @@ fn tls(args: &ServeArgs) -> Result<Tls> {
         }
     }
     names.extend(["localhost", "127.0.0.1", "::1"].map(str::to_owned));
-    Ok(Tls::Own(names))
+    match (&args.tls_cert, &args.tls_key) {
+        (Some(chain), Some(key)) => Tls::Given {
+            files: IdentityFiles {
+                chain: chain.clone(),
+                key: key.clone(),
+            },
+            names,
+        },
+        _ => Tls::Own(names),
+    }
 }
 
 /// Why a controller did not start, for people.

@@ -24,7 +24,7 @@ pub const BACKDATED: Duration = Duration::from_secs(3600);
 /// How long after its end a worker's certificate still proves who it is, to get the next one.
 pub const RENEWAL_GRACE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Life of a server certificate made by the authority; it is made anew at every start.
-const SERVER_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
+pub(crate) const SERVER_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Life of the authority.
 const AUTHORITY_LIFE: Duration = Duration::from_secs(20 * 365 * 24 * 3600);
 /// Longest certificate request.

@@ -31,7 +31,7 @@ pub enum TokenRefused {
     #[error("its signature is not of this door's keys")]
     Signature,
     /// `iss` is somebody else.
-    #[error("its issuer is not this server")]
+    #[error("its issuer is not one that this door trusts")]
     Issuer,
     /// `aud` is another door's.
     #[error("it is meant for another audience")]

@@ -6,6 +6,7 @@
 pub mod authority;
 mod controller_token;
 pub mod door;
+mod issuer_keys;
 pub mod jwt;
 mod keys;
 pub mod oidc;
@@ -14,6 +15,7 @@ pub mod registry_token;
 mod sealed;
 mod secret_seal;
 pub mod secret_token;
+pub mod shown;
 pub mod tls;
 pub mod user_token;
 
@@ -30,6 +32,7 @@ use kiln_store::logs::{LogKey, LogKeys};
 
 pub use authority::{Authority, CertificateError, PeerCertificate, WorkerCertificate};
 pub use door::Door;
+pub use issuer_keys::IssuerError;
 pub use jwt::TokenRefused;
 pub use keys::SignError;
 pub use oidc::{ExchangeRefused, Issuers, SubjectRule, TrustedIssuer};

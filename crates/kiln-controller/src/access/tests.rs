@@ -12,6 +12,7 @@ use ring::rand::SystemRandom;
 use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
 
 use super::jwt::Registered;
+use super::shown::Shown;
 use super::*;
 
 const NOW: u64 = 1_800_000_000_000;
@@ -576,10 +577,9 @@ fn a_worker_is_known_by_its_certificate_and_a_sleeper_may_come_back() {
     };
     let (access, foreign) = (open("keys"), open("other"));
     let authority = access.authority();
-    let identity = authority
-        .server_identity(&["controller.test".to_owned(), "127.0.0.1".to_owned()], now)
-        .expect("identity");
-    let config = tls::server_config(identity, authority).expect("config");
+    let names = vec!["controller.test".to_owned(), "127.0.0.1".to_owned()];
+    let shown = Shown::new(authority, names, None, now).expect("identity");
+    let config = tls::server_config(Arc::new(shown), authority).expect("config");
     let key = rcgen::KeyPair::generate().expect("key");
     let csr = rcgen::CertificateParams::default()
         .serialize_request(&key)

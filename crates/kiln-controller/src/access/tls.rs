@@ -7,14 +7,15 @@ use std::sync::Arc;
 
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::pki_types::{CertificateDer, UnixTime};
-use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ResolvesServerCert, WebPkiClientVerifier};
 use rustls::{
     DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
 };
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::authority::{Authority, RENEWAL_GRACE, ServerIdentity, not_after_ms};
+use super::authority::{Authority, CertificateError, RENEWAL_GRACE, not_after_ms};
+use super::shown::FilesError;
 
 /// Why no TLS configuration came of it.
 #[derive(Debug, thiserror::Error)]
@@ -25,17 +26,20 @@ pub enum TlsError {
     /// The authority cannot be used to verify.
     #[error("the authority's certificate cannot be used to verify workers")]
     Authority(#[source] rustls::server::VerifierBuilderError),
-    /// The operator's file holds no certificate or no key.
-    #[error("the PEM holds no {0}")]
-    Pem(&'static str),
+    /// The operator's files.
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    /// The controller's own certificate.
+    #[error(transparent)]
+    Own(#[from] CertificateError),
 }
 
-/// TLS for a listener that takes workers' certificates of `authority`, and peers without any.
+/// TLS for a listener that shows these certificates, and takes workers' of `authority`, and peers without any.
 ///
 /// # Errors
-/// When the identity or the authority cannot be used.
+/// When the authority cannot be used.
 pub fn server_config(
-    identity: ServerIdentity,
+    shown: Arc<dyn ResolvesServerCert>,
     authority: &Authority,
 ) -> Result<Arc<ServerConfig>, TlsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -49,25 +53,9 @@ pub fn server_config(
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::Identity)?
         .with_client_cert_verifier(Arc::new(SleepyWorkers { inner }))
-        .with_single_cert(identity.chain, identity.key)
-        .map_err(TlsError::Identity)?;
+        .with_cert_resolver(shown);
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))
-}
-
-/// An operator's own certificate chain and key.
-///
-/// # Errors
-/// When either is missing.
-pub fn identity_from_pem(chain: &[u8], key: &[u8]) -> Result<ServerIdentity, TlsError> {
-    use rustls::pki_types::PrivateKeyDer;
-    use rustls::pki_types::pem::PemObject;
-    let chain: Vec<_> = CertificateDer::pem_slice_iter(chain).flatten().collect();
-    if chain.is_empty() {
-        return Err(TlsError::Pem("certificate"));
-    }
-    let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| TlsError::Pem("private key"))?;
-    Ok(ServerIdentity { chain, key })
 }
 
 /// Takes workers' certificates that have expired a while ago, as if it were the moment before their end.

@@ -125,6 +125,9 @@ async fn own(api: &Api, headers: &HeaderMap) -> Result<Principal, Problem> {
     }
 }
 
+/// For those whose identity token was refused.
+const WHOSE: &str = "the server's operator says in [[controller.issuers]] whose identity tokens, for which audience and which subjects, are exchanged";
+
 async fn foreign(api: &Arc<Api>, token: String) -> Result<Principal, Problem> {
     let worker = Arc::clone(api);
     let exchanged = tokio::task::spawn_blocking(move || {
@@ -137,8 +140,10 @@ async fn foreign(api: &Arc<Api>, token: String) -> Result<Principal, Problem> {
         Err(error) => error,
     };
     Err(match &error {
-        ExchangeRefused::Token(why) => refused(api, why.code(), &why.to_string()).await,
-        ExchangeRefused::NoRule => refused(api, "no_rule", &error.to_string()).await,
+        ExchangeRefused::Token(why) => refused(api, why.code(), &why.to_string()).await.hint(WHOSE),
+        ExchangeRefused::NoRule => refused(api, "no_rule", &error.to_string())
+            .await
+            .hint(WHOSE),
         ExchangeRefused::Busy => Problem::too_many("busy", error.to_string()).retry_after(1),
         ExchangeRefused::Fetch(_) => {
             tracing::warn!(%error, "an identity token could not be checked");

@@ -25,6 +25,7 @@ mod fleet_traces;
 mod fleet_update;
 mod fleet_worker;
 mod identity;
+mod identity_issuer;
 mod jobs;
 mod registry_people;
 mod schema;

@@ -138,6 +138,11 @@ fn now_unix_ms() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// What a worker offers in a handshake.
+fn offered() -> Vec<Vec<u8>> {
+    vec![kiln_proto::fleet::ALPN.to_vec(), b"http/1.1".to_vec()]
+}
+
 /// The authority that a join token pins.
 fn pinned(token: &str) -> Result<Digest, IdentityError> {
     let hex = token.rsplit('_').next().unwrap_or_default();
@@ -172,12 +177,13 @@ impl Identity {
     ) -> Result<Self, IdentityError> {
         let pin = pinned(token)?;
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(key_error)?;
-        let config = ClientConfig::builder_with_provider(provider())
+        let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(key_error)?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(Pinned { pin }))
             .with_no_client_auth();
+        config.alpn_protocols = offered();
         let target = Target::Tls {
             host: controller.host.clone(),
             port: controller.port,
@@ -274,11 +280,12 @@ impl Identity {
     pub fn target(&self) -> Result<Target, IdentityError> {
         let mut roots = RootCertStore::empty();
         roots.add(self.authority.clone()).map_err(key_error)?;
-        let config = ClientConfig::builder_with_provider(provider())
+        let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(key_error)?
             .with_root_certificates(roots)
             .with_client_cert_resolver(Arc::clone(&self.resolver) as _);
+        config.alpn_protocols = offered();
         let controller = self.controller();
         Ok(Target::Tls {
             host: controller.host,

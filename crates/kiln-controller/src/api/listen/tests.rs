@@ -12,6 +12,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::*;
+use crate::access::shown::Shown;
 use crate::access::{Access, tls};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -40,12 +41,9 @@ async fn scene() -> Scene {
     let now_ms = u64::try_from(since.as_millis()).expect("clock");
     let dir = tempfile::tempdir().expect("dir");
     let access = Access::open(&dir.path().join("keys"), "x", Vec::new(), now_ms).expect("access");
-    let names = ["controller.test".to_owned()];
-    let identity = access
-        .authority()
-        .server_identity(&names, now_ms)
-        .expect("identity");
-    let config = tls::server_config(identity, access.authority()).expect("config");
+    let names = vec!["controller.test".to_owned()];
+    let shown = Shown::new(access.authority(), names, None, now_ms).expect("identity");
+    let config = tls::server_config(Arc::new(shown), access.authority()).expect("config");
     let sockets = Sockets::new(ListenConfig::default());
     let any = "127.0.0.1:0".parse().expect("address");
     let router = Router::new().route("/who", get(who));
