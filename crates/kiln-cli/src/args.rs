@@ -3,6 +3,7 @@
 mod fleet;
 mod machines;
 mod policy;
+mod run;
 mod secret;
 mod serve;
 mod setup;
@@ -11,7 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_core::{AllowRule, ArtifactPath, ByteSize, ImageRef, RunSecret};
+use kiln_core::{AllowRule, ImageRef};
 
 #[cfg(test)]
 pub(crate) use fleet::Bound;
@@ -22,13 +23,12 @@ pub(crate) use fleet::{
     WorkerStateArgs,
 };
 pub(crate) use policy::{InitArgs, NetArg, PhaseArg, PolicyCommand};
+pub(crate) use run::{LimitArgs, RunArgs};
 pub(crate) use secret::{OwnerArgs, ScopeArgs, SecretCommand, ValueArgs};
 pub(crate) use serve::ServeArgs;
 pub(crate) use setup::{HostArgs, HostMode, SetupArgs, SetupPart};
 
 pub(crate) use machines::{ConsoleArgs, CpArgs, ExecArgs, ForwardArgs, MachineCommand};
-
-use crate::commands::artifacts::CopyOut;
 
 /// Builds container images and runs untrusted commands, each in a fresh microVM on this machine.
 #[derive(Parser, Debug)]
@@ -234,83 +234,6 @@ pub(crate) struct BuildArgs {
     /// How a server queues it
     #[command(flatten)]
     pub queueing: QueueingArgs,
-}
-
-/// Options of `kiln run`.
-#[derive(Args, Debug)]
-#[command(
-    after_help = "Examples:\n  kiln run -- uname -a\n  kiln run --image shop:1.4 -p 8080:3000\n  \
-kiln run --image shop:1.4 -e LOG=debug -- node --version\n  \
-kiln run --image shop:1.4 --copy-out report.xml -- npm test\n  \
-kiln run --artifact 'out/**/*.log' -- sh -c 'mkdir out; date > out/a.log'\n  \
-kiln run --keep=2h -- make test\n\nA policy in this folder (kiln.yaml) holds: flags only narrow it. Without one, and without --allow, the machine reaches nothing."
-)]
-pub(crate) struct RunArgs {
-    /// The command and its arguments
-    #[arg(last = true, value_name = "COMMAND")]
-    pub command: Vec<String>,
-    /// Container image to run; without it the command runs in the machine image itself
-    #[arg(long, value_name = "REF")]
-    pub image: Option<ImageRef>,
-    /// Forward a port of this machine to the guest: HOST:GUEST or [ADDRESS:]HOST:GUEST
-    #[arg(short, long = "publish", value_name = "HOST:GUEST")]
-    pub publish: Vec<String>,
-    /// Environment variable; KEY alone takes the value from the environment
-    #[arg(short, long = "env", value_name = "KEY[=VALUE]")]
-    pub env: Vec<String>,
-    /// Secret of `kiln secret`, as a variable (NAME, NAME=VARIABLE) or as the file /run/secrets/NAME (NAME:file)
-    #[arg(long = "secret", value_name = "NAME[=VARIABLE]")]
-    pub secrets: Vec<RunSecret>,
-    /// Let it reach this host; `*.HOST` is every name below it
-    #[arg(long = "allow", value_name = "HOST[:PORTS[/tls|http|raw]]")]
-    pub allow: Vec<AllowRule>,
-    /// Keep files when the command has ended, also when it failed: a path, or a pattern with * ? **
-    #[arg(long = "artifact", value_name = "GLOB")]
-    pub artifacts: Vec<ArtifactPath>,
-    /// Copy a file or folder of the machine to this host when the command has ended, also when it failed
-    #[arg(long, value_name = "PATH[:DEST]")]
-    pub copy_out: Vec<CopyOut>,
-    /// What it may reach (egress with --allow, else isolated, else what the policy says)
-    #[arg(long, value_name = "MODE")]
-    pub net: Option<NetArg>,
-    /// Policy to hold it to, instead of the one in this folder
-    #[arg(long, value_name = "FILE", conflicts_with = "no_policy")]
-    pub policy: Option<PathBuf>,
-    /// Do not read this folder's policy: the command line alone decides
-    #[arg(long)]
-    pub no_policy: bool,
-    /// Give it a terminal (the default when both ends are one)
-    #[arg(short, long)]
-    pub tty: bool,
-    /// Connect standard input (the default when it is not a terminal, or with --tty)
-    #[arg(short, long)]
-    pub interactive: bool,
-    /// Let the machine stay when the command is over, passed or failed: for 1h, or this long (at most 24h)
-    #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "1h", value_parser = machines::parse_stays)]
-    pub keep: Option<Duration>,
-    /// In a terminal, stand in the machine when the command failed; the exit code stays the command's
-    #[arg(long)]
-    pub shell_on_failure: bool,
-    /// Limits of the machine
-    #[command(flatten)]
-    pub limits: LimitArgs,
-    /// How a server queues it
-    #[command(flatten)]
-    pub queueing: QueueingArgs,
-}
-
-/// Limits of one machine.
-#[derive(Args, Debug, Clone)]
-pub(crate) struct LimitArgs {
-    /// Virtual CPUs
-    #[arg(long, value_name = "COUNT")]
-    pub cpus: Option<u32>,
-    /// Memory, for example 512M or 2G
-    #[arg(long, value_name = "SIZE")]
-    pub memory: Option<ByteSize>,
-    /// Longest run time, for example 90s, 10m, 1h (10m for builds, none for runs)
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    pub timeout: Option<Duration>,
 }
 
 /// Options of `kiln plan`.

@@ -27,6 +27,19 @@ pub(crate) struct Found {
     pub notes: Vec<String>,
 }
 
+impl Found {
+    /// The folder that the policy is of.
+    pub(crate) fn top(&self) -> Option<PathBuf> {
+        let dir = self.path.parent()?;
+        // A policy of a CI's own folder is the project's.
+        let top = match dir.file_name().is_some_and(|name| name == ".buildkite") {
+            true => dir.parent()?,
+            false => dir,
+        };
+        Some(top.to_owned())
+    }
+}
+
 /// Reads the policy that `at` is, or that lies in the folder `at`.
 ///
 /// # Errors

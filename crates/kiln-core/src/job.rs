@@ -152,10 +152,20 @@ pub struct ImageBuild {
     pub no_cache: bool,
 }
 
-/// A command to run.
+/// Files that a command works on: they are its working directory.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RunSource {
+    /// Where they come from.
+    pub source: Source,
+    /// Folder in them in which the command begins; empty is the topmost.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub folder: String,
+}
+
+/// A command to run.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct RunCommand {
-    /// Container image by digest; `None` runs in the machine image itself.
+    /// Container image by digest; `None` runs in the base that fits the source's runtime, else in the machine image itself.
     pub image: Option<ImageRef>,
     /// Command line; empty means the image's own.
     pub argv: Vec<String>,
@@ -173,6 +183,24 @@ pub struct RunCommand {
     /// Secrets of the tenant's store that it has.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<RunSecret>,
+    /// What it works on; none: it begins in an empty home.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<RunSource>,
+    /// What it writes lies on a disk of `limits.disk`, not in its memory. With a source it always does.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disk: bool,
+}
+
+impl JobKind {
+    /// Where its source comes from, if it has one that is not read yet.
+    #[must_use]
+    pub fn source(&self) -> Option<&Source> {
+        match self {
+            Self::SourceBuild(build) => Some(&build.source),
+            Self::ImageBuild(_) => None,
+            Self::Run(run) => run.source.as_ref().map(|files| &files.source),
+        }
+    }
 }
 
 /// A bound below a byte a second is one all the same.

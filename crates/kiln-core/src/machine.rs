@@ -20,9 +20,33 @@ pub enum DiskRole {
     Source,
     /// An unpacked container image, read-only.
     Image,
+    /// As [`Self::Image`], of the first service beside the command.
+    Service1,
+    /// Of the second service.
+    Service2,
+    /// Of the third service.
+    Service3,
+    /// Of the fourth service.
+    Service4,
 }
 
 impl DiskRole {
+    /// Disks of services, the first place first.
+    pub const SERVICES: [Self; 4] = [
+        Self::Service1,
+        Self::Service2,
+        Self::Service3,
+        Self::Service4,
+    ];
+
+    /// The disk of a service's place, from 1.
+    #[must_use]
+    pub fn service(place: u8) -> Option<Self> {
+        Self::SERVICES
+            .get(usize::from(place).checked_sub(1)?)
+            .copied()
+    }
+
     /// The disk's serial number as the guest sees it in `/sys/block/*/serial` (at most 20 bytes).
     #[must_use]
     pub fn serial(self) -> &'static str {
@@ -32,6 +56,10 @@ impl DiskRole {
             Self::Scratch => "kiln-scratch",
             Self::Source => "kiln-source",
             Self::Image => "kiln-image",
+            Self::Service1 => "kiln-service1",
+            Self::Service2 => "kiln-service2",
+            Self::Service3 => "kiln-service3",
+            Self::Service4 => "kiln-service4",
         }
     }
 }

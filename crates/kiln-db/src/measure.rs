@@ -239,14 +239,9 @@ fn job(id: JobId) -> NewJob {
         id,
         tenant: TenantName::local(),
         kind: JobKind::Run(RunCommand {
-            image: None,
             argv: vec!["npm".to_owned(), "test".to_owned()],
             env: [("CI".to_owned(), "true".to_owned())].into(),
-            ports: Vec::new(),
-            tty: false,
-            stdin: false,
-            artifacts: Vec::new(),
-            secrets: Vec::new(),
+            ..RunCommand::default()
         }),
         network: NetworkPolicy::Isolated,
         limits: Limits {

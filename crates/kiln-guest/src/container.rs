@@ -5,23 +5,25 @@
 
 use std::fs;
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::lchown;
 use std::path::Path;
 use std::sync::Arc;
 
+use kiln_core::DiskRole;
 use kiln_proto::msg::{ContainerSpec, GuestError, GuestErrorCode};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use serde_json::{Value, json};
 
 use crate::error::{Context, SysError, failure, invalid};
 use crate::state::Guest;
 use crate::{identity, mounts, net, oci_wrapper, tree};
 
-/// The image's files, read-only.
-const IMAGE_ROOT: &str = "/image/rootfs";
-/// Where the container is put together.
+/// Where the command's container is put together; those of services lie beside it.
 const BUNDLE: &str = "/run/kiln/container";
+/// The tree that the host sent, in the machine and in a container that has it.
+const WORK: &str = "/work";
 /// Copies of the secrets of the container's user; a tmpfs.
 const SECRETS: &str = "/run/kiln/container-secrets";
 /// Where runc keeps its state.
@@ -51,6 +53,36 @@ const CAPABILITIES: [&str; 14] = [
     "CAP_SETUID",
     "CAP_SYS_CHROOT",
 ];
+
+/// Where one container of this machine has its parts.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Parts {
+    /// Where it is put together.
+    bundle: String,
+    /// The image's files, read-only.
+    image: String,
+    /// Its own files, above those.
+    layer: String,
+    /// Copies of the secrets of its user.
+    secrets: String,
+}
+
+impl Parts {
+    /// Of a place: 0 is the command's own container, the others are services. `layers` is where containers keep their own files.
+    fn of(place: u8, layers: &str) -> Option<Self> {
+        let image = format!("{}/rootfs", mounts::image_at(place)?);
+        let named = |name: &str| match place {
+            0 => name.to_owned(),
+            place => format!("{name}-service{place}"),
+        };
+        Some(Self {
+            bundle: named(BUNDLE),
+            image,
+            layer: named(layers),
+            secrets: named(SECRETS),
+        })
+    }
+}
 
 /// A user as numbers.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -153,7 +185,7 @@ fn bind(source: &str, destination: &str) -> Value {
     })
 }
 
-fn file_systems() -> Value {
+fn file_systems(bundle: &str) -> Value {
     let on = |destination: &str, kind: &str, options: &[&str]| json!({ "destination": destination, "type": kind, "source": kind, "options": options });
     json!([
         on("/proc", "proc", &["nosuid", "noexec", "nodev"]),
@@ -187,13 +219,13 @@ fn file_systems() -> Value {
             &["nosuid", "noexec", "nodev", "relatime", "ro"]
         ),
         bind("/etc/resolv.conf", "/etc/resolv.conf"),
-        bind(&format!("{BUNDLE}/hosts"), "/etc/hosts"),
-        bind(&format!("{BUNDLE}/hostname"), "/etc/hostname"),
+        bind(&format!("{bundle}/hosts"), "/etc/hosts"),
+        bind(&format!("{bundle}/hostname"), "/etc/hostname"),
     ])
 }
 
 /// What runc is told. The machine's network is the container's: forwards and names work as they are.
-fn config(spec: &ContainerSpec, user: &User) -> Value {
+fn config(spec: &ContainerSpec, user: &User, bundle: &str) -> Value {
     let mut env: Vec<String> = spec.env.clone();
     let has = |env: &[String], name: &str| env.iter().any(|item| item.starts_with(name));
     if !has(&env, "PATH=") {
@@ -218,9 +250,9 @@ fn config(spec: &ContainerSpec, user: &User) -> Value {
             "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": OPEN_FILES_MAX, "soft": OPEN_FILES_MAX }],
             "noNewPrivileges": true,
         },
-        "root": { "path": format!("{BUNDLE}/rootfs"), "readonly": false },
+        "root": { "path": format!("{bundle}/rootfs"), "readonly": false },
         "hostname": spec.hostname,
-        "mounts": file_systems(),
+        "mounts": file_systems(bundle),
         "linux": {
             // Relative: beside the cgroup of the runc that starts it, so the command's bounds hold for it.
             "cgroupsPath": "container",
@@ -258,35 +290,108 @@ pub(crate) async fn prepare(
     let runc = oci_wrapper::runc();
     let runc =
         runc.ok_or_else(|| failure(GuestErrorCode::NotFound, "the root disk has no runc"))?;
-    let upper = {
+    let parts = {
         let mounts = guest.mounts.lock().await;
-        if !mounts.is_mounted(mounts::IMAGE) {
+        if !mounts::image_at(spec.place).is_some_and(|path| mounts.is_mounted(path)) {
             return Err(invalid("the image disk is not mounted"));
         }
-        if mounts.is_writable("/scratch") {
-            "/scratch/container"
-        } else {
-            "/run/kiln/container-layer"
-        }
+        let layers = match mounts.is_writable(mounts::SCRATCH) {
+            true => "/scratch/container",
+            false => "/run/kiln/container-layer",
+        };
+        Parts::of(spec.place, layers).ok_or_else(|| invalid("there is no such place"))?
     };
-    let work = tokio::task::spawn_blocking(move || put_together(&spec, upper));
+    let services = guest.services.lock().map(|names| names.clone());
+    let services = services.map_err(|_| invalid("a lock is broken"))?;
+    let bundle = parts.bundle.clone();
+    let work = tokio::task::spawn_blocking(move || put_together(&spec, &parts, &services));
     work.await.map_err(|error| invalid(error.to_string()))??;
     let id = format!("container-{}", guest.next_exec());
-    let words = ["--root", RUNC_ROOT, "run", "--bundle", BUNDLE, &id];
+    let words = ["--root", RUNC_ROOT, "run", "--bundle", &bundle, &id];
     let mut argv = vec![runc.display().to_string()];
     argv.extend(words.map(str::to_owned));
     Ok(argv)
 }
 
-/// Lets go of the disks that the last container was made of.
+/// Lets go of the disks that containers were made of.
 pub(crate) fn release() {
-    let _none_before = unmount(format!("{BUNDLE}/rootfs"), UnmountFlags::DETACH);
+    let places = 0..=DiskRole::SERVICES.len();
+    for parts in places.filter_map(|place| Parts::of(u8::try_from(place).ok()?, "")) {
+        let _none_before = unmount(format!("{}/rootfs", parts.bundle), UnmountFlags::DETACH);
+    }
 }
 
-fn put_together(spec: &ContainerSpec, upper: &str) -> Result<(), GuestError> {
+/// Mounts the container's files: new ones, or those that the container before it left.
+fn mount_files(spec: &ContainerSpec, parts: &Parts) -> Result<(), GuestError> {
+    let rootfs = format!("{}/rootfs", parts.bundle);
+    let _none_before = unmount(rootfs.as_str(), UnmountFlags::DETACH);
+    let layer = Path::new(&parts.layer);
+    let make =
+        |path: &Path| fs::create_dir_all(path).context(|| format!("make {}", path.display()));
+    if layer.exists() && !spec.again {
+        fs::remove_dir_all(layer).context(|| format!("empty {}", parts.layer))?;
+    }
+    for path in [&layer.join("data"), &layer.join("work"), Path::new(&rootfs)] {
+        make(path)?;
+    }
+    let (image, upper) = (&parts.image, &parts.layer);
+    let options = format!("lowerdir={image},upperdir={upper}/data,workdir={upper}/work");
+    let options = std::ffi::CString::new(options).unwrap_or_default();
+    let mounted = mount(
+        "overlay",
+        &rootfs,
+        "overlay",
+        MountFlags::empty(),
+        options.as_c_str(),
+    );
+    mounted.context(|| "mount the container's files".to_owned())?;
+    match spec.work {
+        true => show_work(&rootfs),
+        false => Ok(()),
+    }
+}
+
+/// Shows the tree in the container's files, so that whoever reads those from outside finds it, too. Those files are a tenant's: no link
+/// of theirs is followed.
+fn show_work(rootfs: &str) -> Result<(), GuestError> {
+    let place = format!("{rootfs}{WORK}");
+    let what = || format!("show {WORK} in the container");
+    match fs::create_dir(&place) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+        made => made.context(what)?,
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let place = rustix::fs::open(place, flags, Mode::empty()).context(what)?;
+    let at = format!("/proc/self/fd/{}", place.as_raw_fd());
+    Ok(mount_bind(WORK, at).context(what)?)
+}
+
+/// Makes the tree its user's own. Nothing runs in it meanwhile; no link is followed.
+fn own_work(user: &User) -> Result<(), SysError> {
+    let mut folders = vec![Path::new(WORK).to_owned()];
+    while let Some(folder) = folders.pop() {
+        let what = || format!("own {}", folder.display());
+        lchown(&folder, Some(user.uid), Some(user.gid)).context(what)?;
+        for entry in fs::read_dir(&folder).context(what)? {
+            let entry = entry.context(what)?;
+            if entry.file_type().context(what)?.is_dir() {
+                folders.push(entry.path());
+            } else {
+                lchown(entry.path(), Some(user.uid), Some(user.gid)).context(what)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn put_together(
+    spec: &ContainerSpec,
+    parts: &Parts,
+    services: &[String],
+) -> Result<(), GuestError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::open(IMAGE_ROOT, flags, Mode::empty());
-    let root = root.context(|| format!("open {IMAGE_ROOT}"))?;
+    let root = rustix::fs::open(&parts.image, flags, Mode::empty());
+    let root = root.context(|| format!("open {}", parts.image))?;
     let (passwd, group) = (
         database(&root, "etc/passwd")?,
         database(&root, "etc/group")?,
@@ -294,27 +399,10 @@ fn put_together(spec: &ContainerSpec, upper: &str) -> Result<(), GuestError> {
     let user = resolve(&spec.user, &passwd, &group)
         .map_err(|why| failure(GuestErrorCode::NotFound, why))?;
     drop(root);
-    let rootfs = format!("{BUNDLE}/rootfs");
-    release();
-    let layer = Path::new(upper);
-    let make =
-        |path: &Path| fs::create_dir_all(path).context(|| format!("make {}", path.display()));
-    if layer.exists() {
-        fs::remove_dir_all(layer).context(|| format!("empty {upper}"))?;
+    mount_files(spec, parts)?;
+    if spec.work && user.uid != 0 && !spec.again {
+        own_work(&user)?;
     }
-    for path in [&layer.join("data"), &layer.join("work"), Path::new(&rootfs)] {
-        make(path)?;
-    }
-    let options = format!("lowerdir={IMAGE_ROOT},upperdir={upper}/data,workdir={upper}/work");
-    let options = std::ffi::CString::new(options).unwrap_or_default();
-    mount(
-        "overlay",
-        &rootfs,
-        "overlay",
-        MountFlags::empty(),
-        options.as_c_str(),
-    )
-    .context(|| "mount the container's files".to_owned())?;
     let hostname = if spec.hostname.is_empty() {
         rustix::system::uname()
             .nodename()
@@ -324,9 +412,14 @@ fn put_together(spec: &ContainerSpec, upper: &str) -> Result<(), GuestError> {
         spec.hostname.clone()
     };
     let write = |name: &str, text: &str| {
-        tree::write_file(&Path::new(BUNDLE).join(name), 0o755, 0o644, text.as_bytes())
+        tree::write_file(
+            &Path::new(&parts.bundle).join(name),
+            0o755,
+            0o644,
+            text.as_bytes(),
+        )
     };
-    write("hosts", &identity::hosts(&hostname))?;
+    write("hosts", &identity::hosts(&hostname, services))?;
     write("hostname", &format!("{hostname}\n"))?;
     if !Path::new("/etc/resolv.conf").exists() {
         identity::replace("/etc/resolv.conf", net::RESOLV_CONF)?;
@@ -335,8 +428,8 @@ fn put_together(spec: &ContainerSpec, upper: &str) -> Result<(), GuestError> {
         hostname,
         ..spec.clone()
     };
-    let mut config = config(&spec, &user);
-    give_secrets(&spec.secrets, &user, Path::new(SECRETS), &mut config)?;
+    let mut config = config(&spec, &user, &parts.bundle);
+    give_secrets(&spec.secrets, &user, Path::new(&parts.secrets), &mut config)?;
     if Path::new(tree::CA_OPERATOR).exists() {
         oci_wrapper::add_certificates(&mut config, tree::CA_BUNDLE);
     }
@@ -416,11 +509,11 @@ mod tests {
             ..ContainerSpec::default()
         };
         let user = resolve("node", PASSWD, GROUP).unwrap();
-        let config = config(&spec, &user);
+        let config = config(&spec, &user, "/b");
         assert_eq!(config["process"]["capabilities"]["effective"], json!([]));
         assert_eq!(config["process"]["env"], json!(["HOME=/h", PATH]));
         assert_eq!(config["process"]["noNewPrivileges"], true);
-        let root = super::config(&spec, &User::default());
+        let root = super::config(&spec, &User::default(), "/b");
         assert_eq!(
             root["process"]["capabilities"]["effective"]
                 .as_array()
@@ -428,6 +521,20 @@ mod tests {
                 .len(),
             14
         );
+    }
+
+    #[test]
+    fn every_container_has_parts_of_its_own() {
+        let command = Parts::of(0, "/scratch/container").unwrap();
+        assert_eq!(
+            (command.bundle.as_str(), command.image.as_str()),
+            (BUNDLE, "/image/rootfs")
+        );
+        let service = Parts::of(2, "/scratch/container").unwrap();
+        assert_eq!(service.bundle, "/run/kiln/container-service2");
+        assert_eq!(service.layer, "/scratch/container-service2");
+        assert_eq!(service.image, "/service/2/rootfs");
+        assert_eq!(Parts::of(9, ""), None);
     }
 
     proptest! {

@@ -189,7 +189,7 @@ pub(crate) fn prepare(hostname: &str) -> Result<(), SysError> {
             .context(|| format!("link {DBUS_MACHINE_ID}"))?;
     }
     sethostname(hostname.as_bytes()).context(|| "set the host name".to_owned())?;
-    replace(HOSTS, &hosts(hostname))?;
+    replace(HOSTS, &hosts(hostname, &[]))?;
     replace(HOSTNAME, &format!("{hostname}\n"))?;
     write(OWN_BOOT_ID, &format!("{boot_id}\n"))?;
     // The kernel has no way to change its own: cover it.
@@ -227,7 +227,7 @@ fn apply(
     files.own_boot_id.write(&line(&identity.boot_id))?;
     files.machine_id.write(&line(&identity.machine_id))?;
     sethostname(identity.hostname.as_bytes()).context(|| "set the host name".to_owned())?;
-    files.hosts.write(&hosts(&identity.hostname))?;
+    files.hosts.write(&hosts(&identity.hostname, &[]))?;
     files.hostname.write(&line(&identity.hostname))?;
     let sample = random()?;
     Ok(Reidentified {
@@ -299,9 +299,27 @@ fn set_clock(unix_ns: u64) -> Result<(), SysError> {
     clock_settime(ClockId::Realtime, time).context(|| "set the clock".to_owned())
 }
 
-/// The text of a hosts file.
-pub(crate) fn hosts(hostname: &str) -> String {
-    format!("127.0.0.1 localhost {hostname}\n")
+/// The text of a hosts file, with the names of services beside the machine's own.
+pub(crate) fn hosts(hostname: &str, services: &[String]) -> String {
+    let own = ["localhost", hostname].into_iter();
+    let names: Vec<&str> = own.chain(services.iter().map(String::as_str)).collect();
+    format!("127.0.0.1 {}\n", names.join(" "))
+}
+
+/// Most names of services.
+const SERVICE_NAMES_MAX: usize = 16;
+
+/// Lets names mean this machine.
+pub(crate) fn name_services(guest: &Guest, names: Vec<String>) -> Result<(), GuestError> {
+    if names.len() > SERVICE_NAMES_MAX || !names.iter().all(|name| is_hostname(name)) {
+        return Err(invalid("the name of a service is a label of DNS"));
+    }
+    let hostname = uname().nodename().to_string_lossy().into_owned();
+    guest.identity.hosts.write(&hosts(&hostname, &names))?;
+    let mut services = guest.services.lock();
+    let services = services.as_mut().map_err(|_| invalid("a lock is broken"))?;
+    **services = names;
+    Ok(())
 }
 
 /// Replaces a file of the root disk as a whole, whatever it was (often a symlink).

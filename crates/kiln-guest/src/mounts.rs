@@ -23,6 +23,10 @@ use crate::{container, log, tool, tree, uevent};
 
 /// Where the state disk is mounted: BuildKit's root.
 pub(crate) const STATE: &str = "/var/lib/buildkit";
+/// Where the scratch disk is mounted.
+pub(crate) const SCRATCH: &str = "/scratch";
+/// Where the disks of services are mounted.
+const SERVICES: [&str; 4] = ["/service/1", "/service/2", "/service/3", "/service/4"];
 /// Where the image disk is mounted.
 pub(crate) const IMAGE: &str = "/image";
 /// Longest wait for a disk, whatever the order says.
@@ -93,13 +97,15 @@ impl Mounts {
 
 /// Where a disk belongs.
 fn place(serial: &str) -> Option<&'static str> {
+    let services = DiskRole::SERVICES.into_iter().zip(SERVICES);
     [
         (DiskRole::State, STATE),
-        (DiskRole::Scratch, "/scratch"),
+        (DiskRole::Scratch, SCRATCH),
         (DiskRole::Source, "/source"),
         (DiskRole::Image, IMAGE),
     ]
     .into_iter()
+    .chain(services)
     .find_map(|(role, path)| (role.serial() == serial).then_some(path))
 }
 
@@ -126,7 +132,7 @@ pub(crate) async fn mount_disk(guest: &Guest, order: Mount) -> Result<Mounted, G
     let serial = order.serial.clone();
     let disk = blocking(move || uevent::wait_for(&serial, within)).await?;
     if order.format_blank && !order.read_only {
-        format(guest, &disk.node).await?;
+        format(guest, &disk.node, path == SCRATCH).await?;
     }
     let node = disk.node.clone();
     let read_only = order.read_only;
@@ -160,12 +166,19 @@ pub(crate) async fn unmount_all(guest: &Guest) {
     }
 }
 
-/// Bytes free on the state disk; 0 when it is not mounted.
-pub(crate) async fn state_bytes_free(guest: &Guest) -> u64 {
-    if !guest.mounts.lock().await.is_mounted(STATE) {
-        return 0;
+/// Bytes free on the disk at `path`; none when no disk is mounted there.
+pub(crate) async fn bytes_free(guest: &Guest, path: &str) -> Option<u64> {
+    let mounted = guest.mounts.lock().await.is_mounted(path);
+    let space = mounted.then(|| space(path).ok()).flatten()?;
+    Some(space.bytes_free)
+}
+
+/// Where the image disk of a service is mounted; 0 is that of the command's own container.
+pub(crate) fn image_at(place: u8) -> Option<&'static str> {
+    match usize::from(place).checked_sub(1) {
+        None => Some(IMAGE),
+        Some(index) => SERVICES.get(index).copied(),
     }
-    space(STATE).map_or(0, |space| space.bytes_free)
 }
 
 /// Bounds what may be written to the state disk from now on. The kernel sets the rest aside, for root too, until the disk is
@@ -216,8 +229,9 @@ fn space(path: &str) -> Result<Mounted, SysError> {
     })
 }
 
-/// Makes a filesystem on a blank disk. A disk with anything else on it is left alone.
-async fn format(guest: &Guest, node: &Path) -> Result<(), GuestError> {
+/// Makes a filesystem on a blank disk. A disk with anything else on it is left alone. One that dies with the machine has no journal: nobody
+/// mounts it again.
+async fn format(guest: &Guest, node: &Path, dies: bool) -> Result<(), GuestError> {
     let mut start = vec![0; PROBE_LEN];
     let read = File::open(node).and_then(|mut disk| disk.read_exact(&mut start));
     read.context(|| format!("read {}", node.display()))?;
@@ -232,7 +246,19 @@ async fn format(guest: &Guest, node: &Path) -> Result<(), GuestError> {
     let node = node.display().to_string();
     // A new disk reads as zeros: neither inode tables nor free space need writing.
     let options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard,assume_storage_prezeroed=1";
-    let argv = ["mkfs.ext4", "-q", "-F", "-m", "0", "-E", options, &node];
+    let features = if dies { "^has_journal" } else { "has_journal" };
+    let argv = [
+        "mkfs.ext4",
+        "-q",
+        "-F",
+        "-m",
+        "0",
+        "-O",
+        features,
+        "-E",
+        options,
+        &node,
+    ];
     Ok(tool::run(guest, &argv, FORMAT_WAIT).await?)
 }
 
@@ -242,13 +268,17 @@ fn mount_at(node: &Path, path: &str, read_only: bool) -> Result<(), SysError> {
     // Barriers stay on: a disk's file must be whole whenever it is copied. No lazy initialisation in the background:
     // an idle machine must be idle.
     let mut options = c"commit=60,noinit_itable,errors=remount-ro";
+    if path == SCRATCH {
+        // It has no journal that could be committed.
+        options = c"noinit_itable,errors=remount-ro";
+    }
     if read_only {
         flags |= MountFlags::RDONLY;
         options = c"";
     }
     mount(node, path, "ext4", flags, options)
         .context(|| format!("mount {} on {path}", node.display()))?;
-    if path == "/scratch" && !read_only {
+    if path == SCRATCH && !read_only {
         for (name, target, mode) in SCRATCH_BINDS {
             let source = Path::new(path).join(name);
             let what = || format!("put {target} on the scratch disk");
@@ -300,10 +330,10 @@ fn let_go(entry: &Entry) -> Result<(), SysError> {
         // Build contexts are this machine's alone and no part of a head.
         let _none = fs::remove_dir_all(tree::ON_STATE);
     }
-    if path == "/scratch" || path == IMAGE {
+    if path == SCRATCH || path == IMAGE || SERVICES.contains(&path) {
         container::release();
     }
-    if path == "/scratch" {
+    if path == SCRATCH {
         for (_, target, _) in SCRATCH_BINDS.iter().rev() {
             let _was_not = unmount(*target, UnmountFlags::empty());
         }
@@ -401,6 +431,11 @@ mod tests {
     fn every_role_but_root_has_a_place() {
         assert_eq!(place("kiln-state"), Some(STATE));
         assert_eq!(place("kiln-root"), None);
+        assert_eq!(place("kiln-service4"), Some("/service/4"));
+        assert_eq!(
+            (image_at(0), image_at(1), image_at(5)),
+            (Some(IMAGE), Some("/service/1"), None)
+        );
         assert_eq!(place("other"), None);
     }
 }

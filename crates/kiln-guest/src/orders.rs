@@ -76,6 +76,10 @@ pub(crate) async fn carry_out(guest: Arc<Guest>, order: Order) -> CallResult {
             let argv = container::prepare(&guest, *spec).await?;
             Ok(OrderReply::Prepared { argv })
         }
+        Order::NameServices { names } => {
+            identity::name_services(&guest, names)?;
+            Ok(OrderReply::Done)
+        }
     }
 }
 
@@ -121,7 +125,9 @@ async fn stats(guest: &Guest) -> MachineStats {
         memory_peak: workload.number("memory.peak"),
         cpu_ms: guest.freezer.used() / 1000,
         oom_kills: guest.memory.kills(workload),
-        state_bytes_free: mounts::state_bytes_free(guest).await,
+        state_bytes_free: mounts::bytes_free(guest, mounts::STATE).await.unwrap_or(0),
+        scratch_bytes_free: mounts::bytes_free(guest, mounts::SCRATCH).await,
+        processes_refused: workload.value("pids.events", "max"),
     }
 }
 

@@ -40,6 +40,8 @@ pub(crate) struct Guest {
     pub(crate) mounts: tokio::sync::Mutex<Mounts>,
     /// BuildKit, when it was started.
     pub(crate) buildkit: tokio::sync::Mutex<Option<buildkit::Running>>,
+    /// Names that mean this machine.
+    pub(crate) services: std::sync::Mutex<Vec<String>>,
     /// Names, addresses, and the way to the host.
     pub(crate) net: Net,
     streams: AtomicU32,
@@ -60,6 +62,7 @@ impl Guest {
             job_ran: AtomicBool::new(false),
             mounts: tokio::sync::Mutex::default(),
             buildkit: tokio::sync::Mutex::default(),
+            services: std::sync::Mutex::default(),
             net: Net::default(),
             streams: AtomicU32::new(0),
             execs: AtomicU64::new(0),
@@ -109,6 +112,7 @@ impl Guest {
             feature::FORWARD,
             feature::EGRESS,
             feature::SECRET_FILES,
+            feature::WORK,
         ];
         if Path::new(buildkit::DAEMON).exists() {
             features.push(feature::BUILDKIT);

@@ -19,6 +19,7 @@ mod ranges;
 mod render;
 mod shown;
 mod start;
+mod suited;
 mod system_packages;
 mod types;
 mod version;
@@ -30,6 +31,7 @@ pub(crate) use locate::toml_line;
 pub use lockfiles::{HostMention, Lockfile};
 pub use render::render;
 pub use shown::shown;
+pub use suited::{Suited, is_project, suited};
 pub use types::{
     Command, DockerfileChoice, Evidence, Options, Plan, PlannedBase, RuntimeKind, StaticSite,
     VersionChoice,

@@ -79,6 +79,9 @@ pub mod feature {
     pub const CONTAINER: &str = "container";
     /// Shows secrets that were put as files below `/run/secrets`, in the machine and in containers that name them.
     pub const SECRET_FILES: &str = "secret_files";
+    /// Shows the tree of [`super::Place::Work`] in containers, runs one container after the other on the same files, runs
+    /// services beside them, and tells what its bounds refused.
+    pub const WORK: &str = "work";
 }
 
 /// Why the guest could not do what it was told.
@@ -156,6 +159,12 @@ pub enum Order {
     StopBuildkit,
     /// Make a directory ready to run a container image in; answers the command to exec.
     PrepareContainer(Box<ContainerSpec>),
+    /// Names of services: each means this machine, for its own programs and for containers that are prepared from now on.
+    /// Replaces those before.
+    NameServices {
+        /// Host names.
+        names: Vec<String>,
+    },
     /// Remove a tree that [`kind::PUT_TREE`] made.
     RemoveTree {
         /// Where it was put.
@@ -535,6 +544,12 @@ pub struct MachineStats {
     pub oom_kills: u64,
     /// Bytes free on the state disk, when mounted.
     pub state_bytes_free: u64,
+    /// Bytes free on the scratch disk, when mounted.
+    #[serde(default)]
+    pub scratch_bytes_free: Option<u64>,
+    /// Processes that were refused because the workload had as many as it may.
+    #[serde(default)]
+    pub processes_refused: u64,
 }
 
 /// What is needed to run a container image whose root filesystem lies on the image disk.
@@ -555,4 +570,18 @@ pub struct ContainerSpec {
     /// Ids of secrets that were put before: files of its user alone below `/run/secrets`, in memory.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<String>,
+    /// It has the tree of [`Place::Work`] at `/work`, as its user's own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub work: bool,
+    /// It goes on with the files of the container before it, as that one left them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub again: bool,
+    /// It is a service, on the disk of this place (see `DiskRole::service`); 0 is the command's own container.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub place: u8,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants a reference")]
+fn is_zero(number: &u8) -> bool {
+    *number == 0
 }

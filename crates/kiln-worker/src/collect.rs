@@ -34,7 +34,7 @@ const HEADS_MAX: u64 = 256 << 20;
 /// Most bytes of a long name that are read: more than any legal one has.
 const LONG_NAME_MAX: u64 = 4096;
 /// Longest time for all files of a run.
-const COLLECT_TIMEOUT: Duration = Duration::from_secs(600);
+pub(crate) const COLLECT_TIMEOUT: Duration = Duration::from_secs(600);
 /// Most remarks about files that are not kept.
 const REMARKS_MAX: usize = 20;
 
@@ -152,17 +152,17 @@ pub(crate) async fn collect(
     paths: &[ArtifactPath],
     place: (&str, &str),
     dir: &Path,
-    cancel: &CancellationToken,
+    (within, cancel): (Duration, &CancellationToken),
 ) -> Found {
     let mut found = Found::default();
-    let end = Instant::now() + COLLECT_TIMEOUT;
+    let end = Instant::now() + within;
     for wanted in Wanted::all(paths, place) {
         let tree = one_tree(session, &wanted, dir, &found);
         let (read, failed) = tokio::select! {
             read = tree => read,
             () = cancel.cancelled() => (None, Some("somebody stopped the run".to_owned())),
             () = tokio::time::sleep_until(end) => {
-                (None, Some(format!("reading it took longer than {COLLECT_TIMEOUT:?}")))
+                (None, Some(format!("reading it took longer than {within:?}")))
             }
         };
         found = read.unwrap_or(found);

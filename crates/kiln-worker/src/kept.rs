@@ -92,6 +92,9 @@ pub struct Handover {
     pub connections_max: Option<u32>,
     /// The program that runs containers in the machine, when it runs an image.
     pub runc: Option<String>,
+    /// Where its command began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
     /// Milliseconds for which it stays.
     pub stays_ms: u64,
 }
@@ -224,6 +227,7 @@ pub(crate) fn sample(machine: &str) -> Facts {
             bytes_out_and_in_per_second: [None; 2],
             connections_max: None,
             runc: None,
+            cwd: None,
             stays_ms: 3_600_000,
         },
         uid: 1000,

@@ -29,6 +29,7 @@ pub mod publish;
 pub mod registry;
 pub mod repeat;
 pub mod run;
+pub mod run_files;
 pub mod run_secrets;
 pub mod services;
 pub mod setup;

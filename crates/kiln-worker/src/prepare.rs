@@ -113,7 +113,7 @@ pub fn plan_failure(error: &PlanError) -> Failure {
 }
 
 /// Why a folder cannot be a source.
-fn source_failure(error: &ContextError) -> Failure {
+pub(crate) fn source_failure(error: &ContextError) -> Failure {
     let failure = Failure::new(error.class(), chain(error));
     match error.hint() {
         Some(hint) => failure.hint(hint),

@@ -1,48 +1,45 @@
 //! A command in a fresh machine: in the machine image itself, or in a container image under runc.
 
-use std::collections::BTreeMap;
+mod command;
+mod forward;
+mod inside;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_core::machine::{DiskAccess, DiskFormat};
 use kiln_core::network::RangeException;
-use kiln_core::{ByteSize, DiskRole, DiskSlot, FailureClass, JobRequest, Lease, MachineName};
+use kiln_core::{Digest, FailureClass, JobRequest, Lease, MachineName};
 use kiln_network::gateway::proxy::ProxyConfig;
 use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
 use kiln_network::record::{EgressLog, EgressSummary};
-use kiln_proto::msg::{
-    ConnectReply, ContainerSpec, ExecRequest, Exit, Forward, Order, OrderReply, Place, TtySize,
-    feature, kind,
-};
-use kiln_proto::{Session, codec};
+use kiln_proto::msg::{ContainerSpec, Exit, TtySize};
 use tokio::io::AsyncRead;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::attempt::{Attempt, Wanted};
-use crate::collect::{self, Collected};
+use crate::collect::Collected;
 use crate::event::Events;
 use crate::failure::Failure;
 use crate::host::Host;
 use crate::joblog::JobLog;
 use crate::kept::{self, Handover, Keep};
 use crate::measured::{Measured, add};
-use crate::orders::{self, Control, ExecIo};
+use crate::orders::{self, Control};
 use crate::phases::Phases;
+use crate::run_files::RunFiles;
 use crate::run_secrets::RunSecrets;
 use crate::templates::Purpose;
 use crate::unpack::Unpacked;
 
-/// Connections one forwarded port serves at once.
-pub const FORWARDS_MAX: usize = 128;
-/// How long a command may take to end after it was interrupted.
-pub const INTERRUPT_GRACE: Duration = Duration::from_secs(2);
-/// How long everything but the command may take where the machine stays.
-const KEEP_GRACE: Duration = Duration::from_secs(30);
-/// The environment every command starts from.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub use command::{INTERRUPT_GRACE, start_failure};
+pub use forward::FORWARDS_MAX;
+pub use inside::STOPPED_COLLECT_TIMEOUT;
+
+/// How long everything but the command may take where the machine stays, or files of it are kept.
+const AFTER_GRACE: Duration = Duration::from_secs(30);
 
 /// Everything a run needs beyond its request.
 pub struct RunInput {
@@ -74,6 +71,8 @@ pub struct RunInput {
     pub keep: Option<Keep>,
     /// Secrets of the command.
     pub secrets: RunSecrets,
+    /// What it works on.
+    pub files: Option<RunFiles>,
 }
 
 impl std::fmt::Debug for RunInput {
@@ -99,6 +98,8 @@ pub struct RunEnd {
     pub measured: Measured,
     /// The machine, when it stays; see [`Attempt::let_go`].
     pub kept: Option<Handover>,
+    /// Digest of the files that were sent.
+    pub source: Option<Digest>,
 }
 
 /// What there is to tell of a run beside its result, as far as it came.
@@ -108,6 +109,8 @@ struct Told {
     measured: Measured,
     /// The machine, when it stays.
     kept: Option<Handover>,
+    /// Digest of the files that were sent.
+    source: Option<Digest>,
 }
 
 /// As a shell has it: 128 and the signal's number.
@@ -143,6 +146,7 @@ pub async fn run(
         artifacts: Vec::new(),
         measured: Measured::default(),
         kept: None,
+        source: None,
     };
     let egress = Arc::new(EgressLog::new());
     let limit = Duration::from_millis(input.request.limits.timeout_ms);
@@ -151,8 +155,9 @@ pub async fn run(
         // None: longer than any clock counts.
         end: tokio::time::Instant::now().checked_add(limit),
     };
-    // A machine that stays outlives a command whose time was up.
-    let grace = input.keep.map_or(Duration::ZERO, |_| KEEP_GRACE);
+    // A machine that stays outlives a command whose time was up; files are read after it.
+    let goes_on = input.keep.is_some() || input.artifacts.is_some();
+    let grace = if goes_on { AFTER_GRACE } else { Duration::ZERO };
     let work = work(
         host,
         input,
@@ -181,6 +186,7 @@ pub async fn run(
         artifacts: told.artifacts,
         measured,
         kept: told.kept,
+        source: told.source,
     }
 }
 
@@ -195,6 +201,19 @@ impl Limit {
     fn over(self) -> Failure {
         let message = format!("the command took longer than {:?}", self.whole);
         Failure::new(FailureClass::Timeout, message).hint("give it more with --timeout")
+    }
+
+    /// Does something for as long as there is time and nobody asked for the end.
+    async fn unless_stopped<T>(
+        self,
+        cancel: &CancellationToken,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        tokio::select! {
+            done = work => done,
+            () = cancel.cancelled() => Err(Failure::cancelled()),
+            () = self.passed() => Err(self.over()),
+        }
     }
 
     /// Completes when it is over.
@@ -257,7 +276,7 @@ async fn work(
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
     let ran = (events, &mut *told, &mut handover);
-    let result = in_machine(&attempt, input, lease, (cancel, limit), ran).await;
+    let result = inside::in_machine(&attempt, input, lease, (cancel, limit), ran).await;
     let result = match result {
         Err(failure) => Err(attempt.explain(failure).await),
         ok => ok,
@@ -319,328 +338,7 @@ fn handover(request: &JobRequest, keep: Keep, machine: MachineName) -> Option<Ha
         bytes_out_and_in_per_second: request.bytes_out_and_in_per_second(),
         connections_max: request.policy.and_then(|policy| policy.connections_max),
         runc: None,
+        cwd: None,
         stays_ms: u64::try_from(keep.stays.as_millis()).unwrap_or(u64::MAX),
     })
-}
-
-async fn in_machine(
-    attempt: &Attempt,
-    input: RunInput,
-    lease: &Lease,
-    (cancel, limit): (&CancellationToken, Limit),
-    (events, told, handover): (&Events, &mut Told, &mut Option<Handover>),
-) -> Result<Exit, Failure> {
-    let RunInput {
-        request,
-        image,
-        stdin,
-        tty,
-        output,
-        control,
-        listeners,
-        ca_bundle,
-        log,
-        artifacts,
-        secrets,
-        ..
-    } = input;
-    let kiln_core::JobKind::Run(command) = request.kind else {
-        return Err(Failure::new(FailureClass::Usage, "this job is not a run"));
-    };
-    if let Some(bundle) = &ca_bundle {
-        orders::put_file(
-            &attempt.session,
-            "take the CA bundle",
-            Place::CaBundle,
-            bundle,
-        )
-        .await?;
-    }
-    put_secrets(attempt, &secrets).await?;
-    let (exec, place) = match image {
-        None => {
-            let env = secrets.joined(&command.env);
-            let exec = plain_exec(&command, env, tty, stdin.is_some());
-            let cwd = exec.cwd.clone();
-            (exec, (String::new(), cwd))
-        }
-        Some((unpacked, spec)) => {
-            let spec = ContainerSpec {
-                secrets: secrets.files(),
-                ..spec
-            };
-            let place = (collect::CONTAINER_ROOT.to_owned(), spec.cwd.clone());
-            let exec = container_exec(attempt, &unpacked, spec, tty, stdin.is_some(), lease);
-            let exec = exec.await?;
-            if let Some(handover) = handover {
-                handover.runc = exec.argv.first().cloned();
-            }
-            (exec, place)
-        }
-    };
-    let forwards: Vec<_> = listeners
-        .into_iter()
-        .map(|(listener, port)| tokio::spawn(forward(attempt.session.clone(), listener, port)))
-        .collect();
-    told.phases.begin("run").await;
-    let parts = ExecParts {
-        stdin,
-        output,
-        output_max: request.policy.and_then(|policy| policy.output_bytes_max),
-        control,
-        log,
-    };
-    let result = tokio::select! {
-        result = run_exec(&attempt.session, &exec, parts, cancel) => result,
-        // Dropped, the command is ended; its machine may stay.
-        () = limit.passed() => Err(limit.over()),
-    };
-    for task in forwards {
-        task.abort();
-    }
-    let exit = result?;
-    if let Some(dir) = artifacts.filter(|_| !command.artifacts.is_empty()) {
-        told.phases.begin("collect").await;
-        // Also of a command that failed: its report says why.
-        let place = (place.0.as_str(), place.1.as_str());
-        let paths = &command.artifacts;
-        let found = collect::collect(&attempt.session, paths, place, &dir, cancel).await;
-        for text in found.left_out {
-            events.warn(text).await;
-        }
-        told.artifacts = found.files;
-    }
-    of_its_own(exit)
-}
-
-/// An end of the command's own making.
-fn of_its_own(exit: Exit) -> Result<Exit, Failure> {
-    if !exit.oom {
-        return Ok(exit);
-    }
-    Err(Failure {
-        // As a shell has it: 128 and the signal's number.
-        command_code: exit.code.or(exit.signal.map(|signal| 128 + signal)),
-        ..Failure::new(FailureClass::OutOfMemory, "the command ran out of memory")
-            .hint("give it more with --memory")
-    })
-}
-
-async fn put_secrets(attempt: &Attempt, secrets: &RunSecrets) -> Result<(), Failure> {
-    if !secrets.files().is_empty() && !attempt.hello.has(feature::SECRET_FILES) {
-        let message = "the machine image is too old to give a command secrets as files";
-        let failure = Failure::new(FailureClass::Infrastructure, message);
-        return Err(failure.hint("`kiln setup` makes a new one"));
-    }
-    secrets.put(&attempt.session).await
-}
-
-fn plain_exec(
-    command: &kiln_core::job::RunCommand,
-    all: BTreeMap<String, String>,
-    tty: Option<TtySize>,
-    stdin: bool,
-) -> ExecRequest {
-    let mut env = vec![
-        ("PATH".to_owned(), PATH.to_owned()),
-        ("HOME".to_owned(), "/root".to_owned()),
-    ];
-    if tty.is_some() && !all.contains_key("TERM") {
-        env.push(("TERM".to_owned(), "xterm-256color".to_owned()));
-    }
-    env.extend(all);
-    ExecRequest {
-        argv: command.argv.clone(),
-        env,
-        cwd: "/root".to_owned(),
-        tty,
-        stdin,
-        ..ExecRequest::default()
-    }
-}
-
-async fn container_exec(
-    attempt: &Attempt,
-    unpacked: &Unpacked,
-    spec: ContainerSpec,
-    tty: Option<TtySize>,
-    stdin: bool,
-    lease: &Lease,
-) -> Result<ExecRequest, Failure> {
-    let disk = DiskSlot {
-        role: DiskRole::Image,
-        backing: Some(unpacked.disk.clone()),
-        format: DiskFormat::Qcow2,
-        access: DiskAccess::ReadOnly,
-    };
-    attempt.attach(&disk).await?;
-    attempt.mount(DiskRole::Image, true, false).await?;
-    let spec = ContainerSpec {
-        hostname: lease.attempt.job.to_string(),
-        tty: tty.is_some(),
-        ..spec
-    };
-    let what = "prepare the container";
-    let reply = orders::call(
-        &attempt.session,
-        what,
-        &Order::PrepareContainer(Box::new(spec)),
-        orders::ORDER_TIMEOUT,
-    )
-    .await?;
-    let OrderReply::Prepared { argv } = reply else {
-        return Err(Failure::new(
-            FailureClass::GuestFault,
-            format!("asked to {what}, the guest answered {reply:?}"),
-        ));
-    };
-    let env = vec![("PATH".to_owned(), PATH.to_owned())];
-    Ok(ExecRequest {
-        argv,
-        env,
-        cwd: "/".to_owned(),
-        tty,
-        stdin,
-        ..ExecRequest::default()
-    })
-}
-
-struct ExecParts {
-    stdin: Option<Box<dyn AsyncRead + Send + Unpin>>,
-    output: mpsc::Sender<(u8, Vec<u8>)>,
-    /// Bytes of output, both streams together.
-    output_max: Option<u64>,
-    control: mpsc::Receiver<Control>,
-    log: Arc<JobLog>,
-}
-
-/// Runs the command; a cancel is an interrupt to it first, and the machine's end soon after.
-async fn run_exec(
-    session: &Session,
-    exec: &ExecRequest,
-    parts: ExecParts,
-    cancel: &CancellationToken,
-) -> Result<Exit, Failure> {
-    let ExecParts {
-        stdin,
-        output,
-        output_max,
-        mut control,
-        log,
-    } = parts;
-    let (sender, mut chunks) = mpsc::channel::<(u8, Vec<u8>)>(64);
-    let (orders_in, orders_out) = mpsc::channel(16);
-    let relay = async {
-        let mut left = output_max.unwrap_or(u64::MAX);
-        while let Some((stream, mut bytes)) = chunks.recv().await {
-            let kept = usize::try_from(left).unwrap_or(usize::MAX);
-            let over = bytes.len() > kept;
-            bytes.truncate(kept);
-            left = left.saturating_sub(bytes.len() as u64);
-            log.raw(&bytes);
-            let _reader_gone = output.send((stream, bytes)).await;
-            if over {
-                return Err(output_limit(output_max.unwrap_or_default()));
-            }
-        }
-        Ok(())
-    };
-    let pass_on = async {
-        loop {
-            tokio::select! {
-                order = control.recv() => match order {
-                    Some(order) => drop(orders_in.send(order).await),
-                    None => std::future::pending().await,
-                },
-                () = cancel.cancelled() => break,
-            }
-        }
-        let _ended = orders_in.send(Control::Signal(2)).await;
-        tokio::time::sleep(INTERRUPT_GRACE / 2).await;
-        let _ended = orders_in.send(Control::Signal(15)).await;
-        tokio::time::sleep(INTERRUPT_GRACE / 2).await;
-    };
-    let io = ExecIo {
-        stdin: stdin.map(|reader| reader as _),
-        output: sender,
-        control: orders_out,
-    };
-    let run = async {
-        let exec = orders::exec(session, "run the command", exec, io);
-        tokio::try_join!(async { exec.await.map_err(start_failure) }, relay)
-    };
-    tokio::select! {
-        exit = run => {
-            let (exit, ()) = exit?;
-            if cancel.is_cancelled() { Err(Failure::cancelled()) } else { Ok(exit) }
-        }
-        () = pass_on => Err(Failure::cancelled()),
-    }
-}
-
-/// The command wrote more than its policy allows. Its machine is destroyed next, and the command with it.
-fn output_limit(most: u64) -> Failure {
-    let message = format!(
-        "output_limit: the command wrote more than {}",
-        ByteSize(most)
-    );
-    Failure::new(FailureClass::User, message)
-        .hint("write less, or raise limits.output of the policy")
-}
-
-/// A command that does not exist is the user's error, as in any shell: 127, and 126 where it cannot be run.
-#[must_use]
-pub fn start_failure(error: orders::CallError) -> Failure {
-    match error {
-        orders::CallError::Refused { error, .. } => {
-            let not_found = error.code == kiln_proto::msg::GuestErrorCode::NotFound;
-            let failure = Failure::new(FailureClass::User, error.message);
-            if !not_found {
-                return Failure {
-                    command_code: Some(126),
-                    ..failure
-                };
-            }
-            Failure {
-                command_code: Some(127),
-                ..failure.hint("there is no such program in the machine; `--image NAME` runs an image that has it")
-            }
-        }
-        other => Failure::from(other),
-    }
-}
-
-/// Serves one forwarded port until it is aborted.
-async fn forward(session: Session, listener: TcpListener, port: u16) {
-    let slots = Arc::new(tokio::sync::Semaphore::new(FORWARDS_MAX));
-    loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
-            return;
-        };
-        let Ok((client, _)) = listener.accept().await else {
-            continue;
-        };
-        let session = session.clone();
-        tokio::spawn(async move {
-            let _slot = slot;
-            // A client's broken connection is the client's to see.
-            let _ended = forward_one(&session, client, port).await;
-        });
-    }
-}
-
-async fn forward_one(session: &Session, mut client: TcpStream, port: u16) -> std::io::Result<()> {
-    let payload = serde_json::to_vec(&Forward { port })?;
-    let mut stream = session
-        .open(kind::FORWARD, &payload)
-        .await
-        .map_err(std::io::Error::other)?;
-    let reply: ConnectReply = codec::read_msg(&mut stream, orders::REPLY_BYTES_MAX)
-        .await
-        .map_err(std::io::Error::other)?;
-    if reply == ConnectReply::Connected {
-        client.set_nodelay(true)?;
-        kiln_proto::relay::relay(&mut stream, &mut client).await?;
-    }
-    Ok(())
 }

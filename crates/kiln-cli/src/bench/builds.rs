@@ -85,7 +85,8 @@ const APPS: [App; 2] = [
 /// `run`: `kiln run -- true`, process start to process end.
 pub(super) async fn run(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     for _ in 0..bench.samples {
-        let took = child::kiln(bench, &["run", "--", "true"].map(OsStr::new)).await?;
+        let took =
+            child::kiln(bench, &["run", "--no-source", "--", "true"].map(OsStr::new)).await?;
         report.time("kiln run -- true", Some(Promise::MedianAtMost(500.0)), took);
     }
     Ok(())

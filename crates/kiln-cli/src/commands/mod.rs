@@ -31,6 +31,7 @@ mod registry;
 mod replace;
 mod retry;
 mod run;
+mod run_folder;
 mod run_policy;
 mod run_server;
 mod secret;

@@ -1,8 +1,10 @@
 //! `kiln job retry`: a server queues the job again; a job that a command ran itself is run again by this one, from what was asked for then.
 
 use kiln_controller::api::{JobView, command_line};
+use kiln_core::job::Source;
 use kiln_core::{JobKind, JobRequest};
 use kiln_proto::fleet::Own;
+use kiln_worker::fleet::local::LocalFolder;
 use kiln_worker::host::new_job_id;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -63,6 +65,7 @@ async fn here(
     };
     screen.note(&format!("kiln: job {id} again, as {}", request.id));
     let again = InFront {
+        folder: folder(&request),
         operator: &operator,
         queue,
         request,
@@ -75,6 +78,17 @@ async fn here(
         stay: Stay::default(),
     };
     again.run(screen, cancel).await
+}
+
+/// The folder that it worked on, as it lies there today.
+fn folder(request: &JobRequest) -> Option<LocalFolder> {
+    match request.kind.source() {
+        Some(Source::Folder { path }) => Some(LocalFolder {
+            dir: path.into(),
+            git: None,
+        }),
+        _ => None,
+    }
 }
 
 /// What the job had and nobody has kept.

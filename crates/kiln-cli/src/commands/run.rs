@@ -6,11 +6,13 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use kiln_core::job::{RunCommand, TrustClass};
-use kiln_core::{FailureClass, ImageRef, JobKind, JobRequest, Label, RunSecret, TenantName};
+use kiln_core::{
+    ByteSize, FailureClass, ImageRef, JobKind, JobRequest, Label, RunSecret, TenantName,
+};
 use kiln_proto::msg::{Exit, TtySize};
 use kiln_worker::event::Events;
 use kiln_worker::fleet::job::{Ended, JobEnd};
-use kiln_worker::fleet::local::{LocalJob, LocalRun};
+use kiln_worker::fleet::local::{LocalFolder, LocalJob, LocalRun};
 use kiln_worker::host::new_job_id;
 use kiln_worker::kept::{Facts, Keep, STAYS_DEFAULT};
 use kiln_worker::orders::Control;
@@ -23,12 +25,15 @@ use super::artifacts::{self, CopyOut};
 use super::home_queue::HomeQueue;
 use super::kept::{exec, keeper, machine};
 use super::operator::Operator;
+use super::run_folder::{self, Folder};
 use super::{source, when};
 use crate::args::{RunArgs, ServerArgs};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
 use crate::terminal::{self, RawMode};
 
+/// Smallest disk that has room for a file system.
+const DISK_MIN: ByteSize = ByteSize::mib(16);
 /// Exit code when nobody reads the output any more: 128 and SIGPIPE, as a shell has it.
 const READER_GONE: u8 = 141;
 
@@ -54,8 +59,9 @@ pub(super) async fn run(
     let config = &operator.config;
     let mut limits = config.limits(&ruled.limits, false, super::host_cpus())?;
     super::run_policy::below(&mut limits, &ruled.max);
-    limits.disk = own.disk.unwrap_or(limits.disk);
-    let env = source::pairs(&args.env, "--env")?;
+    limits.disk = disk(own.disk, limits.disk)?;
+    let folder = run_folder::of(&args, ruled.top.as_deref())?;
+    let env = environment(&args)?;
     let kept = [ruled.artifacts.as_slice(), args.artifacts.as_slice()].concat();
     let wanted = artifacts::wanted(&kept, &args.copy_out)?;
     let secrets = secrets(&args.secrets, &env)?;
@@ -79,6 +85,8 @@ pub(super) async fn run(
             stdin: wants_stdin,
             artifacts: wanted.clone(),
             secrets: secrets.clone(),
+            source: folder.as_ref().map(Folder::request),
+            disk: own.disk.is_some(),
         }),
         network: ruled.network,
         limits,
@@ -95,6 +103,7 @@ pub(super) async fn run(
     let stay = Stay::of(&args, screen);
     let queue = HomeQueue::open(&operator.home).await?;
     let in_front = InFront {
+        folder: folder.as_ref().map(Folder::local),
         operator: &operator,
         queue: &queue,
         request,
@@ -108,11 +117,37 @@ pub(super) async fn run(
     };
     let ended = in_front.run(screen, &cancel).await;
     queue.close().await;
+    if folder.is_none() && !matches!(ended, Ok(0)) {
+        run_folder::hint(&args, screen);
+    }
     ended
+}
+
+/// The variables of files and of words; words win.
+pub(super) fn environment(args: &RunArgs) -> Result<BTreeMap<String, String>> {
+    let mut env = BTreeMap::new();
+    for file in &args.env_file {
+        env.extend(source::env_file(file)?);
+    }
+    env.extend(source::pairs(&args.env, "--env")?);
+    Ok(env)
+}
+
+/// The disk that was asked for, at most the operator's.
+fn disk(asked: Option<ByteSize>, most: ByteSize) -> Result<ByteSize> {
+    match asked {
+        Some(asked) if asked > most || asked < DISK_MIN => Err(CliError::usage(format!(
+            "--disk {asked}: at least {DISK_MIN} and at most {most}"
+        ))
+        .hint("the operator's maximum is limits.disk_max in kiln.toml")),
+        asked => Ok(asked.unwrap_or(most)),
+    }
 }
 
 /// A run of this command's own, in front of whoever typed it.
 pub(super) struct InFront<'a> {
+    /// What it works on.
+    pub(super) folder: Option<LocalFolder>,
     pub(super) operator: &'a Operator,
     pub(super) queue: &'a HomeQueue,
     pub(super) request: JobRequest,
@@ -141,6 +176,7 @@ impl InFront<'_> {
         let (keeps, copies) = (self.keeps, self.copies);
         let (operator, stay) = (self.operator, self.stay);
         let attached = Attached {
+            folder: self.folder,
             operator: self.operator,
             queue,
             request: self.request,
@@ -297,6 +333,7 @@ pub(super) fn secrets(
 
 /// A command whose terminal and ports are this process's.
 struct Attached<'a> {
+    folder: Option<LocalFolder>,
     operator: &'a Operator,
     queue: &'a HomeQueue,
     request: JobRequest,
@@ -328,6 +365,7 @@ impl Attached<'_> {
         // A closed control channel would mean nobody can signal the command any more.
         let _control: mpsc::Sender<Control> = control_in;
         let local = LocalJob {
+            folder: self.folder,
             run: Some(LocalRun {
                 stdin: self.wants_stdin.then(terminal::stdin),
                 tty: self.size,

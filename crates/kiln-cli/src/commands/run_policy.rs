@@ -1,6 +1,6 @@
 //! What a run gets: the folder's policy, the operator's grant and the command line, each of which only takes away.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_core::job::AppliedPolicy;
@@ -20,6 +20,8 @@ use crate::show::Screen;
 /// What the request is made of.
 #[derive(Debug)]
 pub(super) struct Ruled {
+    /// Top of the project that a policy found here belongs to.
+    pub(super) top: Option<PathBuf>,
     pub(super) image: Option<ImageRef>,
     pub(super) argv: Vec<String>,
     pub(super) network: NetworkPolicy,
@@ -67,6 +69,7 @@ pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Resul
     };
     screen.note(&format!("policy: {file}, {}", summary(&holds, &network)));
     Ok(Ruled {
+        top: args.policy.is_none().then(|| found.top()).flatten(),
         image: image(args, holds.policy.image.as_ref(), file, || operator.bases())?,
         argv: argv(holds.policy.phases.get(&Phase::Run), &args.command),
         network,
@@ -122,6 +125,7 @@ fn by_flags(args: &RunArgs, grants: &Grants) -> Result<Ruled> {
     let limits = holds.policy.limits;
     let bounded = limits != kiln_policy::policy::Limits::default();
     Ok(Ruled {
+        top: None,
         image: args.image.clone(),
         argv: args.command.clone(),
         network,

@@ -2,15 +2,16 @@
 
 use kiln_controller::api::{JobView, RunAsk};
 use kiln_core::{FailureClass, Verdict};
+use kiln_image::context::{Limits, Tree};
 use kiln_worker::event::Events;
 use tokio_util::sync::CancellationToken;
 
 use super::run::with_files;
-use super::{artifacts, build_server, queueing, source};
+use super::{artifacts, build, build_server, queueing};
 use crate::args::RunArgs;
 use crate::error::{CliError, Result};
-use crate::server::Server;
 use crate::server::follow::{LogKind, follow};
+use crate::server::{Server, upload};
 use crate::show::Screen;
 use crate::terminal;
 
@@ -22,12 +23,14 @@ pub(super) async fn run(
 ) -> Result<u8> {
     refuse(&args)?;
     let wanted = artifacts::wanted(&args.artifacts, &args.copy_out)?;
-    let env = source::pairs(&args.env, "--env")?;
+    let env = super::run::environment(&args)?;
+    let folder = super::run_folder::of(&args, None)?;
     let secrets = super::run::secrets(&args.secrets, &env)?;
     let asked = RunAsk {
         secrets: secrets.iter().map(ToString::to_string).collect(),
         artifacts: wanted.iter().map(ToString::to_string).collect(),
         image: args.image.as_ref().map(ToString::to_string),
+        folder: None,
         argv: args.command.clone(),
         env,
         common: queueing::common(&args.queueing, &args.limits, &args.allow)?,
@@ -35,7 +38,19 @@ pub(super) async fn run(
     if terminal::stdin_is_piped() {
         screen.note("standard input stays here: a command on a server has none yet");
     }
-    let job: JobView = server.post("/v1/runs", &asked).await?;
+    let job: JobView = match &folder {
+        None => server.post("/v1/runs", &asked).await?,
+        Some(folder) => {
+            let tree = Tree::open_for_run(&folder.top, Limits::default())
+                .map_err(|error| build::source_error(&error))?;
+            tokio::select! {
+                job = upload::run(server, &asked, tree, build::source_error) => job?,
+                () = cancel.cancelled() => {
+                    return Err(CliError::new(FailureClass::Cancelled, "cancelled before the files were sent"));
+                }
+            }
+        }
+    };
     if args.queueing.detach {
         build_server::detached(&job, screen);
         return Ok(0);

@@ -9,6 +9,7 @@ use kiln_worker::ssh_agent::SshAgents;
 
 use crate::environment;
 use crate::error::{CliError, Result};
+use crate::show::ShownPath as _;
 
 /// Largest secret, bytes (as Docker's).
 pub(crate) const SECRET_BYTES_MAX: u64 = 500 * 1024;
@@ -112,6 +113,40 @@ pub(crate) fn pairs(words: &[String], flag: &str) -> Result<BTreeMap<String, Str
         }
     }
     Ok(map)
+}
+
+/// Largest file of variables, bytes.
+const ENV_FILE_BYTES_MAX: u64 = 1024 * 1024;
+
+/// The variables of a file: a line each, as for `--env`; empty lines and those that begin with `#` say nothing.
+///
+/// # Errors
+/// When it cannot be read, is too large, or a line is malformed: that is named.
+pub(crate) fn env_file(path: &Path) -> Result<BTreeMap<String, String>> {
+    use std::io::Read as _;
+    let usage = |why: String| CliError::usage(format!("--env-file {}: {why}", path.shown()));
+    let unread = |error: std::io::Error| usage(format!("cannot be read: {error}"));
+    let file = std::fs::File::open(path).map_err(unread)?;
+    let mut text = String::new();
+    let read = file.take(ENV_FILE_BYTES_MAX + 1).read_to_string(&mut text);
+    read.map_err(unread)?;
+    if text.len() as u64 > ENV_FILE_BYTES_MAX {
+        return Err(usage(format!("larger than {ENV_FILE_BYTES_MAX} bytes")));
+    }
+    let mut all = BTreeMap::new();
+    for (at, line) in text.lines().enumerate() {
+        let line = line.trim_start();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let flag = format!("--env-file {}:{}", path.shown(), at + 1);
+        // A value is told by its place alone: it may be one that nobody should see.
+        let key = line.split('=').next().unwrap_or_default();
+        let pair = pairs(&[line.to_owned()], &flag)
+            .map_err(|_| usage(format!("line {}: {key:?} is no name of a variable", at + 1)))?;
+        all.extend(pair);
+    }
+    Ok(all)
 }
 
 /// The secrets of a build.
@@ -319,6 +354,23 @@ mod tests {
             assert_eq!(error.exit_code(), 2, "{bad:?}");
         }
         assert!(pairs(&["a.b-C_1=x y".to_owned()], "--env").is_ok());
+    }
+
+    #[test]
+    fn a_file_of_variables_has_one_on_a_line() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let path = dir.path().join("env");
+        std::fs::write(&path, "# of the tests\n\nA=1\n  B=x = y\nKILN_NOT_SET\n").expect("write");
+        let found: Vec<_> = env_file(&path).expect("legal").into_iter().collect();
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        assert_eq!(found, [pair("A", "1"), pair("B", "x = y")]);
+        std::fs::write(&path, "A=1\n1B=hush\n").expect("write");
+        let error = env_file(&path).expect_err("no name");
+        assert!(
+            error.message.contains("line 2") && !error.message.contains("hush"),
+            "{error:?}"
+        );
+        assert!(env_file(Path::new("/nowhere")).is_err());
     }
 
     #[test]

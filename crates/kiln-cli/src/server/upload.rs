@@ -1,4 +1,4 @@
-//! A build request as it goes to a server: `multipart/form-data` (RFC 7578), the source streamed as it is read, never held in memory.
+//! A request with a source as it goes to a server: `multipart/form-data` (RFC 7578), the source streamed as it is read, never held in memory.
 
 use std::io::{self, Write};
 use std::pin::Pin;
@@ -10,9 +10,10 @@ use http::Method;
 use http::header::CONTENT_TYPE;
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
-use kiln_controller::api::{BuildAsk, JobView};
+use kiln_controller::api::{BuildAsk, JobView, RunAsk};
 use kiln_image::context::{self, ContextError, Tree};
 use kiln_worker::fleet::http::Body;
+use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::Server;
@@ -32,6 +33,30 @@ pub(crate) async fn build(
     asked: &BuildAsk,
     secrets: Vec<(String, Vec<u8>)>,
     tree: Option<Tree>,
+    source_error: fn(&ContextError) -> CliError,
+) -> Result<JobView> {
+    send(server, "/v1/builds", asked, (secrets, tree), source_error).await
+}
+
+/// Sends a run with the files that it works on; gives the queued job.
+///
+/// # Errors
+/// As [`build`].
+pub(crate) async fn run(
+    server: &Server,
+    asked: &RunAsk,
+    tree: Tree,
+    source_error: fn(&ContextError) -> CliError,
+) -> Result<JobView> {
+    let parts = (Vec::new(), Some(tree));
+    send(server, "/v1/runs", asked, parts, source_error).await
+}
+
+async fn send(
+    server: &Server,
+    path: &str,
+    asked: &(impl Serialize + Sync),
+    (secrets, tree): (Vec<(String, Vec<u8>)>, Option<Tree>),
     source_error: fn(&ContextError) -> CliError,
 ) -> Result<JobView> {
     let boundary = boundary();
@@ -71,12 +96,7 @@ pub(crate) async fn build(
     });
     let kind = format!("multipart/form-data; boundary={boundary}");
     let response = server
-        .send(
-            Method::POST,
-            "/v1/builds",
-            body(receiver),
-            &[(CONTENT_TYPE, kind)],
-        )
+        .send(Method::POST, path, body(receiver), &[(CONTENT_TYPE, kind)])
         .await;
     match (response, packing.await) {
         // The folder's own trouble is the cause of a broken upload, never the other way round.

@@ -255,14 +255,8 @@ pub(crate) fn facts(machines: u32) -> WorkerFacts {
 pub(crate) fn job(id: &str) -> NewJob {
     let id: JobId = id.parse().expect("an id");
     let run = RunCommand {
-        image: None,
         argv: vec!["work".to_owned(), id.to_string()],
-        env: BTreeMap::new(),
-        ports: Vec::new(),
-        tty: false,
-        stdin: false,
-        artifacts: Vec::new(),
-        secrets: Vec::new(),
+        ..RunCommand::default()
     };
     NewJob {
         request: JobRequest {

@@ -32,6 +32,7 @@ mod push;
 mod registry;
 mod room;
 mod run;
+mod run_folder;
 mod serve;
 mod serve_state;
 mod setup_host;

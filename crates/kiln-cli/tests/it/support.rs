@@ -56,10 +56,13 @@ pub(crate) fn kiln() -> Option<Kiln> {
         std::env::var_os("KILN_TEST_BIN"),
         std::env::var_os("KILN_TEST_HOME"),
     ) {
-        (Some(program), Some(home)) => Some(Kiln {
-            program: program.into(),
-            home: home.into(),
-        }),
+        (Some(program), Some(home)) => {
+            let absolute = |path| std::path::absolute(path).expect("a path");
+            Some(Kiln {
+                program: absolute(program),
+                home: absolute(home),
+            })
+        }
         _ => {
             assert!(
                 std::env::var_os("KILN_TEST_REQUIRE_TOOLS").is_none(),
@@ -87,6 +90,10 @@ impl Kiln {
             .env("KILN_HOME", &self.home)
             .env("NO_COLOR", "1")
             .stdin(Stdio::null());
+        if self.home.is_dir() {
+            // No project: the folder that tests are started in is one.
+            command.current_dir(&self.home);
+        }
         command
     }
 

@@ -6,7 +6,7 @@ use http::HeaderMap;
 use kiln_core::access::{Asked, Granted};
 use kiln_core::artifact::ARTIFACT_PATHS_MAX;
 use kiln_core::dispatch::{LABELS_MAX, RESERVED_PREFIX, Requirements, TAGS_MAX};
-use kiln_core::job::{RunCommand, Source, SourceBuild};
+use kiln_core::job::{RunCommand, RunSource, Source, SourceBuild};
 use kiln_core::secret::JOB_SECRETS_MAX;
 use kiln_core::{
     AllowRule, ByteSize, Digest, Dispatch, ImageRef, JobId, JobKind, JobRequest, Label,
@@ -113,12 +113,14 @@ pub struct BuildAsk {
     pub common: Common,
 }
 
-/// A command in a fresh machine.
+/// A command in a fresh machine. With an uploaded tree it begins there.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunAsk {
-    /// Container image; none means the machine image itself.
+    /// Container image; none means the base that fits the uploaded tree's runtime, else the machine image itself.
     pub image: Option<String>,
+    /// Folder of the uploaded tree in which the command begins; none means the topmost.
+    pub folder: Option<String>,
     /// Command line.
     pub argv: Vec<String>,
     /// Environment.
@@ -430,7 +432,17 @@ fn git_reference(text: &str) -> Result<(), Problem> {
 
 impl RunAsk {
     /// The work.
-    pub(crate) fn kind(&self) -> Result<JobKind, Problem> {
+    pub(crate) fn kind(&self, uploaded: Option<(Digest, u64)>) -> Result<JobKind, Problem> {
+        if let Some(folder) = &self.folder {
+            inner_path("folder", folder)?;
+            if uploaded.is_none() {
+                return Err(Problem::invalid("folder", "there is no source"));
+            }
+        }
+        let source = uploaded.map(|(digest, size)| RunSource {
+            source: Source::Tree { digest, size },
+            folder: self.folder.clone().unwrap_or_default(),
+        });
         let image: Option<ImageRef> = self
             .image
             .as_deref()
@@ -463,6 +475,8 @@ impl RunAsk {
             ports: Vec::new(),
             tty: false,
             stdin: false,
+            source,
+            disk: self.common.disk.is_some(),
         }))
     }
 }

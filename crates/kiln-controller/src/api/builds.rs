@@ -7,6 +7,7 @@ use axum::extract::{Request, State};
 use http::{HeaderMap, StatusCode, header};
 use kiln_core::{Action, Digest, JobId, JobKind, SecretName, TenantName};
 use kiln_db::{NewJob, Opened, SubmitError, Submitted};
+use serde::de::DeserializeOwned;
 use utoipa::ToSchema;
 
 use super::Api;
@@ -35,13 +36,32 @@ pub(crate) struct BuildForm {
     secret: String,
 }
 
-/// Everything of a build request.
-#[derive(Default)]
-pub(crate) struct Collected {
-    pub(crate) ask: Option<BuildAsk>,
-    pub(crate) tenant: Option<TenantName>,
+/// Everything of a request that may bring a source.
+pub(crate) struct Collected<A> {
+    pub(crate) ask: A,
+    pub(crate) tenant: TenantName,
     pub(crate) source: Option<(Digest, u64)>,
     pub(crate) secrets: HashMap<String, Vec<u8>>,
+}
+
+/// What a request with a source asks for.
+pub(crate) trait Ask: DeserializeOwned + Default {
+    /// What is refused to whoever may not.
+    const WORD: &'static str;
+    /// Values of secrets may come with it.
+    const SECRETS: bool;
+
+    /// What every submission says.
+    fn common(&mut self) -> &mut Common;
+}
+
+impl Ask for BuildAsk {
+    const WORD: &'static str = "build";
+    const SECRETS: bool = true;
+
+    fn common(&mut self) -> &mut Common {
+        &mut self.common
+    }
 }
 
 /// Builds an image from an uploaded source tree or a git repository.
@@ -66,38 +86,9 @@ pub(crate) async fn create(
     caller: Caller,
     request: Request,
 ) -> Result<Answer<JobView>, Problem> {
-    let (parts, body) = request.into_parts();
-    let key = ask::idempotency_key(&parts.headers)?;
-    let kind = parts.headers.get(header::CONTENT_TYPE);
-    let kind = kind.and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-    let collected = if kind.trim_start().starts_with("application/json") {
-        let bytes = axum::body::to_bytes(body, JSON_MAX)
-            .await
-            .map_err(|error| {
-                if upload::is_stalled(&error) {
-                    upload::stalled()
-                } else {
-                    Problem::too_large(format!("a request has at most {JSON_MAX} bytes"))
-                }
-            })?;
-        Collected {
-            ask: Some(from_slice(&bytes)?),
-            ..Collected::default()
-        }
-    } else {
-        collect(&api, &caller, &parts.headers, body).await?
-    };
-    let asked = collected.ask.unwrap_or_default();
-    let tenant = match collected.tenant {
-        Some(tenant) => tenant,
-        None => authorise(&api, &caller, &asked.common).await?,
-    };
-    if asked.common.tenant()?.is_some_and(|named| named != tenant) {
-        return Err(Problem::invalid("tenant", "it came after the source")
-            .hint("send the part `request` before the part `source`"));
-    }
-    let mut asked = asked;
-    asked.common.traceparent = crate::traces::of_headers(&parts.headers);
+    let key = ask::idempotency_key(request.headers())?;
+    let collected = read::<BuildAsk>(&api, &caller, request).await?;
+    let (mut asked, tenant) = (collected.ask, collected.tenant);
     for name in collected.secrets.keys() {
         if !asked.secrets.contains(name) {
             asked.secrets.push(name.clone());
@@ -119,29 +110,102 @@ pub(crate) async fn create(
     .await
 }
 
-async fn authorise(api: &Api, caller: &Caller, common: &Common) -> Result<TenantName, Problem> {
-    let named = common.tenant()?;
+/// Reads a request that is JSON alone, or a form with JSON and a source.
+pub(crate) async fn read<A: Ask>(
+    api: &Api,
+    caller: &Caller,
+    request: Request,
+) -> Result<Collected<A>, Problem> {
+    let (parts, body) = request.into_parts();
+    let kind = parts.headers.get(header::CONTENT_TYPE);
+    let kind = kind.and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let mut got = match kind.trim_start().starts_with("application/json") {
+        true => Parts {
+            ask: Some(json(body).await?),
+            ..Parts::default()
+        },
+        false => collect(api, caller, &parts.headers, body).await?,
+    };
+    let mut asked: A = got.ask.take().unwrap_or_default();
+    let tenant = match got.tenant {
+        Some(tenant) => tenant,
+        None => authorise(api, caller, &mut asked).await?,
+    };
+    if asked
+        .common()
+        .tenant()?
+        .is_some_and(|named| named != tenant)
+    {
+        return Err(Problem::invalid("tenant", "it came after the source")
+            .hint("send the part `request` before the part `source`"));
+    }
+    asked.common().traceparent = crate::traces::of_headers(&parts.headers);
+    Ok(Collected {
+        ask: asked,
+        tenant,
+        source: got.source,
+        secrets: got.secrets,
+    })
+}
+
+async fn json<A: Ask>(body: axum::body::Body) -> Result<A, Problem> {
+    let bytes = axum::body::to_bytes(body, JSON_MAX).await;
+    let bytes = bytes.map_err(|error| {
+        if upload::is_stalled(&error) {
+            upload::stalled()
+        } else {
+            Problem::too_large(format!("a request has at most {JSON_MAX} bytes"))
+        }
+    })?;
+    from_slice(&bytes)
+}
+
+async fn authorise<A: Ask>(
+    api: &Api,
+    caller: &Caller,
+    asked: &mut A,
+) -> Result<TenantName, Problem> {
+    let named = asked.common().tenant()?;
     caller
-        .acting_for(api, named.as_ref(), Action::JobSubmit, "build")
+        .acting_for(api, named.as_ref(), Action::JobSubmit, A::WORD)
         .await
 }
 
-async fn collect(
+/// Parts of a form, as far as they came.
+struct Parts<A> {
+    ask: Option<A>,
+    tenant: Option<TenantName>,
+    source: Option<(Digest, u64)>,
+    secrets: HashMap<String, Vec<u8>>,
+}
+
+impl<A> Default for Parts<A> {
+    fn default() -> Self {
+        Self {
+            ask: None,
+            tenant: None,
+            source: None,
+            secrets: HashMap::new(),
+        }
+    }
+}
+
+async fn collect<A: Ask>(
     api: &Api,
     caller: &Caller,
     headers: &HeaderMap,
     body: axum::body::Body,
-) -> Result<Collected, Problem> {
+) -> Result<Parts<A>, Problem> {
     let mut form = Form::new(api, caller.tenant(), headers, body)?;
-    let mut got = Collected::default();
+    let mut got = Parts::<A>::default();
     let twice = |name: &str| Problem::invalid(name, "there are two parts of this name");
     while let Some((name, field)) = form.next(api).await? {
         match name.as_str() {
             "request" if got.ask.is_some() => return Err(twice("request")),
             "request" => {
-                let asked: BuildAsk = from_slice(&form.small(api, field).await?)?;
+                let mut asked: A = from_slice(&form.small(api, field).await?)?;
                 if got.source.is_none() {
-                    got.tenant = Some(authorise(api, caller, &asked.common).await?);
+                    got.tenant = Some(authorise(api, caller, &mut asked).await?);
                 }
                 got.ask = Some(asked);
             }
@@ -149,17 +213,21 @@ async fn collect(
             "source" => {
                 let tenant = match &got.tenant {
                     Some(tenant) => tenant.clone(),
-                    None => authorise(api, caller, &Common::default()).await?,
+                    None => authorise(api, caller, &mut A::default()).await?,
                 };
                 got.source = Some(upload::source(api, &tenant, field).await?);
                 got.tenant = Some(tenant);
             }
             other => {
-                let Some(secret) = other.strip_prefix(SECRET_PART) else {
+                let secret = other.strip_prefix(SECRET_PART).filter(|_| A::SECRETS);
+                let Some(secret) = secret else {
                     let shown: String =
                         other.chars().filter(|c| !c.is_control()).take(80).collect();
-                    return Err(Problem::invalid(shown, "there is no such part")
-                        .hint("the parts are request, source and secret.NAME"));
+                    let parts = match A::SECRETS {
+                        true => "the parts are request, source and secret.NAME",
+                        false => "the parts are request and source",
+                    };
+                    return Err(Problem::invalid(shown, "there is no such part").hint(parts));
                 };
                 let value = form.small(api, field).await?;
                 if got.secrets.insert(secret.to_owned(), value).is_some() {

@@ -8,7 +8,7 @@ use http::{HeaderMap, StatusCode};
 use kiln_core::Digest;
 use kiln_core::access::sees_every_tenant;
 use kiln_core::job::Source;
-use kiln_core::{Action, JobKind, JobRequest, JobState, TenantName};
+use kiln_core::{Action, JobRequest, JobState, TenantName};
 use kiln_db::{CancelError, Cancelled, Cursor, Idempotency, JobFilter, NewJob};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -353,10 +353,7 @@ async fn can_be_retried(api: &Api, request: &JobRequest) -> Result<(), Problem> 
         let line = super::command_line(request);
         return Err(Problem::conflict("own", why).hint(format!("type it again: {line}")));
     }
-    let JobKind::SourceBuild(build) = &request.kind else {
-        return Ok(());
-    };
-    let Source::Tree { digest, .. } = &build.source else {
+    let Some(Source::Tree { digest, .. }) = request.kind.source() else {
         return Ok(());
     };
     let kept = api.backend().keep_source(&request.tenant, digest).await;
@@ -364,7 +361,7 @@ async fn can_be_retried(api: &Api, request: &JobRequest) -> Result<(), Problem> 
         true => Ok(()),
         false => Err(
             Problem::conflict("source_gone", "the job's source is not kept any more")
-                .hint("send the build again, with its source"),
+                .hint("send the request again, with its source"),
         ),
     }
 }

@@ -3,22 +3,46 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use axum::extract::State;
-use http::HeaderMap;
-use kiln_core::Action;
+use axum::extract::{Request, State};
+use utoipa::ToSchema;
 
 use super::Api;
-use super::ask::{self, RunAsk};
-use super::builds::submit;
+use super::ask::{self, Common, RunAsk};
+use super::builds::{Ask, read, submit};
 use super::caller::Caller;
-use super::extract::{Answer, Body};
+use super::extract::Answer;
 use super::problem::{Problem, ProblemBody};
 use super::view::JobView;
 
+/// The parts of an upload.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "it only describes the form")]
+pub(crate) struct RunForm {
+    /// What is asked, as JSON; send it before `source`.
+    request: RunAsk,
+    /// The files that the command works on: tar, plain or compressed with gzip or zstd.
+    #[schema(value_type = String, format = Binary)]
+    source: Vec<u8>,
+}
+
+impl Ask for RunAsk {
+    const WORD: &'static str = "run";
+    const SECRETS: bool = false;
+
+    fn common(&mut self) -> &mut Common {
+        &mut self.common
+    }
+}
+
 /// Runs a command in a fresh machine.
+///
+/// As `multipart/form-data`: `request` (JSON), then `source` (an archive of the files that it works on). As `application/json`: without files.
 #[utoipa::path(
     post, path = "/v1/runs", tag = "jobs",
-    request_body = RunAsk,
+    request_body(content(
+        (RunForm = "multipart/form-data"),
+        (RunAsk = "application/json"),
+    )),
     params(("Idempotency-Key" = Option<String>, Header, description = "The same key with the same request gives the same job; 1 to 128 printable characters."), ("traceparent" = Option<String>, Header, description = "W3C trace context: the job is a span below it.")),
     responses(
         (status = 202, description = "Queued", body = JobView),
@@ -30,24 +54,11 @@ use super::view::JobView;
 pub(crate) async fn create(
     State(api): State<Arc<Api>>,
     caller: Caller,
-    headers: HeaderMap,
-    Body(mut asked): Body<RunAsk>,
+    request: Request,
 ) -> Result<Answer<JobView>, Problem> {
-    asked.common.traceparent = crate::traces::of_headers(&headers);
-    let key = ask::idempotency_key(&headers)?;
-    let named = asked.common.tenant()?;
-    let tenant = caller
-        .acting_for(&api, named.as_ref(), Action::JobSubmit, "run")
-        .await?;
-    let kind = asked.kind()?;
-    submit(
-        &api,
-        &caller,
-        &tenant,
-        kind,
-        &asked.common,
-        key,
-        HashMap::new(),
-    )
-    .await
+    let key = ask::idempotency_key(request.headers())?;
+    let got = read::<RunAsk>(&api, &caller, request).await?;
+    let kind = got.ask.kind(got.source)?;
+    let (tenant, common) = (&got.tenant, &got.ask.common);
+    submit(&api, &caller, tenant, kind, common, key, HashMap::new()).await
 }

@@ -69,7 +69,7 @@ async fn guard(State(api): State<Arc<Api>>, request: Request, next: Next) -> Res
         return refused.into_response();
     }
     let upload = request.method() == Method::POST
-        && matches!(request.uri().path(), "/v1/builds" | "/builds");
+        && matches!(request.uri().path(), "/v1/builds" | "/v1/runs" | "/builds");
     let time = if upload {
         UPLOAD_TIME
     } else {

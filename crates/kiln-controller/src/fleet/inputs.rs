@@ -18,11 +18,12 @@ pub(super) async fn source(
 ) -> Result<Body, Refused> {
     let job = controller.db.job(&held.lease.attempt.job).await?;
     let kind = job.map(|job| (job.request.tenant, job.request.kind));
-    let Some((tenant, kiln_core::JobKind::SourceBuild(build))) = kind else {
+    let (tenant, kind) = kind.ok_or_else(|| Refused::missing("there is no such job"))?;
+    let Some(source) = kind.source() else {
         return Err(Refused::missing("the job has no source"));
     };
-    let kiln_core::job::Source::Tree { digest, .. } = build.source else {
-        return Err(Refused::missing("the job's source is a git URL"));
+    let kiln_core::job::Source::Tree { digest, .. } = *source else {
+        return Err(Refused::missing("the job's source was not uploaded"));
     };
     open_door(
         &controller,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use kiln_core::job::Source;
-use kiln_core::{AttemptId, Digest, JobKind, TenantName};
+use kiln_core::{AttemptId, Digest, TenantName};
 use kiln_db::{Database, DbError, JobFilter, PAGE_MAX, Retention, Sweep};
 use kiln_store::logs::{LogError, LogName, RetentionClass};
 use kiln_store::registry::RepoName;
@@ -149,11 +149,10 @@ async fn sources_needed(db: &Database) -> Result<BTreeSet<(TenantName, Digest)>,
         let page = db.jobs(&filter, after.as_ref(), PAGE_MAX).await?;
         for line in page.items {
             let request = db.job(&line.id).await?.map(|job| job.request);
-            if let Some((tenant, JobKind::SourceBuild(build))) =
-                request.map(|request| (request.tenant, request.kind))
-                && let Source::Tree { digest, .. } = build.source
+            if let Some(request) = request
+                && let Some(Source::Tree { digest, .. }) = request.kind.source()
             {
-                needed.insert((tenant, digest));
+                needed.insert((request.tenant, *digest));
             }
         }
         match page.next {
@@ -260,6 +259,7 @@ pub(crate) fn random() -> u64 {
 mod tests {
     use std::collections::BTreeMap;
 
+    use kiln_core::JobKind;
     use kiln_core::job::{Limits, SourceBuild, TrustClass};
     use kiln_core::{ByteSize, Dispatch, JobId, JobRequest, NetworkPolicy};
     use kiln_db::{DatabaseUrl, NewJob, OpenOptions};

@@ -17,14 +17,8 @@ pub(crate) fn job(id: &str, notify_url: Option<String>) -> NewJob {
         id: id.parse().unwrap(),
         tenant: TenantName::local(),
         kind: JobKind::Run(RunCommand {
-            image: None,
             argv: vec!["true".to_owned()],
-            env: BTreeMap::new(),
-            ports: Vec::new(),
-            tty: false,
-            stdin: false,
-            artifacts: Vec::new(),
-            secrets: Vec::new(),
+            ..RunCommand::default()
         }),
         network: NetworkPolicy::Isolated,
         limits: Limits {

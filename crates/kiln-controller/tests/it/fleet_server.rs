@@ -242,14 +242,8 @@ pub(crate) fn script(id: &str, lines: u64, pause_ms: u64) -> NewJob {
         ..Dispatch::default()
     };
     let run = RunCommand {
-        image: None,
         argv: vec!["sim".to_owned(), lines.to_string(), pause_ms.to_string()],
-        env: BTreeMap::new(),
-        ports: Vec::new(),
-        tty: false,
-        stdin: false,
-        artifacts: Vec::new(),
-        secrets: Vec::new(),
+        ..RunCommand::default()
     };
     NewJob {
         request: JobRequest {

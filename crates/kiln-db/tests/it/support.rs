@@ -195,14 +195,8 @@ pub(crate) fn request(id: &str) -> JobRequest {
         id: id.parse().expect("job id"),
         tenant: TenantName::local(),
         kind: JobKind::Run(RunCommand {
-            image: None,
             argv: vec!["true".to_owned()],
-            env: BTreeMap::new(),
-            ports: Vec::new(),
-            tty: false,
-            stdin: false,
-            artifacts: Vec::new(),
-            secrets: Vec::new(),
+            ..RunCommand::default()
         }),
         network: NetworkPolicy::Isolated,
         limits: Limits {

@@ -212,7 +212,7 @@ async fn a_container_runs_as_its_image_says() {
         user: user.to_owned(),
         tty: false,
         hostname: "boxed".to_owned(),
-        secrets: Vec::new(),
+        ..ContainerSpec::default()
     };
     let run_until = async |spec, request, wanted: &str, input: &[(u8, &[u8])]| {
         let OrderReply::Prepared { argv } =

@@ -1,4 +1,5 @@
-//! Which files stay behind: `.dockerignore`, or `.gitignore` where there is neither it nor a Dockerfile.
+//! Which files stay behind: `.dockerignore`, or `.gitignore` where there is neither it nor a Dockerfile. For a run a `.kilnignore` comes
+//! before both.
 
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
@@ -12,6 +13,8 @@ use super::read::{open_beneath, read_small};
 
 /// Largest ignore file, bytes.
 const IGNORE_BYTES_MAX: u64 = 1024 * 1024;
+/// Says what stays behind of a run, as a `.dockerignore` does of a build.
+const OF_RUN: &str = ".kilnignore";
 /// Version control data is never part of a source.
 const NEVER: [&str; 1] = [".git"];
 
@@ -19,7 +22,7 @@ const NEVER: [&str; 1] = [".git"];
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case", tag = "kind", content = "file")]
 pub enum IgnoreSource {
-    /// A `.dockerignore` or `<Dockerfile>.dockerignore`: its path inside the folder.
+    /// A `.dockerignore`, `<Dockerfile>.dockerignore` or `.kilnignore`: its path inside the folder.
     Dockerignore(String),
     /// The `.gitignore` of every folder.
     Gitignore,
@@ -75,21 +78,45 @@ impl Ignores {
             !path.starts_with('/') && !path.split('/').any(|name| matches!(name, ".." | "" | "-"))
         });
         let own = inside.map(|path| format!("{path}.dockerignore"));
-        for file in own.into_iter().chain([".dockerignore".to_owned()]) {
+        let otherwise = match dockerfile {
+            None => IgnoreSource::Gitignore,
+            Some(_) => IgnoreSource::Nothing,
+        };
+        rules.first_of(
+            root,
+            own.into_iter().chain([".dockerignore".to_owned()]),
+            otherwise,
+        )
+    }
+
+    /// Finds the rules of a folder for a run: its `.kilnignore`, else its `.dockerignore`, else the `.gitignore`s, whatever is built of it.
+    ///
+    /// # Errors
+    /// When an ignore file cannot be read or is wrong.
+    pub fn of_run(root: BorrowedFd<'_>) -> Result<Self, ContextError> {
+        let files = [OF_RUN, ".dockerignore"].map(str::to_owned);
+        Self::nothing().first_of(root, files, IgnoreSource::Gitignore)
+    }
+
+    fn first_of(
+        mut self,
+        root: BorrowedFd<'_>,
+        files: impl IntoIterator<Item = String>,
+        otherwise: IgnoreSource,
+    ) -> Result<Self, ContextError> {
+        self.source = otherwise;
+        for file in files {
             let Some(text) = ignore_file(root, &file)? else {
                 continue;
             };
-            rules.docker = Patterns::parse(&text).map_err(|(line, source)| {
+            self.docker = Patterns::parse(&text).map_err(|(line, source)| {
                 let file = file.clone();
                 ContextError::Ignore { file, line, source }
             })?;
-            rules.source = IgnoreSource::Dockerignore(file);
-            return Ok(rules);
+            self.source = IgnoreSource::Dockerignore(file);
+            break;
         }
-        if dockerfile.is_none() {
-            rules.source = IgnoreSource::Gitignore;
-        }
-        Ok(rules)
+        Ok(self)
     }
 
     /// Sends these files (paths inside the folder) whatever the rules say; version control data excepted.

@@ -49,6 +49,14 @@ pub struct Entry {
     pub mtime_unix_s: u64,
 }
 
+fn folder(dir: &Path) -> Result<OwnedFd, ContextError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    open(dir, flags, Mode::empty()).map_err(|e| ContextError::Root {
+        path: dir.to_owned(),
+        source: e.into(),
+    })
+}
+
 /// A source folder and the rules for it.
 #[derive(Debug)]
 pub struct Tree {
@@ -68,15 +76,37 @@ impl Tree {
         extra_ignores: &[&str],
         limits: Limits,
     ) -> Result<Self, ContextError> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = open(dir, flags, Mode::empty()).map_err(|e| ContextError::Root {
-            path: dir.to_owned(),
-            source: e.into(),
-        })?;
+        let root = folder(dir)?;
         let ignores = Ignores::of_folder(root.as_fd(), dockerfile, extra_ignores)?;
         Ok(Self {
             root,
             ignores,
+            limits,
+        })
+    }
+
+    /// Opens a folder that a command works on (see [`Ignores::of_run`]).
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_for_run(dir: &Path, limits: Limits) -> Result<Self, ContextError> {
+        let root = folder(dir)?;
+        let ignores = Ignores::of_run(root.as_fd())?;
+        Ok(Self {
+            root,
+            ignores,
+            limits,
+        })
+    }
+
+    /// Opens a folder of which nothing stays behind: whoever made it left that out already. Version control data excepted.
+    ///
+    /// # Errors
+    /// [`ContextError::Root`] when it is no readable folder.
+    pub fn open_whole(dir: &Path, limits: Limits) -> Result<Self, ContextError> {
+        Ok(Self {
+            root: folder(dir)?,
+            ignores: Ignores::nothing(),
             limits,
         })
     }

@@ -117,7 +117,7 @@ const PYTHON: [&str; 9] = [
     "manage.py",
 ];
 
-fn runtime(request: &Request<'_>) -> Result<RuntimeKind, PlanError> {
+pub(super) fn runtime(request: &Request<'_>) -> Result<RuntimeKind, PlanError> {
     match request.config.runtime.as_deref() {
         Some("node") => return Ok(RuntimeKind::Node),
         Some("python") => return Ok(RuntimeKind::Python),
@@ -246,7 +246,7 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 /// Manifests of runtimes that need a Dockerfile.
-const OTHERS: [(&str, &str); 8] = [
+pub(super) const OTHERS: [(&str, &str); 8] = [
     ("go.mod", "Go"),
     ("Cargo.toml", "Rust"),
     ("Gemfile", "Ruby"),
@@ -258,7 +258,7 @@ const OTHERS: [(&str, &str); 8] = [
 ];
 
 /// Files that say how a folder is built.
-const TELLING: [&str; 7] = [
+pub(super) const TELLING: [&str; 7] = [
     "Dockerfile",
     "Containerfile",
     "package.json",

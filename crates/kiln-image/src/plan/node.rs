@@ -133,6 +133,11 @@ fn build_command(request: &Request<'_>, manifest: &Manifest, manager: &Manager) 
     })
 }
 
+/// The version that the folder asks for, whether or not it could be built.
+pub(super) fn wanted_here(request: &Request<'_>) -> Result<Option<Wanted>, PlanError> {
+    wanted_version(request, &Manifest::read(request.folder)?)
+}
+
 /// Names that `.nvmrc` gives to release lines.
 const NAMED_LINES: [(&str, &str); 6] = [
     ("fermium", "14"),

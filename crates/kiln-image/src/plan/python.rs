@@ -16,7 +16,7 @@ use super::PlanError;
 use super::detect::Request;
 use super::lockfiles;
 use super::types::{Command, Evidence, Plan, PlannedBase, RuntimeKind};
-use super::version::choose;
+use super::version::{Wanted, choose};
 use crate::bases::BaseKind;
 use framework::Entry;
 use manager::Manager;
@@ -53,6 +53,11 @@ struct App {
     project: Project,
     manager: Manager,
     entry: Entry,
+}
+
+/// The version that the folder asks for, whether or not it could be built.
+pub(super) fn wanted_here(request: &Request<'_>) -> Result<Option<Wanted>, PlanError> {
+    Project::named(request)?.wanted(request)
 }
 
 pub(super) fn plan(request: &Request<'_>) -> Result<Plan, PlanError> {

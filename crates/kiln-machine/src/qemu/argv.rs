@@ -280,6 +280,10 @@ fn slot(role: DiskRole) -> u32 {
         DiskRole::Scratch => 2,
         DiskRole::Source => 3,
         DiskRole::Image => 4,
+        DiskRole::Service1 => 5,
+        DiskRole::Service2 => 6,
+        DiskRole::Service3 => 7,
+        DiskRole::Service4 => 8,
     }
 }
 

@@ -34,6 +34,8 @@ pub enum Step {
     StopBuildkit,
     /// [`Order::PrepareContainer`].
     PrepareContainer,
+    /// [`Order::NameServices`].
+    NameServices,
     /// [`Order::RemoveTree`].
     RemoveTree,
     /// [`Order::Stats`].
@@ -54,7 +56,7 @@ pub enum Step {
 
 impl Step {
     /// All of them, in order of a machine's life.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Boot,
         Self::Hello,
         Self::Quiesce,
@@ -67,6 +69,7 @@ impl Step {
         Self::StartBuildkit,
         Self::StopBuildkit,
         Self::PrepareContainer,
+        Self::NameServices,
         Self::RemoveTree,
         Self::Stats,
         Self::Shutdown,
@@ -89,6 +92,7 @@ impl Step {
             Order::StartBuildkit(_) => Self::StartBuildkit,
             Order::StopBuildkit => Self::StopBuildkit,
             Order::PrepareContainer(_) => Self::PrepareContainer,
+            Order::NameServices { .. } => Self::NameServices,
             Order::RemoveTree { .. } => Self::RemoveTree,
             Order::Stats => Self::Stats,
             Order::Shutdown => Self::Shutdown,

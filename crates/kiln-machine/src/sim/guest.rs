@@ -33,6 +33,7 @@ const FEATURES: &[&str] = &[
     feature::BUILDKIT,
     feature::CONTAINER,
     feature::SECRET_FILES,
+    feature::WORK,
 ];
 
 /// One simulated guest. Its tasks end with the [`watch`] on its power.

@@ -82,6 +82,7 @@ fn answer(guest: &Guest, order: &Order) -> CallResult {
             argv.extend(container.argv.iter().cloned());
             OrderReply::Prepared { argv }
         }
+        Order::NameServices { .. } => OrderReply::Done,
         Order::RemoveTree { place } => {
             let below = format!("{}/", place_path(place));
             guest
@@ -213,6 +214,8 @@ fn stats(guest: &Guest) -> MachineStats {
         cpu_ms: 1,
         oom_kills: memory.oom_kills,
         state_bytes_free: DISK_BYTES / 2,
+        scratch_bytes_free: None,
+        processes_refused: 0,
     }
 }
 

@@ -1,30 +1,26 @@
 //! One lease, from its source to its finish: what was a request becomes a build or a run on this host.
 
-use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use kiln_core::digest::Hasher;
-use kiln_core::job::{Source, SourceBuild};
+use kiln_core::job::SourceBuild;
 use kiln_core::{
-    ArtifactName, Digest, FailureClass, GitCommit, JobId, JobKind, JobRequest, Lease,
-    NetworkPolicy, Outcome, Verdict,
+    ArtifactName, Digest, FailureClass, JobKind, JobRequest, Lease, NetworkPolicy, Outcome, Verdict,
 };
-use kiln_image::context::{self, Limits};
 use kiln_image::plan::{DockerfileChoice, Options};
 use kiln_proto::fleet::{AskSecrets, Finish, Leased, Secrets};
 use kiln_proto::msg::Exit;
 use kiln_telemetry::otlp::Tracer;
 use tokio::sync::mpsc;
-use tokio_util::io::{StreamReader, SyncIoBridge};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::Instrument as _;
 
 use super::artifacts;
-use super::client::{Client, LinkError, REQUEST_TIMEOUT, job_path};
+use super::client::{Client, REQUEST_TIMEOUT, job_path};
+use super::ends::{built, ran};
 use super::far::publish_far;
 use super::local::{LocalFolder, LocalJob, LocalJobs, LocalRun};
 use super::mask::Mask;
@@ -32,7 +28,7 @@ use super::report::{Reporter, Spans, To, retried};
 use super::spans::AttemptSpans;
 use super::spool::Spool;
 use crate::build::{self, BuildEnd, BuildInput, BuildReport};
-use crate::checkout::{self, Address, Checkout, CheckoutDir, CheckoutInput};
+use crate::checkout::CheckoutDir;
 use crate::container;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
@@ -42,7 +38,7 @@ use crate::kept::Handover;
 use crate::measured::{Measured, add};
 use crate::prepare::{self, Prepared, Wishes};
 use crate::registry::RegistryAccess;
-use crate::run::{RunEnd, RunInput, ending, exit_code};
+use crate::run::RunInput;
 use crate::run_secrets::RunSecrets;
 use crate::site::Site;
 
@@ -95,6 +91,8 @@ pub struct JobEnd {
     pub artifacts: Vec<ArtifactName>,
     /// What the host measured.
     pub measured: Measured,
+    /// Digest of the files that a command was given.
+    pub source: Option<Digest>,
     /// The machine, when it stays: without an owner, for [`crate::kept::HANDOVER_MAX`] at most.
     pub kept: Option<Box<Handover>>,
 }
@@ -113,6 +111,7 @@ impl JobEnd {
             runtime: None,
             artifacts: Vec::new(),
             measured: Measured::default(),
+            source: None,
             kept: None,
         }
     }
@@ -258,6 +257,9 @@ fn finish_of(end: &JobEnd, observed: Option<Box<kiln_core::Observed>>) -> Finish
     let mut details = serde_json::json!({
         "egress": end.egress.first(REPORT_HOSTS_MAX), "measured": end.measured, "artifacts": end.artifacts.len(),
     });
+    if let Some(source) = &end.source {
+        details["source"] = serde_json::json!(source);
+    }
     match &end.result {
         Ok(Ended::Built(report)) => details["build"] = serde_json::json!(report),
         Ok(Ended::Ran(exit)) => details["exit"] = serde_json::json!(exit),
@@ -342,21 +344,14 @@ async fn secrets(
     Ok(found)
 }
 
-struct Work<'a> {
-    shop: &'a Workshop,
+/// What an attempt works with.
+pub(super) struct Work<'a> {
+    pub(super) shop: &'a Workshop,
     to: &'a To,
-    lease: &'a Lease,
-    events: &'a Events,
-    cancel: CancellationToken,
+    pub(super) lease: &'a Lease,
+    pub(super) events: &'a Events,
+    pub(super) cancel: CancellationToken,
     log: &'a Arc<JobLog>,
-}
-
-/// A source that lies on this host as long as this lives.
-struct Here {
-    dir: PathBuf,
-    git: Option<GitCommit>,
-    _upload: Option<CheckoutDir>,
-    _checkout: Option<Checkout>,
 }
 
 impl Work<'_> {
@@ -379,7 +374,8 @@ impl Work<'_> {
                 Err(failure) => (JobEnd::failed(failure), None),
             },
             JobKind::Run(command) => {
-                let ran = self.command(request, &command, local.run, secrets).await;
+                let local = (local.folder, local.run);
+                let ran = self.command(request, &command, local, secrets).await;
                 (ran.unwrap_or_else(JobEnd::failed), None)
             }
             JobKind::ImageBuild(_) => {
@@ -474,100 +470,24 @@ impl Work<'_> {
         Ok((end, observed, runtime))
     }
 
-    async fn source(
-        &self,
-        request: &JobRequest,
-        source: &Source,
-        local: Option<LocalFolder>,
-    ) -> Result<Here, Failure> {
-        if let Some(folder) = local {
-            return Ok(Here {
-                dir: folder.dir,
-                git: folder.git,
-                _upload: None,
-                _checkout: None,
-            });
-        }
-        match source {
-            Source::Folder { path } => {
-                let message = format!("the folder {path} belongs to another command");
-                Err(Failure::new(FailureClass::Usage, message).hint("run `kiln build` again"))
-            }
-            Source::Tree { digest, size } => self.upload(&request.id, *digest, *size).await,
-            Source::Git { url, reference } => {
-                let asked = Some(reference.as_str()).filter(|name| *name != "HEAD");
-                let site = &self.shop.site;
-                let input = CheckoutInput {
-                    job: request.id.clone(),
-                    address: Address::new(url, asked)?,
-                    ca_bundle: site.ca_bundle.clone(),
-                    exceptions: site.exceptions(),
-                    proxy: site.proxy.clone(),
-                    limits: Limits::default(),
-                    timeout: Duration::from_millis(request.limits.timeout_ms),
-                    bytes_per_second: request.network_bytes_per_second(),
-                };
-                let checked =
-                    checkout::checkout(&self.shop.host, input, self.events, &self.cancel).await?;
-                Ok(Here {
-                    dir: checked.dir.path().to_owned(),
-                    git: Some(checked.git.clone()),
-                    _upload: None,
-                    _checkout: Some(checked),
-                })
-            }
-        }
-    }
-
-    /// Fetches an uploaded tree, checks its digest, and writes it into a folder of this host.
-    async fn upload(&self, job: &JobId, digest: Digest, size: u64) -> Result<Here, Failure> {
-        self.events.tell(Event::Phase { name: "checkout" }).await;
-        let infrastructure = |error: &dyn std::error::Error| Failure::infrastructure(error);
-        let path = job_path(job, "source");
-        let body = self.shop.client.get(&path, Some(self.lease));
-        let body = body.await.map_err(|error| no_source(&error))?;
-        let stream = http_body_util::BodyDataStream::new(body);
-        let stream = futures_util::TryStreamExt::map_err(stream, io::Error::other);
-        let reader = SyncIoBridge::new(StreamReader::new(stream));
-        let parent = self.shop.host.home.cache.join("checkouts");
-        let name = format!("{job}-source");
-        let unpacked = tokio::task::spawn_blocking(move || {
-            let dir = CheckoutDir::fresh(&parent, &name).map_err(|e| infrastructure(&e))?;
-            let mut hashed = Hashed {
-                inner: reader.take(size.saturating_add(1)),
-                hasher: Hasher::default(),
-            };
-            let done = context::unpack(&mut hashed, dir.path(), Limits::default());
-            // A tar ends before its stream does: the rest belongs to the digest.
-            io::copy(&mut hashed, &mut io::sink()).map_err(|e| infrastructure(&e))?;
-            if hashed.hasher.finish().0 != digest {
-                let message = "the source that arrived is not the one that was uploaded";
-                return Err(Failure::new(FailureClass::Infrastructure, message));
-            }
-            done.map_err(|error| Failure::new(error.class(), crate::orders::chain(&error)))?;
-            Ok(dir)
-        });
-        let dir = unpacked
-            .await
-            .map_err(|error| Failure::infrastructure(&error))??;
-        Ok(Here {
-            dir: dir.path().to_owned(),
-            git: None,
-            _upload: Some(dir),
-            _checkout: None,
-        })
-    }
-
     async fn command(
         &self,
         request: JobRequest,
         command: &kiln_core::job::RunCommand,
-        local: Option<LocalRun>,
+        (folder, local): (Option<LocalFolder>, Option<LocalRun>),
         secrets: Vec<(String, Vec<u8>)>,
     ) -> Result<JobEnd, Failure> {
         let shop = self.shop;
         let secrets = RunSecrets::new(&command.secrets, &secrets)?;
-        let image = match &command.image {
+        let worked = match &command.source {
+            None => None,
+            Some(wanted) => {
+                let find_base = command.image.is_none();
+                Some(self.worked(&request, wanted, folder, find_base).await?)
+            }
+        };
+        let base = worked.as_ref().and_then(|worked| worked.base.as_ref());
+        let image = match command.image.as_ref().or(base) {
             None => None,
             Some(image) => {
                 let env = secrets.joined(&command.env);
@@ -612,6 +532,7 @@ impl Work<'_> {
             artifacts: dir.as_ref().map(|dir| dir.path().to_owned()),
             keep: local.keep,
             secrets,
+            files: worked.as_ref().map(|worked| worked.files.clone()),
         };
         let lease = self.lease.clone();
         let mut end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;
@@ -625,19 +546,6 @@ impl Work<'_> {
             artifacts: sent,
             ..ran(end)
         })
-    }
-}
-
-/// Why an uploaded source did not come.
-fn no_source(error: &LinkError) -> Failure {
-    match error {
-        // No host has it, and trying others would look as if each of them were broken.
-        LinkError::Refused { status: 404, .. } => Failure::new(
-            FailureClass::Usage,
-            "the controller does not keep the uploaded source any more",
-        )
-        .hint("send the build again"),
-        error => Failure::infrastructure(error),
     }
 }
 
@@ -681,79 +589,5 @@ fn wishes(
         secrets: wanted.secrets,
         no_cache: wanted.no_cache,
         allow,
-    }
-}
-
-fn built(end: BuildEnd) -> JobEnd {
-    let verdict = match &end.result {
-        Ok(_) => Verdict::Passed,
-        Err(failure) => failure.verdict(),
-    };
-    JobEnd {
-        outcome: Outcome {
-            verdict,
-            phases_ms: end.phases_ms,
-        },
-        result: end.result.map(|report| Ended::Built(Box::new(report))),
-        egress: end.egress,
-        runtime: None,
-        artifacts: Vec::new(),
-        measured: end.measured,
-        kept: None,
-    }
-}
-
-fn ran(end: RunEnd) -> JobEnd {
-    let verdict = match &end.result {
-        Ok(exit) if exit.code == Some(0) => Verdict::Passed,
-        Ok(exit) => Verdict::Failed {
-            class: FailureClass::User,
-            message: ending(exit),
-            hint: None,
-            command_code: Some(exit_code(exit)),
-        },
-        Err(failure) => failure.verdict(),
-    };
-    JobEnd {
-        outcome: Outcome {
-            verdict,
-            phases_ms: end.phases_ms,
-        },
-        result: end.result.map(Ended::Ran),
-        egress: end.egress,
-        runtime: None,
-        artifacts: Vec::new(),
-        measured: end.measured,
-        kept: end.kept.map(Box::new),
-    }
-}
-
-struct Hashed<R> {
-    inner: R,
-    hasher: Hasher,
-}
-
-impl<R: Read> Read for Hashed<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let got = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..got]);
-        Ok(got)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_source_that_is_gone_is_no_fault_of_a_host() {
-        let refused = |status| LinkError::Refused {
-            status,
-            code: "not_found".to_owned(),
-            message: "the source is gone".to_owned(),
-        };
-        let gone = no_source(&refused(404));
-        assert!(!gone.class.is_retried(), "{gone:?}");
-        assert!(no_source(&refused(400)).class.is_retried());
     }
 }

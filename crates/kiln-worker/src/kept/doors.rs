@@ -167,8 +167,11 @@ async fn request(held: &Held, ask: ExecAsk) -> Result<ExecRequest, Refused> {
     }
     env.retain(|(key, _)| !ask.env.iter().any(|(name, _)| name == key));
     env.extend(ask.env);
+    let first = held.facts.machine.cwd.as_deref();
     let cwd = match ask.cwd.is_empty() {
-        true => HOME.to_owned(),
+        // Beside a container its working directory is not the machine's.
+        true if held.beside.is_some() => HOME.to_owned(),
+        true => first.unwrap_or(HOME).to_owned(),
         false => ask.cwd,
     };
     Ok(ExecRequest {

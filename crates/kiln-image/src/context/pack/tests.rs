@@ -106,6 +106,40 @@ fn the_digest_is_the_documented_one() {
 }
 
 #[test]
+fn a_run_has_rules_of_its_own() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let names = || {
+        let tree = Tree::open_for_run(dir.path(), Limits::default()).expect("tree");
+        let mut names = Vec::new();
+        tree.walk(
+            &mut |entry| {
+                names.push(entry.path.clone());
+                Ok(())
+            },
+            &mut |_| {},
+        )
+        .expect("walks");
+        names
+    };
+    let write =
+        |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("write");
+    write("a", "");
+    write("b", "");
+    write("c", "");
+    write("Dockerfile", "FROM scratch");
+    write(".gitignore", "c\n");
+    assert_eq!(
+        names(),
+        [".gitignore", "Dockerfile", "a", "b"],
+        "whatever is built of it"
+    );
+    write(".dockerignore", "b\n.*\n");
+    assert_eq!(names(), ["Dockerfile", "a", "c"]);
+    write(".kilnignore", "a\n.*\n");
+    assert_eq!(names(), ["Dockerfile", "b", "c"]);
+}
+
+#[test]
 fn ignore_files_in_their_order() {
     let dir = tempfile::tempdir().expect("a folder");
     for file in [

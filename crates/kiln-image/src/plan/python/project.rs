@@ -64,18 +64,7 @@ impl Project {
         request: &Request<'_>,
         notes: &mut Vec<Evidence>,
     ) -> Result<Self, PlanError> {
-        let mut project = Self {
-            kind: Kind::Nothing,
-            why: Evidence::kiln("a Python app without dependencies"),
-            inputs: Vec::new(),
-            requirement_files: Vec::new(),
-            needs_source: false,
-            is_package: false,
-            declared: BTreeMap::new(),
-            locked: BTreeSet::new(),
-            pyproject: table(request, PYPROJECT)?,
-            pipfile: table(request, PIPFILE)?,
-        };
+        let mut project = Self::named(request)?;
         project.declare();
         let locks: Vec<_> = LOCKS
             .iter()
@@ -104,6 +93,22 @@ impl Project {
             }
         }
         Ok(project)
+    }
+
+    /// What its manifests are, before anybody asks who installs.
+    pub(super) fn named(request: &Request<'_>) -> Result<Self, PlanError> {
+        Ok(Self {
+            kind: Kind::Nothing,
+            why: Evidence::kiln("a Python app without dependencies"),
+            inputs: Vec::new(),
+            requirement_files: Vec::new(),
+            needs_source: false,
+            is_package: false,
+            declared: BTreeMap::new(),
+            locked: BTreeSet::new(),
+            pyproject: table(request, PYPROJECT)?,
+            pipfile: table(request, PIPFILE)?,
+        })
     }
 
     /// Whether a package is installed, as far as manifests and lockfile tell.

@@ -189,6 +189,8 @@ fn a_disk_is_at_the_same_address_cold_and_plugged_and_stops_on_errors() {
         DiskRole::Scratch,
         DiskRole::Source,
         DiskRole::Image,
+        DiskRole::Service1,
+        DiskRole::Service4,
     ];
     let mut addresses = std::collections::BTreeSet::new();
     for role in roles {

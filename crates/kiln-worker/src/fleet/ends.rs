@@ -1,0 +1,53 @@
+//! How builds and runs end, in the words of a job.
+
+use kiln_core::{FailureClass, Outcome, Verdict};
+
+use super::job::{Ended, JobEnd};
+use crate::build::BuildEnd;
+use crate::run::{RunEnd, ending, exit_code};
+
+pub(super) fn built(end: BuildEnd) -> JobEnd {
+    let verdict = match &end.result {
+        Ok(_) => Verdict::Passed,
+        Err(failure) => failure.verdict(),
+    };
+    JobEnd {
+        outcome: Outcome {
+            verdict,
+            phases_ms: end.phases_ms,
+        },
+        result: end.result.map(|report| Ended::Built(Box::new(report))),
+        egress: end.egress,
+        runtime: None,
+        artifacts: Vec::new(),
+        measured: end.measured,
+        source: None,
+        kept: None,
+    }
+}
+
+pub(super) fn ran(end: RunEnd) -> JobEnd {
+    let verdict = match &end.result {
+        Ok(exit) if exit.code == Some(0) => Verdict::Passed,
+        Ok(exit) => Verdict::Failed {
+            class: FailureClass::User,
+            message: ending(exit),
+            hint: None,
+            command_code: Some(exit_code(exit)),
+        },
+        Err(failure) => failure.verdict(),
+    };
+    JobEnd {
+        outcome: Outcome {
+            verdict,
+            phases_ms: end.phases_ms,
+        },
+        result: end.result.map(Ended::Ran),
+        egress: end.egress,
+        runtime: None,
+        artifacts: Vec::new(),
+        measured: end.measured,
+        source: end.source,
+        kept: end.kept.map(Box::new),
+    }
+}
