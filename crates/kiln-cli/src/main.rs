@@ -7,6 +7,7 @@ mod config;
 mod environment;
 mod error;
 mod interrupt;
+mod neutral;
 mod open_files;
 mod policy_file;
 mod server;

@@ -11,6 +11,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::neutral::Neutral;
+
 /// Whether both ends are a terminal.
 pub(crate) fn is_interactive() -> bool {
     io::stdin().is_terminal() && io::stdout().is_terminal()
@@ -46,29 +48,48 @@ pub(crate) fn stdin() -> Box<dyn AsyncRead + Send + Unpin> {
 }
 
 /// Writes the command's output to this process's own streams until the command ends. When that fails, `stop` ends the command, as a pipe
-/// without a reader ends any program that writes to it; gives the first error.
+/// without a reader ends any program that writes to it; gives the first error. A terminal is only driven by a command that was given
+/// one (`interactive`).
 pub(crate) async fn print(
     mut chunks: mpsc::Receiver<(u8, Vec<u8>)>,
     stop: CancellationToken,
+    interactive: bool,
 ) -> io::Result<()> {
+    let shown = |terminal: bool| (terminal && !interactive).then(Neutral::default);
+    let mut streams = [
+        shown(io::stdout().is_terminal()),
+        shown(io::stderr().is_terminal()),
+    ];
     let mut first = Ok(());
-    while let Some((stream, bytes)) = chunks.recv().await {
+    while let Some((stream, mut bytes)) = chunks.recv().await {
         if first.is_err() {
             continue;
         }
-        let written = if stream == 1 {
-            let mut out = io::stdout().lock();
-            out.write_all(&bytes).and_then(|()| out.flush())
-        } else {
-            let mut err = io::stderr().lock();
-            err.write_all(&bytes).and_then(|()| err.flush())
-        };
-        if written.is_err() {
+        if let Some(neutral) = &mut streams[usize::from(stream != 1)] {
+            bytes = neutral.text(&bytes).into_bytes();
+        }
+        first = write(stream, &bytes);
+        if first.is_err() {
             stop.cancel();
-            first = written;
+        }
+    }
+    for (stream, neutral) in (1..).zip(&mut streams) {
+        let rest = neutral.as_mut().map(Neutral::rest).unwrap_or_default();
+        if first.is_ok() && !rest.is_empty() {
+            first = write(stream, rest.as_bytes());
         }
     }
     first
+}
+
+fn write(stream: u8, bytes: &[u8]) -> io::Result<()> {
+    if stream == 1 {
+        let mut out = io::stdout().lock();
+        out.write_all(bytes).and_then(|()| out.flush())
+    } else {
+        let mut err = io::stderr().lock();
+        err.write_all(bytes).and_then(|()| err.flush())
+    }
 }
 
 /// Tells the command when the window changes.

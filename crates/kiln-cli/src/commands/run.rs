@@ -358,7 +358,7 @@ impl Attached<'_> {
             .transpose()
             .or_infrastructure()?;
         let stop = cancel.child_token();
-        let printing = tokio::spawn(terminal::print(chunks, stop.clone()));
+        let printing = tokio::spawn(terminal::print(chunks, stop.clone(), self.size.is_some()));
         let resizing = self
             .size
             .map(|_| tokio::spawn(terminal::watch_size(control_in.clone())));

@@ -99,13 +99,19 @@ fn no_packet_of_a_root_guest_leaves_without_a_name() {
         return;
     };
     // So that nothing of kiln's own start is counted.
-    run(&world, &annex, &["run", "--", "true"]).exits(0);
+    run(&world, &annex, &["run", "--no-source", "--", "true"]).exits(0);
     let before = world.packets();
-    let said = run(&world, &annex, &["run", "--", "bash", "-c", NAMELESS]).exits(0);
+    let said = run(
+        &world,
+        &annex,
+        &["run", "--no-source", "--", "bash", "-c", NAMELESS],
+    )
+    .exits(0);
     assert_eq!(said.out, "over\n", "{said:?}");
     assert_eq!(world.packets(), before, "{:?}", world.seen());
     let allowed = [
         "run",
+        "--no-source",
         "--allow",
         "good.test:8080/raw",
         "--",
@@ -134,7 +140,7 @@ fn names_lead_only_where_the_policy_and_the_floor_let_them() {
     let Some(world) = Internet::open(2) else {
         return;
     };
-    let mut args = vec!["run"];
+    let mut args = vec!["run", "--no-source"];
     let raw = [
         "good",
         "rebind",

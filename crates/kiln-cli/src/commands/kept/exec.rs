@@ -129,7 +129,7 @@ async fn attach(
     let raw = (ask.tty.is_some() && io::stdin().is_terminal()).then(RawMode::enter);
     let raw = raw.transpose().or_infrastructure()?;
     let stop = cancel.child_token();
-    let printing = tokio::spawn(terminal::print(chunks, stop.clone()));
+    let printing = tokio::spawn(terminal::print(chunks, stop.clone(), ask.tty.is_some()));
     let resizing = ask
         .tty
         .map(|_| tokio::spawn(terminal::watch_size(control_in.clone())));
