@@ -2,6 +2,7 @@
 
 mod fleet;
 mod machines;
+mod operators;
 mod policy;
 mod run;
 mod secret;
@@ -21,6 +22,10 @@ pub(crate) use fleet::{
     BackupCommand, JobCommand, JobFilterArgs, QueueCommand, QueueingArgs, QuotaArgs, ServerArgs,
     TenantCommand, TokenArgs, TokenCommand, WebhookCommand, WorkerArgs, WorkerCommand,
     WorkerStateArgs,
+};
+pub(crate) use operators::{
+    AuditArgs, AuditCommand, FillingText, HeldArgs, HoldCommand, Moment, RetentionArgs,
+    RetentionCommand, SchedulerCommand,
 };
 pub(crate) use policy::{InitArgs, NetArg, PhaseArg, PolicyCommand};
 pub(crate) use run::{LimitArgs, RunArgs};
@@ -121,9 +126,18 @@ pub(crate) enum Command {
     Serve(ServeArgs),
     /// Run jobs of a controller on this host; steer a server's workers
     Worker(WorkerArgs),
+    /// Bound all running jobs of a server, and say how its hosts are filled
+    #[command(subcommand)]
+    Scheduler(SchedulerCommand),
     /// Make, list and bound a server's tenants
     #[command(subcommand)]
     Tenant(TenantCommand),
+    /// Keep what age would take: legal holds of a server's jobs and tenants
+    #[command(subcommand)]
+    Hold(HoldCommand),
+    /// Read who asked a server for what, and what it said
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Make, list and revoke a server's tokens
     #[command(subcommand)]
     Token(TokenCommand),

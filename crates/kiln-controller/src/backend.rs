@@ -12,7 +12,8 @@ use kiln_store::artifacts::{ArtifactError, Stored};
 use kiln_store::logs::{LogError, LogName};
 
 use crate::access::{Access, Door};
-use crate::api::{Backend, LogPiece, Pieces, SourceRefused};
+use crate::api::{Backend, LogPiece, Pieces, SecretsUnheld, SourceRefused};
+use crate::fleet::secrets::SecretsRefused;
 use crate::fleet::source::SourceError;
 use crate::peers::{Home, PeerError};
 use crate::state::Controller;
@@ -95,12 +96,14 @@ impl Backend for Controller {
     fn put_source<'a>(
         &'a self,
         tenant: &'a TenantName,
+        kept_max: Option<u64>,
         pieces: Pieces<'a>,
     ) -> BoxFuture<'a, Result<(Digest, u64), SourceRefused>> {
         async move {
-            let stored = self.sources.put(tenant, pieces).await;
+            let stored = self.sources.put(tenant, kept_max, pieces).await;
             let stored = stored.map_err(|error| match error {
                 SourceError::TooLarge { max } => SourceRefused::TooLarge(max),
+                SourceError::Full { max } => SourceRefused::Full(max),
                 SourceError::Cut(error) => SourceRefused::Cut(error),
                 error => SourceRefused::Store(error.into()),
             })?;
@@ -126,9 +129,14 @@ impl Backend for Controller {
         tenant: &TenantName,
         job: &JobId,
         values: HashMap<String, Vec<u8>>,
-    ) -> Result<(), String> {
+    ) -> Result<(), SecretsUnheld> {
         let held = self.secrets.hold(tenant, job.clone(), values);
-        held.map_err(|refused| refused.to_string())
+        held.map_err(|refused| match refused {
+            SecretsRefused::JobTooLarge => SecretsUnheld::TooLarge(refused.to_string()),
+            SecretsRefused::TenantFull | SecretsRefused::Full => {
+                SecretsUnheld::Full(refused.to_string())
+            }
+        })
     }
 
     fn forget_secrets(&self, job: &JobId) {

@@ -359,6 +359,7 @@ async fn serve(
     let controller = Controller::new(parts);
     let api = ApiConfig {
         receivers: config.receivers.clone(),
+        retention: config.retention,
         ..config.api
     };
     let doors = doors::router(controller.clone(), api.body_stall);
@@ -381,8 +382,9 @@ async fn serve(
         ..ListenConfig::default()
     });
     if let Some(address) = config.metrics {
-        door.tcp(address, None, metrics::router(counters.clone()))
-            .await?;
+        let shown = metrics::router(counters.clone());
+        let shown = shown.merge(api::health::router(controller.db.clone()));
+        door.tcp(address, None, shown).await?;
     }
     if controller.db.is_shared() {
         let advertise = config.sharing.advertise.as_deref();

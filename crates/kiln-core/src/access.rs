@@ -130,6 +130,8 @@ actions! {
     TenantRead = "tenant:read",
     /// Create tenants, set quotas and weights.
     TenantControl = "tenant:control",
+    /// See what is on hold, put things on hold and let them go.
+    HoldControl = "hold:control",
     /// See tokens (never their secret).
     TokenRead = "token:read",
     /// Make tokens.
@@ -152,6 +154,8 @@ actions! {
     ImagePull = "image:pull",
     /// Write images into the tenant's own tree.
     ImagePush = "image:push",
+    /// Take the name of an image away.
+    ImageRemove = "image:remove",
 }
 
 impl Action {
@@ -165,6 +169,7 @@ impl Action {
                 | Self::WorkerRead
                 | Self::QueueControl
                 | Self::TenantControl
+                | Self::HoldControl
         )
     }
 }
@@ -221,9 +226,14 @@ impl Role {
         match self {
             Self::Admin => Some(Everything),
             Self::BuildEngineer => match action {
-                A::TenantControl | A::TokenCreate | A::TokenRevoke | A::AuditRead => None,
+                A::TenantControl
+                | A::HoldControl
+                | A::TokenCreate
+                | A::TokenRevoke
+                | A::AuditRead => None,
                 A::JobSubmit
                 | A::ImagePush
+                | A::ImageRemove
                 | A::WebhookControl
                 | A::TokenRead
                 | A::SecretRead
@@ -254,7 +264,8 @@ impl Role {
                 | A::WebhookRead
                 | A::SecretRead
                 | A::ImagePull
-                | A::ImagePush => Some(Own),
+                | A::ImagePush
+                | A::ImageRemove => Some(Own),
                 _ => None,
             },
             Self::ReadOnly => match action {
@@ -415,6 +426,12 @@ mod tests {
         assert!(!may(Role::Developer, true, Action::SecretWrite));
         assert!(may(Role::Security, false, Action::SecretRemove));
         assert!(!may(Role::Security, true, Action::SecretWrite));
+        assert!(may(Role::Security, true, Action::HoldControl));
+        assert!(!may(Role::Security, false, Action::HoldControl));
+        assert!(!may(Role::BuildEngineer, true, Action::HoldControl));
+        assert!(may(Role::Developer, false, Action::ImageRemove));
+        assert!(may(Role::Security, true, Action::ImageRemove));
+        assert!(!may(Role::ReadOnly, true, Action::ImageRemove));
         assert!(may(Role::ReadOnly, false, Action::JobRead));
         for action in [
             Action::JobSubmit,

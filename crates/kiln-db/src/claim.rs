@@ -387,7 +387,9 @@ async fn candidates(
 ) -> Result<BTreeMap<JobId, Candidate>, DbError> {
     let ids: BTreeSet<_> = assignments.iter().map(|a| &a.attempt.job).collect();
     let ids: Vec<_> = ids.into_iter().map(|id| [id]).collect();
-    let sql = "select j.*, t.running_max as tenant_max, q.running_max as queue_max, q.paused_ms
+    // What a tenant may have beyond its quota while it would be idle is the plan's to say, never more than this.
+    let sql =
+        "select j.*, t.running_max + t.burst as tenant_max, q.running_max as queue_max, q.paused_ms
         from json_each($1) e join jobs j on j.id = (e.value ->> 0)
             join tenants t on t.name = j.tenant join queues q on q.name = j.queue
         order by j.id /*lock j*/";

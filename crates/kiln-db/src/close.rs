@@ -165,7 +165,8 @@ async fn finish(
             outcome, receipt, observed, cancel_ms, cancel_by, cancel_reason, event_seq, log_next, tier, hold)
         select id, tenant, pool, queue, kind, name, priority, cpus, memory, tags, labels, submitted_by, notify_url,
             created_ms, $3, worker, leased_ms, started_ms, $4, $5, $6, $7, $8, cancel_ms, cancel_by,
-            cancel_reason, event_seq + 1, log_next, 'hot', 0
+            cancel_reason, event_seq + 1, log_next, 'hot',
+            (select count(*) from holds where holds.kind = 'job' and holds.name = jobs.id)
         from jobs where id = $1 and epoch = $2 and state = $9";
     let values = args![
         live.id.as_str(),

@@ -17,6 +17,7 @@ mod engine;
 mod error;
 mod event;
 mod expire;
+mod hold;
 mod image;
 mod job;
 mod leader;
@@ -41,7 +42,7 @@ mod view;
 mod wake;
 mod worker;
 
-pub use audit::{AuditRow, NewAudit};
+pub use audit::{AuditFilter, AuditFrom, AuditPage, AuditRow, NewAudit};
 pub use cancel::{CancelError, Cancelled};
 pub use claim::{CLAIM_MAX, ClaimError, ClaimRefused, Claimed};
 pub use clock::{Clock, SystemClock};
@@ -54,6 +55,7 @@ pub use door::{
 pub use error::{Cause, DbError};
 pub use event::{Event, EventMark};
 pub use expire::{Expired, Sweep, Swept};
+pub use hold::{HOLDS_MAX, Hold, HoldError, Holding};
 pub use image::{ImageContent, ImageManifest, ImageTag, NameImagesError, NewImages, NewManifest};
 pub use job::{
     Attempt, CancelMark, Estimate, HeldJob, Idempotency, Job, NewJob, PendingJob, Tier, kind_name,
@@ -64,12 +66,13 @@ pub use list::{Artifact, Cursor, JobFilter, JobSummary, PAGE_MAX, Page, ParseCur
 pub use open::OpenError;
 pub use outbox::{Message, MessageFilter, OldSecret, Rotated, WEBHOOKS_MAX, Webhook};
 pub use restore::{BackupError, RestoreError, Restored};
-pub use retention::{Aged, Hold, Retention};
+pub use retention::{Aged, Aging, Retention, RetentionPlan};
 pub use schema::VERSION as SCHEMA_VERSION;
 pub use secret::{NewValue, Opened, SECRET_READ, Secret, SecretFrom, SecretValue, Written};
 pub use submit::{SubmitError, Submitted};
 pub use tenant::{
-    Depth, GlobalLimits, NameError, Paused, Queue, Quota, Tenant, Usage, WEIGHT_DEFAULT,
+    Depth, Filling, GlobalLimits, NameError, PENDING_MAX_USUAL, Paused, Queue, Quota,
+    STORED_MAX_USUAL, Tenant, Usage, WEIGHT_DEFAULT,
 };
 pub use token::{NewToken, Token, TokenRefused};
 pub use url::{DatabaseUrl, ParseUrlError, PostgresUrl};

@@ -14,6 +14,7 @@ use crate::engine::writer::Writer;
 use crate::engine::{Conn, Tx, args, json, postgres, sqlite};
 use crate::error::{Cause, DbError};
 use crate::schema;
+use crate::tenant::{PENDING_MAX_USUAL, STORED_MAX_USUAL};
 use crate::url::{DatabaseUrl, PostgresUrl};
 use crate::wake::Wakes;
 
@@ -324,9 +325,11 @@ async fn first_rows(tx: &mut Tx) -> Result<u64, DbError> {
     let sql = "insert into meta (key, value) values ('incarnation', '1'), ('limits', '{}')
         on conflict (key) do nothing";
     tx.exec(sql, args![]).await?;
-    let sql = "insert into tenants (name, weight, hold, created_ms) values ('local', 100, 0, $1)
+    let sql = "insert into tenants (name, weight, pending_max, stored_max, hold, created_ms)
+        values ('local', 100, $2, $3, 0, $1)
         on conflict (name) do nothing";
-    tx.exec(sql, args![now]).await?;
+    tx.exec(sql, args![now, PENDING_MAX_USUAL, STORED_MAX_USUAL])
+        .await?;
     let sql =
         "insert into queues (name, pool, weight, created_ms) values ('default', 'default', 100, $1)
         on conflict (name) do nothing";

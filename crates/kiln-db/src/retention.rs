@@ -45,13 +45,36 @@ pub struct Aged {
     pub to: Option<Tier>,
 }
 
-/// What is kept for ever until somebody says otherwise.
+/// A finished job whose time in its tier is over.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Hold {
-    /// Everything of a tenant.
-    Tenant(TenantName),
-    /// One finished job.
-    Job(JobId),
+pub struct Aging {
+    /// Which.
+    pub job: JobId,
+    /// Its title, for people.
+    pub name: String,
+    /// Where it is.
+    pub from: Tier,
+    /// Where it goes; none: it is deleted.
+    pub to: Option<Tier>,
+    /// When it ended, milliseconds since the Unix epoch.
+    pub finished_unix_ms: u64,
+    /// A hold keeps it where it is.
+    pub held: bool,
+}
+
+/// What of a tenant's jobs would leave its tier now. Nothing changed.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct RetentionPlan {
+    /// Jobs that become warm.
+    pub to_warm: u64,
+    /// Jobs whose logs, artifacts and events go.
+    pub to_cold: u64,
+    /// Jobs of which nothing stays.
+    pub deleted: u64,
+    /// Jobs whose time is over as well, but a hold keeps them.
+    pub held: u64,
+    /// The first of all these, oldest end first.
+    pub jobs: Vec<Aging>,
 }
 
 impl Database {
@@ -114,22 +137,84 @@ impl Database {
         Ok(())
     }
 
-    /// Puts something on hold, or ends that. False when there is no such thing (a job must be over).
+    /// What would leave its tier now if a tenant's jobs were kept so, however many sweeps that takes. None when there is no such tenant.
     ///
     /// # Errors
     /// When the database does not answer.
-    pub async fn set_hold(&self, what: Hold, on: bool) -> Result<bool, DbError> {
-        write_tx!(self, "change a hold", [what], |tx| {
-            let (sql, name) = match &*what {
-                Hold::Tenant(name) => (
-                    "update tenants set hold = $2 where name = $1",
-                    name.as_str(),
-                ),
-                Hold::Job(id) => ("update history set hold = $2 where id = $1", id.as_str()),
-            };
-            Ok(tx.exec(sql, args![name, on]).await? == 1)
+    pub async fn retention_plan(
+        &self,
+        name: &TenantName,
+        rule: Retention,
+    ) -> Result<Option<RetentionPlan>, DbError> {
+        let name = name.clone();
+        self.snapshot("look what is old", |tx| {
+            Box::pin(async move {
+                let tenants = crate::tenant::tenants(tx).await?;
+                let Some(tenant) = tenants.into_iter().find(|tenant| tenant.name == name) else {
+                    return Ok(None);
+                };
+                plan(tx, &name, rule, tenant.hold).await.map(Some)
+            })
         })
+        .await
     }
+}
+
+/// Finished jobs of `$1` whose time ends before `$2` (hot), `$3` (warm) and `$4` (cold), with where they go.
+macro_rules! leaving {
+    ($what:literal, $rest:literal) => {
+        concat!(
+            "select ",
+            $what,
+            " from (select id, name, tier, hold, finished_ms,
+                case when finished_ms <= $4 then 'gone' when finished_ms <= $3 then 'cold' else 'warm' end as goes
+            from history where tenant = $1 and (finished_ms <= $4 or (tier <> 'cold' and finished_ms <= $3)
+                or (tier = 'hot' and finished_ms <= $2))) aging ",
+            $rest
+        )
+    };
+}
+
+async fn plan(
+    tx: &mut Tx,
+    tenant: &TenantName,
+    rule: Retention,
+    all_held: bool,
+) -> Result<RetentionPlan, DbError> {
+    let now = tx.now().await?;
+    let before = |age_ms: u64| now.saturating_sub(age_ms);
+    let (hot, warm, cold) = (
+        before(rule.hot_ms),
+        before(rule.warm_ms),
+        before(rule.cold_ms),
+    );
+    let mut plan = RetentionPlan::default();
+    let sql = leaving!("goes, hold, count(*) as n", "group by goes, hold");
+    let values = args![tenant.as_str(), hot, warm, cold];
+    for row in tx.rows(sql, values).await? {
+        let count = row.u64("n")?;
+        let goes = row.text("goes")?;
+        let sum = match goes.as_str() {
+            _ if all_held || row.flag("hold")? => &mut plan.held,
+            "warm" => &mut plan.to_warm,
+            "cold" => &mut plan.to_cold,
+            _ => &mut plan.deleted,
+        };
+        *sum += count;
+    }
+    let sql = leaving!("*", "order by finished_ms, id limit $5");
+    let values = args![tenant.as_str(), hot, warm, cold, SWEEP_MAX];
+    for row in tx.rows(sql, values).await? {
+        plan.jobs.push(Aging {
+            job: row.parse("id")?,
+            name: row.text("name")?,
+            from: Tier::parse(&row.text("tier")?)?,
+            to: Tier::parse(&row.text("goes")?).ok(),
+            finished_unix_ms: row.u64("finished_ms")?,
+            held: all_held || row.flag("hold")?,
+        });
+    }
+    Ok(plan)
 }
 
 async fn aged(tx: &mut Tx, default: Retention) -> Result<Vec<Aged>, DbError> {
@@ -174,7 +259,11 @@ async fn age(tx: &mut Tx, aged: &Aged) -> Result<(), DbError> {
         }
         return Ok(());
     }
+    let sql = "update tenants set stored = stored - coalesce((select octet_length(body) from requests where job = $1), 0)
+        where name = $2";
+    tx.exec(sql, args![id, aged.tenant.as_str()]).await?;
     for sql in [
+        "delete from holds where kind = 'job' and name = $1",
         "delete from events where job = $1",
         "delete from attempts where job = $1",
         "delete from artifacts where job = $1",

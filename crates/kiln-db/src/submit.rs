@@ -48,6 +48,16 @@ pub enum SubmitError {
         /// Most.
         limit: u32,
     },
+    /// As many bytes are kept for the tenant as may be.
+    #[error("{stored} bytes are kept for tenant {tenant}, at most {limit} are allowed")]
+    TooMuchStored {
+        /// Whose.
+        tenant: TenantName,
+        /// Bytes of the requests of its jobs.
+        stored: u64,
+        /// Most.
+        limit: u64,
+    },
     /// The database failed.
     #[error(transparent)]
     Database(#[from] DbError),
@@ -83,9 +93,10 @@ async fn place(tx: &mut Tx, new: &NewJob) -> Result<Result<Placed, SubmitError>,
         Ok(Some(known)) => return Ok(Ok(Placed::Known(known))),
         Err(refused) => return Ok(Err(refused)),
     }
-    let refused = match admit(tx, new).await? {
+    let body = json(&new.request);
+    let refused = match admit(tx, new, body.len() as u64).await? {
         Ok(pool) => {
-            if insert(tx, new, &pool, now).await? {
+            if insert(tx, new, &pool, body, now).await? {
                 return Ok(Ok(Placed::New));
             }
             SubmitError::Exists(new.request.id.clone())
@@ -132,10 +143,15 @@ async fn take_key(
     }))
 }
 
-/// Whether tenant and queue take the job; gives the queue's pool.
-async fn admit(tx: &mut Tx, new: &NewJob) -> Result<Result<PoolName, SubmitError>, DbError> {
+/// Whether tenant and queue take a job whose request has so many bytes; gives the queue's pool.
+async fn admit(
+    tx: &mut Tx,
+    new: &NewJob,
+    body: u64,
+) -> Result<Result<PoolName, SubmitError>, DbError> {
     let (tenant, queue) = (&new.request.tenant, &new.request.dispatch.queue);
-    let sql = "select t.pending_max, q.pool from tenants t left join queues q on q.name = $2 where t.name = $1";
+    let sql = "select t.pending_max, t.stored_max, t.stored, q.pool
+        from tenants t left join queues q on q.name = $2 where t.name = $1";
     let Some(row) = tx.row(sql, args![tenant.as_str(), queue.as_str()]).await? else {
         return Ok(Err(SubmitError::UnknownTenant(tenant.clone())));
     };
@@ -154,20 +170,33 @@ async fn admit(tx: &mut Tx, new: &NewJob) -> Result<Result<PoolName, SubmitError
             }));
         }
     }
+    let (stored, limit) = (row.u64("stored")?, row.opt_u64("stored_max")?);
+    if let Some(limit) = limit.filter(|limit| stored.saturating_add(body) > *limit) {
+        return Ok(Err(SubmitError::TooMuchStored {
+            tenant: tenant.clone(),
+            stored,
+            limit,
+        }));
+    }
     Ok(Ok(pool))
 }
 
 /// Writes the rows; false when there is such a job already.
-async fn insert(tx: &mut Tx, new: &NewJob, pool: &PoolName, now: u64) -> Result<bool, DbError> {
+async fn insert(
+    tx: &mut Tx,
+    new: &NewJob,
+    pool: &PoolName,
+    body: String,
+    now: u64,
+) -> Result<bool, DbError> {
     let request = &new.request;
+    let bytes = body.len() as u64;
     let sql = "insert into requests (job, body) values ($1, $2) on conflict (job) do nothing";
-    if tx
-        .exec(sql, args![request.id.as_str(), json(request)])
-        .await?
-        == 0
-    {
+    if tx.exec(sql, args![request.id.as_str(), body]).await? == 0 {
         return Ok(false);
     }
+    let sql = "update tenants set stored = stored + $2 where name = $1";
+    tx.exec(sql, args![request.tenant.as_str(), bytes]).await?;
     let (limits, dispatch) = (&request.limits, &request.dispatch);
     let sql = "insert into jobs (id, tenant, pool, queue, kind, name, priority, cpus, memory, disk, timeout_ms,
             requires, grp, tags, labels, submitted_by, notify_url, created_ms, state, attempts, attempts_max,

@@ -11,13 +11,47 @@ use crate::wake::Wake;
 /// Weight of a tenant or queue unless it has another.
 pub const WEIGHT_DEFAULT: u32 = 100;
 
-/// Most of something at a time; none means no bound.
+/// Jobs that a tenant may have waiting unless an operator says otherwise: as many as one plan looks at.
+pub const PENDING_MAX_USUAL: u32 = 10_000;
+/// Bytes that are kept for a tenant unless an operator says otherwise: its jobs' requests and its uploads.
+pub const STORED_MAX_USUAL: u64 = 20 << 30;
+
+/// What a tenant may have; none means no bound.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Quota {
     /// Jobs that have a worker.
     pub running_max: Option<u32>,
+    /// How many more than that may run when what they use would otherwise be idle.
+    pub burst: u32,
+    /// Running jobs it is sure of: below this it comes first, and others leave as much of the installation's limit.
+    pub reserved: u32,
     /// Jobs that wait.
     pub pending_max: Option<u32>,
+    /// Bytes of its jobs' requests, kept as long as their records.
+    pub stored_max: Option<u64>,
+}
+
+impl Quota {
+    /// Of a tenant that nobody said anything about.
+    #[must_use]
+    pub fn usual() -> Self {
+        Self {
+            pending_max: Some(PENDING_MAX_USUAL),
+            stored_max: Some(STORED_MAX_USUAL),
+            ..Self::default()
+        }
+    }
+}
+
+/// How hosts are filled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Filling {
+    /// The emptiest host first: the fastest jobs.
+    #[default]
+    Spread,
+    /// The fullest host first: hosts become empty and can be switched off.
+    Pack,
 }
 
 /// Limits of the whole installation.
@@ -26,6 +60,8 @@ pub struct Quota {
 pub struct GlobalLimits {
     /// Jobs that have a worker.
     pub running_max: Option<u32>,
+    /// How hosts are filled.
+    pub filling: Filling,
 }
 
 /// A tenant.
@@ -37,6 +73,8 @@ pub struct Tenant {
     pub weight: u32,
     /// Its quota.
     pub quota: Quota,
+    /// Bytes of its jobs' requests.
+    pub stored: u64,
     /// Nothing of it is deleted.
     pub hold: bool,
     /// How long its jobs are kept, if not as everybody's.
@@ -139,10 +177,18 @@ impl Database {
         let made = write_tx!(self, "make a tenant", [tenant], |tx| {
             let now = tx.now().await?;
             let sql =
-                "insert into tenants (name, weight, running_max, pending_max, hold, created_ms)
-                values ($1, $2, $3, $4, 0, $5) on conflict (name) do nothing";
-            let (running, pending) = (quota.running_max, quota.pending_max);
-            let values = args![tenant.as_str(), WEIGHT_DEFAULT, running, pending, now];
+                "insert into tenants (name, weight, running_max, burst, reserved, pending_max, stored_max, hold, created_ms)
+                values ($1, $2, $3, $4, $5, $6, $7, 0, $8) on conflict (name) do nothing";
+            let values = args![
+                tenant.as_str(),
+                WEIGHT_DEFAULT,
+                quota.running_max,
+                quota.burst,
+                quota.reserved,
+                quota.pending_max,
+                quota.stored_max,
+                now,
+            ];
             tx.exec(sql, values).await
         })?;
         if made == 0 {
@@ -169,8 +215,18 @@ impl Database {
     pub async fn set_quota(&self, name: &TenantName, quota: Quota) -> Result<(), NameError> {
         let tenant = name.clone();
         let changed = write_tx!(self, "change a quota", [tenant], |tx| {
-            let sql = "update tenants set running_max = $2, pending_max = $3 where name = $1";
-            let values = args![tenant.as_str(), quota.running_max, quota.pending_max];
+            let sql =
+                "update tenants set running_max = $2, burst = $3, reserved = $4, pending_max = $5,
+                    stored_max = $6
+                where name = $1";
+            let values = args![
+                tenant.as_str(),
+                quota.running_max,
+                quota.burst,
+                quota.reserved,
+                quota.pending_max,
+                quota.stored_max,
+            ];
             changed_for_all(tx, sql, values).await
         })?;
         existing(changed, "tenant", name.as_str())
@@ -364,8 +420,12 @@ pub(crate) async fn tenants(tx: &mut Tx) -> Result<Vec<Tenant>, DbError> {
             weight: row.u32("weight")?,
             quota: Quota {
                 running_max: row.opt_u32("running_max")?,
+                burst: row.u32("burst")?,
+                reserved: row.u32("reserved")?,
                 pending_max: row.opt_u32("pending_max")?,
+                stored_max: row.opt_u64("stored_max")?,
             },
+            stored: row.u64("stored")?,
             hold: row.flag("hold")?,
             retention: row.opt_json("retention")?,
             created_unix_ms: row.u64("created_ms")?,

@@ -299,6 +299,19 @@ impl Bucket {
         Ok(old)
     }
 
+    /// Bytes of all objects below a folder.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub async fn bytes_below(&self, folder: &str) -> Result<u64, BucketError> {
+        let mut listed = self.objects.list(Some(&Key::from(folder)));
+        let mut bytes: u64 = 0;
+        while let Some(meta) = listed.next().await {
+            bytes = bytes.saturating_add(meta.map_err(failed("list", folder))?.size);
+        }
+        Ok(bytes)
+    }
+
     /// Removes an object. One that is not there is fine.
     ///
     /// # Errors
@@ -331,6 +344,9 @@ mod tests {
         assert_eq!(old[0].key, "sources/acme/one");
         let young = bucket.older_than("sources", Duration::from_secs(60)).await;
         assert!(young.unwrap().is_empty());
+        let bytes = bucket.bytes_below("sources/acme").await.unwrap();
+        assert_eq!(bytes, size);
+        assert_eq!(bucket.bytes_below("sources/ac").await.unwrap(), 0);
         bucket.remove("sources/acme/one").await.unwrap();
         bucket.remove("sources/acme/one").await.unwrap();
         let gone = bucket.get("sources/acme/one").await.map(|(_, size)| size);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::builder::TypedValueParser as _;
 use clap::{Args, Subcommand};
 
+use super::operators::RetentionCommand;
 use super::parse_duration;
 
 /// Where the server is.
@@ -265,7 +266,7 @@ pub(crate) struct WorkerStateArgs {
 /// Verbs of `kiln tenant`.
 #[derive(Subcommand, Debug)]
 #[command(
-    after_help = "Examples:\n  kiln tenant create acme --running 8 --pending 500\n  kiln tenant weight acme 200\n  kiln tenant quota acme --running none\n  kiln tenant usage acme"
+    after_help = "Examples:\n  kiln tenant create acme --running 8 --pending 500\n  kiln tenant quota acme --burst 4 --reserved 2 --stored 50G\n  kiln tenant weight acme 200\n  kiln tenant quota acme --running none\n  kiln tenant usage acme\n  kiln tenant retention set acme --hot 7d --dry-run"
 )]
 pub(crate) enum TenantCommand {
     /// Make a tenant
@@ -278,7 +279,7 @@ pub(crate) enum TenantCommand {
     },
     /// List tenants
     List,
-    /// Bound how many jobs of a tenant run and wait
+    /// Bound how many jobs of a tenant run and wait, and what is kept of them
     Quota {
         /// Its name
         name: String,
@@ -301,6 +302,9 @@ pub(crate) enum TenantCommand {
         #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3650))]
         days: u64,
     },
+    /// Show and change how long a tenant's finished jobs are kept
+    #[command(subcommand)]
+    Retention(RetentionCommand),
 }
 
 /// Bounds of a tenant.
@@ -309,14 +313,27 @@ pub(crate) struct QuotaArgs {
     /// Most jobs that have a worker at a time; none for no bound
     #[arg(long, value_name = "N|none", value_parser = parse_bound)]
     pub running: Option<Bound>,
-    /// Most jobs that wait; none for no bound
+    /// How many more may run while what they use would otherwise be idle
+    #[arg(long, value_name = "N")]
+    pub burst: Option<u32>,
+    /// Running jobs it is sure of: below this it comes first, and others leave as much of the installation's limit
+    #[arg(long, value_name = "N")]
+    pub reserved: Option<u32>,
+    /// Most jobs that wait; none for no bound; 10000 for a new tenant
     #[arg(long, value_name = "N|none", value_parser = parse_bound)]
     pub pending: Option<Bound>,
+    /// Most bytes of its uploads and its jobs' requests; none for no bound; 20G for a new tenant
+    #[arg(long, value_name = "SIZE|none", value_parser = parse_bytes)]
+    pub stored: Option<BytesBound>,
 }
 
 /// A number, or no bound.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Bound(pub Option<u32>);
+
+/// Bytes, or no bound.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct BytesBound(pub Option<u64>);
 
 /// Verbs of `kiln token`.
 #[derive(Subcommand, Debug)]
@@ -474,12 +491,23 @@ pub(crate) enum WebhookCommand {
 }
 
 /// A number, or `none`.
-fn parse_bound(text: &str) -> Result<Bound, String> {
+pub(super) fn parse_bound(text: &str) -> Result<Bound, String> {
     match text {
         "none" => Ok(Bound(None)),
         text => match text.parse() {
             Ok(number) => Ok(Bound(Some(number))),
             Err(_) => Err(format!("{text:?} is neither a number nor none")),
+        },
+    }
+}
+
+/// A size, or `none`.
+fn parse_bytes(text: &str) -> Result<BytesBound, String> {
+    match text {
+        "none" => Ok(BytesBound(None)),
+        text => match text.parse::<kiln_core::ByteSize>() {
+            Ok(size) => Ok(BytesBound(Some(size.0))),
+            Err(_) => Err(format!("{text:?} is neither a size, as 50G, nor none")),
         },
     }
 }
@@ -548,5 +576,8 @@ mod tests {
         assert_eq!(parse_bound("none"), Ok(Bound(None)));
         assert_eq!(parse_bound("7"), Ok(Bound(Some(7))));
         assert!(parse_bound("-1").is_err());
+        assert_eq!(parse_bytes("1G"), Ok(BytesBound(Some(1 << 30))));
+        assert_eq!(parse_bytes("none"), Ok(BytesBound(None)));
+        assert!(parse_bytes("much").is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! One verb, one module.
 
 pub(crate) mod artifacts;
+mod audit;
 mod backup;
 mod bases;
 mod bench;
@@ -9,6 +10,7 @@ mod build_server;
 mod cache;
 mod disk_use;
 mod doctor;
+mod hold;
 pub(crate) mod home_queue;
 mod init;
 mod job;
@@ -29,11 +31,13 @@ mod reference;
 mod registries;
 mod registry;
 mod replace;
+mod retention;
 mod retry;
 mod run;
 mod run_folder;
 mod run_policy;
 mod run_server;
+mod scheduler;
 mod secret;
 mod serve;
 mod setup;
@@ -94,6 +98,9 @@ pub(crate) async fn run(
             Some(verb) => worker_server::run(verb, server, screen).await,
             None => worker::run(args, screen, cancel).await,
         },
+        Command::Scheduler(verb) => scheduler::run(verb, server, screen).await,
+        Command::Hold(verb) => hold::run(verb, server, screen).await,
+        Command::Audit(verb) => audit::run(verb, server, screen).await,
         Command::Tenant(verb) => tenant::run(verb, server, screen).await,
         Command::Token(verb) => token::run(verb, server, screen).await,
         Command::Secret(verb) => secret::run(verb, server, screen).await,

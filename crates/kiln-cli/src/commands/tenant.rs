@@ -1,12 +1,13 @@
 //! `kiln tenant`: quotas, weights and usage on a server.
 
 use kiln_controller::api::{List, TenantView, UsageView};
+use kiln_core::ByteSize;
 use kiln_worker::host::now_unix_ms;
 use serde_json::{Map, Value, json};
 
-use super::home_queue;
-use super::table::{Facts, Table, left, right, wide};
+use super::table::{Facts, Table, counted, left, right, wide};
 use super::when;
+use super::{home_queue, retention};
 use crate::args::{QuotaArgs, ServerArgs, TenantCommand};
 use crate::error::{CliError, Result};
 use crate::server::{Server, escaped};
@@ -44,8 +45,9 @@ async fn answer(verb: TenantCommand, server: &Server, screen: Screen) -> Result<
         TenantCommand::Quota { name, quota } => {
             let asked = bounds(&quota);
             if asked.is_empty() {
-                return Err(CliError::usage("no bound is named")
-                    .hint("give --running N, --pending N, or none to take one away"));
+                return Err(CliError::usage("no bound is named").hint(
+                    "give --running N, --pending N, --stored SIZE, or none to take one away",
+                ));
             }
             tell(&server.post(&at(&name), &asked).await?);
         }
@@ -63,18 +65,25 @@ async fn answer(verb: TenantCommand, server: &Server, screen: Screen) -> Result<
                 .await?;
             screen.data(&usage, || used(&name, days, &usage));
         }
+        TenantCommand::Retention(verb) => retention::answer(verb, server, screen).await?,
     }
     Ok(())
 }
 
 fn bounds(quota: &QuotaArgs) -> Map<String, Value> {
+    let running = quota.running.map(|bound| json!(bound.0));
+    let pending = quota.pending.map(|bound| json!(bound.0));
+    let stored = quota.stored.map(|bound| json!(bound.0));
     let fields = [
-        ("running_max", quota.running),
-        ("pending_max", quota.pending),
+        ("running_max", running),
+        ("burst", quota.burst.map(Value::from)),
+        ("reserved", quota.reserved.map(Value::from)),
+        ("pending_max", pending),
+        ("stored_max", stored),
     ];
     let given = fields
         .into_iter()
-        .filter_map(|(name, bound)| Some((name.to_owned(), json!(bound?.0))));
+        .filter_map(|(name, bound)| Some((name.to_owned(), bound?)));
     given.collect()
 }
 
@@ -107,8 +116,26 @@ fn show(tenant: &TenantView) -> String {
     let mut facts = Facts::default();
     facts.add("tenant", &tenant.name);
     facts.add("weight", tenant.weight.to_string());
-    facts.add("run at most", bound(tenant.running_max));
+    let more = match tenant.burst {
+        0 => String::new(),
+        more => format!(", {more} more while there is idle room"),
+    };
+    facts.add(
+        "run at most",
+        format!("{}{more}", bound(tenant.running_max)),
+    );
+    facts.add("sure of", counted(tenant.reserved.into(), "running job"));
     facts.add("wait at most", bound(tenant.pending_max));
+    let most = tenant
+        .stored_max
+        .map(|most| format!(", with its uploads at most {}", ByteSize(most)));
+    facts.add(
+        "requests",
+        format!("{}{}", ByteSize(tenant.requests), most.unwrap_or_default()),
+    );
+    if tenant.hold {
+        facts.add("on hold", "nothing of it goes: `kiln hold list`");
+    }
     facts.render()
 }
 
@@ -147,11 +174,14 @@ mod tests {
     fn none_takes_a_bound_away_and_silence_leaves_it() {
         let quota = QuotaArgs {
             running: Some(Bound(None)),
+            burst: Some(0),
+            reserved: None,
             pending: None,
+            stored: None,
         };
         assert_eq!(
             Value::Object(bounds(&quota)),
-            json!({ "running_max": null })
+            json!({ "running_max": null, "burst": 0 })
         );
     }
 

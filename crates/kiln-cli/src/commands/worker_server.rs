@@ -79,7 +79,7 @@ fn table(workers: &[WorkerView], now_unix_ms: u64, width: Option<usize>) -> Stri
         right("MEMORY"),
         right("MACHINES"),
         left("SEEN"),
-        wide("LABELS"),
+        wide("REASON, LABELS"),
     ])
     .within(width);
     for worker in workers {
@@ -91,10 +91,19 @@ fn table(workers: &[WorkerView], now_unix_ms: u64, width: Option<usize>) -> Stri
             ByteSize(worker.capacity.memory).to_string(),
             worker.capacity.machines.to_string(),
             when::ago(worker.seen_unix_ms, now_unix_ms),
-            labels(worker, " "),
+            noted(worker),
         ]);
     }
     table.render()
+}
+
+/// Why it gets no jobs, if it gets none, then its labels.
+fn noted(worker: &WorkerView) -> String {
+    let reason = worker.state_reason.as_deref();
+    let reason = reason.filter(|_| worker.state != "active");
+    let labels = Some(labels(worker, " ")).filter(|labels| !labels.is_empty());
+    let words: Vec<&str> = reason.into_iter().chain(labels.as_deref()).collect();
+    words.join("; ")
 }
 
 fn labels(worker: &WorkerView, between: &str) -> String {
@@ -177,6 +186,11 @@ mod tests {
             text.lines()
                 .all(|line| line.chars().count() <= super::super::table::WIDTH),
             "{text}"
+        );
+        let whole = table(std::slice::from_ref(&worker), 2000, None);
+        assert!(
+            whole.contains("new disks; disk=fast-and-large zone=a"),
+            "{whole}"
         );
         let shown = show(&worker, 2000);
         for line in [

@@ -224,7 +224,7 @@ impl Server {
         };
         // A bound of the tenant is the operator's word, not a trouble that passes by itself.
         let class = match problem.code.as_str() {
-            "pending_quota" => FailureClass::Policy,
+            "pending_quota" | "stored_quota" => FailureClass::Policy,
             _ => class,
         };
         let message = match &problem.field {

@@ -537,7 +537,7 @@ pub(crate) fn new_job(
         (Some(_), _) => return Err(Problem::invalid("trust", "it is `trusted` or `untrusted`")),
     };
     if let Some(address) = &common.notify_url {
-        let usable = Destination::parse(address, &config.receivers);
+        let usable = Destination::accept(address, &config.receivers);
         usable.map_err(|why| Problem::invalid("notify_url", why.to_string()))?;
     }
     let request = JobRequest {

@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use http::StatusCode;
-use kiln_core::Action;
 use kiln_core::access::sees_every_tenant;
-use kiln_db::AuditRow;
+use kiln_core::{Action, TenantName};
+use kiln_db::{AuditFilter, AuditFrom, AuditRow, PAGE_MAX};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
 
 use super::Api;
+use super::ask::parsed;
 use super::caller::Caller;
 use super::extract::{Answer, Asked};
 use super::problem::{Problem, ProblemBody};
@@ -19,37 +20,98 @@ use super::view::List;
 
 /// Rows of a page.
 const PAGE: u32 = 100;
+/// Longest part of a name that is looked for.
+const NAME_MAX: usize = 200;
 
 /// Which rows.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct AuditAsked {
-    /// After the row of this number.
-    after: u64,
+    /// Oldest first, after the row of this number.
+    after: Option<u64>,
+    /// Newest first, before the row of this number.
+    before: Option<u64>,
+    /// Newest first, from the newest on.
+    newest: bool,
+    /// Of this tenant; of all that the caller may see without.
+    tenant: Option<String>,
+    /// Of actors whose name has this in it: at most 200 bytes.
+    actor: Option<String>,
+    /// Of this action.
+    action: Option<String>,
+    /// `allowed` or `refused`; both without.
+    verdict: Option<String>,
+    /// From then on, milliseconds since the Unix epoch.
+    from_unix_ms: Option<u64>,
+    /// Until then.
+    until_unix_ms: Option<u64>,
+    /// Rows of a page: 100 unless named, at most 500.
+    limit: Option<u32>,
+}
+
+impl AuditAsked {
+    /// Where the page begins, and which way it goes.
+    fn start(&self) -> Result<AuditFrom, Problem> {
+        let most = i64::MAX as u64;
+        let legal = |field: &str, seq: u64| match seq > most {
+            true => Err(Problem::invalid(field, "there is no row of this number")),
+            false => Ok(seq),
+        };
+        match (self.after, self.before, self.newest) {
+            (Some(after), None, false) => legal("after", after).map(AuditFrom::After),
+            (None, Some(before), _) => legal("before", before).map(AuditFrom::Before),
+            (None, None, true) => Ok(AuditFrom::Before(most)),
+            (None, None, false) => Ok(AuditFrom::After(0)),
+            _ => Err(Problem::invalid("after", "it is oldest first, or newest")),
+        }
+    }
+
+    fn filter(&self) -> Result<AuditFilter, Problem> {
+        for (field, text) in [("actor", &self.actor), ("action", &self.action)] {
+            if text.as_ref().is_some_and(|text| text.len() > NAME_MAX) {
+                let text = format!("it has at most {NAME_MAX} bytes");
+                return Err(Problem::invalid(field, text));
+            }
+        }
+        let allowed = match self.verdict.as_deref() {
+            None => None,
+            Some("allowed") => Some(true),
+            Some("refused") => Some(false),
+            Some(_) => return Err(Problem::invalid("verdict", "it is `allowed` or `refused`")),
+        };
+        Ok(AuditFilter {
+            tenant: None,
+            actor: self.actor.clone(),
+            action: self.action.clone(),
+            allowed,
+            from_unix_ms: self.from_unix_ms,
+            until_unix_ms: self.until_unix_ms,
+        })
+    }
 }
 
 /// A row of the audit trail.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub(crate) struct AuditView {
+pub struct AuditView {
     /// Its number.
-    seq: u64,
+    pub seq: u64,
     /// When, milliseconds since the Unix epoch.
-    at_unix_ms: u64,
+    pub at_unix_ms: u64,
     /// Who.
-    actor: String,
+    pub actor: String,
     /// For which tenant.
-    tenant: Option<String>,
+    pub tenant: Option<String>,
     /// What.
-    action: String,
+    pub action: String,
     /// To what.
-    target: String,
+    pub target: String,
     /// What kiln said.
-    allowed: bool,
+    pub allowed: bool,
     /// Why not.
-    reason: Option<String>,
+    pub reason: Option<String>,
     /// More, as data.
-    detail: Option<Value>,
+    pub detail: Option<Value>,
 }
 
 impl AuditView {
@@ -69,7 +131,8 @@ impl AuditView {
     }
 }
 
-/// Reads the audit trail, oldest first; `next` is the `after` of the next page.
+/// Reads the audit trail; `next` is the `after` of the next page, or its `before` when the newest come first. A page may be short, or empty, and
+/// have a next one: each looks at a bounded part of the trail.
 #[utoipa::path(
     get, path = "/v1/audit", tag = "operators", params(AuditAsked),
     responses(
@@ -83,17 +146,22 @@ pub(crate) async fn list(
     caller: Caller,
     Asked(asked): Asked<AuditAsked>,
 ) -> Result<Answer<List<AuditView>>, Problem> {
-    if asked.after > i64::MAX as u64 {
-        return Err(Problem::invalid("after", "there is no row of this number"));
+    let (start, mut filter) = (asked.start()?, asked.filter()?);
+    let limit = asked.limit.unwrap_or(PAGE);
+    if !(1..=PAGE_MAX).contains(&limit) {
+        let text = format!("it is 1 to {PAGE_MAX}");
+        return Err(Problem::invalid("limit", text));
     }
-    let own = caller
-        .acting_for(&api, None, Action::AuditRead, "audit trail")
-        .await?;
-    let all = sees_every_tenant(&caller.principal, Action::AuditRead);
-    let tenant = Some(&own).filter(|_| !all);
-    let rows = api.db().audit_rows(tenant, asked.after, PAGE).await?;
-    let full = rows.len() >= PAGE as usize;
-    let next = rows.last().filter(|_| full).map(|row| row.seq.to_string());
-    let items = rows.into_iter().map(AuditView::of).collect();
+    let named: Option<TenantName> = match &asked.tenant {
+        Some(name) => Some(parsed("tenant", name)?),
+        None => None,
+    };
+    let own = caller.acting_for(&api, named.as_ref(), Action::AuditRead, "audit trail");
+    let own = own.await?;
+    let all = named.is_none() && sees_every_tenant(&caller.principal, Action::AuditRead);
+    filter.tenant = Some(own).filter(|_| !all);
+    let page = api.db().audit_page(filter, start, limit).await?;
+    let next = page.next.map(|seq| seq.to_string());
+    let items = page.rows.into_iter().map(AuditView::of).collect();
     Ok(Answer(StatusCode::OK, List { items, next }))
 }

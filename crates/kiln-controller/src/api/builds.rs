@@ -14,6 +14,7 @@ use super::Api;
 use super::ask::{self, BuildAsk, Common};
 use super::caller::Caller;
 use super::extract::{Answer, JSON_MAX, from_slice};
+use super::ports::SecretsUnheld;
 use super::problem::{Problem, ProblemBody};
 use super::upload::{self, Form};
 use super::view::JobView;
@@ -221,13 +222,11 @@ async fn collect<A: Ask>(
             other => {
                 let secret = other.strip_prefix(SECRET_PART).filter(|_| A::SECRETS);
                 let Some(secret) = secret else {
-                    let shown: String =
-                        other.chars().filter(|c| !c.is_control()).take(80).collect();
                     let parts = match A::SECRETS {
                         true => "the parts are request, source and secret.NAME",
                         false => "the parts are request and source",
                     };
-                    return Err(Problem::invalid(shown, "there is no such part").hint(parts));
+                    return Err(upload::no_such_part(other).hint(parts));
                 };
                 let value = form.small(api, field).await?;
                 if got.secrets.insert(secret.to_owned(), value).is_some() {
@@ -277,7 +276,10 @@ pub(crate) async fn submit_ready(
     if held {
         api.backend()
             .hold_secrets(&new.request.tenant, &id, secrets)
-            .map_err(|why| Problem::too_many("secrets", why))?;
+            .map_err(|why| match why {
+                SecretsUnheld::TooLarge(why) => Problem::too_large(why).field("secrets"),
+                SecretsUnheld::Full(why) => Problem::too_many("secrets", why),
+            })?;
     }
     let submitted = queue(api, new).await;
     if held && !matches!(&submitted, Ok(submitted) if !submitted.repeated) {
@@ -368,6 +370,7 @@ async fn queue(api: &Api, new: NewJob) -> Result<Submitted, Problem> {
                 .hint("wait until some of them began, or have an operator raise it with `kiln tenant quota TENANT --pending N`")
                 .retry_after(10)
             }
+            SubmitError::TooMuchStored { .. } => upload::full(api),
             SubmitError::Database(error) => error.into(),
         }
     })

@@ -248,7 +248,10 @@ pub(crate) async fn create(
     let mut source = None;
     while let Some((name, field)) = form.next(&api).await? {
         match name.as_str() {
-            "source" if source.is_none() => {
+            "source" if source.is_some() => {
+                return Err(Problem::invalid(name, "there are two parts source").into());
+            }
+            "source" => {
                 source = Some(upload::source(&api, &tenant, field).await?);
             }
             "cache_scope" => {
@@ -292,11 +295,7 @@ pub(crate) async fn create(
                 )
                 .into());
             }
-            _ => {
-                return Err(
-                    Problem::invalid("form", "there is an unknown or repeated part").into(),
-                );
-            }
+            other => return Err(upload::no_such_part(other).into()),
         }
     }
     let job = submit_asked(&api, &caller, &tenant, &asked, source).await?;

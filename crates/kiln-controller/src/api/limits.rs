@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use kiln_core::access::Ceiling;
 use kiln_core::job::Limits;
 use kiln_core::{ByteSize, JobKind};
+use kiln_db::Retention;
 
 use crate::webhooks::ReceiverPolicy;
 
@@ -48,6 +49,8 @@ pub struct ApiConfig {
     pub hosts: Vec<String>,
     /// Where webhooks may go.
     pub receivers: ReceiverPolicy,
+    /// How long finished jobs are kept, of tenants that have no rule of their own.
+    pub retention: Retention,
 }
 
 impl Default for ApiConfig {
@@ -73,6 +76,7 @@ impl Default for ApiConfig {
             body_stall: Duration::from_secs(20),
             hosts: Vec::new(),
             receivers: ReceiverPolicy::default(),
+            retention: Retention::default(),
         }
     }
 }

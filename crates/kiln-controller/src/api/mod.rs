@@ -13,6 +13,8 @@ mod cursor;
 mod docs;
 mod events;
 mod extract;
+pub(crate) mod health;
+mod holds;
 mod hypeman;
 mod jobs;
 pub(crate) mod limits;
@@ -21,7 +23,9 @@ mod logs;
 mod ports;
 mod problem;
 mod queues;
+mod retention;
 mod runs;
+mod scheduling;
 mod secrets;
 mod sessions;
 pub(crate) mod shield;
@@ -45,10 +49,14 @@ use utoipa_axum::routes;
 
 pub use again::command_line;
 pub use ask::{BuildAsk, Common, RunAsk};
+pub use audit::AuditView;
+pub use holds::HoldView;
 pub use limits::ApiConfig;
 pub use listen::{ListenConfig, ListenError, Sockets};
-pub use ports::{Backend, LogPiece, Pieces, SourceRefused};
+pub use ports::{Backend, LogPiece, Pieces, SecretsUnheld, SourceRefused};
 pub use problem::{Problem, ProblemBody};
+pub use retention::{AgingView, RetentionPlanView, RetentionView};
+pub use scheduling::SchedulerView;
 pub use secrets::{ScopeView, SecretView};
 pub use tokens::TokenClaims;
 pub use view::{
@@ -166,6 +174,11 @@ fn handlers() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(tenants::list, tenants::create))
         .routes(routes!(tenants::change))
         .routes(routes!(tenants::usage))
+        .routes(routes!(retention::show, retention::set))
+        .routes(routes!(retention::plan))
+        .routes(routes!(holds::list))
+        .routes(routes!(holds::set, holds::clear))
+        .routes(routes!(scheduling::show, scheduling::set))
         .routes(routes!(tokens::list, tokens::create))
         .routes(routes!(tokens::create_join))
         .routes(routes!(tokens::revoke))
@@ -227,6 +240,7 @@ pub fn router(backend: Arc<dyn Backend>, config: ApiConfig) -> Router {
         .route("/.well-known/jwks.json", axum::routing::get(sessions::jwks))
         .fallback(shield::nothing_here)
         .method_not_allowed_fallback(shield::other_methods)
-        .with_state(Arc::clone(&api));
+        .with_state(Arc::clone(&api))
+        .merge(health::router(api.db().clone()));
     shield::around(router, &api)
 }

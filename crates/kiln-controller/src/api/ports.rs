@@ -29,12 +29,24 @@ pub enum SourceRefused {
     /// It is larger than the operator allows.
     #[error("the source has more than {0} bytes")]
     TooLarge(u64),
+    /// With it, all that is kept for the tenant has more bytes than the operator allows.
+    #[error("more than {0} bytes would be kept for the tenant")]
+    Full(u64),
     /// The upload broke; its sender is to blame, or the line.
     #[error("the upload ended before it was whole")]
     Cut(#[source] io::Error),
     /// The store could not.
     #[error("the source could not be stored")]
     Store(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// Why secrets that came with a request are not held, in words for the caller.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SecretsUnheld {
+    /// They are too large, now and for ever.
+    TooLarge(String),
+    /// There is no room for them now.
+    Full(String),
 }
 
 /// What of a body arrives, piece by piece.
@@ -48,11 +60,12 @@ pub trait Backend: Send + Sync {
     /// Keys and tokens.
     fn access(&self) -> &Access;
 
-    /// Streams a source to where sources are kept, for a tenant alone; gives its digest and bytes, computed as it arrived. Its limit
+    /// Streams a source to where sources are kept, for a tenant alone, all of whose sources have at most `kept_max` bytes then; gives its digest and bytes, computed as it arrived. Its limit
     /// may be lower than the API's. A stream that breaks leaves nothing.
     fn put_source<'a>(
         &'a self,
         tenant: &'a TenantName,
+        kept_max: Option<u64>,
         pieces: Pieces<'a>,
     ) -> BoxFuture<'a, Result<(Digest, u64), SourceRefused>>;
 
@@ -66,13 +79,13 @@ pub trait Backend: Send + Sync {
     /// Holds secrets that came with a job, until it is over.
     ///
     /// # Errors
-    /// In words for the caller, when there are too many.
+    /// When they are too large, or too many.
     fn hold_secrets(
         &self,
         tenant: &TenantName,
         job: &JobId,
         values: HashMap<String, Vec<u8>>,
-    ) -> Result<(), String>;
+    ) -> Result<(), SecretsUnheld>;
 
     /// Forgets a job's secrets.
     fn forget_secrets(&self, job: &JobId);

@@ -36,10 +36,10 @@ pub(crate) fn weight(asked: Option<u32>) -> Result<(), Problem> {
     clippy::option_option,
     reason = "absent and null mean different things"
 )]
-pub(crate) fn named<'de, D: serde::Deserializer<'de>>(
+pub(crate) fn named<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
     from: D,
-) -> Result<Option<Option<u32>>, D::Error> {
-    Option::<u32>::deserialize(from).map(Some)
+) -> Result<Option<Option<T>>, D::Error> {
+    Option::<T>::deserialize(from).map(Some)
 }
 
 pub(crate) fn refused(error: NameError) -> Problem {

@@ -6,7 +6,7 @@ use axum::extract::State;
 use http::StatusCode;
 use kiln_core::access::{Target, sees_every_tenant};
 use kiln_core::{Action, TenantName};
-use kiln_db::Quota;
+use kiln_db::{Quota, Tenant};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -53,9 +53,28 @@ pub(crate) struct NewTenant {
     /// Most jobs of it that have a worker.
     #[serde(default)]
     running_max: Option<u32>,
-    /// Most jobs of it that wait.
+    /// How many more may run when what they use would otherwise be idle.
     #[serde(default)]
-    pending_max: Option<u32>,
+    burst: u32,
+    /// Running jobs it is sure of.
+    #[serde(default)]
+    reserved: u32,
+    /// Most jobs of it that wait: 10,000 unless named; null for no bound.
+    #[serde(
+        default,
+        deserialize_with = "named",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u32>)]
+    pending_max: Option<Option<u32>>,
+    /// Most bytes of its uploads and of its jobs' requests: 20 GiB unless named; null for no bound.
+    #[serde(
+        default,
+        deserialize_with = "named",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u64>)]
+    stored_max: Option<Option<u64>>,
 }
 
 /// Makes a tenant.
@@ -81,10 +100,15 @@ pub(crate) async fn create(
         )
         .await?;
     let name: TenantName = parsed("name", &asked.name)?;
+    let usual = Quota::usual();
     let quota = Quota {
         running_max: asked.running_max,
-        pending_max: asked.pending_max,
+        burst: asked.burst,
+        reserved: asked.reserved,
+        pending_max: asked.pending_max.unwrap_or(usual.pending_max),
+        stored_max: asked.stored_max.unwrap_or(usual.stored_max),
     };
+    sensible(&api, &name, quota).await?;
     api.db()
         .create_tenant(&name, quota)
         .await
@@ -92,13 +116,52 @@ pub(crate) async fn create(
     Ok(Answer(StatusCode::CREATED, one(&api, &name).await?))
 }
 
-async fn one(api: &Api, name: &TenantName) -> Result<TenantView, Problem> {
+/// A tenant that is there.
+pub(crate) async fn known(api: &Api, text: &str) -> Result<Tenant, Problem> {
     let all = api.db().tenants().await?;
-    let found = all
+    let found = all.into_iter().find(|tenant| tenant.name.as_str() == text);
+    found.ok_or_else(|| Problem::not_found("tenant", text))
+}
+
+async fn one(api: &Api, name: &TenantName) -> Result<TenantView, Problem> {
+    known(api, name.as_str())
+        .await
+        .map(|tenant| TenantView::of(&tenant))
+}
+
+/// Whether a quota can be kept as it says.
+async fn sensible(api: &Api, name: &TenantName, quota: Quota) -> Result<(), Problem> {
+    if quota.burst > 0 && quota.running_max.is_none() {
+        let text = "it is how many more than `running_max` may run: name that, too";
+        return Err(Problem::invalid("burst", text));
+    }
+    let most = quota
+        .running_max
+        .map(|most| most.saturating_add(quota.burst));
+    if most.is_some_and(|most| quota.reserved > most) {
+        let text = "it is sure of more running jobs than it may have";
+        return Err(Problem::invalid("reserved", text));
+    }
+    let mut tenants = api.db().tenants().await?;
+    tenants.retain(|tenant| tenant.name != *name);
+    let others = reserved(&tenants);
+    let all = others.saturating_add(quota.reserved.into());
+    match api.db().global_limits().await?.running_max {
+        Some(most) if quota.reserved > 0 && all > most.into() => Err(Problem::invalid(
+            "reserved",
+            format!("other tenants are sure of {others} running jobs, and at most {most} run"),
+        )
+        .hint("raise the limit of the installation: `kiln scheduler set --running N`")),
+        _ => Ok(()),
+    }
+}
+
+/// Running jobs that tenants are sure of, together.
+pub(crate) fn reserved(tenants: &[Tenant]) -> u64 {
+    let each = tenants
         .iter()
-        .find(|tenant| tenant.name == *name)
-        .map(TenantView::of);
-    found.ok_or_else(|| Problem::not_found("tenant", name.as_str()))
+        .map(|tenant| u64::from(tenant.quota.reserved));
+    each.sum()
 }
 
 /// What changes; what is left out stays.
@@ -111,10 +174,18 @@ pub(crate) struct TenantChange {
     #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u32>)]
     running_max: Option<Option<u32>>,
+    /// How many more may run when what they use would otherwise be idle.
+    burst: Option<u32>,
+    /// Running jobs it is sure of.
+    reserved: Option<u32>,
     /// Most jobs of it that wait; null for no bound.
     #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u32>)]
     pending_max: Option<Option<u32>>,
+    /// Most bytes of its uploads and of its jobs' requests; null for no bound.
+    #[serde(deserialize_with = "named", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    stored_max: Option<Option<u64>>,
 }
 
 /// Changes a tenant's quota or weight; from the next decision on.
@@ -139,20 +210,22 @@ pub(crate) async fn change(
     let name: TenantName = text
         .parse()
         .map_err(|_| Problem::not_found("tenant", &text))?;
-    let before = one(&api, &name).await?;
+    let before = known(&api, name.as_str()).await?.quota;
     weight(asked.weight)?;
-    if let Some(weight) = asked.weight {
-        api.db()
-            .set_tenant_weight(&name, weight)
-            .await
-            .map_err(refused)?;
-    }
-    if asked.running_max.is_some() || asked.pending_max.is_some() {
-        let quota = Quota {
-            running_max: asked.running_max.unwrap_or(before.running_max),
-            pending_max: asked.pending_max.unwrap_or(before.pending_max),
-        };
+    let quota = Quota {
+        running_max: asked.running_max.unwrap_or(before.running_max),
+        burst: asked.burst.unwrap_or(before.burst),
+        reserved: asked.reserved.unwrap_or(before.reserved),
+        pending_max: asked.pending_max.unwrap_or(before.pending_max),
+        stored_max: asked.stored_max.unwrap_or(before.stored_max),
+    };
+    if quota != before {
+        sensible(&api, &name, quota).await?;
         api.db().set_quota(&name, quota).await.map_err(refused)?;
+    }
+    if let Some(weight) = asked.weight {
+        let set = api.db().set_tenant_weight(&name, weight);
+        set.await.map_err(refused)?;
     }
     Ok(Answer(StatusCode::OK, one(&api, &name).await?))
 }

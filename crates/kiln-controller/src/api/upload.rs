@@ -9,13 +9,14 @@ use axum::body::Body;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, stream};
 use http::{HeaderMap, StatusCode, header};
-use kiln_core::{Digest, TenantName};
+use kiln_core::{Action, Digest, TenantName};
 use multer::{Constraints, Field, Multipart, SizeLimit};
 
 use super::Api;
 use super::limits::Slot;
 use super::ports::SourceRefused;
 use super::problem::{Problem, is_disk_full};
+use crate::access::Door;
 
 /// Largest part that is not a source.
 const PART_MAX: u64 = 1 << 20;
@@ -205,6 +206,13 @@ impl Form {
     }
 }
 
+/// The answer to a part that nobody asked for, by its name.
+pub(crate) fn no_such_part(name: &str) -> Problem {
+    let shown: String = name.chars().filter(|c| !c.is_control()).take(80).collect();
+    let text = format!("there is no part {shown:?}");
+    Problem::invalid(shown, text)
+}
+
 /// The source: recognised by its first bytes, then streamed to its store.
 pub(crate) async fn source(
     api: &Api,
@@ -228,17 +236,38 @@ pub(crate) async fn source(
         )
         .field("source"));
     }
+    let kept_max = room_of(api, tenant).await?;
     let rest = field.map(|piece| piece.map_err(io::Error::other));
     let pieces = stream::iter(first).chain(rest).boxed();
     api.backend()
-        .put_source(tenant, pieces)
+        .put_source(tenant, kept_max, pieces)
         .await
         .map_err(|error| match error {
             SourceRefused::TooLarge(_) => too_large(api),
+            SourceRefused::Full(_) => full(api),
             SourceRefused::Cut(cause) => cut(api, &cause),
             SourceRefused::Store(cause) if is_disk_full(&*cause) => Problem::disk_full(&*cause),
             SourceRefused::Store(cause) => Problem::unavailable(&*cause),
         })
+}
+
+/// Most bytes that all sources of a tenant may have: what is kept for it, less its jobs' requests. None: no bound.
+async fn room_of(api: &Api, tenant: &TenantName) -> Result<Option<u64>, Problem> {
+    let tenants = api.db().tenants().await?;
+    let known = tenants.into_iter().find(|known| known.name == *tenant);
+    Ok(known.and_then(|known| Some(known.quota.stored_max?.saturating_sub(known.stored))))
+}
+
+/// The answer when as much is kept for a tenant as may be.
+pub(crate) fn full(api: &Api) -> Problem {
+    api.backend()
+        .count(Door::User, Action::JobSubmit.name(), Some("stored_quota"));
+    Problem::too_many(
+        "stored_quota",
+        "as many bytes of uploads and requests are kept for this tenant as may be",
+    )
+    .hint("uploads go a day after they came, when no job needs them, and requests with their jobs; an operator gives more with `kiln tenant quota TENANT --stored SIZE`")
+    .retry_after(600)
 }
 
 fn is_archive(head: &[u8]) -> bool {

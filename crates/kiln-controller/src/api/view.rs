@@ -471,8 +471,16 @@ pub struct TenantView {
     pub weight: u32,
     /// Most jobs of it that have a worker.
     pub running_max: Option<u32>,
+    /// How many more may run when what they use would otherwise be idle.
+    pub burst: u32,
+    /// Running jobs it is sure of.
+    pub reserved: u32,
     /// Most jobs of it that wait.
     pub pending_max: Option<u32>,
+    /// Most bytes of its uploads and of its jobs' requests.
+    pub stored_max: Option<u64>,
+    /// Bytes of its jobs' requests.
+    pub requests: u64,
     /// Nothing of it is deleted.
     pub hold: bool,
     /// When it was made, milliseconds since the Unix epoch.
@@ -485,7 +493,11 @@ impl TenantView {
             name: tenant.name.to_string(),
             weight: tenant.weight,
             running_max: tenant.quota.running_max,
+            burst: tenant.quota.burst,
+            reserved: tenant.quota.reserved,
             pending_max: tenant.quota.pending_max,
+            stored_max: tenant.quota.stored_max,
+            requests: tenant.stored,
             hold: tenant.hold,
             created_unix_ms: tenant.created_unix_ms,
         }

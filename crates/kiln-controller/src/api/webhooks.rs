@@ -239,7 +239,7 @@ fn key_name(id: &TokenId) -> String {
 }
 
 fn receiver(api: &Api, url: String) -> Result<String, Problem> {
-    match Destination::parse(&url, &api.config.receivers) {
+    match Destination::accept(&url, &api.config.receivers) {
         Ok(_) => Ok(url),
         Err(why) => Err(Problem::invalid("url", why.to_string())),
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use kiln_core::dispatch::Room;
 use kiln_core::{ByteSize, Label, PendingReason, PoolName};
-use kiln_db::{CLAIM_MAX, ClaimError, DbError, Estimate, Leadership, PoolRows, Wake};
+use kiln_db::{CLAIM_MAX, ClaimError, DbError, Estimate, Filling, Leadership, PoolRows, Wake};
 use kiln_scheduler::{
     EstimateBasis, HistoryKey, PendingJob, Plan, PoolView, Profile, QueueRule, Reservation,
     RunningJob, TenantRule, Typical, Worker,
@@ -362,7 +362,10 @@ pub fn view(rows: PoolRows, reserved: Vec<Reservation>) -> PoolView {
     PoolView {
         now_unix_ms: rows.now_unix_ms,
         settling: false,
-        profile: Profile::default(),
+        profile: match rows.limits.filling {
+            Filling::Spread => Profile::Spread,
+            Filling::Pack => Profile::Pack,
+        },
         running_max: rows.limits.running_max,
         pending,
         running,
@@ -374,7 +377,8 @@ pub fn view(rows: PoolRows, reserved: Vec<Reservation>) -> PoolView {
                 let rule = TenantRule {
                     weight: tenant.weight,
                     running_max: tenant.quota.running_max,
-                    ..TenantRule::default()
+                    burst: tenant.quota.burst,
+                    reserved: tenant.quota.reserved,
                 };
                 (tenant.name, rule)
             })

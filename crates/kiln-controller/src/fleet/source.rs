@@ -4,9 +4,11 @@
 //! so a kill leaves only files that the next start removes. Where several controllers share a bucket it goes there once it is whole:
 //! `sources/TENANT/DIGEST`.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -29,6 +31,12 @@ pub enum SourceError {
     /// It is larger than the operator allows.
     #[error("the source has more than {max} bytes")]
     TooLarge {
+        /// The limit.
+        max: u64,
+    },
+    /// With it, all sources of the tenant have more bytes than the operator allows.
+    #[error("the sources of the tenant have more than {max} bytes together")]
+    Full {
         /// The limit.
         max: u64,
     },
@@ -58,7 +66,7 @@ impl SourceError {
         match self {
             Self::Io { source, .. } => source.kind() == io::ErrorKind::NotFound,
             Self::Bucket(error) => matches!(error, BucketError::NotFound(_)),
-            Self::TooLarge { .. } | Self::Cut(_) => false,
+            Self::TooLarge { .. } | Self::Full { .. } | Self::Cut(_) => false,
         }
     }
 }
@@ -79,6 +87,38 @@ pub struct SourceStore {
     bucket: Option<Bucket>,
     max: u64,
     counter: AtomicU64,
+    /// Bytes of each tenant's uploads that are not whole yet.
+    arriving: Mutex<BTreeMap<TenantName, u64>>,
+}
+
+/// What of a tenant's upload has come; counted until it is stored or given up.
+struct Arriving<'a> {
+    of: &'a Mutex<BTreeMap<TenantName, u64>>,
+    tenant: &'a TenantName,
+    bytes: u64,
+}
+
+impl Arriving<'_> {
+    /// Counts more; gives what of the tenant's arrives altogether.
+    fn add(&mut self, bytes: u64) -> u64 {
+        self.bytes += bytes;
+        let mut all = self.of.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = all.entry(self.tenant.clone()).or_default();
+        *of += bytes;
+        *of
+    }
+}
+
+impl Drop for Arriving<'_> {
+    fn drop(&mut self) {
+        let mut all = self.of.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(of) = all.get_mut(self.tenant) {
+            *of -= self.bytes;
+            if *of == 0 {
+                all.remove(self.tenant);
+            }
+        }
+    }
 }
 
 fn key(tenant: &TenantName, digest: &Digest) -> String {
@@ -116,6 +156,7 @@ impl SourceStore {
             bucket,
             max,
             counter: AtomicU64::new(0),
+            arriving: Mutex::default(),
         })
     }
 
@@ -129,11 +170,34 @@ impl SourceStore {
         self.dir.join(tenant.as_str()).join(digest.hex())
     }
 
-    /// Streams a source to disk. Memory does not grow with its size; a stream that is dropped leaves nothing.
+    /// Bytes of a tenant's sources.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    async fn bytes_of(&self, tenant: &TenantName) -> Result<u64, SourceError> {
+        if let Some(bucket) = &self.bucket {
+            return Ok(bucket.bytes_below(&format!("{FOLDER}/{tenant}")).await?);
+        }
+        let folder = self.dir.join(tenant.as_str());
+        let listed = std::fs::read_dir(&folder).map_err(failed("read", &folder))?;
+        let whole = listed
+            .flatten()
+            .filter(|file| file.path().extension().is_none());
+        let sizes = whole.filter_map(|file| Some(file.metadata().ok()?.len()));
+        Ok(sizes.fold(0, u64::saturating_add))
+    }
+
+    /// Streams a source to disk; with `kept_max`, only if all sources of the tenant have at most so many bytes then. Memory does not grow
+    /// with its size; a stream that is dropped leaves nothing.
     ///
     /// # Errors
     /// See [`SourceError`].
-    pub async fn put<S, E>(&self, tenant: &TenantName, stream: S) -> Result<Stored, SourceError>
+    pub async fn put<S, E>(
+        &self,
+        tenant: &TenantName,
+        kept_max: Option<u64>,
+        stream: S,
+    ) -> Result<Stored, SourceError>
     where
         S: Stream<Item = Result<Bytes, E>>,
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -147,6 +211,15 @@ impl SourceStore {
         let mut file = File::create(&part.0)
             .await
             .map_err(failed("make", &part.0))?;
+        let kept = match kept_max {
+            Some(_) => self.bytes_of(tenant).await?,
+            None => 0,
+        };
+        let mut arriving = Arriving {
+            of: &self.arriving,
+            tenant,
+            bytes: 0,
+        };
         let mut hasher = Hasher::default();
         let mut size: u64 = 0;
         let mut stream = std::pin::pin!(stream);
@@ -155,6 +228,10 @@ impl SourceStore {
             size = size.saturating_add(piece.len() as u64);
             if size > self.max {
                 return Err(SourceError::TooLarge { max: self.max });
+            }
+            let all = kept.saturating_add(arriving.add(piece.len() as u64));
+            if let Some(max) = kept_max.filter(|max| all > *max) {
+                return Err(SourceError::Full { max });
             }
             hasher.update(&piece);
             file.write_all(&piece)
@@ -325,20 +402,32 @@ mod tests {
             "rival".parse().expect("name"),
         );
         let stored = store
-            .put(&own, pieces(&["hello ", "you"]))
+            .put(&own, None, pieces(&["hello ", "you"]))
             .await
             .expect("stored");
         assert_eq!((stored.digest, stored.size), (Digest::of(b"hello you"), 9));
         assert!(store.open_source(&own, &stored.digest).await.is_ok());
         assert!(store.open_source(&other, &stored.digest).await.is_err());
-        let large = store.put(&own, pieces(&["hello ", "world"])).await;
+        let large = store.put(&own, None, pieces(&["hello ", "world"])).await;
         assert!(matches!(large, Err(SourceError::TooLarge { max: 10 })));
+        // Another nine bytes are two too many, and leave room for no less than before.
+        for text in ["ten bytes", "seven b"] {
+            let full = store.put(&own, Some(17), pieces(&[text])).await;
+            assert_eq!(full.is_ok(), text.len() == 7, "{full:?}");
+        }
+        let few = store.put(&other, Some(17), pieces(&["ten bytes"])).await;
+        let few = few.expect("nobody else's").digest;
+        store.remove(&other, &few).await.expect("removed");
+        store
+            .remove(&own, &Digest::of(b"seven b"))
+            .await
+            .expect("removed");
         let broken = futures_util::stream::iter([
             Ok(Bytes::from("abc")),
             Err(io::Error::from(io::ErrorKind::ConnectionReset)),
         ]);
         assert!(matches!(
-            store.put(&own, broken).await,
+            store.put(&own, None, broken).await,
             Err(SourceError::Cut(_))
         ));
         let left = std::fs::read_dir(dir.path().join("acme"))

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kiln_core::job::Source;
 use kiln_core::{AttemptId, Digest, TenantName};
-use kiln_db::{Database, DbError, JobFilter, PAGE_MAX, Retention, Sweep};
+use kiln_db::{Database, DbError, Hold, JobFilter, PAGE_MAX, Retention, Sweep};
 use kiln_store::logs::{LogError, LogName, RetentionClass};
 use kiln_store::registry::RepoName;
 use tokio_util::sync::CancellationToken;
@@ -90,9 +90,9 @@ async fn forget_sources(controller: &Controller) -> Result<(), String> {
         return Ok(());
     }
     let needed = sources_needed(&controller.db).await;
-    let needed = needed.map_err(|error| error.to_string())?;
+    let (needed, held) = needed.map_err(|error| error.to_string())?;
     for source in old {
-        if !needed.contains(&source) {
+        if !needed.contains(&source) && !held.contains(&source.0) {
             let (tenant, digest) = &source;
             let removed = controller
                 .sources
@@ -138,28 +138,39 @@ fn attempt_of(repo: &RepoName) -> Option<AttemptId> {
     })
 }
 
-/// Uploads of jobs that are not over.
-async fn sources_needed(db: &Database) -> Result<BTreeSet<(TenantName, Digest)>, DbError> {
+/// What may not go: uploads of jobs that are not over or on hold, and all of the tenants that are on hold.
+type Needed = (BTreeSet<(TenantName, Digest)>, BTreeSet<TenantName>);
+
+async fn sources_needed(db: &Database) -> Result<Needed, DbError> {
     let filter = JobFilter {
         states: ["queued", "leased", "running"].map(str::to_owned).into(),
         ..JobFilter::default()
     };
-    let (mut needed, mut after) = (BTreeSet::new(), None);
-    loop {
-        let page = db.jobs(&filter, after.as_ref(), PAGE_MAX).await?;
-        for line in page.items {
-            let request = db.job(&line.id).await?.map(|job| job.request);
-            if let Some(request) = request
-                && let Some(Source::Tree { digest, .. }) = request.kind.source()
-            {
-                needed.insert((request.tenant, *digest));
-            }
-        }
-        match page.next {
-            Some(next) => after = Some(next),
-            None => return Ok(needed),
+    let (mut jobs, mut tenants, mut after) = (Vec::new(), BTreeSet::new(), None);
+    for held in db.holds().await? {
+        match held.what {
+            Hold::Tenant(tenant) => drop(tenants.insert(tenant)),
+            Hold::Job(job) => jobs.push(job),
         }
     }
+    loop {
+        let page = db.jobs(&filter, after.as_ref(), PAGE_MAX).await?;
+        jobs.extend(page.items.into_iter().map(|line| line.id));
+        match page.next {
+            Some(next) => after = Some(next),
+            None => break,
+        }
+    }
+    let mut needed = BTreeSet::new();
+    for job in jobs {
+        let request = db.job(&job).await?.map(|job| job.request);
+        if let Some(request) = request
+            && let Some(Source::Tree { digest, .. }) = request.kind.source()
+        {
+            needed.insert((request.tenant, *digest));
+        }
+    }
+    Ok((needed, tenants))
 }
 
 async fn expire(controller: &Controller, not_before: &mut Option<u64>) -> Result<(), DbError> {
@@ -320,7 +331,14 @@ mod tests {
         let ended: JobId = "b2".parse().expect("name");
         db.cancel(&ended, "test", None).await.expect("cancelled");
         let needed = sources_needed(&db).await.expect("read");
-        assert_eq!(needed, [(TenantName::local(), waits)].into());
+        let waiting = (TenantName::local(), waits);
+        assert_eq!(needed, ([waiting.clone()].into(), BTreeSet::new()));
+        for what in [Hold::Job(ended), Hold::Tenant(TenantName::local())] {
+            db.hold(what, "test", "a case").await.expect("held");
+        }
+        let needed = sources_needed(&db).await.expect("read");
+        let both = [waiting, (TenantName::local(), over)].into();
+        assert_eq!(needed, (both, [TenantName::local()].into()));
         db.close().await;
     }
 

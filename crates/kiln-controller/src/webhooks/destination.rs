@@ -91,6 +91,24 @@ impl Destination {
         })
     }
 
+    /// Checks a URL that somebody gives: its text, and the address when it names one. A name is resolved when it is called, not here.
+    ///
+    /// # Errors
+    /// [`DestinationRefused`] with what is wrong.
+    pub fn accept(url: &str, policy: &ReceiverPolicy) -> Result<Self, DestinationRefused> {
+        let to = Self::parse(url, policy)?;
+        let local = to.host == "localhost" || to.host.ends_with(".localhost");
+        // Such a name is this host's loopback by definition (RFC 6761 section 6.3).
+        let named = match local {
+            true => Some(IpAddr::from([127, 0, 0, 1])),
+            false => to.host.parse().ok(),
+        };
+        if let Some(addr) = named {
+            to.check(addr, policy)?;
+        }
+        Ok(to)
+    }
+
     /// The host: a name in lower case, or an address.
     #[must_use]
     pub fn host(&self) -> &str {
@@ -198,6 +216,32 @@ mod tests {
             (odd.authority().as_str(), odd.path()),
             ("[2600::1]:8443", "/")
         );
+    }
+
+    #[test]
+    fn an_address_that_is_written_out_is_refused_when_it_is_given() {
+        let strict = ReceiverPolicy::default();
+        for bad in [
+            "https://127.0.0.1/",
+            "https://10.1.2.3:8443/hook",
+            "https://169.254.169.254/latest",
+            "https://[::1]/",
+            "https://[fd00::1]/",
+            "https://[::ffff:10.0.0.1]/",
+            "https://0.0.0.0/",
+            "https://localhost/",
+            "https://a.localhost/",
+        ] {
+            let refused = Destination::accept(bad, &strict);
+            let range = matches!(refused, Err(DestinationRefused::Range(_)));
+            assert!(range, "{bad}: {refused:?}");
+        }
+        for good in ["https://8.8.8.8/", "https://hooks.example.org/"] {
+            assert!(Destination::accept(good, &strict).is_ok(), "{good}");
+        }
+        let allowed = policy("10.1.2.3", "10.0.0.0/8");
+        assert!(Destination::accept("https://10.1.2.3/", &allowed).is_ok());
+        assert!(Destination::accept("https://10.1.2.4/", &allowed).is_err());
     }
 
     #[test]

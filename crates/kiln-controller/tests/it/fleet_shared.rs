@@ -389,6 +389,7 @@ async fn either_controller_goes_and_no_job_is_lost() {
     let [first, second] = common.two(a.path(), b.path()).await;
     let limits = GlobalLimits {
         running_max: Some(6),
+        ..GlobalLimits::default()
     };
     first.db().set_global_limits(limits).await.expect("set");
     let ledger = Arc::new(Ledger::default());

@@ -27,6 +27,7 @@ mod fleet_worker;
 mod identity;
 mod identity_issuer;
 mod jobs;
+mod operators;
 mod registry_people;
 mod schema;
 mod secrets;

@@ -13,7 +13,7 @@ use futures_util::future::BoxFuture;
 use futures_util::{FutureExt as _, StreamExt as _, stream};
 use kiln_controller::access::{Access, Door, TrustedIssuer};
 use kiln_controller::api::{
-    self, ApiConfig, Backend, ListenConfig, LogPiece, Pieces, Sockets, SourceRefused,
+    self, ApiConfig, Backend, ListenConfig, LogPiece, Pieces, SecretsUnheld, Sockets, SourceRefused,
 };
 use kiln_core::dispatch::{Room, WorkerFacts};
 use kiln_core::{
@@ -54,6 +54,7 @@ impl Backend for Parts {
     fn put_source<'a>(
         &'a self,
         tenant: &'a TenantName,
+        kept_max: Option<u64>,
         mut pieces: Pieces<'a>,
     ) -> BoxFuture<'a, Result<(Digest, u64), SourceRefused>> {
         async move {
@@ -68,6 +69,9 @@ impl Backend for Parts {
                 let mut most = self.most_in_memory.lock().expect("lock");
                 *most = (*most).max(piece.len());
                 size += piece.len() as u64;
+                if let Some(max) = kept_max.filter(|max| size > *max) {
+                    return Err(SourceRefused::Full(max));
+                }
                 if size > self.source_max {
                     return Err(SourceRefused::TooLarge(self.source_max));
                 }
@@ -96,7 +100,7 @@ impl Backend for Parts {
         _tenant: &TenantName,
         job: &JobId,
         values: HashMap<String, Vec<u8>>,
-    ) -> Result<(), String> {
+    ) -> Result<(), SecretsUnheld> {
         self.secrets
             .lock()
             .expect("lock")
@@ -284,6 +288,11 @@ impl Server {
         let made = self.owner().json("POST", "/v1/tokens", asked);
         assert_eq!(made.status, 201, "{}", made.text());
         self.client(made.value()["token"].as_str().expect("token"))
+    }
+
+    /// As when it went away.
+    pub(crate) fn close_database(&self) {
+        self.run(self.parts.db.close());
     }
 
     /// As when they grew old.

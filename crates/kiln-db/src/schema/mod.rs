@@ -14,12 +14,21 @@ const STEPS: &[&str] = &[
     include_str!("004-webhook-overlap.sql"),
     include_str!("005-images.sql"),
     include_str!("006-secrets.sql"),
+    include_str!("007-rules.sql"),
 ];
 /// What PostgreSQL needs besides, step by step.
-const STEPS_POSTGRES: &[&str] = &[include_str!("001-first.postgres.sql"), "", "", "", "", ""];
+const STEPS_POSTGRES: &[&str] = &[
+    include_str!("001-first.postgres.sql"),
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+];
 
 /// The schema that this build writes.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 
 const _: () = assert!(STEPS.len() == VERSION as usize && STEPS_POSTGRES.len() == STEPS.len());
 

@@ -84,7 +84,7 @@ async fn limits_hold_within_a_batch(w: World) {
     let lead = w.lead().await;
     let quota = Quota {
         running_max: Some(1),
-        pending_max: None,
+        ..Quota::default()
     };
     w.db.set_quota(&local, quota).await.expect("sets");
     let claimed = w.db.claim(&lead, batch(0)).await.expect("leads");
@@ -97,6 +97,15 @@ async fn limits_hold_within_a_batch(w: World) {
     };
     assert!(claimed[0].is_ok());
     assert_eq!(claimed[1], quota(QuotaScope::Tenant, 1, 1));
+    // What a plan gives beyond the quota is claimed as far as the burst goes, and no further.
+    let bursting = Quota {
+        running_max: Some(0),
+        burst: 1,
+        ..Quota::default()
+    };
+    w.db.set_quota(&local, bursting).await.expect("sets");
+    let claimed = w.db.claim(&lead, batch(1)).await.expect("leads");
+    assert_eq!(claimed[0], quota(QuotaScope::Tenant, 1, 1));
     w.db.set_quota(&local, Quota::default())
         .await
         .expect("sets");
@@ -111,6 +120,7 @@ async fn limits_hold_within_a_batch(w: World) {
         .expect("sets");
     let limits = GlobalLimits {
         running_max: Some(3),
+        ..GlobalLimits::default()
     };
     w.db.set_global_limits(limits).await.expect("sets");
     let claimed = w.db.claim(&lead, batch(2)).await.expect("leads");
@@ -373,7 +383,7 @@ async fn many_schedulers_never_pass_a_limit(w: World) {
     }
     let quota = Quota {
         running_max: Some(LIMIT),
-        pending_max: None,
+        ..Quota::default()
     };
     w.db.set_quota(&TenantName::local(), quota)
         .await

@@ -148,8 +148,8 @@ async fn what_does_not_exist_or_is_too_much_is_refused(w: World) {
     ));
     let local = kiln_core::TenantName::local();
     let quota = Quota {
-        running_max: None,
         pending_max: Some(1),
+        ..Quota::default()
     };
     w.db.set_quota(&local, quota).await.expect("sets");
     w.submit("b2").await;
@@ -169,6 +169,21 @@ async fn what_does_not_exist_or_is_too_much_is_refused(w: World) {
         w.db.submit(job("b2")).await,
         Err(SubmitError::Exists(_))
     ));
+    let stored = w.db.tenants().await.expect("reads")[0].stored;
+    let full = Quota {
+        stored_max: Some(stored),
+        ..Quota::default()
+    };
+    w.db.set_quota(&local, full).await.expect("sets");
+    let refused = w.db.submit(job("b4")).await;
+    assert!(matches!(refused, Err(SubmitError::TooMuchStored { limit, .. }) if limit == stored));
+    let more = Quota {
+        stored_max: Some(stored * 2),
+        ..Quota::default()
+    };
+    w.db.set_quota(&local, more).await.expect("sets");
+    w.submit("b4").await;
+    assert!(w.db.tenants().await.expect("reads")[0].stored > stored);
     let unknown = "nobody".parse().expect("name");
     let refused = w.db.set_quota(&unknown, quota).await;
     assert!(matches!(refused, Err(NameError::Unknown { .. })));
@@ -374,6 +389,7 @@ async fn usage_and_depths_add_up(w: World) {
     assert_eq!(depths[0].oldest_unix_ms, Some(from));
     let limits = GlobalLimits {
         running_max: Some(7),
+        filling: kiln_db::Filling::Pack,
     };
     w.db.set_global_limits(limits).await.expect("sets");
     assert_eq!(w.db.global_limits().await.expect("reads"), limits);
@@ -390,11 +406,26 @@ async fn retention_ages_and_holds_keep(w: World) {
         warm_ms: 2_000,
         cold_ms: 3_000,
     };
-    assert!(
-        w.db.set_hold(kiln_db::Hold::Job(id("b2")), true)
-            .await
-            .expect("holds")
-    );
+    let job = kiln_db::Hold::Job(id("b2"));
+    let held = w.db.hold(job.clone(), "security", "a case").await;
+    assert_eq!(held.expect("holds").tenant.as_str(), "local");
+    let again = w.db.hold(job.clone(), "other", "another").await;
+    assert_eq!(again.expect("stays").reason, "a case");
+    // A job that is not over is kept from when it is.
+    let later = w.leased("b3", &worker).await;
+    let job = kiln_db::Hold::Job(id("b3"));
+    w.db.hold(job.clone(), "security", "a case")
+        .await
+        .expect("holds");
+    w.db.finish(&later, end(passed())).await.expect("finishes");
+    let held = w.db.job(&id("b3")).await.expect("reads").expect("is there");
+    assert!(held.hold);
+    assert!(w.db.release(job).await.expect("lets go"));
+    let held = w.db.job(&id("b3")).await.expect("reads").expect("is there");
+    assert!(!held.hold);
+    let none = kiln_db::Hold::Job(id("b9"));
+    let none = w.db.hold(none, "security", "a case").await;
+    assert!(matches!(none, Err(kiln_db::HoldError::Unknown(_))));
     assert!(
         w.db.retention_sweep(rule, false)
             .await
@@ -403,10 +434,47 @@ async fn retention_ages_and_holds_keep(w: World) {
     );
     w.advance(1_000);
     let planned = w.db.retention_sweep(rule, true).await.expect("plans");
-    assert_eq!(planned.len(), 1);
+    let jobs: Vec<_> = planned.iter().map(|aged| aged.job.as_str()).collect();
+    assert_eq!((jobs, planned[0].to), (vec!["b1", "b3"], Some(Tier::Warm)));
+    let local = kiln_core::TenantName::local();
+    let plan = |rule| {
+        let (db, local) = (w.db.clone(), local.clone());
+        async move {
+            db.retention_plan(&local, rule)
+                .await
+                .expect("plans")
+                .expect("is there")
+        }
+    };
+    let now = plan(rule).await;
     assert_eq!(
-        (&planned[0].job, planned[0].to),
-        (&id("b1"), Some(Tier::Warm))
+        (now.to_warm, now.to_cold, now.deleted, now.held),
+        (2, 0, 0, 1)
+    );
+    let at_once = kiln_db::Retention {
+        hot_ms: 0,
+        warm_ms: 0,
+        cold_ms: 0,
+    };
+    let all = plan(at_once).await;
+    assert_eq!((all.to_warm, all.deleted, all.held), (0, 2, 1));
+    let told: Vec<_> = all
+        .jobs
+        .iter()
+        .map(|job| (job.from, job.to, job.held))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            (Tier::Hot, None, false),
+            (Tier::Hot, None, true),
+            (Tier::Hot, None, false)
+        ]
+    );
+    let nobody = "nobody".parse().expect("name");
+    assert_eq!(
+        w.db.retention_plan(&nobody, rule).await.expect("plans"),
+        None
     );
     assert_eq!(
         w.db.retention_sweep(rule, false).await.expect("sweeps"),
@@ -422,10 +490,12 @@ async fn retention_ages_and_holds_keep(w: World) {
     w.db.retention_sweep(rule, false).await.expect("sweeps");
     let found = w.db.job(&id("b1")).await.expect("reads").expect("is there");
     assert_eq!(found.tier, Some(Tier::Cold));
-    let local = kiln_core::TenantName::local();
-    w.db.set_hold(kiln_db::Hold::Tenant(local.clone()), true)
+    assert_eq!(plan(at_once).await.jobs[0].from, Tier::Cold);
+    let all = kiln_db::Hold::Tenant(local.clone());
+    w.db.hold(all.clone(), "security", "all of it")
         .await
         .expect("holds");
+    assert_eq!(w.db.holds().await.expect("lists").len(), 2);
     w.advance(1_000);
     assert!(
         w.db.retention_sweep(rule, false)
@@ -433,10 +503,12 @@ async fn retention_ages_and_holds_keep(w: World) {
             .expect("sweeps")
             .is_empty()
     );
-    w.db.set_hold(kiln_db::Hold::Tenant(local), false)
-        .await
-        .expect("lets go");
+    assert!(w.db.release(all.clone()).await.expect("lets go"));
+    assert!(!w.db.release(all).await.expect("is gone"));
+    let stored = || async { w.db.tenants().await.expect("reads")[0].stored };
+    let before = stored().await;
     w.db.retention_sweep(rule, false).await.expect("sweeps");
+    assert!(stored().await < before && stored().await > 0);
     assert!(w.db.job(&id("b1")).await.expect("reads").is_none());
     assert!(w.db.job(&id("b2")).await.expect("reads").is_some());
 }

@@ -1,7 +1,10 @@
 //! Tokens, sessions, join tokens, certificates.
 
 use kiln_core::{Digest, TenantName, TokenId};
-use kiln_db::{Certificate, JoinError, NewJoinToken, NewToken, NewWorker, Placement, TokenRefused};
+use kiln_db::{
+    AuditFilter, AuditFrom, Certificate, JoinError, NewAudit, NewJoinToken, NewToken, NewWorker,
+    Placement, TokenRefused,
+};
 
 use crate::on_both;
 use crate::support::{World, facts, placement};
@@ -12,7 +15,74 @@ on_both!(
     a_join_token_used_by_many_at_once_lets_one_in,
     names_and_keys_of_workers_are_not_taken_over,
     a_revoked_session_stays_revoked_until_its_end,
+    the_audit_trail_is_read_a_bounded_part_at_a_time,
 );
+
+async fn the_audit_trail_is_read_a_bounded_part_at_a_time(w: World) {
+    for n in 0..6_u32 {
+        let entry = NewAudit {
+            actor: format!("user:u_{n}"),
+            tenant: (n % 2 == 0).then(TenantName::local),
+            action: "job:read".to_owned(),
+            target: n.to_string(),
+            allowed: n != 3,
+            reason: None,
+            detail: None,
+        };
+        w.db.audit(entry).await.expect("writes");
+        w.advance(1000);
+    }
+    let read = |filter: AuditFilter, from| {
+        let db = w.db.clone();
+        async move {
+            let page = db.audit_page(filter, from, 2).await.expect("reads");
+            let targets = page.rows.iter().map(|row| row.entry.target.clone());
+            (targets.collect::<String>(), page.next)
+        }
+    };
+    let all = AuditFilter::default;
+    let (first, next) = read(all(), AuditFrom::After(0)).await;
+    assert_eq!(first, "01");
+    let (second, _) = read(all(), AuditFrom::After(next.expect("more"))).await;
+    assert_eq!(second, "23");
+    let (newest, next) = read(all(), AuditFrom::Before(u64::MAX >> 1)).await;
+    assert_eq!(newest, "54");
+    let (then, _) = read(all(), AuditFrom::Before(next.expect("more"))).await;
+    assert_eq!(then, "32");
+    let refused = AuditFilter {
+        allowed: Some(false),
+        ..all()
+    };
+    assert_eq!(
+        read(refused, AuditFrom::After(0)).await,
+        ("3".to_owned(), None)
+    );
+    let now = w.db.now().await.expect("now");
+    let times = AuditFilter {
+        from_unix_ms: Some(now - 4000),
+        until_unix_ms: Some(now - 3000),
+        ..all()
+    };
+    assert_eq!(read(times.clone(), AuditFrom::After(0)).await.0, "23");
+    let odd = AuditFilter {
+        tenant: Some(TenantName::local()),
+        ..times
+    };
+    assert_eq!(read(odd, AuditFrom::Before(u64::MAX >> 1)).await.0, "2");
+    for (actor, found) in [
+        ("U_1", "1"),
+        ("u_1", "1"),
+        ("u%", ""),
+        ("_5", "5"),
+        ("!", ""),
+    ] {
+        let by = AuditFilter {
+            actor: Some(actor.to_owned()),
+            ..all()
+        };
+        assert_eq!(read(by, AuditFrom::After(0)).await.0, found, "{actor}");
+    }
+}
 
 fn token(name: &str, expires_unix_ms: Option<u64>) -> NewToken {
     NewToken {
