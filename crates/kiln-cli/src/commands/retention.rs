@@ -176,7 +176,7 @@ mod tests {
             assert!(text.contains(line), "{line}\n{text}");
         }
         let rule = show(&plan.rule);
-        assert!(rule.contains("warm         1 day with log"), "{rule}");
+        assert!(rule.contains("warm    1 day with log"), "{rule}");
     }
 
     #[test]
