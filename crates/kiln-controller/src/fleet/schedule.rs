@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use kiln_core::dispatch::Room;
-use kiln_core::{ByteSize, Label, PendingReason, PoolName};
+use kiln_core::{ByteSize, Label, PendingReason, PoolName, QueueName, TenantName};
 use kiln_db::{CLAIM_MAX, ClaimError, DbError, Estimate, Filling, Leadership, PoolRows, Wake};
 use kiln_scheduler::{
     EstimateBasis, HistoryKey, PendingJob, Plan, PoolView, Profile, QueueRule, Reservation,
@@ -370,34 +370,30 @@ pub fn view(rows: PoolRows, reserved: Vec<Reservation>) -> PoolView {
         pending,
         running,
         workers: rows.workers.into_iter().map(worker).collect(),
-        tenants: rows
-            .tenants
-            .into_iter()
-            .map(|tenant| {
-                let rule = TenantRule {
-                    weight: tenant.weight,
-                    running_max: tenant.quota.running_max,
-                    burst: tenant.quota.burst,
-                    reserved: tenant.quota.reserved,
-                };
-                (tenant.name, rule)
-            })
-            .collect(),
-        queues: rows
-            .queues
-            .into_iter()
-            .map(|queue| {
-                let rule = QueueRule {
-                    weight: queue.weight,
-                    paused: queue.paused.is_some(),
-                    running_max: queue.running_max,
-                };
-                (queue.name, rule)
-            })
-            .collect(),
+        tenants: rows.tenants.into_iter().map(tenant).collect(),
+        queues: rows.queues.into_iter().map(queue).collect(),
         history,
         reserved,
     }
+}
+
+fn tenant(tenant: kiln_db::Tenant) -> (TenantName, TenantRule) {
+    let rule = TenantRule {
+        weight: tenant.weight,
+        running_max: tenant.quota.running_max,
+        burst: tenant.quota.burst,
+        reserved: tenant.quota.reserved,
+    };
+    (tenant.name, rule)
+}
+
+fn queue(queue: kiln_db::Queue) -> (QueueName, QueueRule) {
+    let rule = QueueRule {
+        weight: queue.weight,
+        paused: queue.paused.is_some(),
+        running_max: queue.running_max,
+    };
+    (queue.name, rule)
 }
 
 fn worker((worker, left): (kiln_db::Worker, Room)) -> Worker {
