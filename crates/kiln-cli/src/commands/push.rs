@@ -77,6 +77,7 @@ pub(super) async fn remote(operator: &Operator, target: &Target) -> Result<Remot
         proxy: Some(Arc::new(move |host: &str, port: u16| {
             proxy_for(&proxy, host, port)
         })),
+        ..RemoteConfig::default()
     };
     RemoteRegistry::new(&config, target.clone(), credential).map_err(|error| shown(&error))
 }

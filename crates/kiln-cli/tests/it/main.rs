@@ -37,6 +37,7 @@ mod room;
 mod run;
 mod run_folder;
 mod serve;
+mod serve_images;
 mod serve_state;
 mod setup_host;
 mod ssh;

@@ -104,13 +104,7 @@ impl Kiln {
 
     /// Starts a command that goes on.
     pub(crate) fn start(&self, args: &[&str]) -> Started {
-        let child = self
-            .command(args)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("kiln starts");
-        Started { child }
+        Started::of(self.command(args))
     }
 
     /// Builds a folder under a name; gives the JSON result.
@@ -138,6 +132,16 @@ pub(crate) struct Started {
 }
 
 impl Started {
+    /// A command of [`Kiln::command`] that goes on.
+    pub(crate) fn of(mut command: Command) -> Self {
+        let child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("kiln starts");
+        Self { child }
+    }
+
     /// Sends `INT`, `TERM`, `HUP`, `KILL`, `TSTP` or `CONT`.
     pub(crate) fn signal(&self, name: &str) {
         use rustix::process::{Pid, Signal, kill_process};

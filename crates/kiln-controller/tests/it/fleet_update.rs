@@ -48,6 +48,12 @@ async fn a_newer_controller_takes_over_while_jobs_run() {
         "what ran went on in the same attempt"
     );
     assert_eq!(ledger.twice.load(Ordering::SeqCst), 0, "two at once");
+    // Alone, so that it is theirs however fast the others were.
+    for worker in &old {
+        worker.kill();
+    }
+    let more = fleet.submit("more", 2, 10).await;
+    fleet.all_over(std::slice::from_ref(&more)).await;
     for of in ["old", "new"] {
         let began = ledger.began.lock().expect("lock");
         let worked = began.iter().any(|(_, worker, _)| worker.starts_with(of));

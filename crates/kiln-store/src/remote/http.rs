@@ -8,9 +8,12 @@ use std::time::Duration;
 use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE};
 use ureq::http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{Connector as _, TcpConnector};
 use ureq::{Agent, Proxy, ProxyProtocol, SendBody};
 
 use super::error::RemoteError;
+use super::offering::Offering;
 
 /// How long a connection may take to open, name included.
 pub(super) const CONNECT_WAIT: Duration = Duration::from_secs(20);
@@ -56,6 +59,9 @@ pub struct RemoteConfig {
     pub ca_bundle: Option<Vec<u8>>,
     /// Chooses the proxy for a host and port. `None` dials directly. Loopback is always dialled directly.
     pub proxy: Option<Arc<ProxyChoice>>,
+    /// A protocol to offer in the handshake besides HTTP/1.1 (ALPN), by which a registry tells its clients apart; then nothing but TLS 1.3
+    /// and the certificates of `ca_bundle` and the system are taken, and no proxy is used.
+    pub offers: Option<Vec<u8>>,
 }
 
 impl fmt::Debug for RemoteConfig {
@@ -143,6 +149,13 @@ impl Http {
             None => RootCerts::PlatformVerifier,
             Some(bundle) => roots(bundle)?,
         };
+        let offering = config.offers.as_deref().map(|protocol| {
+            let offering = Offering::new(protocol, &roots);
+            offering.map_err(|error| RemoteError::Ca {
+                why: error.to_string(),
+            })
+        });
+        let offering = offering.transpose()?;
         let built = Agent::config_builder()
             .timeout_connect(Some(CONNECT_WAIT))
             .timeout_resolve(Some(CONNECT_WAIT))
@@ -155,9 +168,17 @@ impl Http {
             .output_buffer_size(SEND_BUFFER_BYTES)
             .tls_config(TlsConfig::builder().root_certs(roots).build())
             .build();
+        let (agent, proxy) = match offering {
+            None => (built.new_agent(), config.proxy.clone()),
+            Some(offering) => {
+                let connector = ().chain(TcpConnector::default()).chain(offering);
+                let resolver = DefaultResolver::default();
+                (Agent::with_parts(built, connector, resolver), None)
+            }
+        };
         Ok(Self {
-            agent: built.new_agent(),
-            proxy: config.proxy.clone(),
+            agent,
+            proxy,
             registry: registry.to_owned(),
         })
     }

@@ -13,6 +13,7 @@ mod credentials;
 mod error;
 mod helper;
 mod http;
+mod offering;
 mod pull;
 mod push;
 mod target;

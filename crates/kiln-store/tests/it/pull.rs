@@ -256,6 +256,7 @@ async fn the_hosts_proxy_leads_to_a_registry_that_it_alone_can_reach() -> Result
             assert_eq!((host, port), ("registry.example.org", 443));
             Some(server.clone())
         })),
+        ..RemoteConfig::default()
     };
     let name = "registry.example.org/team/app:v1";
     let image = Image::new().await?;

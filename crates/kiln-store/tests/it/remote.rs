@@ -320,6 +320,14 @@ async fn tls_needs_a_trusted_certificate() -> Result<()> {
         ..RemoteConfig::default()
     };
     image.push(&to, login(USER, PASSWORD), &config).await?;
+    // As workers do, who are shown another certificate for what they offer; this registry knows nothing of it.
+    let config = RemoteConfig {
+        offers: Some(b"kiln-worker".to_vec()),
+        ..config
+    };
+    let again = format!("{}/app:v2", registry.address);
+    image.push(&again, login(USER, PASSWORD), &config).await?;
+    assert_eq!(registry.tag("app", "v2"), registry.tag("app", "v1"));
     assert_eq!(
         registry.tag("app", "v1"),
         Some(image.image.manifest.to_string())

@@ -104,6 +104,7 @@ async fn push(
     let config = RemoteConfig {
         ca_bundle: shop.authority.clone(),
         proxy: None,
+        offers: Some(kiln_proto::fleet::ALPN.to_vec()),
     };
     let target = Target::new(&target).map_err(|error| infrastructure(&error))?;
     let credential = Some(Credential::RegistryToken(token.token));
