@@ -34,6 +34,12 @@ test: ## Set up, then run every check and test
 	@$(MAKE) --no-print-directory build
 	cargo xtask test --kiln $(KILN) --guest $(GUEST)
 
+.PHONY: test-hostile
+test-hostile: ## Tests with a hostile guest, user or file, in their long form
+	@scripts/bootstrap.sh --test
+	@$(MAKE) --no-print-directory build
+	cargo xtask hostile --kiln $(KILN) --guest $(GUEST)
+
 .PHONY: soak
 soak: build ## The long versions of the fault tests: more schedules, seeds, followers and killed builds, about an hour
 	KILN_SIM_SCHEDULES=200000 cargo test --locked -p kiln-controller --test it fleet_lease_sim -- --nocapture

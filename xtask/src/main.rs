@@ -20,6 +20,7 @@ const HELP: &str = "cargo xtask <verb>
   docs      generated reference is fresh (--write makes it so)
   test      every check and test; --kiln PATH --guest PATH name the built binaries
   e2e       the end-to-end builds alone; --kiln PATH --guest PATH
+  hostile   tests with a hostile guest alone, in their long form; --kiln PATH --guest PATH
   demo      two apps from source to answering HTTP; --kiln PATH --guest PATH
 ";
 
@@ -54,6 +55,7 @@ fn verb() -> Result<()> {
         ),
         "test" => test::all(&Binaries::from_args(&rest)?),
         "e2e" => test::end_to_end(&Binaries::from_args(&rest)?),
+        "hostile" => test::hostile(&Binaries::from_args(&rest)?),
         "demo" => demo::run(&Binaries::from_args(&rest)?),
         "" | "help" | "--help" => {
             run::say(HELP);

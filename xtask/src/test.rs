@@ -80,6 +80,51 @@ pub(crate) fn end_to_end(binaries: &Binaries) -> Result<()> {
     close(&counts)
 }
 
+/// Suites with somebody hostile in them, and which of their tests those are; none named is all.
+const HOSTILE: [(&str, &[&str]); 5] = [
+    ("kiln-proto", &["hostile::"]),
+    ("kiln-network", &[]),
+    ("kiln-guest", &["hostile::", "memory::", "network::"]),
+    ("kiln-machine", &["faults::", "conformance::qemu"]),
+    (
+        "kiln-cli",
+        &[
+            "hostile_",
+            "confinement::",
+            "fleet_hostile::",
+            "faults::",
+            "faults_large::",
+            "setup_host::",
+        ],
+    ),
+];
+
+/// Tests with a hostile guest, user or file, in their long form.
+pub(crate) fn hostile(binaries: &Binaries) -> Result<()> {
+    run::wait_on_interrupt()?;
+    let mut times = Times::default();
+    times.part(SET_UP, || prepare(binaries))?;
+    times.part("compiling the tests", || {
+        let mut command = tests(binaries);
+        for (package, _) in HOSTILE {
+            command.args(["--package", package]);
+        }
+        run::must(command.args(["--test", "it", "--no-run"]))
+    })?;
+    let counts = times.part("tests", || {
+        let mut counts = Counts::default();
+        for (package, names) in HOSTILE {
+            let mut command = tests(binaries);
+            command.args(["--package", package, "--test", "it", "--"]);
+            command.args(names).env("KILN_TEST_LONG", "1");
+            counts.add(lanes::counted(command)?);
+        }
+        Ok(counts)
+    })?;
+    times.show();
+    close(&counts)
+}
+
 /// The last lines: what failed, and the sum.
 fn close(counts: &Counts) -> Result<()> {
     for name in &counts.names {
