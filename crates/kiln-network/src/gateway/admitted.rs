@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use super::bandwidth::{Bandwidth, Direction};
 use super::dial::BoxedDuplex;
 use super::rules::Watched;
+use super::share::Moving;
 use super::{GuestService, Limits};
 use crate::inspect::http::{Form, HttpChecker};
 use crate::inspect::tls::{Hello, client_hello};
@@ -59,6 +60,7 @@ pub(super) struct Flow {
     pub(super) watched: Watched,
     pub(super) sink: Arc<dyn EgressSink>,
     pub(super) bandwidth: Arc<Bandwidth>,
+    pub(super) moving: Moving,
 }
 
 /// An open connection to the next hop.
@@ -352,7 +354,8 @@ impl Gate<'_> {
                 if !self.watched.allows() {
                     return Err(Stop::End(RelayEnd::Narrowed));
                 }
-                if let Err(error) = write_all(to, &out).await {
+                let write = write_all(to, &out);
+                if let Err(error) = self.tally.flow.moving.step(write).await {
                     // It no longer listens; what it still says is the guest's to read.
                     tracing::trace!(%error, "server closed its reading side");
                     return Ok(());
@@ -514,7 +517,9 @@ where
         if !watched.allows() {
             return Err(Stop::End(RelayEnd::Narrowed));
         }
-        write_all(to, &part[..len]).await.map_err(Stop::Guest)?;
+        let write = write_all(to, &part[..len]);
+        let written = tally.flow.moving.step(write).await;
+        written.map_err(Stop::Guest)?;
         tally.moved(&tally.bytes_in, len);
     }
     // The guest may have closed already.

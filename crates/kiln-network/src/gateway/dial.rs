@@ -1,10 +1,9 @@
 //! Resolving and dialling, behind traits so that tests need no network. The address check is not in here: it
 //! stands between the two, in the gateway.
 
-use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -19,8 +18,8 @@ use crate::BoxFuture;
 pub const ADDRESSES_MAX: usize = 8;
 /// How long an attempt runs before the next address is tried beside it (RFC 8305 §5).
 pub const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
-/// Most questions to the host's resolver at once, per gateway: each holds a thread.
-pub const RESOLVES_MAX: usize = 16;
+/// Most threads that wait for the host's resolver, those included whose asker gave up.
+pub const THREADS_MAX: usize = 2 * super::RESOLVES_MAX;
 
 /// A byte stream with both directions.
 pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -43,28 +42,17 @@ pub trait Dialer: Send + Sync {
 }
 
 /// The host's own resolver (hosts file, DNS, whatever it is set to).
-pub struct SystemResolver {
-    questions: Arc<Semaphore>,
-}
+#[derive(Clone, Copy, Debug)]
+pub struct SystemResolver;
 
-impl Default for SystemResolver {
-    fn default() -> Self {
-        Self {
-            questions: Arc::new(Semaphore::new(RESOLVES_MAX)),
-        }
-    }
-}
-
-impl fmt::Debug for SystemResolver {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("SystemResolver")
-    }
-}
+/// Questions whose threads still wait, asked for or not any more.
+static QUESTIONS: LazyLock<Arc<Semaphore>> =
+    LazyLock::new(|| Arc::new(Semaphore::new(THREADS_MAX)));
 
 impl Resolver for SystemResolver {
     fn resolve<'a>(&'a self, host: &'a str) -> BoxFuture<'a, io::Result<Vec<IpAddr>>> {
         Box::pin(async move {
-            let permit = Arc::clone(&self.questions)
+            let permit = Arc::clone(&QUESTIONS)
                 .acquire_owned()
                 .await
                 .map_err(io::Error::other)?;

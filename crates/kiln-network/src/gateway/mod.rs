@@ -25,6 +25,7 @@ pub mod dial;
 mod floor;
 pub mod proxy;
 mod rules;
+mod share;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -43,6 +44,9 @@ use tokio::time::{Instant, timeout_at};
 pub use admitted::{Admitted, RelayEnd, RelayReport};
 pub use dial::{BoxedDuplex, Duplex};
 pub use floor::{OwnPlaces, PLACES_MAX, is_this_host};
+pub use share::{
+    DIALS_MAX, DIALS_OF_MACHINE_MAX, HostShare, RESOLVES_MAX, RESOLVES_OF_MACHINE_MAX,
+};
 
 use self::admitted::{Flow, Route};
 use self::bandwidth::Bandwidth;
@@ -50,6 +54,7 @@ use self::dial::{Dialer, Resolver, SystemResolver, TcpDialer};
 use self::floor::Floor;
 use self::proxy::{Hop, ProxyConfig};
 use self::rules::{Rules, Watched};
+use self::share::{Machine, Turn};
 use crate::BoxFuture;
 use crate::inspect::http::Form;
 use crate::record::EgressSink;
@@ -128,6 +133,8 @@ pub struct GatewayConfig {
     pub exceptions: Vec<RangeException>,
     /// Where the installation itself is; the process's own list unless set.
     pub own: Arc<OwnPlaces>,
+    /// What it shares with the gateways of other machines; the process's own unless set.
+    pub share: Arc<HostShare>,
     /// kiln's own names.
     pub services: Services,
     /// The operator's HTTP proxy.
@@ -146,6 +153,7 @@ impl GatewayConfig {
             policy,
             exceptions: Vec::new(),
             own: OwnPlaces::of_process(),
+            share: HostShare::of_process(),
             services: Services::default(),
             proxy: ProxyConfig::default(),
             limits: Limits::default(),
@@ -226,6 +234,8 @@ struct Inner {
     dialer: Arc<dyn Dialer>,
     connections: Arc<Semaphore>,
     bandwidth: Arc<Bandwidth>,
+    share: Arc<HostShare>,
+    machine: Machine,
     refused_names: Mutex<HashSet<String>>,
 }
 
@@ -241,11 +251,7 @@ impl Gateway {
     /// A gateway on the host's own resolver and network.
     #[must_use]
     pub fn new(config: GatewayConfig) -> Self {
-        Self::with_network(
-            config,
-            Arc::new(SystemResolver::default()),
-            Arc::new(TcpDialer),
-        )
+        Self::with_network(config, Arc::new(SystemResolver), Arc::new(TcpDialer))
     }
 
     /// A gateway on another resolver and dialer (tests). The address check stands between the two and is
@@ -270,6 +276,8 @@ impl Gateway {
                 config.limits.bytes_out_per_second,
                 config.limits.bytes_in_per_second,
             )),
+            machine: config.share.machine(),
+            share: config.share,
             refused_names: Mutex::default(),
         };
         Self {
@@ -342,6 +350,7 @@ impl Gateway {
                 limits: self.inner.limits,
                 sink: Arc::clone(&self.inner.sink),
                 bandwidth: Arc::clone(&self.inner.bandwidth),
+                moving: self.inner.share.moves.moving(self.inner.machine),
             },
             route,
             permit,
@@ -377,6 +386,7 @@ impl Gateway {
             });
         }
         let deadline = Instant::now() + self.inner.limits.dial;
+        let _turn = self.dial_turn(name, port, deadline).await?;
         let dialled = dial::dial_any(&self.inner.dialer, &checked, deadline).await;
         let (stream, addr) = dialled.map_err(|error| unreachable(name, port, &error))?;
         Ok(Route {
@@ -401,6 +411,7 @@ impl Gateway {
             }
         }
         let deadline = Instant::now() + self.inner.limits.dial;
+        let _turn = self.dial_turn(name, port, deadline).await?;
         let hop_addrs = timeout_at(deadline, self.inner.resolver.resolve(hop.url.host())).await;
         let hop_addrs: Vec<SocketAddr> = match hop_addrs {
             Ok(Ok(addrs)) => addrs
@@ -454,9 +465,21 @@ impl Gateway {
             .await
     }
 
+    /// A place among the host's dials.
+    async fn dial_turn(&self, name: &str, port: u16, deadline: Instant) -> Result<Turn, Refusal> {
+        let turn = self.inner.share.dials.turn(self.inner.machine);
+        let late = |_| unreachable(name, port, "too many connections are being opened");
+        timeout_at(deadline, turn).await.map_err(late)
+    }
+
     async fn resolve(&self, name: &str, port: u16) -> Result<Vec<IpAddr>, Refusal> {
         let deadline = Instant::now() + self.inner.limits.resolve;
-        match timeout_at(deadline, self.inner.resolver.resolve(name)).await {
+        let question = async {
+            // Given back when nobody waits for the answer any more: what then still asks is bounded by the resolver itself.
+            let _turn = self.inner.share.resolves.turn(self.inner.machine).await;
+            self.inner.resolver.resolve(name).await
+        };
+        match timeout_at(deadline, question).await {
             Ok(Ok(answers)) if answers.is_empty() => {
                 Err(unreachable(name, port, "the name has no address"))
             }

@@ -1,5 +1,6 @@
 //! Integration tests of the gateway: loopback servers behind a resolver and dialer of our own.
 
+mod fairness;
 mod floor;
 mod gateway;
 mod names;

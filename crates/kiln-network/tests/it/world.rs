@@ -133,6 +133,11 @@ impl Guest {
         }
     }
 
+    /// The guest's stream alone; the relay goes on.
+    pub(crate) fn take_stream(&mut self) -> DuplexStream {
+        std::mem::replace(&mut self.stream, tokio::io::duplex(1).0)
+    }
+
     pub(crate) async fn send(&mut self, bytes: &[u8]) {
         timeout(STEP_MAX, self.stream.write_all(bytes))
             .await
