@@ -27,7 +27,7 @@ pub(crate) use operators::{
     AuditArgs, AuditCommand, FillingText, HeldArgs, HoldCommand, Moment, RetentionArgs,
     RetentionCommand, SchedulerCommand,
 };
-pub(crate) use policy::{InitArgs, NetArg, PhaseArg, PolicyCommand};
+pub(crate) use policy::{InitArgs, LearnArgs, NetArg, PhaseArg, PolicyCommand};
 pub(crate) use run::{LimitArgs, RunArgs};
 pub(crate) use secret::{OwnerArgs, ScopeArgs, SecretCommand, ValueArgs};
 pub(crate) use serve::ServeArgs;

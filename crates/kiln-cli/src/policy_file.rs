@@ -130,6 +130,14 @@ fn short(name: &str) -> String {
     below.unwrap_or_else(|| name.to_owned())
 }
 
+/// The text of a policy file.
+///
+/// # Errors
+/// When it cannot be read, or is too large.
+pub(crate) fn text(path: &Path) -> Result<String> {
+    bounded(path, FILE_BYTES_MAX)
+}
+
 /// A text file of at most so many bytes. Devices and pipes are none.
 fn bounded(path: &Path, bytes_max: usize) -> Result<String> {
     let usage = |why: String| CliError::usage(format!("{}: {why}", path.shown()));

@@ -42,6 +42,7 @@ pub(crate) struct Net {
     names: Mutex<names::Names>,
     verdicts: Mutex<names::Verdicts>,
     session: Mutex<Option<Session>>,
+    room: relay::Room,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

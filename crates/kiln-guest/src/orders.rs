@@ -60,6 +60,10 @@ pub(crate) async fn carry_out(guest: Arc<Guest>, order: Order) -> CallResult {
         }
         Order::Stats => Ok(OrderReply::Stats(stats(&guest).await)),
         Order::Shutdown => shut_down(&guest).await,
+        Order::SetConnections { most } => {
+            guest.net.allow_connections(most);
+            Ok(OrderReply::Done)
+        }
         Order::SetStepEnv { env } => {
             oci_wrapper::Settings { env }.store()?;
             Ok(OrderReply::Done)

@@ -9,10 +9,11 @@
 //! byte stream. It never reads the environment by itself; callers pass plain maps.
 //!
 //! Read next: [`gateway`] (the flow of one connection), [`inspect`] (the pure parsers of guest bytes),
-//! [`record`] (what is kept of it), [`registries`] (which hosts builds need), [`ca`] (what the host trusts),
+//! [`record`] (what is kept of it), [`flows`] (told by kind, and learned from), [`registries`] (which hosts builds need), [`ca`] (what the host trusts),
 //! [`lockfile`] (which hosts a project names).
 
 pub mod ca;
+pub mod flows;
 pub mod gateway;
 pub mod inspect;
 pub mod lockfile;
@@ -20,6 +21,7 @@ pub mod origin;
 pub mod record;
 pub mod registries;
 
+pub use flows::{Flow, Learned};
 pub use gateway::{
     Admitted, BoxedDuplex, Gateway, GatewayConfig, GuestService, Limits, OwnPlaces, Refusal,
     RelayReport,

@@ -13,6 +13,8 @@ use std::sync::{Mutex, PoisonError};
 use kiln_core::network::{EgressEvent, EgressVerdict, INTERNAL_SUFFIX, SpecialRange};
 use serde::{Deserialize, Serialize};
 
+use crate::flows::{FLOWS_MAX, Flow, flows};
+
 /// Most separate events of admitted connections.
 pub const CONNECTION_EVENTS_MAX: usize = 10_000;
 /// Most distinct refusals (host, port and verdict).
@@ -68,7 +70,7 @@ pub struct EgressRecord {
     pub dropped: u64,
 }
 
-fn verdict_name(verdict: &EgressVerdict) -> &'static str {
+pub(crate) fn verdict_name(verdict: &EgressVerdict) -> &'static str {
     match verdict {
         EgressVerdict::Allowed => "allowed",
         EgressVerdict::HostRefused => "host",
@@ -80,7 +82,7 @@ fn verdict_name(verdict: &EgressVerdict) -> &'static str {
 }
 
 /// Whether bytes moved or could have: also a connection that was cut off after some legal requests.
-fn reached_host(event: &EgressEvent) -> bool {
+pub(crate) fn reached_host(event: &EgressEvent) -> bool {
     event.verdict == EgressVerdict::Allowed || event.bytes_out > 0 || event.bytes_in > 0
 }
 
@@ -207,6 +209,9 @@ pub struct EgressSummary {
     pub reached: Vec<ReachedHost>,
     /// Sorted by name and port.
     pub refused: Vec<RefusedHost>,
+    /// Every decision, one line for each kind, the first [`FLOWS_MAX`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub flows: Vec<Flow>,
 }
 
 /// Sums events up per host.
@@ -250,6 +255,11 @@ pub fn summary(events: &[EgressEvent]) -> EgressSummary {
     EgressSummary {
         reached: reached.into_values().collect(),
         refused,
+        flows: {
+            let mut flows = flows(events);
+            flows.truncate(FLOWS_MAX);
+            flows
+        },
     }
 }
 
@@ -291,6 +301,7 @@ impl EgressSummary {
         Self {
             reached: self.reached.iter().take(most).cloned().collect(),
             refused: self.refused.iter().take(most).cloned().collect(),
+            flows: self.flows.iter().take(most).cloned().collect(),
         }
     }
 }

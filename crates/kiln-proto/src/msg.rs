@@ -10,6 +10,11 @@ use serde::{Deserialize, Serialize};
 /// Protocol generation this build speaks. The lower of both sides' maxima is used.
 pub const GENERATION: u32 = 1;
 
+/// Most connections to the host that a machine can ever be given. Each may hold a window of memory on either side.
+pub const CONNECTIONS_MOST: u32 = 2048;
+/// Streams for everything else that a guest opens, beside its connections: names, events, agents.
+pub const OTHER_STREAMS: usize = 64;
+
 /// Stream kinds.
 pub mod kind {
     /// Host to guest. Payload [`super::Order`]; the guest answers one message
@@ -146,6 +151,12 @@ pub enum Order {
         /// Bytes that may be written to the state disk from now on, until it is unmounted; 0 means all that are free.
         #[serde(default)]
         disk_bytes_max: u64,
+    },
+    /// How many connections to the host programs may have at once; more wait. Without this order: what is usual. The host takes that many
+    /// streams before it says so.
+    SetConnections {
+        /// At most [`CONNECTIONS_MOST`].
+        most: u32,
     },
     /// Environment that every RUN step gets unless it sets the same name itself: registry settings of
     /// package managers. Replaces what was set before.

@@ -10,7 +10,7 @@
 //! - **Order.** Any frame that an honest peer cannot send ends the session with a
 //!   [`ProtocolError`]. Frames that merely crossed the end of their stream are ignored.
 //!
-//! Whatever the peer does, one session holds at most: `streams_max` streams in each direction
+//! Whatever the peer does, one session holds at most: `streams_max` streams (or what `peer_may_open` said) in each direction
 //! with a window in and [`SEND_BUFFER`] out each, `control_max` + [`REFUSALS_MAX`] queued control
 //! frames, [`PINGS_MAX`] pongs.
 
@@ -168,6 +168,9 @@ pub(crate) enum OpenRefusal {
 pub(crate) struct Mux {
     role: Role,
     limits: SessionLimits,
+    /// Streams that the peer, and that this side, may have open.
+    inbound_max: usize,
+    outbound_max: usize,
     streams: BTreeMap<u32, Entry>,
     /// The next id of ours; 0 when they are used up.
     next_local: u32,
@@ -195,6 +198,8 @@ impl Mux {
         Self {
             role,
             limits,
+            inbound_max: limits.streams_max,
+            outbound_max: limits.streams_max,
             streams: BTreeMap::new(),
             next_local: if role == Role::Host { 1 } else { 2 },
             last_remote: 0,
@@ -258,11 +263,21 @@ impl Mux {
         }
     }
 
+    /// Lets the peer open this many, never fewer than before: it may have been told already.
+    pub(crate) fn peer_may_open(&mut self, streams: usize) {
+        self.inbound_max = self.inbound_max.max(streams);
+    }
+
+    /// Opens this many, as the peer agreed to.
+    pub(crate) fn may_open(&mut self, streams: usize) {
+        self.outbound_max = self.outbound_max.max(streams);
+    }
+
     fn on_open(&mut self, stream: u32, kind: u8, payload: &[u8]) -> Result<(), ProtocolError> {
         if self.is_local(stream) || stream <= self.last_remote {
             return Err(ProtocolError::StreamId { stream });
         }
-        let max = self.limits.streams_max;
+        let max = self.inbound_max;
         if self.inbound_open >= max {
             return Err(ProtocolError::TooManyStreams { stream, max });
         }

@@ -39,7 +39,7 @@ use tokio::time::Instant;
 mod search;
 use search::EchoSearch;
 
-/// Streams open at once in one direction.
+/// Streams open at once in one direction, unless both sides agree on more ([`Session::peer_may_open`]).
 pub const STREAMS_MAX: usize = 256;
 /// Streams opened by the peer that wait in [`Incoming`]; more are refused one by one.
 pub const ACCEPT_BACKLOG: usize = 256;
@@ -476,6 +476,16 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// From now on the peer may have this many streams open. To be called before it is told so: one too many ends a session.
+    pub fn peer_may_open(&self, streams: usize) {
+        self.anchor.shared.with(|mux| mux.peer_may_open(streams));
+    }
+
+    /// From now on this side may have this many streams open, because the peer said that it takes them.
+    pub fn may_open(&self, streams: usize) {
+        self.anchor.shared.with(|mux| mux.may_open(streams));
     }
 
     /// Asks the peer's driver for a sign of life and returns the round trip.

@@ -492,6 +492,7 @@ mod tests {
         let egress = EgressSummary {
             reached: Vec::new(),
             refused: vec![refusal],
+            ..EgressSummary::default()
         };
         let failed = Failure::new(FailureClass::Infrastructure, "git could not fetch");
         let explained = refused(failed.clone(), &egress);

@@ -11,6 +11,7 @@ pub mod buildkit;
 pub mod checkout;
 pub mod collect;
 pub mod commit;
+mod connections;
 pub mod container;
 pub mod event;
 pub mod failure;

@@ -8,8 +8,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_core::network::RangeException;
+use kiln_core::network::{NetworkPolicy, RangeException};
 use kiln_core::{Digest, FailureClass, JobRequest, Lease, MachineName};
+use kiln_network::Learned;
 use kiln_network::gateway::proxy::ProxyConfig;
 use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
 use kiln_network::record::{EgressLog, EgressSummary};
@@ -21,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::attempt::{Attempt, Wanted};
 use crate::collect::Collected;
+use crate::connections;
 use crate::event::Events;
 use crate::failure::Failure;
 use crate::host::Host;
@@ -92,6 +94,8 @@ pub struct RunEnd {
     pub phases_ms: Vec<(String, u64)>,
     /// What the gateway decided.
     pub egress: EgressSummary,
+    /// What it reached, as an allowlist says it, where its policy is open.
+    pub learned: Vec<Learned>,
     /// Files that were kept.
     pub artifacts: Vec<Collected>,
     /// What the host measured.
@@ -155,6 +159,7 @@ pub async fn run(
         // None: longer than any clock counts.
         end: tokio::time::Instant::now().checked_add(limit),
     };
+    let open = input.request.network == NetworkPolicy::Open;
     // A machine that stays outlives a command whose time was up; files are read after it.
     let goes_on = input.keep.is_some() || input.artifacts.is_some();
     let grace = if goes_on { AFTER_GRACE } else { Duration::ZERO };
@@ -172,7 +177,12 @@ pub async fn run(
         Err(_) => Err(limit.over()),
     };
     host.leases.end(&lease.attempt);
-    let egress = kiln_network::record::summary(&egress.snapshot().events);
+    let events = egress.snapshot().events;
+    let learned = match open {
+        true => kiln_network::flows::learned(&events),
+        false => Vec::new(),
+    };
+    let egress = kiln_network::record::summary(&events);
     let phases_ms = told.phases.finish();
     let mut measured = told.measured;
     measured.finish(&phases_ms, &egress);
@@ -183,6 +193,7 @@ pub async fn run(
         result,
         phases_ms,
         egress,
+        learned,
         artifacts: told.artifacts,
         measured,
         kept: told.kept,
@@ -264,10 +275,8 @@ async fn work(
     config.limits.bytes_out_per_second = bytes_out;
     config.limits.bytes_in_per_second = bytes_in;
     let policy = input.request.policy;
-    if let Some(most) = policy.and_then(|policy| policy.connections_max) {
-        let most = usize::try_from(most).unwrap_or(usize::MAX);
-        config.limits.connections_max = config.limits.connections_max.min(most);
-    }
+    let connections = policy.and_then(|policy| policy.connections_max);
+    connections::bound(&mut config.limits, connections);
     config.services = KilnNames::default();
     let gateway = Gateway::new(config);
     add(&mut told.measured.policy_ms, since);
@@ -275,6 +284,7 @@ async fn work(
         attempt = Attempt::start(host, wanted, ticket, gateway, events) => attempt?,
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
+    connections::allow(&attempt.session, connections, events).await;
     let ran = (events, &mut *told, &mut handover);
     let result = inside::in_machine(&attempt, input, lease, (cancel, limit), ran).await;
     let result = match result {

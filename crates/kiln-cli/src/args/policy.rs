@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::RunArgs;
+
 /// Verbs of `kiln policy`.
 #[derive(Subcommand, Debug)]
 #[command(
@@ -43,12 +45,33 @@ pub(crate) enum PolicyCommand {
         #[arg(long, default_value = ".", value_name = "DIR|FILE")]
         from: PathBuf,
     },
+    /// Run a command that may reach every name, print what it reached, and write it into the policy
+    ///
+    /// The operator grants it: `learn = true` in policy.toml. Addresses below the floor stay closed, and no secret goes into the machine.
+    #[command(
+        after_help = "Examples:\n  kiln policy learn -- npm ci\n  kiln policy learn --write -- npm ci\n  kiln policy learn --write --yes --image shop:1.4 -- make deps\n\nA command that fails writes nothing; its exit code is passed on. Run it again with `kiln run`: the policy holds then."
+    )]
+    Learn(Box<LearnArgs>),
     /// Print the JSON Schema of a policy file, for editors
     Schema {
         /// Of cleanroom.yaml instead of kiln.yaml
         #[arg(long)]
         cleanroom: bool,
     },
+}
+
+/// Options of `kiln policy learn`.
+#[derive(Args, Debug)]
+pub(crate) struct LearnArgs {
+    /// Write it into the folder's kiln.yaml after showing the difference
+    #[arg(long)]
+    pub write: bool,
+    /// Write without asking
+    #[arg(long, requires = "write")]
+    pub yes: bool,
+    /// The command and how it runs
+    #[command(flatten)]
+    pub run: RunArgs,
 }
 
 /// A phase's name.
@@ -85,4 +108,6 @@ pub(crate) enum NetArg {
     Egress,
     /// Every name; needs the operator's grant.
     Open,
+    /// As open, and what it reached is printed as an allowlist; needs a grant of its own.
+    Learn,
 }

@@ -17,6 +17,7 @@ mod job;
 mod job_record;
 mod kept;
 pub(crate) mod landing;
+mod learn;
 mod load;
 mod machine_image;
 mod meta;
@@ -58,7 +59,7 @@ mod worker_server;
 use kiln_worker::home::{Home, HomeError};
 use tokio_util::sync::CancellationToken;
 
-use crate::args::{Command, ServerArgs};
+use crate::args::{Command, PolicyCommand, ServerArgs};
 use crate::error::{CliError, Result, chain};
 use crate::show::Screen;
 
@@ -83,6 +84,9 @@ pub(crate) async fn run(
         Command::KeepMachine => kept::keeper::run(screen, cancel).await,
         Command::Plan(args) => plan::run(&args, screen),
         Command::Init(args) => init::run(&args, screen),
+        Command::Policy(PolicyCommand::Learn(args)) => {
+            learn::learn(*args, server, screen, cancel).await
+        }
         Command::Policy(verb) => policy::run(verb, screen),
         Command::Doctor(args) => doctor::run(&args, screen).await,
         Command::Job(verb) => job::run(verb, server, screen, cancel).await,

@@ -42,6 +42,9 @@ pub(super) fn run(verb: PolicyCommand, screen: Screen) -> Result<u8> {
             phase,
             from,
         } => return explained(&destination, phase, &from, screen),
+        PolicyCommand::Learn(_) => {
+            return Err(CliError::usage("learning is another verb's business"));
+        }
         PolicyCommand::Schema { cleanroom } => {
             let format = if cleanroom {
                 Format::Cleanroom

@@ -76,6 +76,7 @@ async fn here(
         keeps,
         copies: &[],
         stay: Stay::default(),
+        lesson: None,
     };
     again.run(screen, cancel).await
 }

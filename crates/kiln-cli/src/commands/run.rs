@@ -24,10 +24,11 @@ use tokio_util::sync::CancellationToken;
 use super::artifacts::{self, CopyOut};
 use super::home_queue::HomeQueue;
 use super::kept::{exec, keeper, machine};
+use super::learn::Lesson;
 use super::operator::Operator;
 use super::run_folder::{self, Folder};
 use super::{source, when};
-use crate::args::{RunArgs, ServerArgs};
+use crate::args::{NetArg, RunArgs, ServerArgs};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
 use crate::terminal::{self, RawMode};
@@ -42,6 +43,23 @@ pub(super) async fn run(
     server: &ServerArgs,
     screen: Screen,
     cancel: CancellationToken,
+) -> Result<u8> {
+    let lesson = Lesson::default();
+    let told = args.net == Some(NetArg::Learn);
+    let code = run_and_learn(args, server, screen, cancel, &lesson).await?;
+    if told {
+        lesson.tell(screen);
+    }
+    Ok(code)
+}
+
+/// As [`run`]; what an open machine reached goes to `lesson`.
+pub(super) async fn run_and_learn(
+    args: RunArgs,
+    server: &ServerArgs,
+    screen: Screen,
+    cancel: CancellationToken,
+    lesson: &Lesson,
 ) -> Result<u8> {
     if let Some(server) = crate::server::configured(server)? {
         super::run_policy::refuse_on_server(&args)?;
@@ -114,6 +132,7 @@ pub(super) async fn run(
         keeps: !wanted.is_empty(),
         copies: &args.copy_out,
         stay,
+        lesson: Some(lesson),
     };
     let ended = in_front.run(screen, &cancel).await;
     queue.close().await;
@@ -161,6 +180,8 @@ pub(super) struct InFront<'a> {
     pub(super) copies: &'a [CopyOut],
     /// Whether its machine stays.
     pub(super) stay: Stay,
+    /// Gets what an open machine reached.
+    pub(super) lesson: Option<&'a Lesson>,
 }
 
 impl InFront<'_> {
@@ -174,7 +195,7 @@ impl InFront<'_> {
         let follow = tokio::spawn(screen.follow_quietly(receiver));
         let (queue, job) = (self.queue, self.request.id.clone());
         let (keeps, copies) = (self.keeps, self.copies);
-        let (operator, stay) = (self.operator, self.stay);
+        let (operator, stay, lesson) = (self.operator, self.stay, self.lesson);
         let attached = Attached {
             folder: self.folder,
             operator: self.operator,
@@ -190,6 +211,9 @@ impl InFront<'_> {
         drop(events);
         let _screen_ended = follow.await;
         let (mut end, printed) = ended?;
+        if let Some(lesson) = lesson {
+            lesson.take(std::mem::take(&mut end.learned));
+        }
         let kept = match end.kept.take() {
             // At once: it has no owner.
             Some(handover) => Some(keeper::hand_over(operator, &handover).await),

@@ -10,6 +10,7 @@ use kiln_image::bases::{BaseKind, Bases};
 use kiln_policy::policy::{Command, PhasePolicy, Resources};
 use kiln_policy::{Compiled, Effective, Grants, Image, Maxima, Phase, PhaseNetwork, Policy};
 
+use super::learn;
 use super::operator::Operator;
 use super::policy::tell;
 use crate::args::{LimitArgs, NetArg, RunArgs};
@@ -54,10 +55,18 @@ pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Resul
     let Some(found) = found(args)? else {
         return by_flags(args, &grants);
     };
-    let holds = policy_file::holds(&found.compiled, &grants)?;
+    let learns = args.net == Some(NetArg::Learn);
+    let opened = match learns {
+        true => Some(learning(found.compiled.policy())),
+        false => None,
+    };
+    let holds = policy_file::holds(opened.as_ref().unwrap_or(&found.compiled), &grants)?;
+    if learns {
+        learn::without_secrets(&holds.policy, args.secrets.len())?;
+    }
     tell(&found, &holds, screen);
     let file = found.compiled.file();
-    enforceable(&holds.policy, file)?;
+    enforceable(&holds.policy, file, learns)?;
     let network = holds.policy.network(Phase::Run).effect();
     let asked = asked_network(args, Some(&network))?;
     let network = narrowed(network, asked.as_ref(), file)?;
@@ -91,12 +100,16 @@ pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Resul
 fn by_flags(args: &RunArgs, grants: &Grants) -> Result<Ruled> {
     let network = asked_network(args, None)?.unwrap_or_default();
     let as_phase = match &network {
+        _ if args.net == Some(NetArg::Learn) => PhaseNetwork::Learn,
         NetworkPolicy::Isolated => PhaseNetwork::Isolated,
         NetworkPolicy::Open => PhaseNetwork::Open,
         NetworkPolicy::Egress { allow } => {
             PhaseNetwork::Egress(allow.iter().flat_map(AllowRule::spelled_out).collect())
         }
     };
+    if args.net == Some(NetArg::Learn) {
+        learn::without_secrets(&Policy::default(), args.secrets.len())?;
+    }
     let run = PhasePolicy {
         network: as_phase,
         ..PhasePolicy::default()
@@ -121,7 +134,8 @@ fn by_flags(args: &RunArgs, grants: &Grants) -> Result<Ruled> {
         );
         return Err(CliError::new(FailureClass::Policy, message));
     }
-    enforceable(&holds.policy, "the operator's policy.toml")?;
+    let learns = args.net == Some(NetArg::Learn);
+    enforceable(&holds.policy, "the operator's policy.toml", learns)?;
     let limits = holds.policy.limits;
     let bounded = limits != kiln_policy::policy::Limits::default();
     Ok(Ruled {
@@ -143,6 +157,18 @@ fn by_flags(args: &RunArgs, grants: &Grants) -> Result<Ruled> {
     })
 }
 
+/// The policy, with every phase that reaches anything, and the command's own, learning.
+fn learning(policy: &Policy) -> Compiled {
+    let mut policy = policy.clone();
+    policy.phases.entry(Phase::Run).or_default().network = PhaseNetwork::Learn;
+    for part in policy.phases.values_mut() {
+        if part.network != PhaseNetwork::Isolated {
+            part.network = PhaseNetwork::Learn;
+        }
+    }
+    Compiled::of_command_line(policy)
+}
+
 /// What the command line says of the network; none when it says nothing, or leaves it to the policy's own list.
 fn asked_network(args: &RunArgs, policy: Option<&NetworkPolicy>) -> Result<Option<NetworkPolicy>> {
     let contradiction = |what: &str| CliError::usage(what).hint("leave one of them out");
@@ -162,10 +188,10 @@ fn asked_network(args: &RunArgs, policy: Option<&NetworkPolicy>) -> Result<Optio
             "--net isolated reaches nothing: --allow contradicts it",
         )),
         Some(NetArg::Isolated) => Ok(Some(NetworkPolicy::Isolated)),
-        Some(NetArg::Open) if named => Err(contradiction(
-            "--net open reaches every name: --allow adds nothing",
+        Some(NetArg::Open | NetArg::Learn) if named => Err(contradiction(
+            "--net open and --net learn reach every name: --allow adds nothing",
         )),
-        Some(NetArg::Open) => Ok(Some(NetworkPolicy::Open)),
+        Some(NetArg::Open | NetArg::Learn) => Ok(Some(NetworkPolicy::Open)),
     }
 }
 
@@ -282,14 +308,16 @@ fn runtime(name: &str, bases: &Bases, file: &str) -> Result<ImageRef> {
 }
 
 /// What the policy asks for and this kiln cannot hold a run to. Nothing of it is passed over.
-fn enforceable(policy: &Policy, file: &str) -> Result<()> {
+fn enforceable(policy: &Policy, file: &str, learns: bool) -> Result<()> {
     let mut missing = Vec::new();
     for (phase, part) in &policy.phases {
         if *phase != Phase::Run && !part.commands.is_empty() {
             missing.push(format!("commands of the phase {phase}"));
         }
-        if part.network == PhaseNetwork::Learn {
-            missing.push(format!("the mode learn of the phase {phase}"));
+        if part.network == PhaseNetwork::Learn && !learns {
+            missing.push(format!(
+                "the mode learn of the phase {phase} without `kiln policy learn`"
+            ));
         }
     }
     if !policy.secrets.is_empty() {
@@ -304,12 +332,8 @@ fn enforceable(policy: &Policy, file: &str) -> Result<()> {
     if policy.limits.processes.is_some() {
         missing.push("limits.processes".to_owned());
     }
-    let most = kiln_network::Limits::default().connections_max;
-    if policy
-        .limits
-        .connections
-        .is_some_and(|count| usize::try_from(count).unwrap_or(usize::MAX) > most)
-    {
+    let most = kiln_proto::msg::CONNECTIONS_MOST;
+    if policy.limits.connections.is_some_and(|count| count > most) {
         missing.push(format!("limits.connections above {most}"));
     }
     match missing.is_empty() {
@@ -397,7 +421,9 @@ pub(super) fn below(limits: &mut kiln_core::job::Limits, max: &Maxima) {
 pub(super) fn refuse_on_server(args: &RunArgs) -> Result<()> {
     let Some(found) = found(args)? else {
         return match args.net {
-            Some(NetArg::Open) => Err(CliError::usage("--net open does not work through a server")),
+            Some(NetArg::Open | NetArg::Learn) => Err(CliError::usage(
+                "--net open and --net learn do not work through a server",
+            )),
             _ => asked_network(args, None).map(|_| ()),
         };
     };
@@ -496,13 +522,13 @@ mod tests {
         ] {
             let compiled =
                 kiln_policy::compile(kiln_policy::Format::Kiln, "kiln.yaml", text).expect("legal");
-            let error = enforceable(compiled.policy(), "kiln.yaml").expect_err(text);
+            let error = enforceable(compiled.policy(), "kiln.yaml", false).expect_err(text);
             assert_eq!(error.class, FailureClass::Policy);
         }
         let fine = "version: 1\nnetwork: {allow: [a.example.org]}\nlimits: {upload: 1Mbit, output: 1M, connections: 9}\nartifacts: [\"**/x.xml\"]\n";
         let compiled =
             kiln_policy::compile(kiln_policy::Format::Kiln, "kiln.yaml", fine).expect("legal");
-        assert!(enforceable(compiled.policy(), "kiln.yaml").is_ok());
+        assert!(enforceable(compiled.policy(), "kiln.yaml", false).is_ok());
     }
 
     #[test]

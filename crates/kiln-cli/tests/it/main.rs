@@ -29,6 +29,7 @@ mod hostile_network;
 mod hostile_output;
 mod input;
 mod kept;
+mod learn;
 mod ordinary_user;
 mod policy;
 mod push;

@@ -1,22 +1,22 @@
 //! TCP between programs in the machine and the host, in both directions.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kiln_proto::codec;
-use kiln_proto::msg::{Connect, ConnectReply, Forward, kind};
+use kiln_proto::msg::{CONNECTIONS_MOST, Connect, ConnectReply, Forward, OTHER_STREAMS, kind};
 use kiln_proto::stream::Stream;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
-use super::{lock, steer};
+use super::{Net, lock, steer};
 use crate::error::{Context, SysError};
 use crate::log;
 use crate::state::Guest;
 
-/// Connections to the host at the same time. More wait in the kernel's queue.
+/// Connections to the host at the same time, unless it allows more. More wait in the kernel's queue.
 pub(crate) const CONNECTIONS_MAX: usize = 192;
 /// Pause after a failed accept, which the kernel reports when it is short of something.
 pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -39,7 +39,7 @@ pub(super) fn start(guest: &Arc<Guest>) -> Result<(), SysError> {
 }
 
 async fn accept(guest: Arc<Guest>, listener: TcpListener) {
-    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let room = Arc::clone(&guest.net.room.places);
     loop {
         let Ok(permit) = Arc::clone(&room).acquire_owned().await else {
             return;
@@ -58,6 +58,35 @@ async fn accept(guest: Arc<Guest>, listener: TcpListener) {
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+/// How many connections there may be.
+#[derive(Debug)]
+pub(super) struct Room {
+    places: Arc<Semaphore>,
+    most: Mutex<usize>,
+}
+
+impl Default for Room {
+    fn default() -> Self {
+        Self {
+            places: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            most: Mutex::new(CONNECTIONS_MAX),
+        }
+    }
+}
+
+impl Net {
+    /// Allows this many connections, never fewer than before.
+    pub(crate) fn allow_connections(&self, most: u32) {
+        let most = usize::try_from(most.min(CONNECTIONS_MOST)).unwrap_or(CONNECTIONS_MAX);
+        if let Some(session) = self.session() {
+            session.may_open(most + OTHER_STREAMS);
+        }
+        let mut now = lock(&self.room.most);
+        self.room.places.add_permits(most.saturating_sub(*now));
+        *now = most.max(*now);
     }
 }
 

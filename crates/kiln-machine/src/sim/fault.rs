@@ -26,6 +26,8 @@ pub enum Step {
     Unmount,
     /// [`Order::SetLimits`].
     SetLimits,
+    /// [`Order::SetConnections`].
+    SetConnections,
     /// [`Order::SetStepEnv`].
     SetStepEnv,
     /// [`Order::StartBuildkit`].
@@ -56,7 +58,7 @@ pub enum Step {
 
 impl Step {
     /// All of them, in order of a machine's life.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Boot,
         Self::Hello,
         Self::Quiesce,
@@ -65,6 +67,7 @@ impl Step {
         Self::Mount,
         Self::Unmount,
         Self::SetLimits,
+        Self::SetConnections,
         Self::SetStepEnv,
         Self::StartBuildkit,
         Self::StopBuildkit,
@@ -88,6 +91,7 @@ impl Step {
             Order::Mount(_) => Self::Mount,
             Order::Unmount { .. } => Self::Unmount,
             Order::SetLimits { .. } => Self::SetLimits,
+            Order::SetConnections { .. } => Self::SetConnections,
             Order::SetStepEnv { .. } => Self::SetStepEnv,
             Order::StartBuildkit(_) => Self::StartBuildkit,
             Order::StopBuildkit => Self::StopBuildkit,

@@ -17,7 +17,7 @@ impl Mux {
     }
 
     pub(crate) fn open(&mut self, kind: u8, payload: &Bytes) -> Result<u32, OpenRefusal> {
-        if self.outbound_open >= self.limits.streams_max {
+        if self.outbound_open >= self.outbound_max {
             return Err(OpenRefusal::TooMany);
         }
         if self.next_local == 0 {

@@ -85,6 +85,8 @@ pub struct JobEnd {
     pub result: Result<Ended, Failure>,
     /// Hosts reached and refused, in one line.
     pub egress: kiln_network::record::EgressSummary,
+    /// What an open machine reached, as an allowlist says it.
+    pub learned: Vec<kiln_network::Learned>,
     /// Language runtime of an image build, as it was planned.
     pub runtime: Option<String>,
     /// Artifacts that the controller has.
@@ -108,6 +110,7 @@ impl JobEnd {
             },
             result: Err(failure),
             egress: kiln_network::record::EgressSummary::default(),
+            learned: Vec::new(),
             runtime: None,
             artifacts: Vec::new(),
             measured: Measured::default(),

@@ -32,6 +32,7 @@ use super::incident::{self, Evidence};
 use super::journal::Journal;
 use super::{FACTS_FILE, Facts, Handover, LOG_FILE, SCHEMA, STAYS_MAX, dir_of, socket_of};
 use crate::attempt::STOP_TIMEOUT;
+use crate::connections;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
 use crate::host::{Host, QUEUE_TIMEOUT, now_unix_ms};
@@ -151,14 +152,12 @@ pub async fn keep(
     let [bytes_out, bytes_in] = handover.bytes_out_and_in_per_second;
     config.limits.bytes_out_per_second = bytes_out;
     config.limits.bytes_in_per_second = bytes_in;
-    if let Some(most) = handover.connections_max {
-        let most = usize::try_from(most).unwrap_or(usize::MAX);
-        config.limits.connections_max = config.limits.connections_max.min(most);
-    }
+    connections::bound(&mut config.limits, handover.connections_max);
     config.services = KilnNames::default();
     let (events, told) = Events::channel();
-    let services = Services::new(Gateway::new(config), events);
+    let services = Services::new(Gateway::new(config), events.clone());
     let serving = services.serve(incoming);
+    connections::allow(&session, handover.connections_max, &events).await;
     let result = Box::pin(hold(
         host,
         handover,

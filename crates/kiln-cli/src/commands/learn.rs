@@ -1,0 +1,249 @@
+//! Learning: a command runs open above the floor of addresses, what it reached is told, and written into the folder's policy once a person
+//! agreed to the difference. The operator grants it (`learn = true` in `policy.toml`); no secret is ever in such a machine.
+
+use std::io::{self, IsTerminal as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use kiln_core::{AllowRule, ByteSize, FailureClass};
+use kiln_network::Learned;
+use kiln_policy::{CannotWrite, Format, KILN_FILE, Phase, Policy, with_learned};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use super::replace::replace;
+use super::table::counted;
+use super::{run, run_policy};
+use crate::args::{LearnArgs, NetArg, ServerArgs};
+use crate::error::{CliError, OrInfrastructure as _, Result};
+use crate::policy_file;
+use crate::show::{Screen, ShownPath as _, printable};
+
+/// Mode of a policy that was not there before.
+const NEW_FILE_MODE: u32 = 0o644;
+
+/// What a run learned, for whoever had it run.
+#[derive(Debug, Default)]
+pub(super) struct Lesson(Mutex<Vec<Learned>>);
+
+impl Lesson {
+    /// Takes what a run reached.
+    pub(super) fn take(&self, learned: Vec<Learned>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = learned;
+    }
+
+    fn give(&self) -> Vec<Learned> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Says what was reached, as an allowlist.
+    pub(super) fn tell(&self, screen: Screen) -> Vec<Learned> {
+        let learned = self.give();
+        for line in &learned {
+            screen.data(&json!({ "event": "learned", "learned": line }), String::new);
+        }
+        if screen.json() {
+            return learned;
+        }
+        screen.note(match learned.len() {
+            0 => "learned: it reached nothing",
+            _ => "learned, as an allowlist:",
+        });
+        for line in &learned {
+            let phase = line
+                .phase
+                .as_deref()
+                .map(|phase| format!("{phase}: "))
+                .unwrap_or_default();
+            screen.note(&format!(
+                "  {phase}{}   {}, {} out, {} in",
+                line.rule,
+                counted(line.connections, "connection"),
+                ByteSize(line.bytes_out),
+                ByteSize(line.bytes_in)
+            ));
+        }
+        learned
+    }
+}
+
+/// Refuses to learn with secrets: an open machine could tell them to anybody.
+///
+/// # Errors
+/// Policy, when there is one.
+pub(super) fn without_secrets(policy: &Policy, on_command_line: usize) -> Result<()> {
+    match policy.secrets.is_empty() && on_command_line == 0 {
+        true => Ok(()),
+        false => Err(CliError::new(
+            FailureClass::Policy,
+            "a machine that learns gets no secrets: it could tell them to any host",
+        )
+        .hint("learn with --no-policy and without --secret, or name the hosts in `allow` by hand")),
+    }
+}
+
+/// `kiln policy learn`
+pub(super) async fn learn(
+    mut args: LearnArgs,
+    server: &ServerArgs,
+    screen: Screen,
+    cancel: CancellationToken,
+) -> Result<u8> {
+    args.run.net = Some(NetArg::Learn);
+    // What could not be written afterwards is told before anything runs.
+    let file = match args.write {
+        true => Some(target(&args)?),
+        false => None,
+    };
+    if args.write && !args.yes && (screen.json() || !io::stdin().is_terminal()) {
+        return Err(CliError::usage(
+            "--write asks before it writes, and nobody is there to answer",
+        )
+        .hint("--yes writes without asking; without --write the allowlist is only printed"));
+    }
+    let lesson = Lesson::default();
+    let code = run::run_and_learn(args.run, server, screen, cancel, &lesson).await?;
+    let learned = lesson.tell(screen);
+    let Some(file) = file else {
+        return Ok(code);
+    };
+    if code != 0 {
+        screen
+            .note("nothing is written: the command failed, so what it reached is not all it needs");
+        return Ok(code);
+    }
+    write(&file, &learned, args.yes, screen).await?;
+    Ok(0)
+}
+
+/// The file to write: the folder's policy, or a new one.
+fn target(args: &LearnArgs) -> Result<PathBuf> {
+    let Some(found) = run_policy::found(&args.run)? else {
+        return Ok(PathBuf::from(KILN_FILE));
+    };
+    match found.compiled.format() {
+        Format::Kiln => Ok(found.path),
+        Format::Cleanroom => Err(CliError::usage(format!(
+            "{} is not written: only a kiln.yaml is",
+            found.path.shown()
+        ))
+        .hint("leave --write out and add the destinations yourself")),
+    }
+}
+
+async fn write(file: &Path, learned: &[Learned], yes: bool, screen: Screen) -> Result<()> {
+    let there = match file.symlink_metadata() {
+        Ok(_) => Some(policy_file::text(file)?),
+        Err(_) => None,
+    };
+    let mut text = there.clone();
+    for phase in Phase::ALL {
+        let rules: Vec<AllowRule> = learned
+            .iter()
+            .filter(|line| line.phase.as_deref().unwrap_or(Phase::Run.name()) == phase.name())
+            .map(|line| line.rule.clone())
+            .collect();
+        if phase != Phase::Run && rules.is_empty() {
+            continue;
+        }
+        let changed =
+            with_learned(text.as_deref(), phase, &rules).map_err(|error| cannot(file, &error))?;
+        text = Some(changed);
+    }
+    let text = text.unwrap_or_default();
+    if there.as_deref() == Some(&*text) {
+        screen.note(&format!("{} names all of it already", file.shown()));
+        return Ok(());
+    }
+    for line in difference(there.as_deref().unwrap_or_default(), &text) {
+        screen.note(&line);
+    }
+    if !yes {
+        agreed(file, screen).await?;
+    }
+    // Whoever changed it meanwhile is not overwritten.
+    let now = file
+        .symlink_metadata()
+        .is_ok()
+        .then(|| policy_file::text(file))
+        .transpose()?;
+    if now != there {
+        return Err(CliError::usage(format!(
+            "{} changed meanwhile: nothing is written",
+            file.shown()
+        )));
+    }
+    let path = file.canonicalize().unwrap_or_else(|_| file.to_owned());
+    let mode = path
+        .metadata()
+        .map_or(NEW_FILE_MODE, |meta| meta.permissions().mode() & 0o777);
+    replace(&path, text.as_bytes(), mode)
+        .map_err(|error| CliError::usage(format!("could not write {}: {error}", file.shown())))?;
+    screen.data(&json!({ "event": "written", "file": file }), || {
+        format!(
+            "wrote {}: `kiln run` holds the command to it from now on",
+            file.shown()
+        )
+    });
+    Ok(())
+}
+
+fn cannot(file: &Path, error: &CannotWrite) -> CliError {
+    CliError::usage(format!("{}: {error}", file.shown()))
+}
+
+async fn agreed(file: &Path, screen: Screen) -> Result<()> {
+    screen.note(&format!(
+        "Write this to {}? Type yes to do so:",
+        file.shown()
+    ));
+    let answer = tokio::task::spawn_blocking(|| {
+        let mut line = String::new();
+        io::stdin().read_line(&mut line).map(|_| line)
+    });
+    let answer = answer.await.or_infrastructure()?.or_infrastructure()?;
+    match answer.trim().eq_ignore_ascii_case("yes") {
+        true => Ok(()),
+        false => Err(CliError::usage("nothing is written")),
+    }
+}
+
+/// Lines that go and come, `-` and `+`. Learning only adds lines and changes single ones, so the two texts are walked side by side.
+fn difference(before: &str, after: &str) -> Vec<String> {
+    let old: Vec<&str> = before.lines().collect();
+    let mut at = 0;
+    let mut told = Vec::new();
+    for line in after.lines() {
+        match old[at..].iter().position(|old| *old == line) {
+            Some(skipped) => {
+                told.extend(old[at..at + skipped].iter().map(|gone| format!("- {gone}")));
+                at += skipped + 1;
+            }
+            None => told.push(format!("+ {line}")),
+        }
+    }
+    told.extend(old[at..].iter().map(|gone| format!("- {gone}")));
+    told.into_iter().map(|line| printable(&line)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_difference_shows_what_goes_and_comes() {
+        let before = "version: 1\nnetwork:\n  mode: learn\n# end\n";
+        let after = "version: 1\nnetwork:\n  allow:\n    - \"a\"\n  mode: egress\n# end\n";
+        assert_eq!(
+            difference(before, after),
+            [
+                "+   allow:",
+                "+     - \"a\"",
+                "+   mode: egress",
+                "-   mode: learn"
+            ]
+        );
+        assert_eq!(difference("", "a\n"), ["+ a"]);
+    }
+}
