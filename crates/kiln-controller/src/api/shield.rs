@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, HttpBody as _};
+use axum::body::{Body, BodyDataStream, Bytes, HttpBody as _};
 use axum::extract::{Request, State};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -17,6 +17,10 @@ use super::upload::Stalled;
 
 /// Longest time an upload may take as a whole.
 pub(crate) const UPLOAD_TIME: Duration = Duration::from_secs(2 * 3600);
+/// How long a body is read on that nobody wants any more, so that its sender reads the answer.
+const LINGER: Duration = Duration::from_secs(5);
+/// How much of it, bytes.
+const LINGER_BYTES_MAX: usize = 64 << 20;
 /// Longest path and query.
 pub(crate) const URI_MAX: usize = 8 * 1024;
 
@@ -117,21 +121,61 @@ fn other_host(api: &Api, request: &Request) -> Option<Problem> {
     })
 }
 
-/// A body that ends with [`Stalled`] when no byte comes for `stall`.
+/// A body that ends with [`Stalled`] when no byte comes for `stall`. What a handler leaves of it unread is read and thrown away for a
+/// moment: a connection that is closed with bytes unread is reset, and whoever sends before they read never sees why they were refused.
 pub(crate) fn bounded(body: Body, stall: Duration) -> Body {
     if body.is_end_stream() {
         return body;
     }
-    let pieces = body.into_data_stream();
+    let pieces = Lingering(Some(body.into_data_stream()));
     Body::from_stream(stream::unfold(Some(pieces), move |state| async move {
         let mut pieces = state?;
         match tokio::time::timeout(stall, pieces.next()).await {
             Ok(Some(Ok(piece))) => Some((Ok(piece), Some(pieces))),
-            Ok(Some(Err(error))) => Some((Err(axum::BoxError::from(error)), None)),
-            Ok(None) => None,
-            Err(_) => Some((Err(axum::BoxError::from(Stalled)), None)),
+            Ok(Some(Err(error))) => Some((Err(axum::BoxError::from(error)), pieces.ended())),
+            Ok(None) => {
+                pieces.ended();
+                None
+            }
+            Err(_) => Some((Err(axum::BoxError::from(Stalled)), pieces.ended())),
         }
     }))
+}
+
+/// The pieces of a body; what is left when it is dropped is read for [`LINGER`], [`LINGER_BYTES_MAX`] at most.
+struct Lingering(Option<BodyDataStream>);
+
+impl Lingering {
+    async fn next(&mut self) -> Option<Result<Bytes, axum::Error>> {
+        self.0.as_mut()?.next().await
+    }
+
+    /// There is nothing left that is worth reading.
+    fn ended(mut self) -> Option<Self> {
+        self.0 = None;
+        None
+    }
+}
+
+impl Drop for Lingering {
+    fn drop(&mut self) {
+        let Some(mut pieces) = self.0.take() else {
+            return;
+        };
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        let rest = async move {
+            let mut left = LINGER_BYTES_MAX;
+            while let Some(Ok(piece)) = pieces.next().await {
+                let Some(less) = left.checked_sub(piece.len()) else {
+                    return;
+                };
+                left = less;
+            }
+        };
+        runtime.spawn(tokio::time::timeout(LINGER, rest));
+    }
 }
 
 async fn finish(request: Request, next: Next) -> Response {

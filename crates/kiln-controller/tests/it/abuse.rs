@@ -198,6 +198,29 @@ fn a_request_can_only_narrow() {
 
 const GB: u64 = 1 << 30;
 
+/// Most programs read the answer when all is sent: until then the connection must not be reset.
+#[test]
+fn who_sends_everything_before_they_read_sees_why_they_were_refused() {
+    let server = Server::with(|c| c.source_max = 1 << 20, ListenConfig::default());
+    let acme = server.member("acme", "developer");
+    let mut line = acme.line();
+    let headers = [("content-type", FORM), ("transfer-encoding", "chunked")];
+    let head = acme.head("POST", "/v1/builds", &headers);
+    line.write_all(format!("{head}\r\n").as_bytes())
+        .expect("writes");
+    let mut piece = multipart(&[("source", &archive())]);
+    piece.truncate(piece.len() - 10);
+    for _ in 0..256 {
+        let chunk = format!("{:x}\r\n", piece.len());
+        line.write_all(chunk.as_bytes()).expect("still read");
+        line.write_all(&piece).expect("still read");
+        line.write_all(b"\r\n").expect("still read");
+        piece = vec![0; 64 * 1024];
+    }
+    assert_eq!(receive(&mut *line).status, 413);
+    assert_eq!(acme.get("/v1/jobs").value()["items"], json!([]));
+}
+
 #[test]
 fn ten_gigabytes_to_a_limit_of_one_are_refused_to_liars_too() {
     let server = Server::with(|c| c.source_max = GB, ListenConfig::default());
