@@ -1,6 +1,6 @@
 //! What is asked of kiln, and the states a job passes through.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 
 use serde::{Deserialize, Serialize};
@@ -58,6 +58,82 @@ pub struct AppliedPolicy {
     /// Bytes that its command may write to its output.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_bytes_max: Option<u64>,
+    /// Processes and threads of its commands at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processes_max: Option<u32>,
+}
+
+/// A part of a run before its command. The host drives them one after the other in the same machine; nothing of one is the next one's but
+/// the files that it left.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RunPhase {
+    /// Which.
+    pub name: RunPhaseName,
+    /// What it may reach.
+    #[serde(default)]
+    pub network: NetworkPolicy,
+    /// Command lines, in order; the first one that fails ends the run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub commands: Vec<Vec<String>>,
+    /// Secrets of the tenant's store that it has, and no other phase.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<RunSecret>,
+}
+
+/// The phases before the command, in their order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunPhaseName {
+    /// What is done with the source as it arrived.
+    Checkout,
+    /// What the project needs is installed.
+    Dependencies,
+    /// Services are started.
+    Services,
+}
+
+impl RunPhaseName {
+    /// The word for it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Checkout => "checkout",
+            Self::Dependencies => "dependencies",
+            Self::Services => "services",
+        }
+    }
+}
+
+/// Something that runs beside a command, in its machine, from the phase `services` on.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RunService {
+    /// The host name by which the command reaches it.
+    pub name: String,
+    /// Its image; it runs that image's own command.
+    pub image: ImageRef,
+    /// Its port.
+    pub port: u16,
+    /// Environment beyond the image's own.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// How it is known to be ready.
+    #[serde(default)]
+    pub health: RunHealth,
+    /// How long that may take, milliseconds.
+    pub ready_ms: u64,
+}
+
+/// How a service is known to be ready.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunHealth {
+    /// Its port takes connections.
+    #[default]
+    Port,
+    /// A GET of this path answers with success.
+    Http(String),
+    /// This command succeeds in its container.
+    Command(Vec<String>),
 }
 
 /// The kinds of job.
@@ -186,9 +262,24 @@ pub struct RunCommand {
     /// What it works on; none: it begins in an empty home.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<RunSource>,
+    /// What is done before the command, in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub phases: Vec<RunPhase>,
+    /// What runs beside it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<RunService>,
     /// What it writes lies on a disk of `limits.disk`, not in its memory. With a source it always does.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub disk: bool,
+}
+
+impl RunCommand {
+    /// Names of the secrets of the command and of the phases before it, each once.
+    fn all_secrets(&self) -> impl Iterator<Item = &SecretName> {
+        let phases = self.phases.iter().flat_map(|phase| &phase.secrets);
+        let names: BTreeSet<_> = phases.chain(&self.secrets).map(|one| &one.name).collect();
+        names.into_iter()
+    }
 }
 
 impl JobKind {
@@ -215,7 +306,7 @@ impl JobRequest {
         match &self.kind {
             JobKind::SourceBuild(build) => build.secrets.iter().map(String::as_str).collect(),
             JobKind::ImageBuild(build) => build.secrets.iter().map(String::as_str).collect(),
-            JobKind::Run(run) => run.secrets.iter().map(|one| one.name.as_str()).collect(),
+            JobKind::Run(run) => run.all_secrets().map(SecretName::as_str).collect(),
         }
     }
 
@@ -225,7 +316,7 @@ impl JobRequest {
         match &self.kind {
             JobKind::SourceBuild(build) => build.stored_secrets.iter().collect(),
             JobKind::ImageBuild(_) => Vec::new(),
-            JobKind::Run(run) => run.secrets.iter().map(|one| &one.name).collect(),
+            JobKind::Run(run) => run.all_secrets().collect(),
         }
     }
 

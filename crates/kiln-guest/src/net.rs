@@ -56,6 +56,11 @@ impl Net {
         *lock(&self.session) = session;
     }
 
+    /// Forgets what the host said of names: its rules have changed.
+    pub(crate) fn forget_names(&self) {
+        lock(&self.verdicts).clear();
+    }
+
     fn session(&self) -> Option<Session> {
         lock(&self.session).clone()
     }

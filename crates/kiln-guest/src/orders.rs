@@ -82,6 +82,7 @@ pub(crate) async fn carry_out(guest: Arc<Guest>, order: Order) -> CallResult {
         }
         Order::NameServices { names } => {
             identity::name_services(&guest, names)?;
+            guest.net.forget_names();
             Ok(OrderReply::Done)
         }
     }

@@ -171,7 +171,7 @@ pub enum Order {
     /// Make a directory ready to run a container image in; answers the command to exec.
     PrepareContainer(Box<ContainerSpec>),
     /// Names of services: each means this machine, for its own programs and for containers that are prepared from now on.
-    /// Replaces those before.
+    /// Replaces those before. What the guest remembers of the host's word on other names is forgotten: a phase begins.
     NameServices {
         /// Host names.
         names: Vec<String>,

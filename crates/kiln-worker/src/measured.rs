@@ -75,7 +75,9 @@ impl Measured {
         for (name, time) in phases_ms {
             let part = match name.as_str() {
                 "source" => &mut self.source_ms,
-                "run" | "build" | "push" => &mut self.command_ms,
+                "checkout" | "dependencies" | "services" | "run" | "build" | "push" => {
+                    &mut self.command_ms
+                }
                 "collect" => &mut self.artifacts_ms,
                 _ => continue,
             };

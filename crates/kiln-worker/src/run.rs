@@ -3,11 +3,13 @@
 mod command;
 mod forward;
 mod inside;
+mod serve;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kiln_core::job::RunPhase;
 use kiln_core::network::{NetworkPolicy, RangeException};
 use kiln_core::{Digest, FailureClass, JobRequest, Lease, MachineName};
 use kiln_network::Learned;
@@ -39,6 +41,7 @@ use crate::unpack::Unpacked;
 pub use command::{INTERRUPT_GRACE, start_failure};
 pub use forward::FORWARDS_MAX;
 pub use inside::STOPPED_COLLECT_TIMEOUT;
+pub use serve::ServiceInput;
 
 /// How long everything but the command may take where the machine stays, or files of it are kept.
 const AFTER_GRACE: Duration = Duration::from_secs(30);
@@ -75,6 +78,10 @@ pub struct RunInput {
     pub secrets: RunSecrets,
     /// What it works on.
     pub files: Option<RunFiles>,
+    /// What is done before the command, each with its secrets.
+    pub phases: Vec<(RunPhase, RunSecrets)>,
+    /// What runs beside it.
+    pub services: Vec<ServiceInput>,
 }
 
 impl std::fmt::Debug for RunInput {
@@ -268,7 +275,8 @@ async fn work(
     let stays = input.keep;
     let mut handover = stays.and_then(|keep| handover(&input.request, keep, wanted.name.clone()));
     let since = Instant::now();
-    let mut config = GatewayConfig::new(input.request.network.clone(), egress as _);
+    // Each phase, the command's own as well, is entered when it begins.
+    let mut config = GatewayConfig::new(NetworkPolicy::Isolated, egress as _);
     config.exceptions.clone_from(&input.exceptions);
     config.proxy = input.proxy.clone();
     let [bytes_out, bytes_in] = input.request.bytes_out_and_in_per_second();

@@ -71,6 +71,12 @@ impl RunSecrets {
         &self.env
     }
 
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.env.is_empty() && self.files.is_empty()
+    }
+
     /// Names of the files.
     #[must_use]
     pub fn files(&self) -> Vec<String> {

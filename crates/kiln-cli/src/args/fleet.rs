@@ -109,11 +109,14 @@ pub(crate) enum JobCommand {
     },
     /// Queue a server's finished job again, as a new one; run a command of this home again, here
     #[command(
-        after_help = "Examples:\n  kiln job retry r1m7\n\nA command that ran without a server is run again in front of you, with the same words, environment, limits and network,\nas a new job. What nobody kept (standard input, ports, a build's folder and secrets) is refused, with the command to type."
+        after_help = "Examples:\n  kiln job retry r1m7\n  kiln job retry r1m7 --shell\n\nA command that ran without a server is run again in front of you, with the same words, environment, limits and network,\nas a new job. What nobody kept (standard input, ports, a build's folder and secrets), and a folder that has changed, is refused, with the command to type."
     )]
     Retry {
         /// Its id, or the beginning of it
         id: String,
+        /// In a terminal, stand in the machine when the command fails again; only for commands that ran without a server
+        #[arg(long)]
+        shell: bool,
     },
     /// Show what a job reached and was refused, by rule, with bytes
     #[command(after_help = "Examples:\n  kiln job egress\n  kiln job egress r1m7 --json")]

@@ -47,7 +47,7 @@ pub(super) async fn run(
     }
     let asked = home_queue::ask(said).await?;
     let answered = match verb {
-        JobCommand::Retry { id } => retry::run(&id, &asked, screen, &cancel).await,
+        JobCommand::Retry { id, shell } => retry::run(&id, shell, &asked, screen, &cancel).await,
         verb => answer(verb, &asked.server, screen, &cancel)
             .await
             .map(|()| 0),

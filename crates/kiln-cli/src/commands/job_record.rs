@@ -1,7 +1,7 @@
 //! What the host recorded of a job that is over: what it reached and was refused, how long each part took, how much memory it came to.
 
 use kiln_controller::api::JobView;
-use kiln_core::ByteSize;
+use kiln_core::{ByteSize, Digest};
 use kiln_network::record::{EgressSummary, EgressTotals};
 use kiln_worker::measured::Measured;
 use serde_json::{Value, json};
@@ -23,6 +23,8 @@ pub(super) struct Record {
     pub(super) measured: Option<Measured>,
     /// Hosts reached and refused, the first of them.
     pub(super) egress: EgressSummary,
+    /// Digest of the files that its command was given.
+    pub(super) source: Option<Digest>,
 }
 
 impl Record {
@@ -47,6 +49,7 @@ impl Record {
         Self {
             measured: serde_json::from_value(report["measured"].clone()).ok(),
             egress: serde_json::from_value(report["egress"].clone()).unwrap_or_default(),
+            source: serde_json::from_value(report["source"].clone()).unwrap_or_default(),
         }
     }
 

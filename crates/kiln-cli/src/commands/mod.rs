@@ -36,6 +36,7 @@ mod retention;
 mod retry;
 mod run;
 mod run_folder;
+mod run_phases;
 mod run_policy;
 mod run_server;
 mod scheduler;

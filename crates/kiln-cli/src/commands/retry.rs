@@ -2,7 +2,8 @@
 
 use kiln_controller::api::{JobView, command_line};
 use kiln_core::job::Source;
-use kiln_core::{JobKind, JobRequest};
+use kiln_core::{Digest, JobKind, JobRequest};
+use kiln_image::context::{self, Limits, Tree};
 use kiln_proto::fleet::Own;
 use kiln_worker::fleet::local::LocalFolder;
 use kiln_worker::host::new_job_id;
@@ -10,21 +11,34 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::home_queue::{Asked, HomeQueue};
+use super::job_record::Record;
 use super::operator::Operator;
 use super::run::{InFront, Stay};
 use crate::error::{CliError, Result};
-use crate::show::Screen;
+use crate::show::{Screen, ShownPath as _};
 use crate::terminal;
 
 pub(super) async fn run(
     id: &str,
+    shell: bool,
     asked: &Asked,
     screen: Screen,
     cancel: &CancellationToken,
 ) -> Result<u8> {
     let job = asked.server.job(Some(id)).await?;
     if let (true, Some(queue)) = (job.own, asked.of_home()) {
-        return here(&job, queue, screen, cancel).await;
+        let stay = match shell {
+            true => Stay::shell()?,
+            false => Stay::default(),
+        };
+        let sent = Record::of(&asked.server, &job).await?.source;
+        return here(&job, queue, (sent, stay), screen, cancel).await;
+    }
+    if shell {
+        return Err(
+            CliError::usage("--shell: this job's machine would be on another host")
+                .hint("a command that ran without a server can be run again with it"),
+        );
     }
     let path = format!("/v1/jobs/{}/retry", job.line.id);
     let new: JobView = asked.server.post(&path, &json!({})).await?;
@@ -37,6 +51,7 @@ pub(super) async fn run(
 async fn here(
     job: &JobView,
     queue: &HomeQueue,
+    (sent, stay): (Option<Digest>, Stay),
     screen: Screen,
     cancel: &CancellationToken,
 ) -> Result<u8> {
@@ -48,6 +63,9 @@ async fn here(
             CliError::usage(format!("job {id} cannot be run again here: {why}"))
                 .hint(format!("type it again: {}", command_line(&request))),
         );
+    }
+    if let Some(folder) = folder(&request) {
+        same(&folder, sent)?;
     }
     let operator = Operator::load()?;
     let most = &operator.config.limits;
@@ -75,7 +93,7 @@ async fn here(
         wants_stdin: tty,
         keeps,
         copies: &[],
-        stay: Stay::default(),
+        stay,
         lesson: None,
     };
     again.run(screen, cancel).await
@@ -89,6 +107,30 @@ fn folder(request: &JobRequest) -> Option<LocalFolder> {
             git: None,
         }),
         _ => None,
+    }
+}
+
+/// Whether the folder still holds what was sent then.
+fn same(folder: &LocalFolder, sent: Option<Digest>) -> Result<()> {
+    let again = |message: String| {
+        CliError::usage(message).hint("`kiln run` in that folder runs on what is there now")
+    };
+    let shown = folder.dir.shown();
+    // A job that ended before anything was sent had no other folder.
+    let Some(sent) = sent else {
+        return Ok(());
+    };
+    let tree = Tree::open_for_run(&folder.dir, Limits::default());
+    let now = tree.and_then(|tree| context::digest(&tree));
+    let now = now.map_err(|error| {
+        again(format!(
+            "its folder {shown}: {}",
+            crate::error::chain(&error)
+        ))
+    })?;
+    match now.digest == sent {
+        true => Ok(()),
+        false => Err(again(format!("its folder {shown} has changed since"))),
     }
 }
 

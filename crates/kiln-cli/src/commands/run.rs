@@ -77,12 +77,20 @@ pub(super) async fn run_and_learn(
     let config = &operator.config;
     let mut limits = config.limits(&ruled.limits, false, super::host_cpus())?;
     super::run_policy::below(&mut limits, &ruled.max);
-    limits.disk = disk(own.disk, limits.disk)?;
+    limits.disk = disk(
+        own.disk,
+        ruled.disk.map_or(limits.disk, |most| most.min(limits.disk)),
+    )?;
     let folder = run_folder::of(&args, ruled.top.as_deref())?;
     let env = environment(&args)?;
     let kept = [ruled.artifacts.as_slice(), args.artifacts.as_slice()].concat();
     let wanted = artifacts::wanted(&kept, &args.copy_out)?;
-    let secrets = secrets(&args.secrets, &env)?;
+    let secrets = secrets(&ruled.secrets, &env)?;
+    for phase in &ruled.phases {
+        let _distinct = self::secrets(&phase.secrets, &env)?;
+    }
+    let any_secret =
+        !secrets.is_empty() || ruled.phases.iter().any(|phase| !phase.secrets.is_empty());
     let listeners = listen(&args.publish).await?;
     announce(&listeners, screen)?;
     let size = wants_terminal(&args).then(terminal::size).flatten();
@@ -104,14 +112,16 @@ pub(super) async fn run_and_learn(
             artifacts: wanted.clone(),
             secrets: secrets.clone(),
             source: folder.as_ref().map(Folder::request),
-            disk: own.disk.is_some(),
+            phases: ruled.phases,
+            services: ruled.services,
+            disk: own.disk.is_some() || ruled.disk.is_some(),
         }),
         network: ruled.network,
         limits,
         // What its owner gives secrets is trusted by them; whatever else is run here may be anything.
-        trust: match secrets.is_empty() {
-            true => TrustClass::Untrusted,
-            false => TrustClass::Trusted,
+        trust: match any_secret {
+            true => TrustClass::Trusted,
+            false => TrustClass::Untrusted,
         },
         network_bits: None,
         dispatch: own.dispatch,
@@ -295,6 +305,22 @@ impl Stay {
         Self {
             keep: args.keep,
             shell_on_failure: shell,
+        }
+    }
+
+    /// A shell in the machine of a command that fails.
+    ///
+    /// # Errors
+    /// Without a terminal.
+    pub(super) fn shell() -> Result<Self> {
+        match terminal::is_interactive() {
+            true => Ok(Self {
+                keep: None,
+                shell_on_failure: true,
+            }),
+            false => Err(CliError::usage(
+                "--shell needs a terminal, and there is none",
+            )),
         }
     }
 

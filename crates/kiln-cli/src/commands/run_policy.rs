@@ -3,20 +3,26 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln_core::job::AppliedPolicy;
+use kiln_core::job::{AppliedPolicy, RunPhase, RunService};
 use kiln_core::network::AllowRule;
-use kiln_core::{ArtifactPath, ByteSize, FailureClass, ImageRef, NetworkPolicy};
+use kiln_core::{
+    ArtifactPath, ByteSize, DiskRole, FailureClass, ImageRef, NetworkPolicy, RunSecret,
+};
 use kiln_image::bases::{BaseKind, Bases};
-use kiln_policy::policy::{Command, PhasePolicy, Resources};
+use kiln_policy::policy::{PhasePolicy, Resources, SecretPlace};
 use kiln_policy::{Compiled, Effective, Grants, Image, Maxima, Phase, PhaseNetwork, Policy};
 
 use super::learn;
 use super::operator::Operator;
 use super::policy::tell;
+use super::run_phases;
 use crate::args::{LimitArgs, NetArg, RunArgs};
 use crate::error::{CliError, Result};
 use crate::policy_file::{self, Found};
 use crate::show::Screen;
+
+/// Where a machine has the files of secrets.
+const SECRETS: &str = "/run/secrets";
 
 /// What the request is made of.
 #[derive(Debug)]
@@ -31,6 +37,13 @@ pub(super) struct Ruled {
     /// The operator's maxima, for what a default decides.
     pub(super) max: Maxima,
     pub(super) artifacts: Vec<ArtifactPath>,
+    /// What comes before the command.
+    pub(super) phases: Vec<RunPhase>,
+    pub(super) services: Vec<RunService>,
+    /// Secrets of the command itself.
+    pub(super) secrets: Vec<RunSecret>,
+    /// Size of its disk, where the policy says one.
+    pub(super) disk: Option<ByteSize>,
     pub(super) applied: Option<AppliedPolicy>,
 }
 
@@ -70,6 +83,8 @@ pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Resul
     let network = holds.policy.network(Phase::Run).effect();
     let asked = asked_network(args, Some(&network))?;
     let network = narrowed(network, asked.as_ref(), file)?;
+    let secrets = run_phases::secrets(&holds.policy, &args.secrets, file)?;
+    let phases = run_phases::phases(&holds.policy, asked.as_ref(), &secrets);
     let resources = holds.policy.resources;
     let limits = LimitArgs {
         cpus: at_most("--cpus", args.limits.cpus, resources.cpus, file)?,
@@ -85,6 +100,10 @@ pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Resul
         limits,
         max: holds.max,
         artifacts: artifacts(&holds.policy.artifacts)?,
+        phases,
+        services: run_phases::services(&holds.policy),
+        secrets: secrets.of(Phase::Run),
+        disk: holds.policy.limits.disk,
         applied: Some(AppliedPolicy {
             file: holds.file_hash,
             hash: holds.hash,
@@ -92,6 +111,7 @@ pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Resul
             download_bits: holds.policy.limits.download_bits,
             connections_max: holds.policy.limits.connections,
             output_bytes_max: holds.policy.limits.output.map(|size| size.0),
+            processes_max: holds.policy.limits.processes,
         }),
     })
 }
@@ -146,6 +166,10 @@ fn by_flags(args: &RunArgs, grants: &Grants) -> Result<Ruled> {
         limits: args.limits.clone(),
         max: holds.max,
         artifacts: Vec::new(),
+        phases: Vec::new(),
+        services: Vec::new(),
+        secrets: args.secrets.clone(),
+        disk: limits.disk,
         applied: bounded.then_some(AppliedPolicy {
             file: holds.file_hash,
             hash: holds.hash,
@@ -153,6 +177,7 @@ fn by_flags(args: &RunArgs, grants: &Grants) -> Result<Ruled> {
             download_bits: limits.download_bits,
             connections_max: limits.connections,
             output_bytes_max: limits.output.map(|size| size.0),
+            processes_max: limits.processes,
         }),
     })
 }
@@ -311,26 +336,24 @@ fn runtime(name: &str, bases: &Bases, file: &str) -> Result<ImageRef> {
 fn enforceable(policy: &Policy, file: &str, learns: bool) -> Result<()> {
     let mut missing = Vec::new();
     for (phase, part) in &policy.phases {
-        if *phase != Phase::Run && !part.commands.is_empty() {
-            missing.push(format!("commands of the phase {phase}"));
-        }
         if part.network == PhaseNetwork::Learn && !learns {
             missing.push(format!(
                 "the mode learn of the phase {phase} without `kiln policy learn`"
             ));
         }
     }
-    if !policy.secrets.is_empty() {
-        missing.push("secrets".to_owned());
+    if policy.services.len() > DiskRole::SERVICES.len() {
+        missing.push(format!("more than {} services", DiskRole::SERVICES.len()));
     }
-    if !policy.services.is_empty() {
-        missing.push("services".to_owned());
-    }
-    if policy.limits.disk.is_some() {
-        missing.push("limits.disk".to_owned());
-    }
-    if policy.limits.processes.is_some() {
-        missing.push("limits.processes".to_owned());
+    for secret in &policy.secrets {
+        if let SecretPlace::File(path) = &secret.place
+            && *path != format!("{SECRETS}/{}", secret.name)
+        {
+            missing.push(format!(
+                "the secret {} elsewhere than at {SECRETS}/{0}",
+                secret.name
+            ));
+        }
     }
     let most = kiln_proto::msg::CONNECTIONS_MOST;
     if policy.limits.connections.is_some_and(|count| count > most) {
@@ -364,15 +387,8 @@ fn argv(run: Option<&PhasePolicy>, command: &[String]) -> Vec<String> {
     }
     let mut script = String::new();
     for command in commands {
-        match command {
-            // A line of its own process: what it sets does not reach the next one.
-            Command::Shell(line) => script.push_str(&quoted(&[
-                "/bin/sh".to_owned(),
-                "-ec".to_owned(),
-                line.clone(),
-            ])),
-            Command::Words(words) => script.push_str(&quoted(words)),
-        }
+        // A process of its own: what it sets does not reach the next one.
+        script.push_str(&quoted(&run_phases::words(command)));
         script.push('\n');
     }
     if !command.is_empty() {
@@ -437,6 +453,8 @@ pub(super) fn refuse_on_server(args: &RunArgs) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use kiln_policy::policy::Command;
+
     use super::*;
 
     fn rules(rules: &[&str]) -> NetworkPolicy {
@@ -513,19 +531,16 @@ mod tests {
     #[test]
     fn what_cannot_be_held_to_is_refused() {
         for text in [
-            "version: 1\nlimits: {processes: 5}\n",
-            "version: 1\nlimits: {disk: 5G}\n",
             "version: 1\nlimits: {connections: 60000}\n",
-            "version: 1\nphases: {dependencies: {commands: [x]}}\n",
             "version: 1\nnetwork: {mode: learn}\n",
-            "version: 1\nsecrets: [{name: a, env: A, phase: run, hosts: []}]\n",
+            "version: 1\nsecrets: [{name: a, file: /etc/a, phase: run, hosts: []}]\n",
         ] {
             let compiled =
                 kiln_policy::compile(kiln_policy::Format::Kiln, "kiln.yaml", text).expect("legal");
             let error = enforceable(compiled.policy(), "kiln.yaml", false).expect_err(text);
             assert_eq!(error.class, FailureClass::Policy);
         }
-        let fine = "version: 1\nnetwork: {allow: [a.example.org]}\nlimits: {upload: 1Mbit, output: 1M, connections: 9}\nartifacts: [\"**/x.xml\"]\n";
+        let fine = "version: 1\nnetwork: {allow: [a.example.org]}\nlimits: {upload: 1Mbit, output: 1M, connections: 9, processes: 5, disk: 5G}\nartifacts: [\"**/x.xml\"]\n";
         let compiled =
             kiln_policy::compile(kiln_policy::Format::Kiln, "kiln.yaml", fine).expect("legal");
         assert!(enforceable(compiled.policy(), "kiln.yaml", false).is_ok());

@@ -37,6 +37,7 @@ mod registry;
 mod room;
 mod run;
 mod run_folder;
+mod run_phases;
 mod serve;
 mod serve_images;
 mod serve_state;

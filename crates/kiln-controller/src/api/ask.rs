@@ -477,6 +477,7 @@ impl RunAsk {
             stdin: false,
             source,
             disk: self.common.disk.is_some(),
+            ..RunCommand::default()
         }))
     }
 }

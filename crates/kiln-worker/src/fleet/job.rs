@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use kiln_core::job::SourceBuild;
+use kiln_core::job::{RunService, SourceBuild};
 use kiln_core::{
     ArtifactName, Digest, FailureClass, JobKind, JobRequest, Lease, NetworkPolicy, Outcome, Verdict,
 };
@@ -38,7 +38,7 @@ use crate::kept::Handover;
 use crate::measured::{Measured, add};
 use crate::prepare::{self, Prepared, Wishes};
 use crate::registry::RegistryAccess;
-use crate::run::RunInput;
+use crate::run::{RunInput, ServiceInput};
 use crate::run_secrets::RunSecrets;
 use crate::site::Site;
 
@@ -473,6 +473,32 @@ impl Work<'_> {
         Ok((end, observed, runtime))
     }
 
+    /// The services of a run, their images unpacked.
+    async fn services(
+        &self,
+        tenant: &kiln_core::TenantName,
+        wanted: &[RunService],
+    ) -> Result<Vec<ServiceInput>, Failure> {
+        let shop = self.shop;
+        let mut found = Vec::new();
+        for (place, service) in (1..).zip(wanted) {
+            let command = container::Command {
+                argv: &[],
+                env: &service.env,
+            };
+            let names = (tenant, &service.image);
+            let job = &self.lease.attempt.job;
+            let image =
+                container::prepare(&shop.host, &shop.registry, names, command, job, self.events);
+            found.push(ServiceInput {
+                wanted: service.clone(),
+                place,
+                image: image.await?,
+            });
+        }
+        Ok(found)
+    }
+
     async fn command(
         &self,
         request: JobRequest,
@@ -481,7 +507,12 @@ impl Work<'_> {
         secrets: Vec<(String, Vec<u8>)>,
     ) -> Result<JobEnd, Failure> {
         let shop = self.shop;
-        let secrets = RunSecrets::new(&command.secrets, &secrets)?;
+        let values = secrets;
+        let secrets = RunSecrets::new(&command.secrets, &values)?;
+        let mut phases = Vec::new();
+        for phase in &command.phases {
+            phases.push((phase.clone(), RunSecrets::new(&phase.secrets, &values)?));
+        }
         let worked = match &command.source {
             None => None,
             Some(wanted) => {
@@ -493,10 +524,9 @@ impl Work<'_> {
         let image = match command.image.as_ref().or(base) {
             None => None,
             Some(image) => {
-                let env = secrets.joined(&command.env);
                 let wanted = container::Command {
                     argv: &command.argv,
-                    env: &env,
+                    env: &command.env,
                 };
                 let names = (&request.tenant, image);
                 let prepared = container::prepare(
@@ -520,6 +550,7 @@ impl Work<'_> {
             }
         };
         let local = local.unwrap_or_else(nobody_watches);
+        let tenant = &request.tenant.clone();
         let input = RunInput {
             request,
             image,
@@ -536,6 +567,8 @@ impl Work<'_> {
             keep: local.keep,
             secrets,
             files: worked.as_ref().map(|worked| worked.files.clone()),
+            phases,
+            services: self.services(tenant, &command.services).await?,
         };
         let lease = self.lease.clone();
         let mut end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;

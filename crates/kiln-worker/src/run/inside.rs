@@ -5,9 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_core::job::RunCommand;
+use kiln_core::job::{RunCommand, RunPhase, RunPhaseName};
 use kiln_core::machine::{DiskAccess, DiskFormat};
-use kiln_core::{ArtifactPath, DiskRole, DiskSlot, FailureClass, Lease};
+use kiln_core::{DiskRole, DiskSlot, FailureClass, JobRequest, Lease, NetworkPolicy};
 use kiln_proto::msg::{
     ContainerSpec, ExecRequest, Exit, Order, OrderReply, Place, TtySize, feature,
 };
@@ -15,7 +15,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::command::{ExecParts, Room, run_exec};
 use super::forward::forward;
-use super::{Limit, RunInput, Told};
+use super::serve::{self, ServiceInput, Serving};
+use super::{Limit, RunInput, Told, ending, exit_code};
 use crate::attempt::Attempt;
 use crate::collect;
 use crate::event::Events;
@@ -29,14 +30,26 @@ use crate::unpack::Unpacked;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where a command begins that works on no files.
 const HOME: &str = "/root";
+/// Longest wait for the guest to say what it uses.
+const STATS_TIMEOUT: Duration = Duration::from_secs(10);
+/// A disk with less room than this is full, bytes; a small one with less than a 64th of it.
+const FULL_BELOW: u64 = 1024 * 1024;
+/// Most of a command line that a failure shows, characters.
+const LINE_SHOWN_MAX: usize = 200;
 /// Longest time for the files of a command that was stopped: somebody waits for its end.
 pub const STOPPED_COLLECT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A command that can be started, and how its files are found.
-struct Prepared {
-    exec: ExecRequest,
-    /// Root of its files in the machine, and its working directory below that.
-    place: (String, String),
+/// The machine of a run: what its commands have in common.
+struct Inside<'a> {
+    attempt: &'a Attempt,
+    command: &'a RunCommand,
+    /// How its container is started; none: it runs in the machine itself.
+    container: Option<ContainerSpec>,
+    /// Where commands begin.
+    cwd: String,
+    /// A container was there already: the next one goes on with its files.
+    begun: bool,
+    room: Room,
 }
 
 pub(super) async fn in_machine(
@@ -49,13 +62,26 @@ pub(super) async fn in_machine(
     let kiln_core::JobKind::Run(command) = input.request.kind.clone() else {
         return Err(Failure::new(FailureClass::Usage, "this job is not a run"));
     };
-    let prepared = limit
-        .unless_stopped(cancel, prepare(attempt, &mut input, &command, lease, told))
-        .await?;
+    let prepared = prepare(attempt, &input, &command, lease, told);
+    let mut inside = limit.unless_stopped(cancel, prepared).await?;
+    // Ends what runs beside the command when this is over.
+    let mut serving = Vec::new();
+    for phase in std::mem::take(&mut input.phases) {
+        let begun = inside.phase(&mut input, &phase, &mut serving, (cancel, events, told));
+        limit.unless_stopped(cancel, begun).await?;
+    }
+    let (secrets, tty, stdin) = (&input.secrets, input.tty, input.stdin.is_some());
+    let (network, services) = (&input.request.network, &input.services);
+    let started = async {
+        inside.enter("run", network, services).await?;
+        put_secrets(attempt, secrets).await?;
+        inside.exec(None, secrets, (tty, stdin)).await
+    };
+    let exec = limit.unless_stopped(cancel, started).await?;
     if let Some(handover) = handover {
-        handover.cwd = Some(prepared.place.1.clone());
-        if input.image.is_some() {
-            handover.runc = prepared.exec.argv.first().cloned();
+        handover.cwd = Some(inside.cwd.clone());
+        if inside.container.is_some() {
+            handover.runc = exec.argv.first().cloned();
         }
     }
     let forwards: Vec<_> = std::mem::take(&mut input.listeners)
@@ -63,69 +89,242 @@ pub(super) async fn in_machine(
         .map(|(listener, port)| tokio::spawn(forward(attempt.session.clone(), listener, port)))
         .collect();
     told.phases.begin("run").await;
-    let most = input
-        .request
-        .policy
-        .and_then(|policy| policy.output_bytes_max);
-    let mut room = Room::of(most);
     let parts = ExecParts {
         stdin: input.stdin.take(),
         output: input.output.clone(),
-        room: &mut room,
+        room: &mut inside.room,
         control: &mut input.control,
         log: Arc::clone(&input.log),
     };
     let result = tokio::select! {
-        result = run_exec(&attempt.session, &prepared.exec, parts, cancel) => result,
+        result = run_exec(&attempt.session, &exec, parts, cancel) => result,
         // Dropped, the command is ended; its machine may stay.
         () = limit.passed() => Err(limit.over()),
     };
     for task in forwards {
         task.abort();
     }
+    let result = match result {
+        Ok(exit) => inside.of_its_own(exit, &input.request).await,
+        stopped => stopped,
+    };
     if let Some(dir) = &input.artifacts {
-        let paths = &command.artifacts;
-        kept_files(
-            attempt,
-            paths,
-            (&prepared, dir),
-            &result,
-            (cancel, events, told),
-        )
-        .await;
+        inside
+            .kept_files(dir, &result, (cancel, events, told))
+            .await;
     }
-    of_its_own(result?)
+    drop(serving);
+    result
 }
 
-/// Reads the files that are kept, also of a command that failed: its report says why. One that was stopped has less time for it.
-async fn kept_files(
-    attempt: &Attempt,
-    paths: &[ArtifactPath],
-    (prepared, dir): (&Prepared, &Path),
-    result: &Result<Exit, Failure>,
-    (cancel, events, told): (&CancellationToken, &Events, &mut Told),
-) {
-    let stopped = match result {
-        Ok(_) => false,
-        Err(failure) if was_stopped(failure) => true,
-        Err(_) => return,
-    };
-    if paths.is_empty() {
-        return;
+impl Inside<'_> {
+    /// From now on a phase's network holds, and nothing of the one before.
+    async fn enter(
+        &self,
+        name: &str,
+        network: &NetworkPolicy,
+        services: &[ServiceInput],
+    ) -> Result<(), Failure> {
+        let gateway = self.attempt.services.gateway();
+        gateway.enter(name, network.clone());
+        match self.command.phases.is_empty() {
+            true => Ok(()),
+            // The guest remembers for a while which names there are.
+            false => serve::name(self.attempt, services).await,
+        }
     }
-    told.phases.begin("collect").await;
-    let place = (prepared.place.0.as_str(), prepared.place.1.as_str());
-    let never = CancellationToken::new();
-    let (within, cancel) = match stopped {
-        false => (collect::COLLECT_TIMEOUT, cancel),
-        // It was asked to stop already: whoever asks again ends the process.
-        true => (STOPPED_COLLECT_TIMEOUT, &never),
-    };
-    let found = collect::collect(&attempt.session, paths, place, dir, (within, cancel)).await;
-    for text in found.left_out {
-        events.warn(text).await;
+
+    /// Runs a phase before the command. Nothing of its network, variables and secrets is the next one's.
+    async fn phase(
+        &mut self,
+        input: &mut RunInput,
+        (phase, secrets): &(RunPhase, RunSecrets),
+        serving: &mut Vec<Serving>,
+        (cancel, events, told): (&CancellationToken, &Events, &mut Told),
+    ) -> Result<(), Failure> {
+        let name = phase.name.as_str();
+        told.phases.begin(name).await;
+        self.enter(name, &phase.network, &input.services).await?;
+        put_secrets(self.attempt, secrets).await?;
+        if phase.name == RunPhaseName::Services {
+            for service in &input.services {
+                events
+                    .note(format!("service {} begins", service.wanted.name))
+                    .await;
+                serving.push(serve::start(self.attempt, service, &input.log).await?);
+            }
+        }
+        for argv in &phase.commands {
+            let exec = self.exec(Some(argv), secrets, (None, false)).await?;
+            let parts = ExecParts {
+                stdin: None,
+                output: input.output.clone(),
+                room: &mut self.room,
+                control: &mut input.control,
+                log: Arc::clone(&input.log),
+            };
+            let ended = run_exec(&self.attempt.session, &exec, parts, cancel).await;
+            let ended = match ended {
+                Ok(exit) => self.of_its_own(exit, &input.request).await,
+                failed => failed,
+            };
+            let failed = match ended {
+                Ok(exit) if exit.code == Some(0) => continue,
+                Ok(exit) => Failure {
+                    command_code: Some(exit_code(&exit)),
+                    ..Failure::new(FailureClass::User, ending(&exit))
+                },
+                Err(failure) => failure,
+            };
+            return Err(in_phase(name, argv, failed));
+        }
+        take_back(self.attempt, secrets).await
     }
-    told.artifacts = found.files;
+
+    /// What starts a command; without words the job's own.
+    async fn exec(
+        &mut self,
+        argv: Option<&[String]>,
+        secrets: &RunSecrets,
+        (tty, stdin): (Option<TtySize>, bool),
+    ) -> Result<ExecRequest, Failure> {
+        let Some(spec) = &self.container else {
+            let env = secrets.joined(&self.command.env);
+            let argv = argv.unwrap_or(&self.command.argv);
+            return Ok(plain_exec(argv, env, &self.cwd, (tty, stdin)));
+        };
+        let mut spec = ContainerSpec {
+            secrets: secrets.files(),
+            tty: tty.is_some(),
+            again: self.begun,
+            ..spec.clone()
+        };
+        if let Some(argv) = argv {
+            spec.argv = argv.to_vec();
+        }
+        let pairs = secrets.env().iter();
+        spec.env.retain(|pair| {
+            let key = pair.split_once('=').map(|(key, _)| key);
+            !key.is_some_and(|key| secrets.env().contains_key(key))
+        });
+        spec.env
+            .extend(pairs.map(|(key, value)| format!("{key}={value}")));
+        let argv = prepare_container(self.attempt, spec).await?;
+        self.begun = true;
+        Ok(ExecRequest {
+            argv,
+            env: vec![("PATH".to_owned(), PATH.to_owned())],
+            cwd: "/".to_owned(),
+            tty,
+            stdin,
+            ..ExecRequest::default()
+        })
+    }
+
+    /// An end of the command's own making; one that came of a bound is told by the bound's name.
+    async fn of_its_own(&self, exit: Exit, request: &JobRequest) -> Result<Exit, Failure> {
+        let told = |class, message: String, hint: &str| Failure {
+            // As a shell has it: 128 and the signal's number.
+            command_code: exit.code.or(exit.signal.map(|signal| 128 + signal)),
+            ..Failure::new(class, message).hint(hint)
+        };
+        if exit.oom {
+            let message = "the command ran out of memory".to_owned();
+            let hint = "give it more with --memory";
+            return Err(told(FailureClass::OutOfMemory, message, hint));
+        }
+        let processes = request.policy.and_then(|policy| policy.processes_max);
+        let bounded = processes.is_some() || has_disk(self.command);
+        if exit.code == Some(0) || !bounded {
+            return Ok(exit);
+        }
+        let order = Order::Stats;
+        let what = "say what it uses";
+        let asked = orders::call(&self.attempt.session, what, &order, STATS_TIMEOUT).await;
+        let Ok(OrderReply::Stats(stats)) = asked else {
+            // How the command ended is known, and says enough.
+            return Ok(exit);
+        };
+        let disk = request.limits.disk;
+        let full = |free: u64| free < FULL_BELOW.min(disk.0 / 64);
+        if stats.scratch_bytes_free.is_some_and(full) {
+            let message = format!(
+                "disk_full: {}, and its disk of {disk} is full",
+                ending(&exit)
+            );
+            let hint = "give it more with --disk, or raise limits.disk of the policy";
+            return Err(told(FailureClass::User, message, hint));
+        }
+        if let Some(most) = processes.filter(|_| stats.processes_refused > 0) {
+            let message = format!(
+                "process_limit: {}, and was refused processes beyond {most}",
+                ending(&exit)
+            );
+            let hint = "start fewer at once, or raise limits.processes of the policy";
+            return Err(told(FailureClass::User, message, hint));
+        }
+        Ok(exit)
+    }
+
+    /// Reads the files that are kept, also of a command that failed: its report says why. One that was stopped has less time for it.
+    async fn kept_files(
+        &self,
+        dir: &Path,
+        result: &Result<Exit, Failure>,
+        (cancel, events, told): (&CancellationToken, &Events, &mut Told),
+    ) {
+        let paths = &self.command.artifacts;
+        let stopped = match result {
+            Ok(_) => false,
+            Err(failure) if was_stopped(failure) => true,
+            // It ran, and a bound ended it.
+            Err(failure) if failure.command_code.is_some() => false,
+            Err(_) => return,
+        };
+        if paths.is_empty() {
+            return;
+        }
+        told.phases.begin("collect").await;
+        let root = match self.container {
+            Some(_) => collect::CONTAINER_ROOT,
+            None => "",
+        };
+        let never = CancellationToken::new();
+        let (within, cancel) = match stopped {
+            false => (collect::COLLECT_TIMEOUT, cancel),
+            // It was asked to stop already: whoever asks again ends the process.
+            true => (STOPPED_COLLECT_TIMEOUT, &never),
+        };
+        let place = (root, self.cwd.as_str());
+        let session = &self.attempt.session;
+        let found = collect::collect(session, paths, place, dir, (within, cancel)).await;
+        for text in found.left_out {
+            events.warn(text).await;
+        }
+        told.artifacts = found.files;
+    }
+}
+
+/// Names the phase and its command in what went wrong.
+fn in_phase(name: &str, argv: &[String], failure: Failure) -> Failure {
+    // What a shell is given is what somebody wrote.
+    let line = match argv {
+        [shell, flag, line] if shell == "/bin/sh" && flag == "-ec" => line.clone(),
+        words => words.join(" "),
+    };
+    let shown = line.chars().map(|c| if c.is_control() { ' ' } else { c });
+    let line: String = shown.take(LINE_SHOWN_MAX).collect();
+    let message = match failure.class {
+        FailureClass::User | FailureClass::OutOfMemory => {
+            format!("the phase {name} failed: `{line}`: {}", failure.message)
+        }
+        _ => return failure,
+    };
+    Failure { message, ..failure }
+}
+
+fn has_disk(command: &RunCommand) -> bool {
+    command.disk || command.source.is_some()
 }
 
 /// Whether a command ran and was ended from outside.
@@ -138,52 +337,68 @@ pub(super) fn was_stopped(failure: &Failure) -> bool {
     }
 }
 
-/// Gives the machine what the command needs.
-async fn prepare(
-    attempt: &Attempt,
-    input: &mut RunInput,
-    command: &RunCommand,
+/// Gives the machine what all commands need.
+async fn prepare<'a>(
+    attempt: &'a Attempt,
+    input: &RunInput,
+    command: &'a RunCommand,
     lease: &Lease,
     told: &mut Told,
-) -> Result<Prepared, Failure> {
+) -> Result<Inside<'a>, Failure> {
     if let Some(bundle) = &input.ca_bundle {
         let what = "take the CA bundle";
         orders::put_file(&attempt.session, what, Place::CaBundle, bundle).await?;
     }
-    put_secrets(attempt, &input.secrets).await?;
-    if input.files.is_some() || command.disk {
+    let policy = input.request.policy;
+    let is_new = !command.phases.is_empty() || has_disk(command);
+    if is_new && !attempt.hello.has(feature::WORK) {
+        return Err(too_old("work on files and in phases"));
+    }
+    if let Some(most) = policy.and_then(|policy| policy.processes_max) {
+        bound_processes(attempt, most).await?;
+    }
+    if has_disk(command) {
         scratch(attempt, input.request.limits.disk).await?;
     }
     let mut cwd = None;
     if let Some(files) = &input.files {
-        if !attempt.hello.has(feature::WORK) {
-            return Err(too_old("work on a folder's files"));
-        }
         told.phases.begin("source").await;
         told.source = Some(files.send(&attempt.session).await?);
         cwd = Some(files.cwd());
     }
-    let (tty, stdin) = (input.tty, input.stdin.is_some());
-    match input.image.clone() {
-        None => {
-            let env = input.secrets.joined(&command.env);
-            let cwd = cwd.unwrap_or_else(|| HOME.to_owned());
-            let exec = plain_exec(&command.argv, env, &cwd, (tty, stdin));
-            let place = (String::new(), cwd);
-            Ok(Prepared { exec, place })
-        }
-        Some((unpacked, spec)) => {
-            let spec = ContainerSpec {
-                secrets: input.secrets.files(),
-                work: cwd.is_some(),
-                cwd: cwd.unwrap_or(spec.cwd),
-                ..spec
-            };
-            let place = (collect::CONTAINER_ROOT.to_owned(), spec.cwd.clone());
-            let exec = container_exec(attempt, &unpacked, spec, (tty, stdin), lease).await?;
-            Ok(Prepared { exec, place })
-        }
+    let mut container = None;
+    if let Some((unpacked, spec)) = input.image.clone() {
+        attach_image(attempt, &unpacked, DiskRole::Image).await?;
+        container = Some(ContainerSpec {
+            hostname: lease.attempt.job.to_string(),
+            work: cwd.is_some(),
+            cwd: cwd.clone().unwrap_or(spec.cwd),
+            ..spec
+        });
     }
+    let cwd = match &container {
+        Some(spec) => spec.cwd.clone(),
+        None => cwd.unwrap_or_else(|| HOME.to_owned()),
+    };
+    Ok(Inside {
+        attempt,
+        command,
+        container,
+        cwd,
+        begun: false,
+        room: Room::of(policy.and_then(|policy| policy.output_bytes_max)),
+    })
+}
+
+/// Bounds the processes of everything that is not the guest itself.
+async fn bound_processes(attempt: &Attempt, most: u32) -> Result<(), Failure> {
+    let order = Order::SetLimits {
+        memory_max: 0,
+        pids_max: u64::from(most),
+        disk_bytes_max: 0,
+    };
+    let within = orders::ORDER_TIMEOUT;
+    Ok(orders::call_done(&attempt.session, "bound its processes", &order, within).await?)
 }
 
 /// Room for what the command writes: a disk of its own, that the host bounds.
@@ -203,24 +418,25 @@ fn too_old(what: &str) -> Failure {
     Failure::new(FailureClass::Infrastructure, message).hint("`kiln setup` makes a new one")
 }
 
-/// An end of the command's own making.
-fn of_its_own(exit: Exit) -> Result<Exit, Failure> {
-    if !exit.oom {
-        return Ok(exit);
-    }
-    Err(Failure {
-        // As a shell has it: 128 and the signal's number.
-        command_code: exit.code.or(exit.signal.map(|signal| 128 + signal)),
-        ..Failure::new(FailureClass::OutOfMemory, "the command ran out of memory")
-            .hint("give it more with --memory")
-    })
-}
-
+/// Gives a phase its secrets. From then on the machine reaches only less.
 async fn put_secrets(attempt: &Attempt, secrets: &RunSecrets) -> Result<(), Failure> {
+    if secrets.is_empty() {
+        return Ok(());
+    }
     if !secrets.files().is_empty() && !attempt.hello.has(feature::SECRET_FILES) {
         return Err(too_old("give a command secrets as files"));
     }
+    attempt.services.gateway().only_narrow();
     secrets.put(&attempt.session).await
+}
+
+/// Empties the files of a phase's secrets: they are no other phase's.
+async fn take_back(attempt: &Attempt, secrets: &RunSecrets) -> Result<(), Failure> {
+    for id in secrets.files() {
+        let place = Place::Secret { id };
+        orders::put_file(&attempt.session, "take a secret back", place, &[]).await?;
+    }
+    Ok(())
 }
 
 fn plain_exec(
@@ -247,47 +463,57 @@ fn plain_exec(
     }
 }
 
-async fn container_exec(
+/// Attaches the disk of an image, read-only, and mounts it.
+pub(super) async fn attach_image(
     attempt: &Attempt,
     unpacked: &Unpacked,
-    spec: ContainerSpec,
-    (tty, stdin): (Option<TtySize>, bool),
-    lease: &Lease,
-) -> Result<ExecRequest, Failure> {
+    role: DiskRole,
+) -> Result<(), Failure> {
     let disk = DiskSlot {
-        role: DiskRole::Image,
+        role,
         backing: Some(unpacked.disk.clone()),
         format: DiskFormat::Qcow2,
         access: DiskAccess::ReadOnly,
     };
     attempt.attach(&disk).await?;
-    attempt.mount(DiskRole::Image, true, false).await?;
-    let spec = ContainerSpec {
-        hostname: lease.attempt.job.to_string(),
-        tty: tty.is_some(),
-        ..spec
-    };
+    attempt.mount(role, true, false).await
+}
+
+/// Puts a container together; gives what starts it.
+pub(super) async fn prepare_container(
+    attempt: &Attempt,
+    spec: ContainerSpec,
+) -> Result<Vec<String>, Failure> {
     let what = "prepare the container";
-    let reply = orders::call(
-        &attempt.session,
-        what,
-        &Order::PrepareContainer(Box::new(spec)),
-        orders::ORDER_TIMEOUT,
-    )
-    .await?;
-    let OrderReply::Prepared { argv } = reply else {
-        return Err(Failure::new(
+    let order = Order::PrepareContainer(Box::new(spec));
+    let reply = orders::call(&attempt.session, what, &order, orders::ORDER_TIMEOUT).await?;
+    match reply {
+        OrderReply::Prepared { argv } => Ok(argv),
+        other => Err(Failure::new(
             FailureClass::GuestFault,
-            format!("asked to {what}, the guest answered {reply:?}"),
-        ));
-    };
-    let env = vec![("PATH".to_owned(), PATH.to_owned())];
-    Ok(ExecRequest {
-        argv,
-        env,
-        cwd: "/".to_owned(),
-        tty,
-        stdin,
-        ..ExecRequest::default()
-    })
+            format!("asked to {what}, the guest answered {other:?}"),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_names_its_phase_and_what_was_written() {
+        let failed = |class| Failure {
+            command_code: Some(3),
+            ..Failure::new(class, "the command ended with exit code 3")
+        };
+        let shell = ["/bin/sh", "-ec", "npm ci"].map(str::to_owned);
+        let named = in_phase("dependencies", &shell, failed(FailureClass::User));
+        assert_eq!(
+            named.message,
+            "the phase dependencies failed: `npm ci`: the command ended with exit code 3"
+        );
+        assert_eq!(named.command_code, Some(3));
+        let other = in_phase("dependencies", &shell, failed(FailureClass::Infrastructure));
+        assert!(!other.message.contains("phase"), "not the phase's fault");
+    }
 }

@@ -1,0 +1,160 @@
+//! Phases, secrets, services and bounds of a policy on real machines: what each phase gets, what it does not, and what is told when it fails.
+
+use std::fs;
+use std::path::Path;
+
+use crate::support::{Kiln, Said, app, kiln, said};
+
+fn run_in(kiln: &Kiln, dir: &Path, args: &[&str]) -> Said {
+    let mut command = kiln.command(args);
+    command.current_dir(dir);
+    said(command)
+}
+
+/// Who may be asked for in which phase; the secret is the second phase's alone.
+const POLICY: &str = r#"
+version: 1
+phases:
+  checkout:
+    commands: ["test -f hello.txt; echo one > made; getent hosts dep.example.org || echo checkout reaches nothing"]
+  dependencies:
+    network: {allow: ["dep.example.org:443"]}
+    commands:
+      - "echo dependencies: $(getent hosts dep.example.org | wc -l) $(getent hosts run.example.org | wc -l)"
+      - [sh, -c, 'test "$KEY" = "top secret" && test -z "$OTHER" && cat made && echo two > /var/tmp/two']
+  run:
+    network: {allow: ["dep.example.org:443"]}
+    commands: [["cat", "/var/tmp/two"]]
+secrets:
+  - {name: phase-key, env: KEY, phase: dependencies, hosts: ["dep.example.org:443"]}
+"#;
+
+#[test]
+fn each_phase_has_its_own_network_and_secrets_and_the_files_of_the_one_before() {
+    let Some(annex) = crate::annex::Annex::open() else {
+        return;
+    };
+    let dir = app(&[("kiln.yaml", POLICY), ("hello.txt", "hi")]);
+    let here = |args: &[&str]| run_in(&annex, dir.path(), args);
+    let last = "test -z \"$KEY\" && echo run: $(getent hosts run.example.org | wc -l); exit 3";
+    // A policy comes with a project; a secret is its owner's.
+    let refused = here(&["run", "--", "true"]).exits(4);
+    refused.says("--secret phase-key:file");
+    let mut command = annex.command(&["secret", "set", "phase-key"]);
+    let value = dir.path().join("value");
+    fs::write(&value, "top secret").expect("write");
+    command.stdin(fs::File::open(&value).expect("open"));
+    said(command).exits(0);
+    fs::remove_file(&value).expect("gone");
+
+    let ran = here(&["run", "--secret", "phase-key:file", "--", "sh", "-c", last]).exits(3);
+    let words = "checkout reaches nothing\ndependencies: 1 0\none\ntwo\nrun: 0\n";
+    assert_eq!(ran.out, words, "{ran:?}");
+    assert!(!dir.path().join("made").exists());
+    let job = here(&["job", "show", "--json"]).exits(0);
+    let job: serde_json::Value = serde_json::from_str(&job.out).expect("json");
+    let phases = job["outcome"]["phases_ms"].as_array().expect("phases");
+    let names: Vec<_> = phases
+        .iter()
+        .filter_map(|phase| phase[0].as_str())
+        .collect();
+    let order = [
+        "queue",
+        "machine",
+        "source",
+        "checkout",
+        "dependencies",
+        "run",
+    ];
+    assert_eq!(names, order);
+    for part in [
+        "clone_ms",
+        "ready_ms",
+        "disk_ms",
+        "source_ms",
+        "command_ms",
+        "teardown_ms",
+    ] {
+        assert!(job["record"][part].is_u64(), "{part}: {job}");
+    }
+
+    // A flag narrows every phase; the one that fails is named, with its command, and its code is passed on.
+    let args = [
+        "run",
+        "--secret",
+        "phase-key:file",
+        "--net",
+        "isolated",
+        "--",
+        "true",
+    ];
+    let narrow = here(&args).exits(0);
+    assert!(narrow.out.contains("dependencies: 0 0"), "{narrow:?}");
+    let failing = "version: 1\nphases:\n  dependencies: {commands: [\"exit 9\"]}\n  run: {commands: [\"echo never\"]}\n";
+    fs::write(dir.path().join("kiln.yaml"), failing).expect("write");
+    let failed = here(&["run", "--", "true"]).exits(9);
+    assert_eq!(failed.out, "");
+    failed.says("the phase dependencies failed: `exit 9`");
+    annex.is_clear();
+}
+
+#[test]
+fn bounds_of_a_policy_are_told_by_their_names() {
+    let Some(kiln) = kiln() else { return };
+    let dir = app(&[(
+        "kiln.yaml",
+        "version: 1\nlimits: {disk: 64M, processes: 40}\n",
+    )]);
+    let here = |script: &str| run_in(&kiln, dir.path(), &["run", "--", "sh", "-c", script]);
+    let full = "head -c 90000000 /dev/zero > big || exit 6";
+    here(full).exits(6).says("disk_full");
+    let many = "for i in $(seq 1 200); do sleep 60 & done; exit 0";
+    let refused = here(many);
+    assert_ne!(refused.code, 0, "{refused:?}");
+    refused.says("process_limit");
+    // Neither is told of a command that failed for its own reasons, and both leave room for an ordinary one.
+    let own = here("seq 1 20 | xargs -P 10 -n 1 sleep 0 && exit 5").exits(5);
+    assert!(
+        !own.err.contains("_limit") && !own.err.contains("disk_full"),
+        "{own:?}"
+    );
+}
+
+#[test]
+fn services_are_ready_before_the_command_and_reached_by_name() {
+    let Some(kiln) = kiln() else { return };
+    let server = app(&[
+        (
+            "package.json",
+            r#"{"name": "svc", "scripts": {"start": "node server.js"}}"#,
+        ),
+        (
+            "package-lock.json",
+            r#"{"name": "svc", "lockfileVersion": 3, "packages": {"": {"name": "svc"}}}"#,
+        ),
+        (
+            "server.js",
+            "require('http').createServer((q, r) => { r.end(process.env.WORD + ' ' + q.url); }).listen(8123);",
+        ),
+    ]);
+    let built = kiln.build(server.path(), "phase-service:v1", &[]);
+    let digest = built["digest"].as_str().expect("a digest");
+    let image = format!("phase-service@{digest}");
+    let policy = format!(
+        "version: 1\nimage: node\nservices:\n  web:\n    image: {image}\n    port: 8123\n    env: {{WORD: served}}\n    health: {{http: /up}}\n"
+    );
+    let dir = app(&[("kiln.yaml", &policy)]);
+    let ask = "fetch('http://web:8123/asked').then(r => r.text()).then(t => console.log(t))";
+    let ran = run_in(&kiln, dir.path(), &["run", "--", "node", "-e", ask]).exits(0);
+    assert_eq!(ran.out, "served /asked\n");
+    // One that ends is the run's failure, with its last words.
+    fs::write(
+        dir.path().join("kiln.yaml"),
+        policy
+            .replace("port: 8123", "port: 8124")
+            .replace("http: /up", "timeout: 5s"),
+    )
+    .expect("write");
+    let never = run_in(&kiln, dir.path(), &["run", "--", "true"]).exits(1);
+    never.says("the service web: it was not ready");
+}
