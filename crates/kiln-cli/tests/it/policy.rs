@@ -100,15 +100,13 @@ fn flags_narrow_and_what_cannot_be_enforced_is_refused_before_anything_starts() 
         .expect("written")
     };
     for (more, word) in [
-        ("limits: {processes: 10}", "limits.processes"),
-        ("limits: {disk: 1G}", "limits.disk"),
-        (
-            "phases: {dependencies: {commands: [npm ci]}}",
-            "dependencies",
-        ),
         (
             "secrets: [{name: a, env: A, phase: run, hosts: []}]",
-            "secrets",
+            "--secret a",
+        ),
+        (
+            "secrets: [{name: a, file: /etc/a, phase: run, hosts: []}]",
+            "/run/secrets/a",
         ),
         ("network: {mode: open}", "not grant"),
     ] {
