@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 /// Generation of these messages. A controller serves its own and the one before.
 pub const GENERATION: u32 = 1;
-/// What workers offer in a handshake besides HTTP/1.1 (ALPN, RFC 7301), so that they are shown the certificate of the authority they
+/// What workers, and controllers among themselves, offer in a handshake besides HTTP/1.1 (ALPN, RFC 7301), so that they are shown the certificate of the authority they
 /// pinned, whatever the operator shows to people. It is never chosen.
 pub const ALPN: &[u8] = b"kiln-worker";
 /// Header with the generation a worker speaks.

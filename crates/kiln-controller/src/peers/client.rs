@@ -148,7 +148,8 @@ impl Client {
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        // Every controller of a database has the same authority, whatever it shows to people.
+        config.alpn_protocols = vec![kiln_proto::fleet::ALPN.to_vec(), b"http/1.1".to_vec()];
         let dial = Dial::new(Arc::new(config), CONNECT_TIMEOUT);
         let pool = Pool::builder(TokioExecutor::new())
             .pool_max_idle_per_host(IDLE_MAX)

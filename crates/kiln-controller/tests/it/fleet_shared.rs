@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt as _;
+use kiln_controller::access::shown::IdentityFiles;
 use kiln_controller::peers::Home;
 use kiln_controller::server::{Running, ServeConfig, SharedError, StartError, Tls, start_with};
 use kiln_core::{AttemptId, JobId, PoolName, TenantName};
@@ -25,6 +26,21 @@ use crate::fleet_worker::{Ledger, SimWorker, text};
 pub(crate) struct Common {
     pub(crate) database: String,
     pub(crate) store: String,
+}
+
+/// A certificate of nobody's authority, as the operator's own.
+fn certificate(folder: &Path) -> IdentityFiles {
+    let made = rcgen::generate_simple_self_signed(vec!["ci.kiln.test".to_owned()]);
+    let made = made.expect("a certificate");
+    let files = IdentityFiles {
+        chain: folder.join("people.pem"),
+        key: folder.join("people.key"),
+    };
+    std::fs::write(&files.chain, made.cert.pem()).expect("writes");
+    std::fs::write(&files.key, made.signing_key.serialize_pem()).expect("writes");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(&files.key, mode).expect("chmod");
+    files
 }
 
 impl Common {
@@ -55,7 +71,11 @@ impl Common {
         config.database = Some(self.database.parse().expect("a URL"));
         config.sharing.store = Some(self.bucket());
         config.listen = vec!["127.0.0.1:0".parse().expect("an address")];
-        config.tls = Tls::Own(vec!["127.0.0.1".to_owned()]);
+        // For people of another name than the one by which controllers reach each other.
+        config.tls = Tls::Given {
+            files: certificate(folder),
+            names: vec!["127.0.0.1".to_owned()],
+        };
         config
     }
 
