@@ -86,6 +86,64 @@ fn queue_now(rows: &PoolRows) -> QueueNow {
     }
 }
 
+/// What a worker tells of its machine's gateway, as far as it is counted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Deserialize)]
+#[serde(default)]
+pub struct Egress {
+    bytes_out: u64,
+    bytes_in: u64,
+    decisions: Decisions,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Deserialize)]
+#[serde(default)]
+struct Decisions {
+    allowed: u64,
+    narrowed: u64,
+    host: u64,
+    port: u64,
+    address: u64,
+    name: u64,
+    unreachable: u64,
+}
+
+impl Egress {
+    /// Of an attempt's report; nothing where it does not say.
+    #[must_use]
+    pub fn told(report: &serde_json::Value) -> Self {
+        let egress = report.pointer("/measured/egress").cloned();
+        let read = egress.and_then(|egress| serde_json::from_value(egress).ok());
+        read.unwrap_or_default()
+    }
+}
+
+/// Most decisions of one kind that one attempt counts for: a worker's word has an end.
+const EGRESS_DECISIONS_MAX: u64 = 1_000_000;
+/// Most bytes of one direction that one attempt counts for: a day at 100 Gbit/s.
+const EGRESS_BYTES_MAX: u64 = 1 << 50;
+
+/// A machine's gateway decided.
+pub fn observe_egress(metrics: &Metrics, told: &Egress) {
+    let said = told.decisions;
+    for (verdict, reason, count) in [
+        (
+            "allowed",
+            "rule",
+            said.allowed.saturating_sub(said.narrowed),
+        ),
+        ("allowed", "narrowed", said.narrowed),
+        ("refused", "host", said.host),
+        ("refused", "port", said.port),
+        ("refused", "address", said.address),
+        ("refused", "name", said.name),
+        ("failed", "unreachable", said.unreachable),
+    ] {
+        metrics.egress(verdict, reason, count.min(EGRESS_DECISIONS_MAX));
+    }
+    let bytes = |told: u64| told.min(EGRESS_BYTES_MAX);
+    metrics.egress_bytes(bytes(told.bytes_out), bytes(told.bytes_in));
+}
+
 /// An attempt ended. `runtime` is the language runtime of an image build, as it was planned; none for a run, which counts in the
 /// phases alone.
 pub fn observe_end(metrics: &Metrics, runtime: Option<&str>, outcome: &Outcome) {

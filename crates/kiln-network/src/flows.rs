@@ -4,13 +4,54 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use kiln_core::network::{AllowRule, EgressEvent, Protocol};
+use kiln_core::network::{AllowRule, EgressEvent, EgressVerdict, Protocol};
 use serde::{Deserialize, Serialize};
 
 use crate::record::{reached_host, verdict_name};
 
 /// Most addresses that one line names.
 pub const ADDRESSES_MAX: usize = 8;
+
+/// How many decisions of each kind a record has. Repeated refusals of one thing are one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counts {
+    /// Connections that were admitted and reached.
+    pub allowed: u64,
+    /// Of these, cut off because a phase allowed less.
+    pub narrowed: u64,
+    /// No rule names the host.
+    pub host: u64,
+    /// No rule names the port.
+    pub port: u64,
+    /// The address is below the floor.
+    pub address: u64,
+    /// The bytes named another host, or spoke another protocol.
+    pub name: u64,
+    /// Allowed, and nobody answered.
+    pub unreachable: u64,
+}
+
+impl Counts {
+    /// Of these events.
+    #[must_use]
+    pub fn of(events: &[EgressEvent]) -> Self {
+        let mut counts = Self::default();
+        for event in events {
+            let count = match event.verdict {
+                EgressVerdict::Allowed => &mut counts.allowed,
+                EgressVerdict::HostRefused => &mut counts.host,
+                EgressVerdict::PortRefused => &mut counts.port,
+                EgressVerdict::AddressRefused { .. } => &mut counts.address,
+                EgressVerdict::NameMismatch { .. } => &mut counts.name,
+                EgressVerdict::Unreachable { .. } => &mut counts.unreachable,
+            };
+            *count += 1;
+            counts.narrowed += u64::from(event.narrowed);
+        }
+        counts
+    }
+}
 
 /// Most lines of a summary.
 pub const FLOWS_MAX: usize = 500;
@@ -130,7 +171,7 @@ pub fn learned(events: &[EgressEvent]) -> Vec<Learned> {
 
 #[cfg(test)]
 mod tests {
-    use kiln_core::network::{EgressVerdict, NetworkPolicy};
+    use kiln_core::network::NetworkPolicy;
 
     use super::*;
     use crate::record::{EgressLog, EgressSink as _};
@@ -179,6 +220,8 @@ mod tests {
             ]
         );
         assert_eq!((flows[2].narrowed, flows[2].addresses.len()), (1, 1));
+        let counts = Counts::of(&events);
+        assert_eq!((counts.allowed, counts.narrowed, counts.host), (3, 1, 1));
     }
 
     #[test]

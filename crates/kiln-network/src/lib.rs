@@ -21,7 +21,7 @@ pub mod origin;
 pub mod record;
 pub mod registries;
 
-pub use flows::{Flow, Learned};
+pub use flows::{Counts, Flow, Learned};
 pub use gateway::{
     Admitted, BoxedDuplex, Gateway, GatewayConfig, GuestService, Limits, OwnPlaces, Refusal,
     RelayReport,

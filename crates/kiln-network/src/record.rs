@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use kiln_core::network::{EgressEvent, EgressVerdict, INTERNAL_SUFFIX, SpecialRange};
 use serde::{Deserialize, Serialize};
 
-use crate::flows::{FLOWS_MAX, Flow, flows};
+use crate::flows::{Counts, FLOWS_MAX, Flow, flows};
 
 /// Most separate events of admitted connections.
 pub const CONNECTION_EVENTS_MAX: usize = 10_000;
@@ -212,6 +212,9 @@ pub struct EgressSummary {
     /// Every decision, one line for each kind, the first [`FLOWS_MAX`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub flows: Vec<Flow>,
+    /// How many of each kind, those included that no line names.
+    #[serde(default)]
+    pub counts: Counts,
 }
 
 /// Sums events up per host.
@@ -260,6 +263,7 @@ pub fn summary(events: &[EgressEvent]) -> EgressSummary {
             flows.truncate(FLOWS_MAX);
             flows
         },
+        counts: Counts::of(events),
     }
 }
 
@@ -276,6 +280,9 @@ pub struct EgressTotals {
     pub bytes_out: u64,
     /// Bytes to the guest.
     pub bytes_in: u64,
+    /// Decisions of each kind.
+    #[serde(default)]
+    pub decisions: Counts,
 }
 
 impl EgressSummary {
@@ -292,6 +299,7 @@ impl EgressSummary {
             connections: sum(|host| host.connections),
             bytes_out: sum(|host| host.bytes_out),
             bytes_in: sum(|host| host.bytes_in),
+            decisions: self.counts,
         }
     }
 
@@ -302,6 +310,7 @@ impl EgressSummary {
             reached: self.reached.iter().take(most).cloned().collect(),
             refused: self.refused.iter().take(most).cloned().collect(),
             flows: self.flows.iter().take(most).cloned().collect(),
+            counts: self.counts,
         }
     }
 }
@@ -490,6 +499,11 @@ mod tests {
             connections: 3,
             bytes_out: 3,
             bytes_in: 6,
+            decisions: Counts {
+                allowed: 3,
+                host: 1,
+                ..Counts::default()
+            },
         };
         assert_eq!(summary.totals(), totals);
         let first = summary.first(1);

@@ -2,6 +2,7 @@
 
 use kiln_controller::api::JobView;
 use kiln_core::{ByteSize, Digest};
+use kiln_network::Flow;
 use kiln_network::record::{EgressSummary, EgressTotals};
 use kiln_worker::measured::Measured;
 use serde_json::{Value, json};
@@ -115,6 +116,12 @@ pub(super) async fn egress(server: &Server, job: &JobView, screen: Screen) -> Re
         for host in &summary.refused {
             screen.data(&json!({"event": "refused", "job": job.line.id, "host": host.host, "port": host.port, "reason": host.reason, "allow": host.allow}), String::new);
         }
+        for flow in &summary.flows {
+            screen.data(
+                &json!({"event": "decision", "job": job.line.id, "decision": flow}),
+                String::new,
+            );
+        }
         let totals = record.measured.map(|measured| measured.egress);
         screen.data(
             &json!({"event": "egress", "job": job.line.id, "totals": totals}),
@@ -159,6 +166,7 @@ fn text(summary: &EgressSummary, all: &EgressTotals, width: Option<usize>) -> St
         }
         text.push_str(&table.render());
     }
+    text.push_str(&decisions(&summary.flows, width));
     if !summary.refused.is_empty() {
         let mut table = Table::new(&[left("REFUSED"), left("PORT"), wide("WHY")]).within(width);
         for host in &summary.refused {
@@ -183,6 +191,45 @@ fn text(summary: &EgressSummary, all: &EgressTotals, width: Option<usize>) -> St
     text
 }
 
+/// Where each connection went: rule, port and addresses, in which phase.
+fn decisions(flows: &[Flow], width: Option<usize>) -> String {
+    let mut table = Table::new(&[
+        left("DECISION"),
+        left("PHASE"),
+        left("HOST"),
+        right("PORT"),
+        right("OUT"),
+        right("IN"),
+        wide("ADDRESS"),
+    ])
+    .within(width);
+    let told = flows
+        .iter()
+        .filter(|flow| !flow.addresses.is_empty() || flow.narrowed > 0);
+    let mut any = false;
+    for flow in told {
+        any = true;
+        let addresses: Vec<String> = flow.addresses.iter().map(ToString::to_string).collect();
+        let verdict = match flow.narrowed {
+            0 => flow.verdict.clone(),
+            cut => format!("{} ({cut} cut)", flow.verdict),
+        };
+        table.row([
+            verdict,
+            flow.phase.clone().unwrap_or_else(|| "-".to_owned()),
+            flow.host.clone(),
+            flow.port.to_string(),
+            ByteSize(flow.bytes_out).to_string(),
+            ByteSize(flow.bytes_in).to_string(),
+            addresses.join(" "),
+        ]);
+    }
+    match any {
+        true => table.render(),
+        false => String::new(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,6 +240,7 @@ mod tests {
             "egress": {
                 "reached": [{"host": "a.example.org", "ports": [443], "connections": 2, "bytes_out": 2048, "bytes_in": 1_048_576, "rules": ["*.example.org"]}],
                 "refused": [{"host": "b.example.org", "port": 0, "reason": "no rule names it", "allow": "--allow b.example.org"}],
+                "flows": [{"phase": "run", "verdict": "allowed", "host": "a.example.org", "port": 443, "rule": "*.example.org", "addresses": ["192.0.2.7"], "connections": 2, "narrowed": 1, "bytes_out": 2048, "bytes_in": 1_048_576}],
             },
             "measured": {"clone_ms": 30, "memory_peak": 104_857_600, "egress": {"reached": 1, "refused": 4, "connections": 2, "bytes_out": 2048, "bytes_in": 1_048_576}},
         });
@@ -201,6 +249,8 @@ mod tests {
         let want = "\
 REACHED        PORTS  TIMES      OUT       IN  RULE
 a.example.org  443        2  2.0 KiB  1.0 MiB  *.example.org
+DECISION         PHASE  HOST           PORT      OUT       IN  ADDRESS
+allowed (1 cut)  run    a.example.org   443  2.0 KiB  1.0 MiB  192.0.2.7
 REFUSED        PORT  WHY
 b.example.org  -     no rule names it; --allow b.example.org admits it
 and 3 more that are not named

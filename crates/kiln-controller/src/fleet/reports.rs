@@ -16,7 +16,7 @@ use super::former_life;
 use super::refusal::Refused;
 use super::sweep::random;
 use super::who::{Held, Live, Worker};
-use crate::metrics::observe_end;
+use crate::metrics::{Egress, observe_egress, observe_end};
 use crate::peers::Home;
 use crate::pipelines;
 use crate::state::Controller;
@@ -150,6 +150,7 @@ pub(super) async fn finish(
     Json(finish): Json<Finish>,
 ) -> Answered<serde_json::Value> {
     let lease = &held.lease;
+    let told = Egress::told(&finish.details);
     if finish.details.is_object() && is_live(&controller, lease).await? {
         // The report is shown, it decides nothing: one that does not fit, or whose lease ends just now, is left out. A finish that is
         // said again, because its answer was lost, has none to add.
@@ -172,6 +173,7 @@ pub(super) async fn finish(
         // Which runtime it was is planned on the worker: its word fills a closed set of labels, nothing else.
         let runtime = finish.runtime.as_deref();
         observe_end(&controller.metrics, runtime, &finish.outcome);
+        observe_egress(&controller.metrics, &told);
     }
     if let Some(why) = &done.quarantined {
         tracing::warn!(worker = %lease.worker, why, "the worker is quarantined");

@@ -17,6 +17,17 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
+/// Verdicts of a machine's gateway, each with its reasons.
+pub const EGRESS_REASONS: [(&str, &str); 7] = [
+    ("allowed", "rule"),
+    ("allowed", "narrowed"),
+    ("refused", "host"),
+    ("refused", "port"),
+    ("refused", "address"),
+    ("refused", "name"),
+    ("failed", "unreachable"),
+];
+
 /// Type of the text, for the header `content-type`.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// Language runtimes that have a label value of their own.
@@ -162,6 +173,8 @@ struct Inner {
     secrets: Family<Two, Counter>,
     log_bytes: Counter,
     logs_truncated: Counter,
+    egress: Family<Two, Counter>,
+    egress_bytes: Family<One, Counter>,
 }
 
 /// The metrics of one controller. Cheap to clone.
@@ -203,6 +216,8 @@ impl Inner {
             secrets: Family::default(),
             log_bytes: Counter::default(),
             logs_truncated: Counter::default(),
+            egress: Family::default(),
+            egress_bytes: Family::default(),
         }
         .with_names(version)
         .with_zeroes()
@@ -267,6 +282,16 @@ impl Inner {
             "machine_orphans",
             "Machines found without a lease and destroyed",
             self.orphans.clone(),
+        );
+        r.register(
+            "egress_decisions",
+            "Decisions of machines' gateways, by verdict and reason",
+            self.egress.clone(),
+        );
+        r.register(
+            "egress_bytes",
+            "Bytes of machines' connections, by direction as the machine sees it",
+            self.egress_bytes.clone(),
         );
         r.register(
             "job_retries",
@@ -335,6 +360,15 @@ impl Inner {
                 let labels = [("runtime", runtime), ("status", status)];
                 drop(self.duration.get_or_create(&labels));
             }
+        }
+        for (verdict, reason) in EGRESS_REASONS {
+            drop(
+                self.egress
+                    .get_or_create(&[("verdict", verdict), ("reason", reason)]),
+            );
+        }
+        for direction in ["in", "out"] {
+            drop(self.egress_bytes.get_or_create(&[("direction", direction)]));
         }
         for tier in CACHE_TIERS {
             for result in ["hit", "miss"] {
@@ -476,6 +510,25 @@ impl Metrics {
     /// Machines without a lease were destroyed.
     pub fn orphans(&self, count: u64) {
         self.inner.orphans.inc_by(count);
+    }
+
+    /// A machine's gateway decided so often, for this reason: a pair of [`EGRESS_REASONS`]; others are not counted.
+    pub fn egress(&self, verdict: &str, reason: &str, count: u64) {
+        let known = EGRESS_REASONS
+            .into_iter()
+            .find(|known| *known == (verdict, reason));
+        if let Some((verdict, reason)) = known {
+            let labels = [("verdict", verdict), ("reason", reason)];
+            self.inner.egress.get_or_create(&labels).inc_by(count);
+        }
+    }
+
+    /// Bytes of a machine's connections.
+    pub fn egress_bytes(&self, out: u64, into: u64) {
+        for (direction, bytes) in [("out", out), ("in", into)] {
+            let labels = [("direction", direction)];
+            self.inner.egress_bytes.get_or_create(&labels).inc_by(bytes);
+        }
     }
 
     /// A job is tried again.

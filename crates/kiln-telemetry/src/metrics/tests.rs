@@ -23,6 +23,8 @@ fn every_series_exists_from_the_start_and_none_comes_later() {
         "kiln_build_push_duration_seconds_count 0",
         "kiln_lease_expiries_total 0",
         "kiln_machine_orphans_total 0",
+        "kiln_egress_decisions_total{verdict=\"refused\",reason=\"address\"} 0",
+        "kiln_egress_bytes_total{direction=\"out\"} 0",
         "kiln_workers{state=\"quarantined\"} 0",
         "kiln_access_total{door=\"registry\",result=\"denied\"} 0",
         "kiln_build_info{version=\"1.2.3\"} 1",
@@ -39,6 +41,9 @@ fn every_series_exists_from_the_start_and_none_comes_later() {
     metrics.build_ended(evil, &Verdict::Passed, 3.0);
     metrics.cache(true, evil, 1);
     metrics.access("user", false);
+    metrics.egress("refused", "name", 4);
+    metrics.egress("refused", evil, 4);
+    metrics.egress_bytes(7, 9);
     metrics.queue(&QueueNow {
         oldest_seconds: 1.5,
         pending: vec![("capacity", 2), ("quota", 1), ("capacity", 1), ("evil", 9)],
@@ -50,6 +55,8 @@ fn every_series_exists_from_the_start_and_none_comes_later() {
     for line in [
         "kiln_build_duration_seconds_count{runtime=\"other\",status=\"passed\"} 1",
         "kiln_queue_depth 4",
+        "kiln_egress_decisions_total{verdict=\"refused\",reason=\"name\"} 4",
+        "kiln_egress_bytes_total{direction=\"in\"} 9",
         "kiln_queue_age_seconds 1.5",
         "kiln_jobs_pending{reason=\"capacity\"} 3",
         "kiln_workers{state=\"lost\"} 1",
