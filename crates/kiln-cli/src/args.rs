@@ -25,7 +25,7 @@ pub(crate) use fleet::{
 };
 pub(crate) use operators::{
     AuditArgs, AuditCommand, FillingText, HeldArgs, HoldCommand, Moment, RetentionArgs,
-    RetentionCommand, SchedulerCommand,
+    RetentionCommand, SchedulerCommand, StoredImageCommand,
 };
 pub(crate) use policy::{InitArgs, LearnArgs, NetArg, PhaseArg, PolicyCommand};
 pub(crate) use run::{LimitArgs, RunArgs};
@@ -135,6 +135,9 @@ pub(crate) enum Command {
     /// Keep what age would take: legal holds of a server's jobs and tenants
     #[command(subcommand)]
     Hold(HoldCommand),
+    /// List a server's images, take names of them away
+    #[command(subcommand)]
+    Image(StoredImageCommand),
     /// Read who asked a server for what, and what it said
     #[command(subcommand)]
     Audit(AuditCommand),

@@ -7,14 +7,16 @@ use std::ops::Range;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use kiln_core::{Digest, JobId, TenantName};
-use kiln_db::{Artifact, Database, Job};
+use kiln_db::{Artifact, Database, Job, NamedImage};
 use kiln_store::artifacts::{ArtifactError, Stored};
 use kiln_store::logs::{LogError, LogName};
+use kiln_store::registry::RepoName;
 
 use crate::access::{Access, Door};
-use crate::api::{Backend, LogPiece, Pieces, SecretsUnheld, SourceRefused};
+use crate::api::{Backend, LogPiece, Pieces, SecretsUnheld, SourceRefused, Trouble};
 use crate::fleet::secrets::SecretsRefused;
 use crate::fleet::source::SourceError;
+use crate::images;
 use crate::peers::{Home, PeerError};
 use crate::state::Controller;
 
@@ -208,6 +210,35 @@ impl Backend for Controller {
                 io::Error::other(error)
             });
             Ok(pieces.boxed())
+        }
+        .boxed()
+    }
+
+    fn images<'a>(
+        &'a self,
+        tenant: &'a TenantName,
+        after: (String, String),
+        limit: u32,
+    ) -> BoxFuture<'a, Result<Vec<NamedImage>, Trouble>> {
+        async move {
+            let named = images::names::list(self, tenant, &after, limit).await;
+            named.map_err(Trouble::from)
+        }
+        .boxed()
+    }
+
+    fn withdraw_image<'a>(
+        &'a self,
+        repo: &'a str,
+        tag: &'a str,
+    ) -> BoxFuture<'a, Result<bool, Trouble>> {
+        async move {
+            // What is no name of a repository names none.
+            let Ok(repo) = repo.parse::<RepoName>() else {
+                return Ok(false);
+            };
+            let gone = images::names::withdraw(self, &repo, tag).await;
+            gone.map_err(Trouble::from)
         }
         .boxed()
     }

@@ -252,6 +252,9 @@ async fn opened(
     let trusted = std::mem::take(&mut config.trusted);
     let access = Access::open(&keys, &issuer, trusted, now_ms)?;
     shared::keys(&db, &access, &keys, adopt).await?;
+    if adopt {
+        images::move_up::forget(&config.folder);
+    }
     let bucket = shared::store(&db, sharing.store.as_ref(), &id, adopt).await?;
     let tls = tls_config(config, &access, now_ms)?;
     let mut logs = LogConfig::in_folder(config.folder.join("logs"));
@@ -415,6 +418,11 @@ async fn serve(
     tasks.spawn(sweep::retain(
         controller.clone(),
         config.retention,
+        stop.clone(),
+    ));
+    tasks.spawn(images::move_up::run(
+        controller.clone(),
+        config.folder,
         stop.clone(),
     ));
     tasks.spawn(images::collect_now_and_then(

@@ -63,6 +63,8 @@ pub struct NewImages {
     pub manifests: Vec<NewManifest>,
     /// What is named, last.
     pub tags: Vec<ImageTag>,
+    /// Names that are there already stay where they point.
+    pub keeps_names: bool,
 }
 
 /// A manifest of a repository.
@@ -369,8 +371,16 @@ async fn name(tx: &mut Tx, images: &NewImages) -> Result<Result<(), NameImagesEr
             .await?;
     }
     for tag in &images.tags {
-        let sql = "insert into image_tags (repo, tag, digest, moved_ms) values ($1, $2, $3, $4)
-            on conflict (repo, tag) do update set digest = excluded.digest, moved_ms = excluded.moved_ms";
+        let sql = match images.keeps_names {
+            false => {
+                "insert into image_tags (repo, tag, digest, moved_ms) values ($1, $2, $3, $4)
+                on conflict (repo, tag) do update set digest = excluded.digest, moved_ms = excluded.moved_ms"
+            }
+            true => {
+                "insert into image_tags (repo, tag, digest, moved_ms) values ($1, $2, $3, $4)
+                on conflict (repo, tag) do nothing"
+            }
+        };
         let digest = tag.digest.to_string();
         tx.exec(sql, args![tag.repo.as_str(), tag.tag.as_str(), digest, now])
             .await?;

@@ -19,6 +19,7 @@ mod event;
 mod expire;
 mod hold;
 mod image;
+mod image_names;
 mod job;
 mod leader;
 mod lease;
@@ -57,6 +58,7 @@ pub use event::{Event, EventMark};
 pub use expire::{Expired, Sweep, Swept};
 pub use hold::{HOLDS_MAX, Hold, HoldError, Holding};
 pub use image::{ImageContent, ImageManifest, ImageTag, NameImagesError, NewImages, NewManifest};
+pub use image_names::NamedImage;
 pub use job::{
     Attempt, CancelMark, Estimate, HeldJob, Idempotency, Job, NewJob, PendingJob, Tier, kind_name,
 };

@@ -2,6 +2,8 @@
 //!
 //! An object is seen whole or not at all; writing one again replaces it. Who may read which key is the caller's to know.
 
+mod unfinished;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -15,6 +17,7 @@ use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, WriteMultipart};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
+use self::unfinished::Unfinished;
 use crate::logs::{LogError, ObjectTarget, open_objects};
 
 /// Bytes of one part of a large object; the least a bucket takes is 5 MiB.
@@ -79,6 +82,8 @@ pub struct Found {
 #[derive(Clone, Debug)]
 pub struct Bucket {
     objects: Arc<dyn ObjectStore>,
+    /// None for a folder, which has no uploads in parts.
+    unfinished: Option<Arc<Unfinished>>,
 }
 
 fn failed(what: &'static str, key: &str) -> impl FnOnce(object_store::Error) -> BucketError {
@@ -133,7 +138,17 @@ impl Bucket {
     /// When the target cannot be used as written.
     pub fn open(target: &ObjectTarget) -> Result<Self, BucketError> {
         let objects = open_objects(target).map_err(BucketError::Target)?;
-        Ok(Self { objects })
+        let unfinished = match target {
+            ObjectTarget::Folder(_) => None,
+            ObjectTarget::S3(s3) => {
+                let unfinished = Unfinished::new(s3).map_err(BucketError::Target)?;
+                Some(Arc::new(unfinished))
+            }
+        };
+        Ok(Self {
+            objects,
+            unfinished,
+        })
     }
 
     /// Uploads a file. Memory does not grow with its size; an upload that is cut leaves no object.
@@ -193,7 +208,7 @@ impl Bucket {
             is_expected(hasher, expected, key)
         };
         if let Err(error) = sent.await {
-            // Parts that stay all the same go with the bucket's own rule.
+            // Parts that stay all the same go with [`Bucket::end_unfinished`].
             let _aborted = upload.abort().await;
             return Err(error);
         }
@@ -297,6 +312,17 @@ impl Bucket {
             }
         }
         Ok(old)
+    }
+
+    /// Ends uploads in parts below a folder that began longer ago than `age` and that nobody finished, since a kill left them; gives how many.
+    ///
+    /// # Errors
+    /// When they cannot be listed or ended; what went before is gone.
+    pub async fn end_unfinished(&self, folder: &str, age: Duration) -> Result<u64, BucketError> {
+        match &self.unfinished {
+            Some(unfinished) => unfinished.end(folder, age).await,
+            None => Ok(0),
+        }
     }
 
     /// Bytes of all objects below a folder.

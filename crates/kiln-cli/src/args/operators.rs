@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::OwnerArgs;
 use super::fleet::{Bound, parse_bound, parse_life};
 
 /// Verbs of `kiln scheduler`.
@@ -126,6 +127,30 @@ pub(crate) struct HeldArgs {
     /// Everything of this tenant
     #[arg(long, value_name = "NAME")]
     pub tenant: Option<String>,
+}
+
+/// Verbs of `kiln image`.
+#[derive(Subcommand, Debug)]
+#[command(
+    after_help = "Examples:\n  kiln image list\n  kiln image rm shop:1.4\n\n\
+Images of the server that --server, KILN_SERVER or kiln.toml names, else of this home's controller; those of this host's own commands: `kiln registry list`."
+)]
+pub(crate) enum StoredImageCommand {
+    /// List the images that a server keeps for a tenant
+    List {
+        /// Whose they are
+        #[command(flatten)]
+        owner: OwnerArgs,
+    },
+    /// Take names of images away, and an image with its last name; its bytes go with the server's next sweep
+    Rm {
+        /// NAME:TAG
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+        /// Whose they are
+        #[command(flatten)]
+        owner: OwnerArgs,
+    },
 }
 
 /// Verbs of `kiln audit`.

@@ -4,9 +4,10 @@
 //! ends, however it ends, one of the others starts it again: everything that matters is in the home's database. A `kiln serve` of this home is
 //! just a controller that stays.
 
+mod alive;
+
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,8 +16,8 @@ use kiln_controller::api::{ApiConfig, JobView, ListenConfig, OutcomeView};
 use kiln_controller::server::{
     self, FolderLock, Running, ServeConfig, Sharing, StartError, Tls, socket_path,
 };
-use kiln_core::{FailureClass, JobId, JobRequest, Label, PoolName, WorkerId};
-use kiln_db::{Database, Retention};
+use kiln_core::{FailureClass, JobId, JobRequest, Label, PoolName};
+use kiln_db::Retention;
 use kiln_proto::fleet::{AskOwn, Own};
 use kiln_store::{HostRegistry, private_socket};
 use kiln_telemetry::metrics::Prefix;
@@ -29,9 +30,9 @@ use kiln_worker::fleet::job::{JobEnd, Workshop};
 use kiln_worker::fleet::local::LocalJob;
 use kiln_worker::fleet::own::{OwnWorker, Waiting};
 use kiln_worker::home::Home;
-use kiln_worker::host::{new_job_id, now_unix_ms};
+use kiln_worker::host::now_unix_ms;
 use kiln_worker::registry::RegistryAccess;
-use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Signal, getpid, kill_process};
 use serde_json::Value;
 use tokio::io::AsyncReadExt as _;
@@ -40,6 +41,8 @@ use tokio::signal::unix::SignalKind;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use self::alive::Alive;
+pub(super) use self::alive::bury;
 use super::operator::{self, Operator};
 use super::{serve, worker};
 use crate::args::ServerArgs;
@@ -59,8 +62,6 @@ const STOP_PATIENCE: Duration = Duration::from_millis(200);
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long room that was made stays free for whom it was made.
 const ROOM_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time between two looks for commands that died.
-const BURY_EVERY: Duration = Duration::from_secs(10);
 /// How long a process may still run after it was told to stop. The first process of a container does not stop at all.
 const STOPS_WITHIN: Duration = Duration::from_secs(1);
 /// How often a job that waits is asked why.
@@ -336,44 +337,6 @@ fn never_ran(outcome: &OutcomeView) -> JobEnd {
     })
 }
 
-/// Where commands of a home show that they live, below its controller's folder.
-const ALIVE: &str = "commands";
-
-/// A locked file: whoever starts this home's controller sees by it at once whether this process still lives.
-#[derive(Debug)]
-struct Alive {
-    worker: WorkerId,
-    path: PathBuf,
-    _locked: File,
-}
-
-impl Alive {
-    /// Under a name that nobody else has, or ever had.
-    fn new(folder: &Path) -> Result<Self> {
-        let name = new_job_id('c').map_err(CliError::from_failure)?;
-        let worker: WorkerId = format!("command-{name}").parse().or_infrastructure()?;
-        let folder = folder.join(ALIVE);
-        fs::create_dir_all(&folder).or_infrastructure()?;
-        let (path, hidden) = (
-            folder.join(worker.as_str()),
-            folder.join(format!(".{worker}")),
-        );
-        // Locked before it is seen: one that can be locked is a dead command's.
-        let file = File::create(&hidden).or_infrastructure()?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive).or_infrastructure()?;
-        fs::rename(&hidden, &path).or_infrastructure()?;
-        Ok(Self {
-            worker,
-            path,
-            _locked: file,
-        })
-    }
-
-    fn over(self) {
-        let _gone_already = fs::remove_file(&self.path);
-    }
-}
-
 /// A signal that a shell sends to its jobs.
 struct JobSignal(Option<tokio::signal::unix::Signal>);
 
@@ -400,47 +363,6 @@ impl JobSignal {
                 signal.recv().await;
             }
             None => std::future::pending().await,
-        }
-    }
-}
-
-/// What never comes.
-pub(super) enum Never {}
-
-/// Again and again ends what commands of a home held that are dead.
-pub(super) async fn bury(folder: &Path, db: &Database) -> Never {
-    loop {
-        bury_once(folder, db).await;
-        tokio::time::sleep(BURY_EVERY).await;
-    }
-}
-
-async fn bury_once(folder: &Path, db: &Database) {
-    for entry in fs::read_dir(folder.join(ALIVE))
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        let name = entry.file_name();
-        let Some(worker) = name.to_str().and_then(|name| name.parse::<WorkerId>().ok()) else {
-            continue;
-        };
-        // A pipe would hold up this controller for ever, a link could lead anywhere.
-        let file = File::options()
-            .read(true)
-            .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
-            .open(entry.path());
-        let Ok(file) = file else {
-            continue;
-        };
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            continue;
-        }
-        match db.bury_own_worker(&worker).await {
-            Ok(_) => {
-                let _gone_already = fs::remove_file(entry.path());
-            }
-            Err(error) => tracing::warn!(%worker, %error, "what it held is not ended yet"),
         }
     }
 }
@@ -477,7 +399,7 @@ impl Keeper {
             }
             match server::start(self.config()).await {
                 Ok(running) => {
-                    bury_once(&self.folder, &running.controller.db).await;
+                    alive::bury_once(&self.folder, &running.controller.db).await;
                     return Ok(Which::Ours(Box::new(running)));
                 }
                 // It starts just now, or it stops.

@@ -12,6 +12,7 @@ mod disk_use;
 mod doctor;
 mod hold;
 pub(crate) mod home_queue;
+mod image;
 mod init;
 mod job;
 mod job_record;
@@ -105,6 +106,7 @@ pub(crate) async fn run(
         },
         Command::Scheduler(verb) => scheduler::run(verb, server, screen).await,
         Command::Hold(verb) => hold::run(verb, server, screen).await,
+        Command::Image(verb) => image::run(verb, server, screen).await,
         Command::Audit(verb) => audit::run(verb, server, screen).await,
         Command::Tenant(verb) => tenant::run(verb, server, screen).await,
         Command::Token(verb) => token::run(verb, server, screen).await,

@@ -16,6 +16,7 @@ mod extract;
 pub(crate) mod health;
 mod holds;
 mod hypeman;
+mod images;
 mod jobs;
 pub(crate) mod limits;
 pub mod listen;
@@ -51,9 +52,10 @@ pub use again::command_line;
 pub use ask::{BuildAsk, Common, RunAsk};
 pub use audit::AuditView;
 pub use holds::HoldView;
+pub use images::ImageView;
 pub use limits::ApiConfig;
 pub use listen::{ListenConfig, ListenError, Sockets};
-pub use ports::{Backend, LogPiece, Pieces, SecretsUnheld, SourceRefused};
+pub use ports::{Backend, LogPiece, Pieces, SecretsUnheld, SourceRefused, Trouble};
 pub use problem::{Problem, ProblemBody};
 pub use retention::{AgingView, RetentionPlanView, RetentionView};
 pub use scheduling::SchedulerView;
@@ -191,6 +193,8 @@ fn handlers() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(webhooks::deliveries))
         .routes(routes!(webhooks::replay))
         .routes(routes!(audit::list))
+        .routes(routes!(images::list))
+        .routes(routes!(images::remove))
         .routes(routes!(secrets::list))
         .routes(routes!(secrets::show, secrets::set, secrets::remove))
         .routes(routes!(secrets::rotate))

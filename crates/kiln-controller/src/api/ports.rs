@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 use kiln_core::{Digest, JobId, TenantName};
-use kiln_db::{Artifact, Database, Job};
+use kiln_db::{Artifact, Database, Job, NamedImage};
 
 use crate::access::{Access, Door};
 
@@ -51,6 +51,9 @@ pub enum SecretsUnheld {
 
 /// What of a body arrives, piece by piece.
 pub type Pieces<'a> = BoxStream<'a, io::Result<Bytes>>;
+
+/// What of ours does not work now.
+pub type Trouble = Box<dyn std::error::Error + Send + Sync>;
 
 /// The rest of a controller.
 pub trait Backend: Send + Sync {
@@ -108,6 +111,21 @@ pub trait Backend: Send + Sync {
         artifact: &'a Artifact,
         range: Range<u64>,
     ) -> BoxFuture<'a, io::Result<Pieces<'static>>>;
+
+    /// Names of a tenant's images, by name, after a repository and tag.
+    fn images<'a>(
+        &'a self,
+        tenant: &'a TenantName,
+        after: (String, String),
+        limit: u32,
+    ) -> BoxFuture<'a, Result<Vec<NamedImage>, Trouble>>;
+
+    /// Takes the name of an image away, of a repository that is the caller's; false when there is none.
+    fn withdraw_image<'a>(
+        &'a self,
+        repo: &'a str,
+        tag: &'a str,
+    ) -> BoxFuture<'a, Result<bool, Trouble>>;
 
     /// Counts one attempt to do something, allowed or refused. Label sets are closed: names of actions and codes of refusals.
     fn count(&self, door: Door, action: &'static str, refused: Option<&'static str>);

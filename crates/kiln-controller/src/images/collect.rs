@@ -18,6 +18,11 @@ const UNKNOWN_GRACE: Duration = Duration::from_secs(24 * 3600);
 /// Objects whose rows are looked for at once.
 const LOOK: usize = 500;
 
+/// Folders of the bucket that kiln writes large objects to.
+const FOLDERS: [&str; 4] = [FOLDER, "sources", "artifacts", "logs"];
+/// How long an upload in parts may take; one that is older was left by a kill.
+const UPLOAD_AGE: Duration = Duration::from_secs(24 * 3600);
+
 /// What a collection did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Collected {
@@ -64,6 +69,20 @@ impl Images {
     }
 }
 
+impl Images {
+    /// Ends uploads in parts that began longer ago than `age`: those that wrote them were killed.
+    ///
+    /// # Errors
+    /// When the bucket does not answer; a later sweep goes on.
+    pub async fn end_uploads(&self, age: Duration) -> Result<u64, ImagesError> {
+        let mut ended = 0;
+        for folder in FOLDERS {
+            ended += self.bucket.end_unfinished(folder, age).await?;
+        }
+        Ok(ended)
+    }
+}
+
 /// Collects now and then, until `stop`: in the bucket, and what this host's registry has copies of and nobody names there.
 pub(crate) async fn run(controller: Controller, stop: CancellationToken) {
     loop {
@@ -89,6 +108,16 @@ pub(crate) async fn run(controller: Controller, stop: CancellationToken) {
             Err(error) => tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "contents of images were not collected"
+            ),
+        }
+        match images.end_uploads(UPLOAD_AGE).await {
+            Ok(0) => {}
+            Ok(ended) => {
+                tracing::info!(ended, "uploads to the bucket that nobody finished are gone")
+            }
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "unfinished uploads stay in the bucket for now"
             ),
         }
     }

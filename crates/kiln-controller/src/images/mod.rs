@@ -5,9 +5,13 @@
 //! after a grace ([`collect`]). The registry of this host keeps quarantines, uploads, and copies of what was asked for here, checked by
 //! their digests ([`serve`]); copies go when nobody has fetched them for a while.
 //!
-//! Without a bucket images are in the registry of this host, and nothing here is used.
+//! What was named here before there was a bucket goes up once ([`move_up`]). [`names`] lists and ends names, with a bucket or without.
+//!
+//! Without a bucket images are in the registry of this host, and nothing else here is used.
 
 mod collect;
+pub(crate) mod move_up;
+pub(crate) mod names;
 mod publish;
 mod serve;
 
@@ -15,10 +19,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kiln_core::Digest;
-use kiln_db::{DbError, ImageContent, NameImagesError};
+use kiln_db::{DbError, ImageContent, ImageManifest, NameImagesError};
 use kiln_store::host::HostError;
+use kiln_store::registry::manifest::MANIFEST_BYTES_MAX;
 use kiln_store::registry::{ErrorKind, RepoName, StoreError};
 use kiln_store::{Bucket, BucketError, HostRegistry};
+use tokio::io::AsyncReadExt as _;
 use tokio::sync::Semaphore;
 use tokio_util::io::StreamReader;
 
@@ -98,6 +104,28 @@ impl Images {
             fetching.remove(&content.digest);
         }
         brought
+    }
+
+    /// The bytes of a manifest, which have its digest.
+    async fn manifest_bytes(
+        &self,
+        registry: &HostRegistry,
+        repo: &RepoName,
+        found: &ImageManifest,
+    ) -> Result<Vec<u8>, ImagesError> {
+        let digest = &found.content.digest;
+        self.bring(registry, repo, &found.content).await?;
+        let blob = registry.open_blob(repo, digest).await?;
+        let mut bytes = Vec::new();
+        let read = blob
+            .into_reader()
+            .take(MANIFEST_BYTES_MAX + 1)
+            .read_to_end(&mut bytes)
+            .await;
+        match read {
+            Ok(_) if Digest::of(&bytes) == *digest => Ok(bytes),
+            _ => Err(StoreError::Corrupt { digest: *digest }.into()),
+        }
     }
 
     fn turn(&self, digest: &Digest) -> Arc<tokio::sync::Mutex<()>> {

@@ -185,7 +185,7 @@ pub(super) fn row(repo: &RepoName, part: &Part) -> NewManifest {
 }
 
 /// A manifest and those that it lists, innermost first.
-async fn collect(
+pub(super) async fn collect(
     registry: &HostRegistry,
     from: &RepoName,
     digest: &Digest,

@@ -120,7 +120,11 @@ impl Asks<'_> {
         };
         let bytes = match head {
             true => Body::empty(),
-            false => Body::from(self.read(&found).await?),
+            false => {
+                let registry = &self.controller.registry;
+                let bytes = self.images.manifest_bytes(registry, self.repo, &found);
+                Body::from(bytes.await?)
+            }
         };
         let mut response = Response::new(bytes);
         let headers = response.headers_mut();
@@ -132,26 +136,6 @@ impl Asks<'_> {
         );
         set(headers, DIGEST, &found.content.digest.to_string());
         Ok(Some(response))
-    }
-
-    /// The bytes of a manifest, which have its digest.
-    async fn read(&self, found: &ImageManifest) -> Result<Vec<u8>, ImagesError> {
-        let digest = &found.content.digest;
-        let registry = &self.controller.registry;
-        self.images
-            .bring(registry, self.repo, &found.content)
-            .await?;
-        let blob = registry.open_blob(self.repo, digest).await?;
-        let mut bytes = Vec::new();
-        let read = blob
-            .into_reader()
-            .take(MANIFEST_BYTES_MAX + 1)
-            .read_to_end(&mut bytes)
-            .await;
-        match read {
-            Ok(_) if Digest::of(&bytes) == *digest => Ok(bytes),
-            _ => Err(StoreError::Corrupt { digest: *digest }.into()),
-        }
     }
 
     /// Has a blob here, so that the registry of this host answers.
@@ -282,7 +266,7 @@ impl Asks<'_> {
         };
         let mut images = NewImages {
             manifests: vec![row(self.repo, &part)],
-            tags: Vec::new(),
+            ..NewImages::default()
         };
         if let Reference::Tag(tag) = what {
             images.tags.push(ImageTag {

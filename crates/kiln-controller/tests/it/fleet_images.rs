@@ -17,7 +17,7 @@ use kiln_store::logs::ObjectTarget;
 use serde_json::json;
 
 use crate::fleet_line::{Line, send};
-use crate::fleet_server::{Fleet, Served, script, socket, times, until_killed};
+use crate::fleet_server::{Fleet, PATIENCE, SHORT, Served, script, socket, times, until_killed};
 use crate::fleet_shared::{Common, copy_keys, folder, now_ms};
 use crate::server::{Got, archive};
 
@@ -433,10 +433,129 @@ async fn gone_contents_are_noticed(fleet: &Fleet) {
             blobs: Vec::new(),
         }],
         tags: Vec::new(),
+        ..NewImages::default()
     };
     let named = fleet.db().name_images(None, new).await;
     assert!(
         matches!(named, Err(kiln_db::NameImagesError::Gone(gone)) if gone == digest),
         "{named:?}"
     );
+}
+
+/// Names that a server tells of, as `repository:tag`.
+async fn listed(to: &Path, query: &str) -> Vec<String> {
+    let got = send(to, "GET", &format!("/v1/images{query}"), &[], b"").await;
+    let got = got.expect("answers");
+    assert_eq!(got.status, 200, "{}", got.text());
+    let items = got.value()["items"].as_array().expect("items").clone();
+    let text =
+        |item: &serde_json::Value, field: &str| item[field].as_str().expect("text").to_owned();
+    let named = items
+        .iter()
+        .inspect(|item| assert!(item["bytes"].as_u64() > Some(LAYER_BYTES as u64)));
+    named
+        .map(|item| format!("{}:{}", text(item, "repository"), text(item, "tag")))
+        .collect()
+}
+
+async fn withdrawn(to: &Path, name: &str) -> u16 {
+    let path = format!(
+        "/v1/images/{}",
+        name.replace('/', "%2F").replace(':', "%3A")
+    );
+    let got = send(to, "DELETE", &path, &[], b"").await;
+    got.expect("answers").status
+}
+
+/// What is pushed is listed and loses its names, at one controller of several, or at one that is alone.
+async fn names_come_and_go(push_to: &Fleet, ask: &Fleet) {
+    let (image, next) = (Image::new(11), Image::new(12));
+    let app = Client::person(push_to, "t/local/app");
+    app.push(&push_to.socket, &image, "1").await;
+    app.push(&push_to.socket, &image, "latest").await;
+    let other = Client::person(push_to, "t/local/web/shop");
+    other.push(&push_to.socket, &next, "1.4").await;
+    let to = &ask.socket;
+    let all = [
+        "t/local/app:1",
+        "t/local/app:latest",
+        "t/local/web/shop:1.4",
+    ];
+    assert_eq!(listed(to, "").await, all);
+    assert_eq!(listed(to, "?limit=1&after=t/local/app:1").await, all[1..2]);
+    assert_eq!(listed(to, "?after=t/local/web/shop:1.4").await, [""; 0]);
+    for (name, status) in [
+        ("app:2", 404),
+        ("t/acme/app:1", 404),
+        ("app@x", 422),
+        ("app:1", 204),
+    ] {
+        assert_eq!(withdrawn(to, name).await, status, "{name}");
+    }
+    assert_eq!(app.get(to, "manifests/1").await.status, 404);
+    app.pulls(to, &image, "latest").await;
+    assert_eq!(withdrawn(to, "app").await, 204);
+    assert_eq!(withdrawn(to, "app").await, 404);
+    let path = format!("manifests/{}", image.digest());
+    assert_eq!(app.get(to, &path).await.status, 404, "it had no other name");
+    assert_eq!(listed(to, "").await, all[2..]);
+    let held = json!({"reason": "case 7"}).to_string();
+    let kind = [("content-type", "application/json")];
+    let put = send(to, "PUT", "/v1/holds/tenant/local", &kind, held.as_bytes()).await;
+    assert_eq!(put.expect("answers").status, 200);
+    assert_eq!(withdrawn(to, "web/shop:1.4").await, 409, "it is on hold");
+    other.pulls(to, &next, "1.4").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn names_of_images_are_listed_and_taken_away() {
+    let a = folder();
+    let alone = Fleet::start(a.path(), times(LONG)).await;
+    names_come_and_go(&alone, &alone).await;
+    alone.stop().await;
+    let Some(common) = Common::new() else { return };
+    let (a, b) = (folder(), folder());
+    let [first, second] = common.two(a.path(), b.path()).await;
+    names_come_and_go(&first, &second).await;
+    first.stop().await;
+    second.stop().await;
+}
+
+/// A controller that began alone gets a bucket: what it took before is everybody's then, and goes up once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_from_before_the_bucket_go_up_once() {
+    let Some(common) = Common::new() else { return };
+    let (a, b) = (folder(), folder());
+    let mut config = common.config(a.path()).await;
+    config.sharing.store = None;
+    let alone = Fleet::of(start_with(config, times(SHORT)).await.expect("starts"));
+    let image = Image::new(21);
+    let client = Client::person(&alone, "t/local/app");
+    client.push(&alone.socket, &image, "1").await;
+    alone.stop().await;
+
+    let mut config = common.config(a.path()).await;
+    config.sharing.adopt = true;
+    let first = Fleet::of(start_with(config, times(SHORT)).await.expect("starts"));
+    let done = a.path().join("controller/images-shared");
+    let moved = async {
+        while !done.exists() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, moved)
+        .await
+        .expect("goes up");
+    copy_keys(a.path(), b.path());
+    let second = common.start(b.path()).await;
+    let client = Client::person(&second, "t/local/app");
+    client.pulls(&second.socket, &image, "1").await;
+    assert_eq!(withdrawn(&second.socket, "app:1").await, 204);
+    assert_eq!(listed(&first.socket, "").await, [""; 0]);
+    first.stop().await;
+
+    let again = common.start(a.path()).await;
+    assert_eq!(listed(&again.socket, "").await, [""; 0], "it goes up once");
+    again.stop().await;
+    second.stop().await;
 }

@@ -329,6 +329,28 @@ fn the_audit_trail_is_read_from_either_end_and_by_what_is_looked_for() {
 }
 
 #[test]
+fn names_of_images_are_for_those_who_may_push_them() {
+    let server = Server::start();
+    let rival = server.member("rival", "developer");
+    for role in ROLES {
+        let reads = matches!(role, "read-only");
+        for client in [server.member("acme", role), operator(&server, role)] {
+            let list = client.get("/v1/images").status;
+            assert_eq!(list, if reads { 403 } else { 200 }, "{role}");
+            let gone = client.delete("/v1/images/web%2Fshop%3A1").status;
+            assert_eq!(gone, if reads { 403 } else { 404 }, "{role}");
+        }
+    }
+    assert_eq!(rival.get("/v1/images?tenant=acme").status, 404);
+    assert_eq!(rival.delete("/v1/images/shop?tenant=acme").status, 404);
+    assert_eq!(rival.delete("/v1/images/t%2Facme%2Fshop").status, 404);
+    for bad in ["after=x", "limit=0", "limit=501", "tenant=A", "nosuch=1"] {
+        let status = rival.get(&format!("/v1/images?{bad}")).status;
+        assert!(matches!(status, 400 | 422), "{bad}: {status}");
+    }
+}
+
+#[test]
 fn supervisors_learn_one_word() {
     let server = Server::start();
     for client in [server.client(""), server.owner()] {

@@ -13,14 +13,15 @@ use futures_util::future::BoxFuture;
 use futures_util::{FutureExt as _, StreamExt as _, stream};
 use kiln_controller::access::{Access, Door, TrustedIssuer};
 use kiln_controller::api::{
-    self, ApiConfig, Backend, ListenConfig, LogPiece, Pieces, SecretsUnheld, Sockets, SourceRefused,
+    self, ApiConfig, Backend, ListenConfig, LogPiece, Pieces, SecretsUnheld, Sockets,
+    SourceRefused, Trouble,
 };
 use kiln_core::dispatch::{Room, WorkerFacts};
 use kiln_core::{
     Assignment, AttemptId, ByteSize, Digest, JobId, Lease, Outcome, TenantName, WorkerId,
 };
 use kiln_db::{
-    Artifact, AttemptEnd, Database, DatabaseUrl, Job, NewWorker, OpenOptions, Placement,
+    Artifact, AttemptEnd, Database, DatabaseUrl, Job, NamedImage, NewWorker, OpenOptions, Placement,
 };
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
@@ -159,6 +160,23 @@ impl Backend for Parts {
             Ok(stream::iter([Ok(bytes)]).boxed())
         }
         .boxed()
+    }
+
+    fn images<'a>(
+        &'a self,
+        _tenant: &'a TenantName,
+        _after: (String, String),
+        _limit: u32,
+    ) -> BoxFuture<'a, Result<Vec<NamedImage>, Trouble>> {
+        async move { Ok(Vec::new()) }.boxed()
+    }
+
+    fn withdraw_image<'a>(
+        &'a self,
+        _repo: &'a str,
+        _tag: &'a str,
+    ) -> BoxFuture<'a, Result<bool, Trouble>> {
+        async move { Ok(false) }.boxed()
     }
 
     fn count(&self, _door: Door, action: &'static str, refused: Option<&'static str>) {

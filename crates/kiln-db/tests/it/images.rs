@@ -11,6 +11,7 @@ on_both!(
     nothing_is_named_half_or_without_a_lease,
     what_is_about_to_be_named_is_not_collected,
     lists_come_in_pages,
+    a_name_goes_and_the_image_with_its_last,
 );
 
 fn content(name: &str) -> ImageContent {
@@ -52,6 +53,7 @@ fn image(repo: &str, name: &str, blobs: &[&str], tags: &[&str]) -> NewImages {
     NewImages {
         tags: tags.iter().map(tag).collect(),
         manifests: vec![new],
+        keeps_names: false,
     }
 }
 
@@ -203,7 +205,7 @@ async fn lists_come_in_pages(w: World) {
                 artifact_type: Some(if name == "r3" { "x" } else { "y" }.to_owned()),
                 ..manifest("t/acme/app", name, &[])
             }],
-            tags: Vec::new(),
+            ..NewImages::default()
         };
         w.db.name_images(None, new).await.expect("names");
     }
@@ -218,4 +220,92 @@ async fn lists_come_in_pages(w: World) {
     assert_eq!(list(None, digests.get(1), 9).await, 1);
     assert_eq!(list(Some("x"), None, 9).await, 1);
     assert_eq!(list(Some("z"), None, 9).await, 0);
+}
+
+async fn a_name_goes_and_the_image_with_its_last(w: World) {
+    for name in ["m1", "m2", "about", "child", "index", "layer"] {
+        stored(&w, name).await;
+    }
+    let put = |images: NewImages| w.db.name_images(None, images);
+    put(image("t/a_c/app", "m1", &["layer"], &["1", "latest"]))
+        .await
+        .expect("names");
+    put(image("t/a_c/web", "m2", &["layer"], &["1"]))
+        .await
+        .expect("names");
+    put(image("t/abc/app", "m1", &["layer"], &["1"]))
+        .await
+        .expect("names");
+    let about = NewManifest {
+        subject: Some(Digest::of(b"m1")),
+        ..manifest("t/a_c/app", "about", &[])
+    };
+    let about = NewImages {
+        manifests: vec![about],
+        ..NewImages::default()
+    };
+    put(about).await.expect("names");
+    let names = |after: (&'static str, &'static str), limit| {
+        let db = w.db.clone();
+        async move {
+            let named = db.image_names("t/a_c", after, limit).await.expect("reads");
+            let text = named.iter().map(|one| format!("{}:{}", one.repo, one.tag));
+            (text.collect::<Vec<_>>(), named.first().map(|one| one.bytes))
+        }
+    };
+    let all = ["t/a_c/app:1", "t/a_c/app:latest", "t/a_c/web:1"];
+    let (found, bytes) = names(("", ""), 10).await;
+    assert_eq!(
+        (found.as_slice(), bytes),
+        (&all.map(str::to_owned)[..], Some(7))
+    );
+    assert_eq!(names(("t/a_c/app", "1"), 1).await.0, all[1..2]);
+    let mut other = image("t/a_c/app", "m2", &["layer"], &["latest", "new"]);
+    other.keeps_names = true;
+    put(other).await.expect("names");
+    let latest =
+        w.db.image_tagged("t/a_c/app", "latest")
+            .await
+            .expect("reads");
+    assert_eq!(
+        latest.expect("is there").content.digest,
+        Digest::of(b"m1"),
+        "it stays"
+    );
+    let unname = |tag: &'static str, children: Vec<Digest>| {
+        let db = w.db.clone();
+        async move {
+            db.unname_image("t/a_c/app", tag, children)
+                .await
+                .expect("ends")
+        }
+    };
+    let there = |name: &'static str| {
+        let db = w.db.clone();
+        async move {
+            let digest = Digest::of(name.as_bytes());
+            let found = db.image_manifest("t/a_c/app", &digest).await;
+            found.expect("reads").is_some()
+        }
+    };
+    assert!(unname("1", Vec::new()).await && !unname("1", Vec::new()).await);
+    assert!(there("m1").await, "it has another name");
+    assert!(unname("latest", Vec::new()).await);
+    assert!(!there("m1").await && !there("about").await && there("m2").await);
+    let elsewhere = w.db.image_tagged("t/abc/app", "1").await.expect("reads");
+    assert!(elsewhere.is_some(), "another repository's");
+    let mut index = image("t/a_c/app", "index", &[], &["multi"]);
+    index.manifests[0].media_type = "application/vnd.oci.image.index.v1+json".to_owned();
+    index
+        .manifests
+        .insert(0, manifest("t/a_c/app", "child", &["layer"]));
+    put(index).await.expect("names");
+    let children = vec![Digest::of(b"child"), Digest::of(b"m2")];
+    assert!(unname("multi", children).await);
+    assert!(!there("index").await && !there("child").await && there("m2").await);
+    w.advance(10_000);
+    let gone = w.db.image_garbage(1_000).await.expect("collects");
+    let mut gone: Vec<_> = gone.iter().map(|one| one.key.as_str()).collect();
+    gone.sort_unstable();
+    assert_eq!(gone, ["images/about", "images/child", "images/index"]);
 }

@@ -38,7 +38,7 @@ const IDLE_FOR: Duration = Duration::from_secs(60);
 
 /// Makes the client.
 #[derive(Clone, Debug)]
-pub(super) struct Connector {
+pub(crate) struct Connector {
     client: S3Client,
 }
 

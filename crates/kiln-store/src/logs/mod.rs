@@ -27,8 +27,8 @@ use std::path::PathBuf;
 use kiln_core::{AttemptId, JobId, TenantName};
 
 pub use error::LogError;
-pub(crate) use objects::open as open_objects;
 pub use objects::{ConditionalPut, ObjectTarget, S3Credentials, S3Target};
+pub(crate) use objects::{connector, open as open_objects, open_amazon};
 pub use retention::{
     Doomed, Holds, Periods, RetentionClass, RetentionPlan, RetentionPolicy, Swept,
 };

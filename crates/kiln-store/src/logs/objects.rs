@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use object_store::aws::{AmazonS3Builder, S3ConditionalPut};
+use object_store::aws::{AmazonS3, AmazonS3Builder, S3ConditionalPut};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::prefix::PrefixStore;
@@ -158,39 +158,49 @@ pub(crate) fn open(target: &ObjectTarget) -> Result<Arc<dyn ObjectStore>, LogErr
             Ok(Arc::new(store))
         }
         ObjectTarget::S3(s3) => {
-            s3.check_endpoint()?;
-            let http = s3.endpoint.as_ref().is_some_and(|e| e.starts_with("http:"));
-            let mut builder = AmazonS3Builder::new()
-                .with_bucket_name(&s3.bucket)
-                .with_region(&s3.region)
-                .with_allow_http(http)
-                .with_conditional_put(S3ConditionalPut::ETagMatch)
-                .with_retry(RetryConfig {
-                    backoff: BackoffConfig::default(),
-                    max_retries: RETRIES_MAX,
-                    retry_timeout: RETRY_FOR,
-                })
-                .with_http_connector(Connector::new(s3.extra_roots.as_deref())?);
-            if let Some(endpoint) = &s3.endpoint {
-                builder = builder.with_endpoint(endpoint);
-            }
-            if let Some(key) = &s3.credentials {
-                builder = builder
-                    .with_access_key_id(&key.access_key_id)
-                    .with_secret_access_key(&key.secret_access_key);
-                if let Some(token) = &key.session_token {
-                    builder = builder.with_token(token);
-                }
-            }
-            let store = builder
-                .build()
-                .map_err(LogError::objects("set up the bucket"))?;
+            let store = open_amazon(s3)?;
             if s3.prefix.is_empty() {
                 return Ok(Arc::new(store));
             }
             Ok(Arc::new(PrefixStore::new(store, s3.prefix.as_str())))
         }
     }
+}
+
+/// How a bucket is reached.
+pub(crate) fn connector(s3: &S3Target) -> Result<Connector, LogError> {
+    Connector::new(s3.extra_roots.as_deref())
+}
+
+/// Opens a bucket, all of it.
+pub(crate) fn open_amazon(s3: &S3Target) -> Result<AmazonS3, LogError> {
+    s3.check_endpoint()?;
+    let http = s3.endpoint.as_ref().is_some_and(|e| e.starts_with("http:"));
+    let mut builder = AmazonS3Builder::new()
+        .with_bucket_name(&s3.bucket)
+        .with_region(&s3.region)
+        .with_allow_http(http)
+        .with_conditional_put(S3ConditionalPut::ETagMatch)
+        .with_retry(RetryConfig {
+            backoff: BackoffConfig::default(),
+            max_retries: RETRIES_MAX,
+            retry_timeout: RETRY_FOR,
+        })
+        .with_http_connector(connector(s3)?);
+    if let Some(endpoint) = &s3.endpoint {
+        builder = builder.with_endpoint(endpoint);
+    }
+    if let Some(key) = &s3.credentials {
+        builder = builder
+            .with_access_key_id(&key.access_key_id)
+            .with_secret_access_key(&key.secret_access_key);
+        if let Some(token) = &key.session_token {
+            builder = builder.with_token(token);
+        }
+    }
+    builder
+        .build()
+        .map_err(LogError::objects("set up the bucket"))
 }
 
 /// Whether "write only if nobody has" means what it says.

@@ -16,6 +16,9 @@ use kiln_store::logs::{
     RetentionClass, RetentionPolicy, S3Credentials, S3Target,
 };
 
+use kiln_store::Bucket;
+use tokio::io::AsyncWriteExt as _;
+
 use crate::logs::{all, followed, lines, name};
 
 /// Time until the server answers.
@@ -184,6 +187,7 @@ async fn ended_logs_live_in_a_bucket_or_stay_here_while_it_is_lost() -> Result<(
     };
     let server = Server::start(&weed)?;
     a_bucket_keeps_them(&server).await?;
+    an_upload_that_nobody_finished_is_ended(&server).await?;
     a_lost_bucket_keeps_them_here(server).await
 }
 
@@ -233,6 +237,36 @@ async fn a_bucket_keeps_them(server: &Server) -> Result<()> {
         fresh.read(&b1, 0, 1).await,
         Err(LogError::NotFound { .. })
     ));
+    Ok(())
+}
+
+async fn an_upload_that_nobody_finished_is_ended(server: &Server) -> Result<()> {
+    let mut target = server.target("secret")?;
+    target.prefix = "eu/one".to_owned();
+    let bucket = Bucket::open(&ObjectTarget::S3(target))?;
+    // As of somebody who is killed: more than one part, and never an end.
+    let (mut sender, content) = tokio::io::duplex(1 << 20);
+    let writing = {
+        let bucket = bucket.clone();
+        tokio::spawn(async move { bucket.put("images/half", content, None).await })
+    };
+    sender.write_all(&vec![1; 20 << 20]).await?;
+    let end = Instant::now() + START;
+    while bucket.end_unfinished("images", Duration::ZERO).await? == 0 {
+        ensure!(Instant::now() < end, "the upload is not listed");
+        ensure!(bucket.end_unfinished("sources", Duration::ZERO).await? == 0);
+        ensure!(
+            bucket
+                .end_unfinished("images", Duration::from_secs(3600))
+                .await?
+                == 0
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    writing.abort();
+    drop(sender);
+    ensure!(bucket.end_unfinished("images", Duration::ZERO).await? == 0);
+    ensure!(bucket.size("images/half").await?.is_none());
     Ok(())
 }
 
