@@ -47,6 +47,23 @@ pub(super) enum IssuerKey {
     Rs256 { n: Vec<u8>, e: Vec<u8> },
 }
 
+/// The key that a token names. One that names none is of the only key for its algorithm (OpenID Connect Core §10.1), or of none.
+pub(super) fn pick<'k>(
+    keys: &'k HashMap<String, IssuerKey>,
+    kid: Option<&str>,
+    algorithm: &str,
+) -> Option<&'k IssuerKey> {
+    let Some(kid) = kid else {
+        let fits = |key: &&IssuerKey| match key {
+            IssuerKey::Es256 { .. } => algorithm == "ES256",
+            IssuerKey::Rs256 { .. } => algorithm == "RS256",
+        };
+        let mut fitting = keys.values().filter(fits);
+        return fitting.next().filter(|_| fitting.next().is_none());
+    };
+    keys.get(kid)
+}
+
 /// Whether a trusted issuer can be one: its address, and its authority's file as it is now.
 pub(super) fn check(trusted: &TrustedIssuer) -> Result<(), IssuerError> {
     if !is_safe(&trusted.issuer) {
@@ -131,7 +148,8 @@ pub(super) fn fetch(trusted: &TrustedIssuer) -> Result<HashMap<String, IssuerKey
         .keys
         .iter()
         .take(KEYS_MAX)
-        .filter_map(read_key)
+        .enumerate()
+        .filter_map(|(at, key)| read_key(at, key))
         .collect())
 }
 
@@ -171,13 +189,14 @@ fn is_safe(url: &str) -> bool {
     }
 }
 
-fn read_key(key: &serde_json::Value) -> Option<(String, IssuerKey)> {
+/// A key and its id; one without an id, as an issuer of one key may have it, gets its place for one.
+fn read_key(at: usize, key: &serde_json::Value) -> Option<(String, IssuerKey)> {
     let text = |name: &str| key[name].as_str();
     let bytes = |name: &str| URL_SAFE_NO_PAD.decode(text(name)?).ok();
     if text("use").is_some_and(|purpose| purpose != "sig") {
         return None;
     }
-    let kid = text("kid")?.to_owned();
+    let kid = text("kid").map_or_else(|| format!("#{at}"), str::to_owned);
     let key = match (text("kty")?, text("crv")) {
         ("EC", Some("P-256")) => {
             let (x, y) = (bytes("x")?, bytes("y")?);
@@ -216,7 +235,7 @@ mod tests {
             "_W1V7AGo4UwTennyxNaJhw"
         );
         let jwk = serde_json::json!({"kty": "RSA", "kid": "k", "use": "sig", "n": n, "e": "AQAB"});
-        let (kid, key) = read_key(&jwk).expect("a key");
+        let (kid, key) = read_key(0, &jwk).expect("a key");
         assert_eq!(kid, "k");
         let signature = URL_SAFE_NO_PAD.decode(signature).expect("base64");
         let check = |alg, message: &[u8]| verify(&key, alg, message, &signature);
@@ -226,10 +245,19 @@ mod tests {
             !check("ES256", b"header.claims"),
             "an RSA key signs no ES256"
         );
+        let mut keys = HashMap::from([(kid, key.clone())]);
+        let picked = |keys: &_, kid, alg| pick(keys, kid, alg).is_some();
+        assert!(picked(&keys, Some("k"), "RS256") && !picked(&keys, Some("x"), "RS256"));
+        assert!(picked(&keys, None, "RS256") && !picked(&keys, None, "ES256"));
+        let mut nameless = jwk.clone();
+        nameless.as_object_mut().expect("object").remove("kid");
+        let (place, second) = read_key(1, &nameless).expect("a key");
+        keys.insert(place, second);
+        assert!(!picked(&keys, None, "RS256"), "of two it could be either");
         for (name, value) in [("use", "enc"), ("kty", "oct"), ("n", "?")] {
             let mut bad = jwk.clone();
             bad[name] = value.into();
-            assert!(read_key(&bad).is_none(), "{name}");
+            assert!(read_key(0, &bad).is_none(), "{name}");
         }
     }
 

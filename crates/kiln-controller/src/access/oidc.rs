@@ -96,6 +96,13 @@ pub enum ExchangeRefused {
     Fetch(String),
 }
 
+/// The key that a token says it is signed with.
+#[derive(Clone, Copy)]
+struct Named<'a> {
+    kid: Option<&'a str>,
+    algorithm: &'a str,
+}
+
 #[derive(Default, Clone, Debug)]
 struct Fetched {
     keys: HashMap<String, IssuerKey>,
@@ -202,9 +209,18 @@ impl Issuers {
         if !matches!(algorithm, "ES256" | "RS256") || !header["crit"].is_null() {
             return Err(TokenRefused::Algorithm.into());
         }
-        let kid = header["kid"].as_str().ok_or(TokenRefused::Malformed)?;
-        let key = self.key(issuer, kid, now_ms)?;
-        if !issuer_keys::verify(&key, algorithm, message.as_bytes(), &signature) {
+        let named = Named {
+            kid: header["kid"].as_str(),
+            algorithm,
+        };
+        let mut key = self.key(issuer, named, now_ms)?;
+        // A new key has no new name where keys have none.
+        let is_good =
+            |key: &IssuerKey| issuer_keys::verify(key, algorithm, message.as_bytes(), &signature);
+        if named.kid.is_none() && !is_good(&key) {
+            key = self.anew(issuer, named, now_ms, |key| is_good(key))?;
+        }
+        if !is_good(&key) {
             return Err(TokenRefused::Signature.into());
         }
         let claims: Claims = jwt::part(claims)?;
@@ -240,11 +256,12 @@ impl Issuers {
     }
 
     /// A key that is known and not too old.
-    fn known(&self, trusted: &TrustedIssuer, kid: &str, now_ms: u64) -> Option<IssuerKey> {
+    fn known(&self, trusted: &TrustedIssuer, named: Named<'_>, now_ms: u64) -> Option<IssuerKey> {
         let all = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
         let one = all.get(&trusted.issuer)?;
         let fresh = one.good_at_ms.saturating_add(KEYS_MAX_AGE_MS) > now_ms;
-        one.keys.get(kid).filter(|_| fresh).cloned()
+        let found = issuer_keys::pick(&one.keys, named.kid, named.algorithm);
+        found.filter(|_| fresh).cloned()
     }
 
     /// Notes a try at fetching. When the last one was just now, what came of that is the answer.
@@ -265,16 +282,27 @@ impl Issuers {
     fn key(
         &self,
         trusted: &TrustedIssuer,
-        kid: &str,
+        named: Named<'_>,
         now_ms: u64,
     ) -> Result<IssuerKey, ExchangeRefused> {
-        if let Some(key) = self.known(trusted, kid, now_ms) {
-            return Ok(key);
+        match self.known(trusted, named, now_ms) {
+            Some(key) => Ok(key),
+            None => self.anew(trusted, named, now_ms, |_| true),
         }
+    }
+
+    /// A key that is fetched now, or was by somebody else meanwhile, if that one is good enough. What is known stays until others came.
+    fn anew(
+        &self,
+        trusted: &TrustedIssuer,
+        named: Named<'_>,
+        now_ms: u64,
+        enough: impl Fn(&IssuerKey) -> bool,
+    ) -> Result<IssuerKey, ExchangeRefused> {
         let _waits = Waits::begin(&self.waiting).ok_or(ExchangeRefused::Busy)?;
         let _one = self.fetching.lock().unwrap_or_else(PoisonError::into_inner);
         // Whoever was before may have fetched it.
-        if let Some(key) = self.known(trusted, kid, now_ms) {
+        if let Some(key) = self.known(trusted, named, now_ms).filter(|key| enough(key)) {
             return Ok(key);
         }
         self.may_fetch(trusted, now_ms)?;
@@ -284,7 +312,7 @@ impl Issuers {
         one.failed = fetched.as_ref().err().cloned();
         one.keys = fetched.map_err(ExchangeRefused::Fetch)?;
         one.good_at_ms = now_ms;
-        let found = one.keys.get(kid).cloned();
+        let found = issuer_keys::pick(&one.keys, named.kid, named.algorithm).cloned();
         found.ok_or_else(|| TokenRefused::Signature.into())
     }
 }

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use kiln_controller::access::TrustedIssuer;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer as Signer, KeyPair as TlsKey};
 use ring::rand::SystemRandom;
@@ -15,6 +16,7 @@ use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as 
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde_json::{Value, json};
 
+use crate::schema::tools;
 use crate::server::Server;
 
 /// Longest wait for a new key to be taken.
@@ -215,4 +217,109 @@ fn an_issuer_that_cannot_be_trusted_is_refused_at_the_start() {
             .to_string()
             .contains("https")
     );
+}
+
+/// A provider of somebody else's making (Authlib's), as a process: RS256, and no key id in its tokens.
+struct Provider {
+    child: Child,
+    url: String,
+}
+
+impl Provider {
+    fn start(life_s: u32) -> Self {
+        let free = TcpListener::bind("127.0.0.1:0").expect("binds");
+        let port = free.local_addr().expect("address").port().to_string();
+        drop(free);
+        let child = Command::new(tools().join("oidc-provider-mock"))
+            .args(["--port", &port, "--user", "job-1"])
+            .args(["--token-max-age", &life_s.to_string()])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("starts");
+        let provider = Self {
+            child,
+            url: format!("http://127.0.0.1:{port}"),
+        };
+        let end = Instant::now() + PATIENCE;
+        while TcpStream::connect(format!("127.0.0.1:{port}")).is_err() {
+            assert!(Instant::now() < end, "the provider does not listen");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        provider
+    }
+
+    /// An identity token by the authorization code flow (OpenID Connect Core §3.1) of a client of this name.
+    fn token(&self, client: &str) -> Value {
+        const BACK: &str = "redirect_uri=http%3A%2F%2F127.0.0.1%3A1%2Fback";
+        let agent: ureq::Agent = ureq::Agent::config_builder()
+            .max_redirects(0)
+            .build()
+            .into();
+        let form = "application/x-www-form-urlencoded";
+        let asked = format!("client_id={client}&{BACK}&response_type=code&scope=openid");
+        let login = agent
+            .post(format!("{}/oauth2/authorize?{asked}", self.url))
+            .content_type(form)
+            .send("sub=job-1")
+            .expect("logs in");
+        let to = login.headers()["location"].to_str().expect("text");
+        let (_, code) = to.split_once("code=").expect("a code");
+        let basic = STANDARD.encode(format!("{client}:secret"));
+        let mut got = agent
+            .post(format!("{}/oauth2/token", self.url))
+            .header("authorization", format!("Basic {basic}"))
+            .content_type(form)
+            .send(format!("grant_type=authorization_code&{BACK}&code={code}"))
+            .expect("a token");
+        let got: Value = got.body_mut().read_json().expect("JSON");
+        json!({"subject_token": got["id_token"].as_str().expect("text")})
+    }
+}
+
+impl Drop for Provider {
+    fn drop(&mut self) {
+        let _gone = self.child.kill();
+        let _ended = self.child.wait();
+    }
+}
+
+#[test]
+fn tokens_of_a_real_provider_are_exchanged_until_they_are_over() {
+    let (provider, hasty) = (Provider::start(600), Provider::start(1));
+    let trusted = [&provider, &hasty].map(|provider| {
+        json!({"issuer": provider.url, "audience": "kiln",
+            "rules": [{"subject": "job-*", "tenant": "acme", "role": "developer"}]})
+    });
+    let trusted = serde_json::from_value(json!(trusted)).expect("trust");
+    let server = Server::trusting(trusted);
+    server.member("acme", "developer");
+    let nobody = server.client("");
+    let exchange = |token: &Value| nobody.json("POST", "/v1/token/exchange", token);
+    let token = provider.token("kiln");
+    let got = exchange(&token);
+    assert_eq!(got.status, 200, "{}", got.text());
+    let session = got.value()["access_token"]
+        .as_str()
+        .expect("token")
+        .to_owned();
+    server.client(&session).run();
+    let other = exchange(&provider.token("another"));
+    assert_eq!(other.status, 401, "another client's");
+    assert!(other.text().contains("audience"), "{}", other.text());
+    let text = token["subject_token"].as_str().expect("text");
+    let end = text.rfind('.').expect("a signature");
+    let unsigned = json!({"subject_token": &text[..=end]});
+    assert_eq!(exchange(&unsigned).status, 401);
+    let token = hasty.token("kiln");
+    let over = Instant::now() + PATIENCE;
+    loop {
+        let got = exchange(&token);
+        if got.status == 401 {
+            assert!(got.text().contains("expired"), "{}", got.text());
+            break;
+        }
+        assert!(Instant::now() < over, "it never ends");
+        std::thread::sleep(Duration::from_millis(200));
+    }
 }

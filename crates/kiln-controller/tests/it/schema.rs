@@ -10,17 +10,22 @@ use serde_json::json;
 
 use crate::server::Server;
 
-/// The tools: one that makes requests up, one that reads the document itself. Another major version has other options.
-const TOOLS: [&str; 2] = ["schemathesis>=4.0,<5", "openapi-spec-validator>=0.7,<1"];
+/// The tools: one that makes requests up, one that reads the document itself, and a provider of identity tokens for
+/// [`crate::identity_issuer`]. Another major version has other options.
+const TOOLS: [&str; 3] = [
+    "schemathesis>=4.0,<5",
+    "openapi-spec-validator>=0.7,<1",
+    "oidc-provider-mock>=0.3,<0.4",
+];
 /// What must hold: no server error, and of every answer status, type and body as the document says.
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance";
 /// Longest time it may take.
 const SECONDS: &str = "45";
 
 /// Folder of the tools' programs: an environment of their own, made once below the build folder.
-fn tools() -> &'static Path {
+pub(crate) fn tools() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| install(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("api-tools")))
+    FOLDER.get_or_init(|| install(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("api-tools-2")))
 }
 
 fn install(folder: &Path) -> PathBuf {
@@ -43,8 +48,8 @@ fn install(folder: &Path) -> PathBuf {
     // Never skipped: without the tools the promise is not kept, and the tests say so.
     let path = folder.to_str().expect("path");
     run(Path::new("python3"), &["-m", "venv", path]);
-    let install = ["-m", "pip", "install", "--quiet", TOOLS[0], TOOLS[1]];
-    run(&folder.join("bin/python"), &install);
+    let install = ["-m", "pip", "install", "--quiet"];
+    run(&folder.join("bin/python"), &[&install[..], &TOOLS].concat());
     std::fs::write(done, "").expect("written");
     folder.join("bin")
 }
