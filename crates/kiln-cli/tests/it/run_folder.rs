@@ -110,6 +110,31 @@ fn a_folder_stays_out_unless_it_is_a_project_or_named() {
 }
 
 #[test]
+fn what_a_stopped_command_wrote_is_kept() {
+    let Some(annex) = Annex::open() else { return };
+    let dir = tempfile::tempdir().expect("temp dir");
+    let to = format!("part:{}/", path(dir.path()));
+    let script = "echo half > part; echo written; sleep 1000";
+    let args = [
+        "run",
+        "--no-source",
+        "--copy-out",
+        &to,
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
+    let mut running = annex.start(&args);
+    running.until_it_prints("written");
+    running.signal("INT");
+    running.end().exits(130).says("copied");
+    let part = fs::read_to_string(dir.path().join("part")).expect("copied");
+    assert_eq!(part, "half\n");
+    annex.is_clear();
+}
+
+#[test]
 fn variables_of_a_file_come_before_those_of_the_command_line() {
     let Some(annex) = Annex::open() else { return };
     let dir = tempfile::tempdir().expect("temp dir");

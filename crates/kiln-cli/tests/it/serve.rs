@@ -38,6 +38,18 @@ fn a_server_builds_runs_and_explains() {
     let (server, at) = serve(&annex, port);
     let on = |args: &[&str]| annex.run(&[&["--server", at.as_str()], args].concat());
 
+    // A run's folder goes there, and nothing of it comes back but what is asked for.
+    let project = app(&[
+        ("Makefile", ""),
+        ("kept", "k"),
+        (".kilnignore", "secret\n"),
+        ("secret", "s"),
+    ]);
+    let mut far = annex.command(&["--server", &at, "run", "--", "sh", "-c", "pwd; ls; exit 3"]);
+    far.current_dir(project.path());
+    let far = crate::support::said(far).exits(3);
+    assert_eq!(far.out, "/work\nMakefile\nkept\n");
+
     // A build: the Dockerfile is found although it is ignored, what else is ignored stays here.
     // New content at every run: nothing of it is cached.
     let dir = app(&[
