@@ -25,7 +25,7 @@ guest: ## Build the static guest
 	  --target x86_64-unknown-linux-gnu --target-dir $(TARGET)/guest
 
 .PHONY: demo
-demo: setup ## Do everything: set up, build two apps in microVMs, run them, change one line, rebuild
+demo: setup ## Do everything: set up, build two apps in microVMs, run them, change one line, rebuild; learn and enforce a policy
 	cargo xtask demo --kiln $(KILN) --guest $(GUEST)
 
 .PHONY: test

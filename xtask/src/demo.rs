@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::{Binaries, root, run};
+use crate::{Binaries, demo_learn, root, run};
 
 /// Longest wait for an app to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
@@ -87,7 +87,7 @@ pub(crate) fn run(binaries: &Binaries) -> Result<()> {
         )?);
     }
     table(&rows);
-    Ok(())
+    demo_learn::run(binaries)
 }
 
 /// A fresh copy of the app below target/, so that the checkout stays as it is.

@@ -1,6 +1,7 @@
 //! Project automation: `cargo xtask <verb>`. Nothing here ships.
 
 mod demo;
+mod demo_learn;
 mod docs;
 mod lanes;
 mod layers;
