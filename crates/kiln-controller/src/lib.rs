@@ -12,6 +12,7 @@ pub mod metrics;
 pub mod peers;
 pub mod pipelines;
 pub mod retention;
+pub mod secret_stores;
 pub mod server;
 mod shared;
 pub mod state;

@@ -292,6 +292,7 @@ async fn opened(
         artifacts: ArtifactStore::open(arriving, &kept, log_keys)?,
         registry: config.registry.clone(),
         secrets: Secrets::default(),
+        secret_stores: config.api.secret_stores.clone(),
         peers: peers.map_err(StartError::Peers)?,
         neighbours,
         settings: Settings {

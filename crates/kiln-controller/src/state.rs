@@ -18,6 +18,7 @@ use crate::fleet::secrets::Secrets;
 use crate::fleet::source::SourceStore;
 use crate::images::Images;
 use crate::peers::Peers;
+use crate::secret_stores::SecretStores;
 
 /// One controller. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -47,6 +48,8 @@ pub struct Parts {
     pub images: Option<Images>,
     /// Secrets that came with a request: in memory alone.
     pub secrets: Secrets,
+    /// Stores of other makers that hold secrets.
+    pub secret_stores: SecretStores,
     /// Other controllers of the same database.
     pub peers: Peers,
     /// Where the installation is.

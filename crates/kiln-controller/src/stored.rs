@@ -9,6 +9,7 @@ use kiln_proto::fleet::Secrets;
 use crate::access::SealedAs;
 use crate::fleet::refusal::Refused;
 use crate::fleet::secrets::{JOB_BYTES_MAX, SecretsRefused};
+use crate::secret_stores::{FetchError, SecretSource, SourceError};
 use crate::state::Controller;
 
 /// The audit row of a submission that named a secret it cannot have.
@@ -63,7 +64,13 @@ impl Controller {
                     answer.values.insert(name, STANDARD.encode(value));
                 }
                 (Opened::Allowed(secret), _) => {
-                    let value = self.value_of(&secret)?;
+                    let value = match self.value_of(lease, &secret).await? {
+                        Ok(value) => value,
+                        Err(why) => {
+                            answer.refused.insert(name, why.to_string());
+                            continue;
+                        }
+                    };
                     bytes += name.len() + value.len();
                     if bytes > JOB_BYTES_MAX {
                         // One answer holds them all: a larger one would be no worker's to read.
@@ -82,24 +89,54 @@ impl Controller {
         Ok(answer)
     }
 
-    fn value_of(&self, secret: &Secret) -> Result<Vec<u8>, Refused> {
+    /// The value of a secret that a job may have; the inner error is for good, the outer one for now.
+    async fn value_of(
+        &self,
+        lease: &Lease,
+        secret: &Secret,
+    ) -> Result<Result<Vec<u8>, FetchError>, Refused> {
         let about = SealedAs {
             tenant: &secret.tenant,
             name: &secret.name,
             version: secret.version,
         };
-        let opened = match &secret.value {
-            SecretValue::Sealed(sealed) => self.access.open_secret(about, sealed),
-            SecretValue::Source(_) => {
-                return Err(Refused::unavailable(format!(
-                    "the secret {} has a source that this controller does not know",
-                    secret.name
-                )));
-            }
-        };
-        opened.map_err(|error| {
+        let unopened = |error: &dyn std::fmt::Display| {
             tracing::error!(tenant = %secret.tenant, secret = %secret.name, %error, "a stored secret cannot be opened");
-            Refused::unavailable(format!("the secret {} cannot be opened: {error}", secret.name))
-        })
+            Refused::unavailable(format!(
+                "the secret {} cannot be opened: {error}",
+                secret.name
+            ))
+        };
+        let source = match &secret.value {
+            SecretValue::Sealed(sealed) => {
+                let opened = self.access.open_secret(about, sealed);
+                return opened.map(Ok).map_err(|error| unopened(&error));
+            }
+            SecretValue::Source(source) => source,
+        };
+        let source: SecretSource = source
+            .parse()
+            .map_err(|error: SourceError| unopened(&error))?;
+        let (stores, tenant) = (self.secret_stores.clone(), secret.tenant.clone());
+        let fetched = tokio::task::spawn_blocking(move || stores.fetch(&tenant, &source));
+        let fetched = fetched.await.map_err(|error| unopened(&error))?;
+        let Err(error) = fetched else {
+            return Ok(fetched);
+        };
+        // The row of the decision says that the job may have it; this one that it did not get it.
+        let row = NewAudit {
+            actor: format!("worker:{}", lease.worker),
+            tenant: Some(secret.tenant.clone()),
+            action: SECRET_READ.to_owned(),
+            target: secret.name.to_string(),
+            allowed: false,
+            reason: Some(error.code().to_owned()),
+            detail: Some(serde_json::json!({ "job": lease.attempt.job, "at": "source" })),
+        };
+        self.db.audit(row).await?;
+        match error {
+            FetchError::Unavailable { .. } => Err(unopened(&error)),
+            error => Ok(Err(error)),
+        }
     }
 }

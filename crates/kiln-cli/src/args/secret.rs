@@ -33,6 +33,7 @@ pub(crate) struct ValueArgs {
 #[derive(Subcommand, Debug)]
 #[command(
     after_help = "Examples:\n  kiln secret set NPM_TOKEN < token.txt\n  kiln secret set NPM_TOKEN --repository 'git.example.org/team/*' --for build\n  \
+kiln secret set DB_PASSWORD --from vault:ci/shop/db#password\n  \
 kiln build . --secret id=NPM_TOKEN\n  kiln run --secret NPM_TOKEN -- npm publish\n  kiln secret access-log NPM_TOKEN\n\n\
 A value comes from standard input or a prompt, never from the command line. One newline at the end of a single line is not a part of it \
 (--raw keeps it); a value of several lines is kept as it is."
@@ -45,6 +46,9 @@ pub(crate) enum SecretCommand {
         /// How the value is read
         #[command(flatten)]
         value: ValueArgs,
+        /// Keep no value: fetch it from a store of the operator's each time a job needs it
+        #[arg(long, value_name = "STORE:PATH[#FIELD]", conflicts_with = "raw")]
+        from: Option<String>,
         /// Who may have it
         #[command(flatten)]
         scope: ScopeArgs,

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_controller::api::{ApiConfig, JobView, ListenConfig, OutcomeView};
+use kiln_controller::secret_stores::SecretStores;
 use kiln_controller::server::{
     self, FolderLock, Running, ServeConfig, Sharing, StartError, Tls, socket_path,
 };
@@ -88,6 +89,7 @@ impl HomeQueue {
         let settings = Config::load(&home.config.join("kiln.toml"))?.controller;
         let keeper = Keeper {
             retention: settings.retention()?,
+            secret_stores: settings.secret_stores()?,
             settings,
             folder,
             registry: registry.host.clone(),
@@ -373,6 +375,7 @@ struct Keeper {
     folder: PathBuf,
     settings: ControllerConfig,
     retention: Retention,
+    secret_stores: SecretStores,
     registry: HostRegistry,
 }
 
@@ -485,7 +488,10 @@ impl Keeper {
             listen: Vec::new(),
             tls: Tls::Plain,
             sockets: ListenConfig::default(),
-            api: ApiConfig::default(),
+            api: ApiConfig {
+                secret_stores: self.secret_stores.clone(),
+                ..ApiConfig::default()
+            },
             issuer: "kiln".to_owned(),
             trusted: Vec::new(),
             registry: self.registry.clone(),

@@ -23,6 +23,7 @@ const PAGES_MAX: usize = 50;
 pub(super) async fn run(verb: SecretCommand, said: &ServerArgs, screen: Screen) -> Result<u8> {
     // Read before anything is asked: a person types while nothing waits for them.
     let value = match &verb {
+        SecretCommand::Set { from: Some(_), .. } => None,
         SecretCommand::Set { name, value, .. } | SecretCommand::Rotate { name, value, .. } => {
             Some(read_value(name, value, screen).await?)
         }
@@ -44,12 +45,23 @@ async fn answer(
     let encoded = value.map(|value| STANDARD.encode(value));
     match verb {
         Verb::Set {
-            name, scope, owner, ..
+            name,
+            from,
+            scope,
+            owner,
+            ..
         } => {
             let scope = scope_of(&scope);
-            let asked = json!({ "value_base64": encoded, "scope": scope });
+            let asked = match &from {
+                Some(source) => json!({ "source": source, "scope": scope }),
+                None => json!({ "value_base64": encoded, "scope": scope }),
+            };
             let kept: SecretView = server.put(&path(&name, "", &owner), &asked).await?;
-            said(&kept, "is kept", screen);
+            let what = match &from {
+                Some(source) => format!("comes from {source}"),
+                None => "is kept".to_owned(),
+            };
+            said(&kept, &what, screen);
         }
         Verb::Rotate { name, owner, .. } => {
             let asked = json!({ "value_base64": encoded });

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use kiln_controller::access::TrustedIssuer;
 use kiln_controller::api::ApiConfig;
+use kiln_controller::secret_stores::{SecretStores, StoreConfig};
 use kiln_controller::webhooks::ReceiverPolicy;
 use kiln_core::job::Limits;
 use kiln_core::network::RangeException;
@@ -37,6 +38,8 @@ pub(crate) struct ControllerConfig {
     pub webhooks: WebhooksConfig,
     /// Whose identity tokens are exchanged for sessions.
     pub issuers: Vec<TrustedIssuer>,
+    /// Stores of other makers that hold secrets.
+    pub secret_stores: Vec<StoreConfig>,
 }
 
 /// Address of a collector, checked.
@@ -114,12 +117,25 @@ impl ControllerConfig {
         self.otlp.as_ref().map(|url| url.0.as_str())
     }
 
+    /// Stores of other makers.
+    ///
+    /// # Errors
+    /// When one can never work.
+    pub(crate) fn secret_stores(&self) -> Result<SecretStores> {
+        SecretStores::new(&self.secret_stores).map_err(|error| {
+            CliError::usage(format!("controller.secret_stores in kiln.toml: {error}"))
+        })
+    }
+
     /// Bounds of the API: what one job may ask for, and what it gets unasked, never more than that.
     ///
     /// # Errors
     /// When a default that somebody wrote is beyond its maximum.
     pub(crate) fn api(&self, most: &LimitConfig) -> Result<ApiConfig> {
-        let mut api = ApiConfig::default();
+        let mut api = ApiConfig {
+            secret_stores: self.secret_stores()?,
+            ..ApiConfig::default()
+        };
         let ceiling = &mut api.ceiling;
         ceiling.limits = Limits {
             cpus: most.cpus_max.max(1),

@@ -38,6 +38,7 @@ mod room;
 mod run;
 mod run_folder;
 mod run_phases;
+mod secret_sources;
 mod serve;
 mod serve_images;
 mod serve_state;

@@ -4,6 +4,7 @@
 //! decided in [`oidc`](super::oidc).
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -66,32 +67,41 @@ pub(super) fn pick<'k>(
 
 /// Whether a trusted issuer can be one: its address, and its authority's file as it is now.
 pub(super) fn check(trusted: &TrustedIssuer) -> Result<(), IssuerError> {
-    if !is_safe(&trusted.issuer) {
+    if !is_safe_url(&trusted.issuer) {
         return Err(IssuerError::NotHttps(trusted.issuer.clone()));
     }
-    roots(trusted).map(|_| ())
+    issuer_roots(trusted).map(|_| ())
 }
 
-/// The system's authorities and those of the operator's file.
-fn roots(trusted: &TrustedIssuer) -> Result<RootCerts, IssuerError> {
+fn issuer_roots(trusted: &TrustedIssuer) -> Result<RootCerts, IssuerError> {
     let Some(path) = &trusted.ca else {
         return Ok(RootCerts::PlatformVerifier);
     };
-    let fail = |why: String| IssuerError::Ca {
+    roots(Some(path)).map_err(|why| IssuerError::Ca {
         issuer: trusted.issuer.clone(),
         path: path.clone(),
         why,
+    })
+}
+
+/// The system's authorities and those of the operator's file (PEM).
+///
+/// # Errors
+/// When the file cannot be read, or holds something else than certificates.
+pub(crate) fn roots(ca: Option<&Path>) -> Result<RootCerts, String> {
+    let Some(path) = ca else {
+        return Ok(RootCerts::PlatformVerifier);
     };
-    let pem = std::fs::read(path).map_err(|error| fail(error.to_string()))?;
+    let pem = std::fs::read(path).map_err(|error| error.to_string())?;
     let mut all = Vec::new();
     for item in parse_pem(&pem) {
-        match item.map_err(|error| fail(error.to_string()))? {
+        match item.map_err(|error| error.to_string())? {
             PemItem::Certificate(certificate) => all.push(certificate),
-            _ => return Err(fail("it holds something else than certificates".to_owned())),
+            _ => return Err("it holds something else than certificates".to_owned()),
         }
     }
     if all.is_empty() {
-        return Err(fail("it holds no certificate in PEM".to_owned()));
+        return Err("it holds no certificate in PEM".to_owned());
     }
     // What cannot be loaded of the system's own is simply not trusted.
     let system = rustls_native_certs::load_native_certs().certs;
@@ -128,7 +138,7 @@ struct KeySet {
 /// Why there are none, for the operator.
 pub(super) fn fetch(trusted: &TrustedIssuer) -> Result<HashMap<String, IssuerKey>, String> {
     let issuer = &trusted.issuer;
-    let roots = roots(trusted).map_err(|error| error.to_string())?;
+    let roots = issuer_roots(trusted).map_err(|error| error.to_string())?;
     let agent: ureq::Agent = ureq::Agent::config_builder()
         .timeout_global(Some(FETCH_TIMEOUT))
         .max_redirects(0)
@@ -154,7 +164,7 @@ pub(super) fn fetch(trusted: &TrustedIssuer) -> Result<HashMap<String, IssuerKey
 }
 
 fn get<T: serde::de::DeserializeOwned>(agent: &ureq::Agent, url: &str) -> Result<T, String> {
-    if !is_safe(url) {
+    if !is_safe_url(url) {
         return Err("its address is not HTTPS".to_owned());
     }
     let mut answer = agent.get(url).call().map_err(|error| error.to_string())?;
@@ -171,7 +181,7 @@ fn get<T: serde::de::DeserializeOwned>(agent: &ureq::Agent, url: &str) -> Result
 }
 
 /// HTTPS, or HTTP to this very host.
-fn is_safe(url: &str) -> bool {
+pub(crate) fn is_safe_url(url: &str) -> bool {
     let Ok(url) = url.parse::<http::Uri>() else {
         return false;
     };
@@ -268,7 +278,7 @@ mod tests {
             "http://127.0.0.1:1/",
             "http://[::1]:1/",
         ] {
-            assert!(is_safe(good), "{good}");
+            assert!(is_safe_url(good), "{good}");
         }
         for bad in [
             "http://a.example/",
@@ -276,7 +286,7 @@ mod tests {
             "x",
             "http://127.0.0.1.a.example/",
         ] {
-            assert!(!is_safe(bad), "{bad}");
+            assert!(!is_safe_url(bad), "{bad}");
         }
     }
 }

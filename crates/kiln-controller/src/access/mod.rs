@@ -33,6 +33,7 @@ use kiln_store::logs::{LogKey, LogKeys};
 pub use authority::{Authority, CertificateError, PeerCertificate, WorkerCertificate};
 pub use door::Door;
 pub use issuer_keys::IssuerError;
+pub(crate) use issuer_keys::{is_safe_url, roots};
 pub use jwt::TokenRefused;
 pub use keys::SignError;
 pub use oidc::{ExchangeRefused, Issuers, SubjectRule, TrustedIssuer};

@@ -9,6 +9,7 @@ use kiln_core::job::Limits;
 use kiln_core::{ByteSize, JobKind};
 use kiln_db::Retention;
 
+use crate::secret_stores::SecretStores;
 use crate::webhooks::ReceiverPolicy;
 
 /// Disk of a build that asks for none: what a common app's layers and its share of the cache take, so that a small worker has room for it.
@@ -51,6 +52,8 @@ pub struct ApiConfig {
     pub receivers: ReceiverPolicy,
     /// How long finished jobs are kept, of tenants that have no rule of their own.
     pub retention: Retention,
+    /// Stores of other makers that hold secrets.
+    pub secret_stores: SecretStores,
 }
 
 impl Default for ApiConfig {
@@ -77,6 +80,7 @@ impl Default for ApiConfig {
             hosts: Vec::new(),
             receivers: ReceiverPolicy::default(),
             retention: Retention::default(),
+            secret_stores: SecretStores::default(),
         }
     }
 }

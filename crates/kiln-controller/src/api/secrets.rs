@@ -22,6 +22,7 @@ use super::extract::{Answer, Asked, Body, Named};
 use super::problem::{Problem, ProblemBody};
 use super::view::List;
 use crate::access::SealedAs;
+use crate::secret_stores::{SecretSource, SourceError};
 
 /// How often a value is sealed again because somebody else changed the secret meanwhile.
 const WRITES_MAX: usize = 5;
@@ -149,24 +150,45 @@ pub(crate) struct ValueAsk {
     value: Option<Hidden>,
     /// As bytes in base 64, instead of `value`.
     value_base64: Option<Hidden>,
+    /// Where it is fetched each time a job needs it, instead of a value: `STORE:PATH#FIELD`, of a store that the operator grants the tenant.
+    source: Option<String>,
     /// Which jobs may have it. None keeps the scope it has; a new secret is then for all trusted jobs of its tenant.
     scope: Option<ScopeView>,
 }
 
 impl ValueAsk {
     fn bytes(&self) -> Result<Vec<u8>, Problem> {
-        let bytes = match (&self.value, &self.value_base64) {
-            (Some(text), None) => text.0.as_bytes().to_vec(),
-            (None, Some(text)) => STANDARD
+        let bytes = match (&self.value, &self.value_base64, &self.source) {
+            (Some(text), None, None) => text.0.as_bytes().to_vec(),
+            (None, Some(text), None) => STANDARD
                 .decode(&text.0)
                 .map_err(|_| Problem::invalid("value_base64", "it is not base 64"))?,
-            _ => return Err(Problem::invalid("value", "name `value` or `value_base64`")),
+            _ => {
+                let text = "name one of `value`, `value_base64` and `source`";
+                return Err(Problem::invalid("value", text));
+            }
         };
         if bytes.is_empty() || bytes.len() > SECRET_VALUE_MAX {
             let text = format!("a value has 1 to {SECRET_VALUE_MAX} bytes");
             return Err(Problem::invalid("value", text));
         }
         Ok(bytes)
+    }
+
+    /// The source that is named instead of a value.
+    fn granted_source(&self, api: &Api, tenant: &TenantName) -> Result<Option<String>, Problem> {
+        let (Some(text), None, None) = (&self.source, &self.value, &self.value_base64) else {
+            return Ok(None);
+        };
+        let source: SecretSource = text
+            .parse()
+            .map_err(|error: SourceError| Problem::invalid("source", error.to_string()))?;
+        let granted = api.config.secret_stores.granted(tenant, &source);
+        granted.map_err(|error| {
+            Problem::invalid("source", error.to_string())
+                .hint("the operator names stores and what tenants may name in them in kiln.toml: [[controller.secret_stores]]")
+        })?;
+        Ok(Some(source.to_string()))
     }
 }
 
@@ -293,7 +315,11 @@ async fn keep(
 ) -> Result<Answer<SecretView>, Problem> {
     let name = name_of(text)?;
     let scope = body.scope.as_ref().map(ScopeView::read).transpose()?;
-    let bytes = body.bytes()?;
+    let source = body.granted_source(api, tenant)?;
+    let bytes = match source {
+        Some(_) => Vec::new(),
+        None => body.bytes()?,
+    };
     for _ in 0..WRITES_MAX {
         let before = api.db().secret(tenant, &name).await?;
         if before.is_none() && !may_be_new {
@@ -305,13 +331,18 @@ async fn keep(
             name: &name,
             version,
         };
-        let sealed = api.access().seal_secret(about, &bytes);
-        let sealed = sealed.map_err(|error| Problem::unavailable(&error))?;
+        let value = match &source {
+            Some(source) => SecretValue::Source(source.clone()),
+            None => {
+                let sealed = api.access().seal_secret(about, &bytes);
+                SecretValue::Sealed(sealed.map_err(|error| Problem::unavailable(&error))?)
+            }
+        };
         let new = NewValue {
             tenant: tenant.clone(),
             name: name.clone(),
             version,
-            value: SecretValue::Sealed(sealed),
+            value,
             scope: scope.clone(),
             by: caller.subject().to_owned(),
         };

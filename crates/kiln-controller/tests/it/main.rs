@@ -30,6 +30,7 @@ mod jobs;
 mod operators;
 mod registry_people;
 mod schema;
+mod secret_stores;
 mod secrets;
 mod server;
 mod webhooks;

@@ -118,7 +118,7 @@ impl HttpChecker {
     /// Takes bytes of the client and appends what may be sent on to `out`.
     ///
     /// # Errors
-    /// The first thing that is refused; nothing of that request was appended. The connection must then end.
+    /// The first thing that is refused; what was appended are requests, and bodies of them, that may go to this server. The connection must then end.
     pub fn push(&mut self, mut input: &[u8], out: &mut Vec<u8>) -> Result<(), HttpRefusal> {
         while !input.is_empty() {
             match self.state {
@@ -353,7 +353,8 @@ impl HttpChecker {
         for at in left.saturating_sub(2)..passed {
             let want = if left - at == 2 { b'\r' } else { b'\n' };
             if out.get(before + at as usize) != Some(&want) {
-                out.truncate(before);
+                // What came before it went on already if it came by itself.
+                out.truncate(before + at as usize);
                 return Err(HttpRefusal::Malformed("chunk end"));
             }
         }

@@ -228,6 +228,33 @@ fn request() -> impl Strategy<Value = (Vec<u8>, bool)> {
     })
 }
 
+/// Found by the fuzz target: all at once less of a body went on than piece by piece.
+#[test]
+fn a_wrong_chunk_end_is_refused_at_the_same_byte_in_any_pieces() {
+    let head = "PUT / HTTP/1.1\r\nHost: a.example.org\r\nTransfer-Encoding: chunked\r\n\r\n";
+    for chunk in [
+        "1\r\nabc\r\n0\r\n\r\n",
+        "1\r\na\rb0\r\n\r\n",
+        "2\r\nab\n\r0\r\n\r\n",
+    ] {
+        let text = format!("{head}{chunk}");
+        let passed = |size: usize| {
+            let (mut checker, mut out) = (checker(), Vec::new());
+            let refused = text
+                .as_bytes()
+                .chunks(size)
+                .any(|piece| checker.push(piece, &mut out).is_err());
+            assert!(refused, "{chunk:?}");
+            out
+        };
+        let whole = passed(text.len());
+        assert!(
+            (1..text.len()).all(|size| passed(size) == whole),
+            "{chunk:?}"
+        );
+    }
+}
+
 proptest! {
     /// However the bytes are cut: exactly the requests before the first wrong one pass.
     #[test]

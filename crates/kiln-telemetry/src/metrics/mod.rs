@@ -283,6 +283,12 @@ impl Inner {
             "Machines found without a lease and destroyed",
             self.orphans.clone(),
         );
+        self.with_names_of_doors(version)
+    }
+
+    /// What goes in and out: connections, callers, webhooks, secrets, logs.
+    fn with_names_of_doors(mut self, version: &str) -> Self {
+        let r = &mut self.registry;
         r.register(
             "egress_decisions",
             "Decisions of machines' gateways, by verdict and reason",
