@@ -2,7 +2,7 @@
 //!
 //! Every raw sample is kept in `<data>/bench/<unix time>.json`; the table is only a view of it. Nothing is warmed up in secret and no sample
 //! is dropped. Builds run as the user's own tenant, so its build cache moves on; their images are removed again. Read next:
-//! [`series`] (samples and promises), [`machines`] (clone, cold, many), [`builds`] (run, build), [`registry`], [`bake`]; of a controller:
+//! [`series`] (samples and promises), [`machines`] (clone, cold, many), [`room`], [`builds`] (run, build), [`registry`], [`bake`]; of a controller:
 //! [`decisions`] (decision, claims), [`queue`] (serve, lease, dead, soak), [`beside`] (cancel, through).
 
 mod bake;
@@ -15,6 +15,7 @@ mod postgres;
 mod queue;
 mod registry;
 mod report;
+mod room;
 mod series;
 mod serving;
 mod stand_in;
@@ -40,6 +41,7 @@ enum Name {
     Cold,
     Run,
     Many,
+    Room,
     Build,
     Registry,
     Bake,
@@ -54,11 +56,12 @@ enum Name {
 }
 
 impl Name {
-    const ALL: [(Self, &str); 15] = [
+    const ALL: [(Self, &str); 16] = [
         (Self::Clone, "clone"),
         (Self::Cold, "cold"),
         (Self::Run, "run"),
         (Self::Many, "many"),
+        (Self::Room, "room"),
         (Self::Build, "build"),
         (Self::Registry, "registry"),
         (Self::Bake, "bake"),
@@ -173,6 +176,10 @@ async fn all(bench: &Bench<'_>, names: &[Name], report: &mut Report) -> Result<(
             Name::Clone | Name::Cold => continue,
             Name::Run => builds::run(bench, report).await?,
             Name::Many => machines::many(bench, report).await?,
+            Name::Room => {
+                machines::first_bytes(bench, report).await?;
+                room::room(bench, report).await?;
+            }
             Name::Build => builds::build(bench, report).await?,
             Name::Registry => registry::registry(bench, report).await?,
             Name::Bake => bake::from_nothing(bench, report).await?,

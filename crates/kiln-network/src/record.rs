@@ -81,6 +81,18 @@ pub(crate) fn verdict_name(verdict: &EgressVerdict) -> &'static str {
     }
 }
 
+/// As scripts may rely on it.
+fn reason_code(verdict: &EgressVerdict) -> &'static str {
+    match verdict {
+        EgressVerdict::Allowed => "",
+        EgressVerdict::HostRefused => "host_not_allowed",
+        EgressVerdict::PortRefused => "port_not_allowed",
+        EgressVerdict::AddressRefused { .. } => "address_not_allowed",
+        EgressVerdict::NameMismatch { .. } => "name_mismatch",
+        EgressVerdict::Unreachable { .. } => "unreachable",
+    }
+}
+
 /// Whether bytes moved or could have: also a connection that was cut off after some legal requests.
 pub(crate) fn reached_host(event: &EgressEvent) -> bool {
     event.verdict == EgressVerdict::Allowed || event.bytes_out > 0 || event.bytes_in > 0
@@ -197,6 +209,10 @@ pub struct RefusedHost {
     pub port: u16,
     /// Why, in words.
     pub reason: String,
+    /// Why, for programs: `host_not_allowed`, `port_not_allowed`, `address_not_allowed`, `name_mismatch`, `unreachable`. Empty in records
+    /// from before there were codes.
+    #[serde(default)]
+    pub code: String,
     /// The flag that would admit it, when a flag can: `--allow HOST[:PORT]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allow: Option<String>,
@@ -221,11 +237,12 @@ pub struct EgressSummary {
 #[must_use]
 pub fn summary(events: &[EgressEvent]) -> EgressSummary {
     let mut reached: BTreeMap<&str, ReachedHost> = BTreeMap::new();
-    let mut refused: BTreeMap<(&str, u16, String), Option<String>> = BTreeMap::new();
+    let mut refused: BTreeMap<(&str, u16, String, &str), Option<String>> = BTreeMap::new();
     for event in events {
         if event.verdict != EgressVerdict::Allowed {
             let (reason, allow) = explain(event);
-            refused.insert((&event.host, event.port, reason), allow);
+            let code = reason_code(&event.verdict);
+            refused.insert((&event.host, event.port, reason, code), allow);
         }
         if !reached_host(event) {
             continue;
@@ -248,10 +265,11 @@ pub fn summary(events: &[EgressEvent]) -> EgressSummary {
     }
     let refused = refused
         .into_iter()
-        .map(|((host, port, reason), allow)| RefusedHost {
+        .map(|((host, port, reason, code), allow)| RefusedHost {
             host: host.to_owned(),
             port,
             reason,
+            code: code.to_owned(),
             allow,
         })
         .collect();

@@ -487,6 +487,7 @@ mod tests {
             host: "git.example.org".to_owned(),
             port: 443,
             reason: "10.0.0.1 is a private address".to_owned(),
+            code: "address_not_allowed".to_owned(),
             allow: None,
         };
         let egress = EgressSummary {

@@ -8,11 +8,14 @@ use kiln_machine::bring_up::{self, Deadlines, Ready, Timings};
 use kiln_machine::driver::Start;
 use kiln_machine::ledger::{Need, Ticket};
 use kiln_machine::template::Held;
+use kiln_proto::msg::ExecRequest;
 use kiln_worker::attempt::{self, Wanted};
 use kiln_worker::event::Events;
 use kiln_worker::failure::Failure;
 use kiln_worker::host::{Host, QUEUE_TIMEOUT};
+use kiln_worker::orders::{self, ExecIo};
 use kiln_worker::templates::{self, Purpose};
+use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::Bench;
@@ -168,6 +171,47 @@ pub(super) async fn starts(
     drop(ticket);
     machines.close().await;
     Ok(())
+}
+
+/// Of `room`: from a guest that is ready to the first byte that a command in it says.
+pub(super) async fn first_bytes(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
+    let machines = bench
+        .unless_cancelled(Machines::open(bench, report))
+        .await?;
+    let ticket = bench.unless_cancelled(machines.ticket()).await?;
+    for _ in 0..bench.samples {
+        let ready = bench
+            .unless_cancelled(machines.start(&machines.clone()))
+            .await?;
+        let took = bench.unless_cancelled(first_byte(&ready)).await;
+        machines.end(ready).await;
+        let promise = Some(Promise::MedianAtMost(30.0));
+        report.time("guest ready to first byte of output", promise, took?);
+    }
+    drop(ticket);
+    machines.close().await;
+    Ok(())
+}
+
+async fn first_byte(ready: &Ready) -> Result<Duration> {
+    let (output, mut chunks) = mpsc::channel(4);
+    let (_open, control) = mpsc::channel(1);
+    let request = ExecRequest {
+        argv: ["echo", "here"].map(str::to_owned).to_vec(),
+        env: vec![("PATH".to_owned(), "/usr/bin:/bin".to_owned())],
+        ..ExecRequest::default()
+    };
+    let io = ExecIo {
+        stdin: None,
+        output,
+        control,
+    };
+    let began = Instant::now();
+    let running = orders::exec(&ready.session, "measure", &request, io);
+    let said = async { chunks.recv().await.map(|_| began.elapsed()) };
+    let (ended, said) = tokio::join!(running, said);
+    ended.or_infrastructure()?;
+    said.ok_or_else(|| CliError::usage("the command said nothing"))
 }
 
 /// `many`: one round of [`MANY`] clones, all alive when their memory is read.

@@ -114,7 +114,7 @@ pub(super) async fn egress(server: &Server, job: &JobView, screen: Screen) -> Re
             screen.data(&json!({"event": "reached", "job": job.line.id, "host": host.host, "ports": host.ports, "rules": host.rules, "connections": host.connections, "bytes_out": host.bytes_out, "bytes_in": host.bytes_in}), String::new);
         }
         for host in &summary.refused {
-            screen.data(&json!({"event": "refused", "job": job.line.id, "host": host.host, "port": host.port, "reason": host.reason, "allow": host.allow}), String::new);
+            screen.data(&json!({"event": "refused", "job": job.line.id, "host": host.host, "port": host.port, "reason": host.reason, "code": host.code, "allow": host.allow}), String::new);
         }
         for flow in &summary.flows {
             screen.data(

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use kiln_core::{ByteSize, FailureClass};
-use kiln_image::bake::Updates;
+use kiln_image::bake::{MachineImages, Updates};
 use kiln_network::registries::Runtime;
 use kiln_worker::event::{Event, Events};
+use kiln_worker::home::Home;
 use kiln_worker::setup;
 use tokio_util::sync::CancellationToken;
 
@@ -112,6 +113,18 @@ pub(super) async fn machine_image(
         .note(format!("machine image {} is ready", image.name))
         .await;
     Ok(())
+}
+
+/// Whether the machine image has another guest than the one that came with this program: what is new in this one fails in its machines.
+pub(super) fn is_of_another_guest(home: &Home) -> bool {
+    let current = MachineImages::new(home.images()).current();
+    let own = guest_beside_us().and_then(|path| std::fs::File::open(path).ok());
+    match (current, own) {
+        (Ok(image), Some(own)) => {
+            kiln_core::Digest::of_reader(own).is_ok_and(|(digest, _)| digest != image.guest)
+        }
+        _ => false,
+    }
 }
 
 fn guest_beside_us() -> Option<PathBuf> {

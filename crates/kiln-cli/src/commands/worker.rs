@@ -49,6 +49,7 @@ pub(super) async fn run(args: WorkerArgs, screen: Screen, cancel: CancellationTo
             }
         },
     };
+    tell_other_guest(&operator, screen);
     let registry = operator.registry().await?;
     let nowhere = Target::Socket(PathBuf::new());
     let shop = workshop(&operator, registry, nowhere, worker.clone()).await?;
@@ -120,6 +121,7 @@ pub(super) async fn beside(
     screen: Screen,
     cancel: &CancellationToken,
 ) -> Result<()> {
+    tell_other_guest(operator, screen);
     let worker = own_name(Some(own.name))?;
     let registry = operator.registry().await?;
     let shop = Arc::new(Workshop {
@@ -146,6 +148,15 @@ pub(super) async fn beside(
     };
     let served = daemon::serve(shop, offer, cancel.clone()).await;
     served.map_err(|ended| ended_error(&ended))
+}
+
+/// After an update: jobs that need what is new would fail on this host, one after another.
+fn tell_other_guest(operator: &Operator, screen: Screen) {
+    if super::setup::is_of_another_guest(&operator.home) {
+        screen.note(
+            "warning: the machine image has another guest than this kiln, and may fail at what is new: run `kiln setup`",
+        );
+    }
 }
 
 /// What jobs are run with on this host.

@@ -110,6 +110,7 @@ pub(crate) async fn live(host: &Host) -> Result<(), (Step, Failed)> {
     };
     order(Step::SetLimits, limits).await?;
     order(Step::SetStepEnv, Order::SetStepEnv { env: Vec::new() }).await?;
+    order(Step::SetConnections, Order::SetConnections { most: 500 }).await?;
     let state = DiskRole::State.serial().to_owned();
     let mounted = host.mount(&state, false).await;
     mounted.map_err(|failed| (Step::Mount, failed))?;
@@ -124,6 +125,8 @@ pub(crate) async fn live(host: &Host) -> Result<(), (Step, Failed)> {
         .map_err(|failed| (Step::Forward, failed))?;
     let container = Box::new(ContainerSpec::default());
     order(Step::PrepareContainer, Order::PrepareContainer(container)).await?;
+    let names = vec!["db".to_owned()];
+    order(Step::NameServices, Order::NameServices { names }).await?;
     order(Step::Stats, Order::Stats).await?;
     let place = Place::Work;
     order(Step::RemoveTree, Order::RemoveTree { place }).await?;

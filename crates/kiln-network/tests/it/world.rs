@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use kiln_core::network::{EgressEvent, EgressVerdict, NetworkPolicy};
 use kiln_network::gateway::dial::{BoxedDuplex, Dialer, Resolver};
-use kiln_network::gateway::{Admitted, Gateway, GatewayConfig, RelayReport};
+use kiln_network::gateway::{Admitted, Gateway, GatewayConfig, HostShare, RelayReport};
 use kiln_network::record::EgressLog;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::net::{TcpListener, TcpStream};
@@ -77,7 +77,11 @@ impl World {
         self.map().dialled.clone()
     }
 
-    pub(crate) fn gateway(&self, config: GatewayConfig) -> Gateway {
+    /// Without a share of its own, it has one: what a test of another clock waits for would be waited for here.
+    pub(crate) fn gateway(&self, mut config: GatewayConfig) -> Gateway {
+        if Arc::ptr_eq(&config.share, &HostShare::of_process()) {
+            config.share = Arc::default();
+        }
         Gateway::with_network(config, Arc::new(self.clone()), Arc::new(self.clone()))
     }
 }

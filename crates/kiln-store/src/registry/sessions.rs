@@ -83,10 +83,14 @@ pub(super) struct Uploads {
     slots: Mutex<HashMap<String, Slot>>,
 }
 
+/// A file that is made and removed, to see how files are dated.
+const CLOCK: &str = "clock";
+
 impl Uploads {
     /// Finds what earlier owners left; what is expired or incomplete is removed.
     pub(super) fn open(dir: PathBuf) -> Result<Self, StoreError> {
         let mut slots = HashMap::new();
+        let now = now_of(&dir);
         for entry in fs::read_dir(&dir).map_err(StoreError::io("list", &dir))? {
             let path = entry.map_err(StoreError::io("list", &dir))?.path();
             let name = path.file_name().and_then(|name| name.to_str());
@@ -98,7 +102,7 @@ impl Uploads {
                 }
                 continue;
             };
-            match found(&path).map_err(StoreError::io("examine", &path))? {
+            match found(&path, now).map_err(StoreError::io("examine", &path))? {
                 Some((session, since)) if slots.len() < SESSIONS_MAX => {
                     let session = Box::new(session);
                     slots.insert(id.to_owned(), Slot::Idle { session, since });
@@ -194,8 +198,17 @@ pub(super) fn remove_files(data: &Path) {
     let _ = fs::remove_file(record_path(data));
 }
 
+/// The time by the clock that dates files here, which may be another machine's, or not what this process is told; its own where nothing can be written.
+fn now_of(dir: &Path) -> SystemTime {
+    let path = dir.join(CLOCK);
+    let written = fs::write(&path, []).and_then(|()| fs::symlink_metadata(&path)?.modified());
+    // One that stays is removed with what else is no session.
+    let _best_effort = fs::remove_file(&path);
+    written.unwrap_or_else(|_| SystemTime::now())
+}
+
 /// A session as its files tell it; `None` when they do not, or when it is expired.
-fn found(data: &Path) -> io::Result<Option<(Session, Instant)>> {
+fn found(data: &Path, now: SystemTime) -> io::Result<Option<(Session, Instant)>> {
     let meta = fs::symlink_metadata(data)?;
     // What is no file is nobody's session, and reading it could take for ever.
     let record = record_path(data);
@@ -212,7 +225,7 @@ fn found(data: &Path) -> io::Result<Option<(Session, Instant)>> {
         return Ok(None);
     };
     // Written in the future: the clock jumped. It has its whole time again.
-    let age = SystemTime::now()
+    let age = now
         .duration_since(meta.modified()?)
         .unwrap_or(Duration::ZERO);
     let Some(since) = Instant::now().checked_sub(age) else {

@@ -34,6 +34,11 @@ fn machine_image(home: &Home) -> Check {
         Err(error) => return fail(name, chain(&error), "run `kiln setup` once"),
     };
     match images.verify(&current.name, VerifyDepth::OncePerBoot) {
+        Ok(image) if super::super::setup::is_of_another_guest(home) => warn(
+            name,
+            format!("{} has another guest than this kiln", image.name),
+            "`kiln setup` makes a new one; until then what is new in this kiln may fail",
+        ),
         Ok(image) => pass(
             name,
             format!(

@@ -1,0 +1,207 @@
+//! Benchmarks of the clean room, each as a user's own commands do it: a folder on its way in, the machine's end, many runs at once, and the
+//! way of a line to a kept machine and back.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::Command;
+use tokio::task::JoinSet;
+
+use super::child::{self, THIS_PROGRAM};
+use super::report::Report;
+use super::series::{Promise, Unit};
+use super::{Bench, cancelled};
+use crate::error::{CliError, OrInfrastructure as _, Result};
+
+/// The tree of a copy: files, and bytes of each.
+const FILES: usize = 5_000;
+const FILE_BYTES: usize = 10_000;
+const FOLDERS: usize = 50;
+/// Runs at once.
+const AT_ONCE: usize = 16;
+/// Lines of one sample.
+const LINES: usize = 50;
+/// Longest time for one line.
+const LINE_MAX: Duration = Duration::from_secs(20);
+
+/// `room`.
+pub(super) async fn room(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
+    let tree = tree(bench.work).or_infrastructure()?;
+    for _ in 0..bench.samples {
+        let words = ["run", "--source"].map(OsString::from);
+        let rest = ["--", "true"].map(OsString::from);
+        let words: Vec<&OsStr> = words
+            .iter()
+            .map(OsString::as_os_str)
+            .chain([tree.as_os_str()])
+            .collect();
+        let words: Vec<&OsStr> = words
+            .into_iter()
+            .chain(rest.iter().map(OsString::as_os_str))
+            .collect();
+        child::kiln(bench, &words).await?;
+        let record = said(bench, &["job", "show", "--json"]).await?;
+        let record: Value = serde_json::from_str(&record).or_infrastructure()?;
+        for (key, name, promise) in [
+            (
+                "source_ms",
+                "copy-in of 50 MB in 5,000 files",
+                Some(3_000.0),
+            ),
+            (
+                "teardown_ms",
+                "end of a machine to nothing left",
+                Some(200.0),
+            ),
+            ("clone_ms", "  of such a run: clone", None),
+            ("disk_ms", "  of such a run: disk", None),
+        ] {
+            if let Some(ms) = record["record"][key].as_f64() {
+                report.add(
+                    name,
+                    Unit::Milliseconds,
+                    promise.map(Promise::MedianAtMost),
+                    ms,
+                );
+            }
+        }
+    }
+    at_once(bench, report).await?;
+    lines(bench, report).await
+}
+
+fn tree(work: &Path) -> std::io::Result<std::path::PathBuf> {
+    let root = work.join("tree");
+    let bytes: Vec<u8> = (0..FILE_BYTES)
+        .map(|at| u8::try_from(at * 7 % 251).unwrap_or(0))
+        .collect();
+    for number in 0..FILES {
+        let folder = root.join(format!("folder-{}", number % FOLDERS));
+        fs::create_dir_all(&folder)?;
+        fs::write(folder.join(format!("file-{number}")), &bytes)?;
+    }
+    Ok(root)
+}
+
+/// What a kiln command says on standard output.
+async fn said(bench: &Bench<'_>, words: &[&str]) -> Result<String> {
+    let mut command = Command::new(THIS_PROGRAM);
+    command
+        .args(words)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true);
+    let output = tokio::select! {
+        output = command.output() => output.or_infrastructure()?,
+        () = bench.cancel.cancelled() => return Err(cancelled()),
+    };
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// One run by itself, then many at once: none fails, and none waits out of proportion.
+async fn at_once(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
+    const RUN: [&str; 4] = ["run", "--no-source", "--", "true"];
+    let mut alone = Vec::new();
+    for _ in 0..bench.samples.max(3) {
+        alone.push(child::kiln(bench, &RUN.map(OsStr::new)).await?);
+    }
+    alone.sort_unstable();
+    let single = alone[alone.len() / 2];
+    let mut running = JoinSet::new();
+    let began = Instant::now();
+    for _ in 0..AT_ONCE {
+        let mut command = Command::new(THIS_PROGRAM);
+        command
+            .args(RUN)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true);
+        running.spawn(async move { (command.status().await, began.elapsed()) });
+    }
+    let mut failed = 0;
+    loop {
+        let next = tokio::select! {
+            next = running.join_next() => next,
+            () = bench.cancel.cancelled() => return Err(cancelled()),
+        };
+        let Some(ended) = next else { break };
+        let (status, took) = ended.or_infrastructure()?;
+        failed += u32::from(!status.or_infrastructure()?.success());
+        report.time("16 runs at once: each", None, took);
+        let ratio = took.as_secs_f64() / single.as_secs_f64();
+        report.add(
+            "16 runs at once / one alone",
+            Unit::Ratio,
+            Some(Promise::P99AtMost(20.0)),
+            ratio,
+        );
+    }
+    report.add(
+        "16 runs at once: failed",
+        Unit::Count,
+        Some(Promise::EachAtMost(0.0)),
+        f64::from(failed),
+    );
+    Ok(())
+}
+
+/// A line to `cat` in a kept machine and back, on one connection, as a console's keys go.
+async fn lines(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
+    const KEEP: [&str; 5] = ["run", "--no-source", "--keep=10m", "--", "true"];
+    let before = said(bench, &["machine", "list", "--json"]).await?;
+    child::kiln(bench, &KEEP.map(OsStr::new)).await?;
+    let after = said(bench, &["machine", "list", "--json"]).await?;
+    let new = after.lines().find(|line| !before.contains(line));
+    let id = new
+        .and_then(|line| serde_json::from_str::<Value>(line).ok())
+        .and_then(|machine| machine["id"].as_str().map(str::to_owned))
+        .ok_or_else(|| CliError::usage("the kept machine is not listed"))?;
+    let measured = round_trips(bench, &id, report).await;
+    let _gone = said(bench, &["machine", "rm", &id]).await?;
+    measured
+}
+
+async fn round_trips(bench: &Bench<'_>, id: &str, report: &mut Report) -> Result<()> {
+    let mut cat = Command::new(THIS_PROGRAM)
+        .args(["exec", "-i", id, "--", "cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .or_infrastructure()?;
+    let (Some(mut to), Some(mut from)) = (cat.stdin.take(), cat.stdout.take()) else {
+        return Err(CliError::usage("the command has no pipes"));
+    };
+    for number in 0..=bench.samples * LINES {
+        let began = Instant::now();
+        let trip = async {
+            to.write_all(b"line\n").await?;
+            to.flush().await?;
+            from.read_exact(&mut [0; 5]).await
+        };
+        let trip = tokio::select! {
+            trip = tokio::time::timeout(LINE_MAX, trip) => trip,
+            () = bench.cancel.cancelled() => return Err(cancelled()),
+        };
+        trip.or_infrastructure()?.or_infrastructure()?;
+        // The first one waits for the command's start.
+        if number > 0 {
+            let promise = Some(Promise::MedianAtMost(10.0));
+            report.time(
+                "a line to a kept machine and back",
+                promise,
+                began.elapsed(),
+            );
+        }
+    }
+    drop(to);
+    let _ended = cat.wait().await.or_infrastructure()?;
+    Ok(())
+}
