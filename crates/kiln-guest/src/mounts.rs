@@ -229,8 +229,8 @@ fn space(path: &str) -> Result<Mounted, SysError> {
     })
 }
 
-/// Makes a filesystem on a blank disk. A disk with anything else on it is left alone. One that dies with the machine has no journal: nobody
-/// mounts it again.
+/// Makes a filesystem on a blank disk. A disk with anything else on it is left alone. One that dies with the machine has no journal and no
+/// checksums of its metadata: nobody mounts it again.
 async fn format(guest: &Guest, node: &Path, dies: bool) -> Result<(), GuestError> {
     let mut start = vec![0; PROBE_LEN];
     let read = File::open(node).and_then(|mut disk| disk.read_exact(&mut start));
@@ -246,7 +246,11 @@ async fn format(guest: &Guest, node: &Path, dies: bool) -> Result<(), GuestError
     let node = node.display().to_string();
     // A new disk reads as zeros: neither inode tables nor free space need writing.
     let options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard,assume_storage_prezeroed=1";
-    let features = if dies { "^has_journal" } else { "has_journal" };
+    let features = if dies {
+        "^has_journal,^metadata_csum"
+    } else {
+        "has_journal"
+    };
     let argv = [
         "mkfs.ext4",
         "-q",

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kiln_core::{ByteSize, MachineName};
+use kiln_core::{ByteSize, FailureClass, MachineName};
 use kiln_machine::bring_up::{self, Deadlines, Ready, Timings};
 use kiln_machine::driver::Start;
 use kiln_machine::ledger::{Need, Ticket};
@@ -211,7 +211,7 @@ async fn first_byte(ready: &Ready) -> Result<Duration> {
     let said = async { chunks.recv().await.map(|_| began.elapsed()) };
     let (ended, said) = tokio::join!(running, said);
     ended.or_infrastructure()?;
-    said.ok_or_else(|| CliError::usage("the command said nothing"))
+    said.ok_or_else(|| CliError::new(FailureClass::Infrastructure, "the command said nothing"))
 }
 
 /// `many`: one round of [`MANY`] clones, all alive when their memory is read.

@@ -1,12 +1,13 @@
 //! Benchmarks of the clean room, each as a user's own commands do it: a folder on its way in, the machine's end, many runs at once, and the
 //! way of a line to a kept machine and back.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use kiln_core::FailureClass;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
@@ -33,17 +34,8 @@ const LINE_MAX: Duration = Duration::from_secs(20);
 pub(super) async fn room(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     let tree = tree(bench.work).or_infrastructure()?;
     for _ in 0..bench.samples {
-        let words = ["run", "--source"].map(OsString::from);
-        let rest = ["--", "true"].map(OsString::from);
-        let words: Vec<&OsStr> = words
-            .iter()
-            .map(OsString::as_os_str)
-            .chain([tree.as_os_str()])
-            .collect();
-        let words: Vec<&OsStr> = words
-            .into_iter()
-            .chain(rest.iter().map(OsString::as_os_str))
-            .collect();
+        let [run, source, rest, command] = ["run", "--source", "--", "true"].map(OsStr::new);
+        let words = [run, source, tree.as_os_str(), rest, command];
         child::kiln(bench, &words).await?;
         let record = said(bench, &["job", "show", "--json"]).await?;
         let record: Value = serde_json::from_str(&record).or_infrastructure()?;
@@ -61,18 +53,23 @@ pub(super) async fn room(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
             ("clone_ms", "  of such a run: clone", None),
             ("disk_ms", "  of such a run: disk", None),
         ] {
-            if let Some(ms) = record["record"][key].as_f64() {
-                report.add(
-                    name,
-                    Unit::Milliseconds,
-                    promise.map(Promise::MedianAtMost),
-                    ms,
-                );
-            }
+            let ms = record["record"][key].as_f64();
+            let ms = ms.ok_or_else(|| unexpected(&format!("the job's record has no {key}")))?;
+            report.add(
+                name,
+                Unit::Milliseconds,
+                promise.map(Promise::MedianAtMost),
+                ms,
+            );
         }
     }
     at_once(bench, report).await?;
     lines(bench, report).await
+}
+
+/// kiln's own commands said something else than they do.
+fn unexpected(what: &str) -> CliError {
+    CliError::new(FailureClass::Infrastructure, what)
 }
 
 fn tree(work: &Path) -> std::io::Result<std::path::PathBuf> {
@@ -161,7 +158,7 @@ async fn lines(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     let id = new
         .and_then(|line| serde_json::from_str::<Value>(line).ok())
         .and_then(|machine| machine["id"].as_str().map(str::to_owned))
-        .ok_or_else(|| CliError::usage("the kept machine is not listed"))?;
+        .ok_or_else(|| unexpected("the kept machine is not listed"))?;
     let measured = round_trips(bench, &id, report).await;
     let _gone = said(bench, &["machine", "rm", &id]).await?;
     measured
@@ -177,7 +174,7 @@ async fn round_trips(bench: &Bench<'_>, id: &str, report: &mut Report) -> Result
         .spawn()
         .or_infrastructure()?;
     let (Some(mut to), Some(mut from)) = (cat.stdin.take(), cat.stdout.take()) else {
-        return Err(CliError::usage("the command has no pipes"));
+        return Err(unexpected("the command has no pipes"));
     };
     for number in 0..=bench.samples * LINES {
         let began = Instant::now();

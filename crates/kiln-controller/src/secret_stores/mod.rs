@@ -205,15 +205,6 @@ pub struct SecretStores {
     all: Arc<BTreeMap<String, Store>>,
 }
 
-impl PartialEq for SecretStores {
-    fn eq(&self, other: &Self) -> bool {
-        let configs = |stores: &Self| -> Vec<StoreConfig> {
-            stores.all.values().map(|one| one.config.clone()).collect()
-        };
-        configs(self) == configs(other)
-    }
-}
-
 #[derive(Debug)]
 struct Store {
     config: StoreConfig,

@@ -182,11 +182,19 @@ impl Vault {
 
     /// The token to ask with: the operator's, or that of a login, renewed after half of its life. Others wait meanwhile, so that one logs in.
     fn token(&self) -> Result<String, Failed> {
-        let unavailable = Failed::Unavailable;
-        let (at, ask) = match &self.config.auth {
-            VaultAuth::Token { file } => return login(file).map_err(unavailable),
-            VaultAuth::AppRole { role_id, mount, .. } => (mount, json!({ "role_id": role_id })),
-            VaultAuth::Jwt { role, mount, .. } => (mount, json!({ "role": role })),
+        let (mount, mut ask, key, file) = match &self.config.auth {
+            VaultAuth::Token { file } => return login(file).map_err(Failed::Unavailable),
+            VaultAuth::AppRole {
+                role_id,
+                secret_id_file,
+                mount,
+            } => (
+                mount,
+                json!({ "role_id": role_id }),
+                "secret_id",
+                secret_id_file,
+            ),
+            VaultAuth::Jwt { role, file, mount } => (mount, json!({ "role": role }), "jwt", file),
         };
         let mut session = self.lock();
         let now = Instant::now();
@@ -202,13 +210,8 @@ impl Vault {
             *session = Some(renewed);
             return Ok(token);
         }
-        let mut ask = ask;
-        let (key, file) = match &self.config.auth {
-            VaultAuth::Jwt { file, .. } | VaultAuth::Token { file } => ("jwt", file),
-            VaultAuth::AppRole { secret_id_file, .. } => ("secret_id", secret_id_file),
-        };
-        ask[key] = login(file).map_err(unavailable)?.into();
-        let fresh = Session::of(self.post(&format!("auth/{at}/login"), None, &ask)?);
+        ask[key] = login(file).map_err(Failed::Unavailable)?.into();
+        let fresh = Session::of(self.post(&format!("auth/{mount}/login"), None, &ask)?);
         let token = fresh.token.clone();
         *session = Some(fresh);
         Ok(token)

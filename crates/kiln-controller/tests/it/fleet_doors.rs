@@ -241,7 +241,6 @@ async fn a_finish_counts_once_and_never_after_the_lease() {
     let mut refused = 0;
     let expired = async {
         loop {
-            let state = fleet.state(&job).await;
             let over = fleet
                 .db()
                 .job(&job)
@@ -256,7 +255,8 @@ async fn a_finish_counts_once_and_never_after_the_lease() {
                 };
                 assert_eq!(code, "lease_refused");
                 refused += 1;
-                return state;
+                // Read after the lease was seen gone: a state from before it may still be the leased one.
+                return fleet.state(&job).await;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
