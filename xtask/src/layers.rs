@@ -25,6 +25,7 @@ const MAY_KNOW: &[(&str, &[&str])] = &[
             "kiln-proto",
             "kiln-db",
             "kiln-scheduler",
+            "kiln-policy",
             "kiln-store",
             "kiln-telemetry",
         ],

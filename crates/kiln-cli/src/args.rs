@@ -227,6 +227,12 @@ pub(crate) struct BuildArgs {
     /// Also let the build reach this host; `*.HOST` is every name below it
     #[arg(long = "allow", value_name = "HOST[:PORTS[/tls|http|raw]]")]
     pub allow: Vec<AllowRule>,
+    /// Policy to hold it to, instead of the one in the folder
+    #[arg(long, value_name = "FILE", conflicts_with = "no_policy")]
+    pub policy: Option<PathBuf>,
+    /// Do not read the folder's policy: the command line alone decides
+    #[arg(long)]
+    pub no_policy: bool,
     /// Neither use nor feed the cache
     #[arg(long)]
     pub no_cache: bool,

@@ -28,6 +28,11 @@ pub(crate) struct Found {
 }
 
 impl Found {
+    /// Whether it names files that are kept.
+    pub(crate) fn keeps(&self) -> bool {
+        !self.compiled.policy().artifacts.is_empty()
+    }
+
     /// The folder that the policy is of.
     pub(crate) fn top(&self) -> Option<PathBuf> {
         let dir = self.path.parent()?;
@@ -82,13 +87,24 @@ fn in_folder(dir: &Path) -> Result<Option<Found>> {
     read_file(dir.join(choice.name), choice.format, notes).map(Some)
 }
 
-/// The policy of the current folder; inside a git repository also of the folders above it, up to the repository's own.
+/// The policy of the current folder, as [`of_folder`].
 ///
 /// # Errors
 /// As [`read`].
 pub(crate) fn of_here() -> Result<Option<Found>> {
     let here = std::env::current_dir()
         .map_err(|error| CliError::usage(format!("the current folder cannot be found: {error}")))?;
+    of_folder(&here)
+}
+
+/// The policy of a folder; inside a git repository also of the folders above it, up to the repository's own.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn of_folder(dir: &Path) -> Result<Option<Found>> {
+    let here = dir
+        .canonicalize()
+        .map_err(|error| CliError::usage(format!("{} cannot be found: {error}", dir.shown())))?;
     let dirs: Vec<&Path> = here.ancestors().take(PARENTS_MAX).collect();
     let top = dirs
         .iter()

@@ -20,6 +20,9 @@ pub const RESERVED_PREFIX: &str = "kiln/";
 /// Label of a worker that is one command's own: it runs only jobs that ask for it with its value.
 pub const OWN_LABEL: &str = "kiln/own";
 
+/// First generation of the workers' protocol whose workers hold a job to its policy.
+pub const POLICY_GENERATION: u32 = 2;
+
 /// Why a text is not a label.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
@@ -126,6 +129,17 @@ pub struct Requirements {
     /// Whole CPUs of the host for this machine alone.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub pinned_cpus: bool,
+    /// Oldest generation of the workers' protocol that the worker speaks; 0 where any does. Set by the controller, never by a request.
+    #[serde(skip_serializing_if = "is_any_generation")]
+    pub generation: u32,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands fields by reference"
+)]
+fn is_any_generation(generation: &u32) -> bool {
+    *generation == 0
 }
 
 impl Requirements {
@@ -362,6 +376,14 @@ pub struct WorkerFacts {
     pub version: String,
     /// Tenants whose head it holds, so that warm hosts are preferred. Bounded by the worker.
     pub warm: BTreeSet<TenantName>,
+    /// Generation of the workers' protocol that it speaks: the controller writes here what the worker's requests say, whatever this says.
+    #[serde(default = "first_generation")]
+    pub generation: u32,
+}
+
+/// What a worker speaks of whom nothing newer is known.
+fn first_generation() -> u32 {
+    1
 }
 
 /// Whether a worker gets jobs.

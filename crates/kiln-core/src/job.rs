@@ -61,6 +61,9 @@ pub struct AppliedPolicy {
     /// Processes and threads of its commands at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub processes_max: Option<u32>,
+    /// Its machine is open to learn what a list must name. It has no secrets.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub learn: bool,
 }
 
 /// A part of a run before its command. The host drives them one after the other in the same machine; nothing of one is the next one's but
@@ -205,6 +208,9 @@ pub struct SourceBuild {
     /// Neither use nor feed the cache.
     #[serde(default)]
     pub no_cache: bool,
+    /// It reaches what the request's network says and nothing else: not the registries of its runtime either.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub only_network: bool,
 }
 
 /// A source-to-image job.
@@ -243,6 +249,9 @@ pub struct RunSource {
 pub struct RunCommand {
     /// Container image by digest; `None` runs in the base that fits the source's runtime, else in the machine image itself.
     pub image: Option<ImageRef>,
+    /// Instead of an image: a runtime (`node`, `python3.13`) of which the host that runs it has a base.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime: Option<String>,
     /// Command line; empty means the image's own.
     pub argv: Vec<String>,
     /// Environment beyond the image's own.
@@ -318,6 +327,32 @@ impl JobRequest {
             JobKind::ImageBuild(_) => Vec::new(),
             JobKind::Run(run) => run.all_secrets().collect(),
         }
+    }
+
+    /// The oldest generation of the workers' protocol whose workers hold it to everything it says. One that is older would leave out what it
+    /// does not know.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        let narrowed = match &self.kind {
+            JobKind::Run(run) => {
+                run.runtime.is_some() || !run.phases.is_empty() || !run.services.is_empty()
+            }
+            JobKind::SourceBuild(build) => build.only_network,
+            JobKind::ImageBuild(_) => false,
+        };
+        match narrowed || self.policy.is_some() {
+            true => crate::dispatch::POLICY_GENERATION,
+            false => 1,
+        }
+    }
+
+    /// Asks for a worker that holds it to everything it says.
+    pub fn needs_its_generation(&mut self) {
+        let generation = self.generation();
+        self.dispatch.requires.generation = match generation {
+            1 => 0,
+            newer => newer,
+        };
     }
 
     /// The bound of its network as a gateway counts it, bytes per second of each direction.

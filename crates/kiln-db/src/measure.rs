@@ -215,6 +215,7 @@ fn facts() -> Result<WorkerFacts, MeasureError> {
         },
         whole_cpus: None,
         version: "0".to_owned(),
+        generation: kiln_core::dispatch::POLICY_GENERATION,
         warm: BTreeSet::new(),
     })
 }

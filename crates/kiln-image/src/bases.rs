@@ -7,11 +7,13 @@
 mod config;
 mod file;
 mod pulled;
+mod runtime;
 
 pub use config::{Base, BaseKind, Bases, PinnedImage, SHARED_PREFIX};
 pub use file::BasesError;
 pub(crate) use file::line_of;
 pub use pulled::{Pulled, PulledImage, is_own};
+pub use runtime::NoBase;
 
 #[cfg(test)]
 mod tests;

@@ -125,10 +125,10 @@ pub fn flows(events: &[EgressEvent]) -> Vec<Flow> {
 }
 
 /// A destination that an open machine reached.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Learned {
     /// In which phase; none where the policy has none.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<String>,
     /// As an allowlist says it.
     pub rule: AllowRule,

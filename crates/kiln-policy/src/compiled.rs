@@ -135,6 +135,14 @@ impl Compiled {
         }
     }
 
+    /// The same file, of which only this holds.
+    pub(crate) fn with(&self, policy: Policy) -> Self {
+        Self {
+            policy,
+            ..self.clone()
+        }
+    }
+
     /// What the file means.
     #[must_use]
     pub fn policy(&self) -> &Policy {

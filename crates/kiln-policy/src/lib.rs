@@ -1,7 +1,7 @@
 //! The policy of a project: what its commands may use and reach, in a file beside its sources.
 //!
 //! ```text
-//! text -> yaml (bounded tree with places) -> shape (keys, types, counts) -> compiled policy, hash -> AND the operator's grant
+//! text -> yaml (bounded tree with places) -> shape (keys, types, counts) -> compiled policy, hash -> AND the operator's grant -> what a run is held to
 //! ```
 //!
 //! It is pure: it opens no file, knows no clock and starts nothing; the command reads the files and the worker applies what comes out.
@@ -9,6 +9,8 @@
 //!
 //! Read next: [`policy`] (what a file means, and its canonical form), [`compile`], [`effective()`], [`explain`].
 
+mod again;
+mod build;
 mod cleanroom_file;
 mod compiled;
 mod diagnostic;
@@ -19,10 +21,14 @@ mod kiln_keys;
 mod learned;
 pub mod policy;
 mod read;
+mod run;
+mod run_parts;
 mod shape;
 mod starter;
 mod yaml;
 
+pub use again::{Standing, stands};
+pub use build::{BuildAsked, HeldBuild, hold_build};
 pub use compiled::{
     CLEANROOM_FALLBACK, CLEANROOM_FILE, Choice, ChoiceError, Compiled, Format, KILN_FILE,
     NEAR_MISSES, choose, compile, json_schema,
@@ -33,5 +39,6 @@ pub use grant::{GRANT_BYTES_MAX, GRANT_FILE, Grant, GrantedHost, Grants, Maxima}
 pub use kiln_keys::RULES_MAX;
 pub use learned::{CannotWrite, with_learned};
 pub use policy::{Image, Phase, PhaseNetwork, Policy};
+pub use run::{Asked, Held, Mode, Refusal, below, hold_run, other_image};
 pub use starter::{StarterFacts, starter};
 pub use yaml::{DEPTH_MAX, FILE_BYTES_MAX, NODES_MAX};

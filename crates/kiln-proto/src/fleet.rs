@@ -15,7 +15,9 @@ use kiln_core::{
 use serde::{Deserialize, Serialize};
 
 /// Generation of these messages. A controller serves its own and the one before.
-pub const GENERATION: u32 = 1;
+///
+/// 2: workers hold a job to its policy (`kiln_core::dispatch::POLICY_GENERATION`); a job with one goes to no older worker.
+pub const GENERATION: u32 = 2;
 /// What workers, and controllers among themselves, offer in a handshake besides HTTP/1.1 (ALPN, RFC 7301), so that they are shown the certificate of the authority they
 /// pinned, whatever the operator shows to people. It is never chosen.
 pub const ALPN: &[u8] = b"kiln-worker";

@@ -112,9 +112,8 @@ fn hash_of(requires: &Requirements) -> u64 {
             .iter()
             .flat_map(|(name, value)| [name, value]),
     );
-    words.fold(u64::from(requires.pinned_cpus), |sum, word| {
-        sum.rotate_left(7) ^ hash(word.as_str())
-    })
+    let start = u64::from(requires.pinned_cpus) ^ (u64::from(requires.generation) << 8);
+    words.fold(start, |sum, word| sum.rotate_left(7) ^ hash(word.as_str()))
 }
 
 fn find(parent: &mut [usize], mut at: usize) -> usize {
@@ -180,6 +179,17 @@ fn narrow(fleet: &Fleet<'_>, class: &mut Class, requires: &Requirements) -> Opti
     for pair in &requires.labels {
         let missing = must(index.label.get(&pair), &|| {
             format!("label {}={}", pair.0, pair.1)
+        });
+        if missing.is_some() {
+            return missing;
+        }
+    }
+    let generation = requires.generation;
+    if generation > 0 {
+        let missing = must(index.speaking(generation).as_ref(), &|| {
+            format!(
+                "generation {generation} of the workers' protocol, which holds a job to its policy: update the workers"
+            )
         });
         if missing.is_some() {
             return missing;

@@ -99,6 +99,8 @@ pub(crate) struct Index<'a> {
     pub(crate) for_all: HostSet,
     /// Workers that are some command's own.
     pub(crate) own: HostSet,
+    /// By the generation of the workers' protocol that they speak.
+    pub(crate) generation: BTreeMap<u32, HostSet>,
     /// Hosts of one capacity and one number of whole CPUs.
     pub(crate) shape: BTreeMap<(Room, u32), HostSet>,
 }
@@ -365,6 +367,7 @@ impl<'a> Index<'a> {
             allowed: BTreeMap::new(),
             for_all: HostSet::empty(count),
             own: HostSet::empty(count),
+            generation: BTreeMap::new(),
             shape: BTreeMap::new(),
         };
         let none = || HostSet::empty(count);
@@ -373,6 +376,11 @@ impl<'a> Index<'a> {
             index
                 .arch
                 .entry(&facts.arch)
+                .or_insert_with(none)
+                .insert(host);
+            index
+                .generation
+                .entry(facts.generation)
                 .or_insert_with(none)
                 .insert(host);
             for runtime in &facts.runtimes {
@@ -418,6 +426,16 @@ impl<'a> Index<'a> {
                 .insert(host);
         }
         index
+    }
+
+    /// Hosts that speak a generation of the workers' protocol, or a newer one.
+    pub(crate) fn speaking(&self, generation: u32) -> Option<HostSet> {
+        let mut newer = self.generation.range(generation..).map(|(_, hosts)| hosts);
+        let mut all = newer.next()?.clone();
+        for hosts in newer {
+            all.add(hosts);
+        }
+        Some(all)
     }
 
     /// Hosts that may serve a tenant, in whatever state.

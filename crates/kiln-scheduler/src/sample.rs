@@ -49,6 +49,7 @@ fn worker(number: usize, held: u32) -> Option<Worker> {
             },
             whole_cpus: None,
             version: "1".to_owned(),
+            generation: kiln_core::dispatch::POLICY_GENERATION,
             warm: (0..3)
                 .filter_map(|at| tenant((number + at) % TENANTS))
                 .collect(),

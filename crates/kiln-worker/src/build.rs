@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::attempt::{Attempt, Wanted};
 use crate::buildkit::{self, SolveRequest};
 use crate::commit;
+use crate::connections;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
 use crate::fork;
@@ -359,6 +360,7 @@ impl Job<'_> {
         let gateway = self.gateway(registry);
         add(&mut measured.policy_ms, since);
         let attempt = Attempt::start(self.host, wanted, ticket, gateway, &self.events).await?;
+        connections::allow(&attempt.session, self.connections_max(), &self.events).await;
         let done = match self.in_machine(&attempt, registry, phases).await {
             Ok(solve) => self.finish(&attempt, &head, registry, phases, solve).await,
             Err(failure) if cancel.is_cancelled() => Err(failure),
@@ -374,13 +376,20 @@ impl Job<'_> {
         Ok(self.report(Some(&head), template, published, &solve, committed))
     }
 
+    fn connections_max(&self) -> Option<u32> {
+        let policy = self.input.request.policy;
+        policy.and_then(|policy| policy.connections_max)
+    }
+
     fn gateway(&self, registry: &RegistryAccess) -> Gateway {
         let policy: NetworkPolicy = self.input.request.network.clone();
         let mut config = GatewayConfig::new(policy, Arc::clone(&self.egress) as _);
         config.exceptions.clone_from(&self.input.exceptions);
         config.proxy = self.input.proxy.clone();
-        config.limits.bytes_out_per_second = self.input.request.network_bytes_per_second();
-        config.limits.bytes_in_per_second = self.input.request.network_bytes_per_second();
+        let [bytes_out, bytes_in] = self.input.request.bytes_out_and_in_per_second();
+        config.limits.bytes_out_per_second = bytes_out;
+        config.limits.bytes_in_per_second = bytes_in;
+        connections::bound(&mut config.limits, self.connections_max());
         // Layers of the bases, and of the images that get another tag now, lie in the registry already.
         let known = self
             .build

@@ -43,6 +43,8 @@ pub struct Wishes<'a> {
     pub no_cache: bool,
     /// What it may reach besides its runtimes' registries.
     pub allow: &'a NetworkPolicy,
+    /// It reaches nothing besides `allow`: not those registries either.
+    pub only: bool,
 }
 
 /// Plans the folder and prepares its build.
@@ -66,13 +68,18 @@ pub fn prepare(dir: &Path, wishes: Wishes<'_>, site: &Site) -> Result<Prepared, 
     .map_err(|error| source_failure(&error))?;
     let packed = context::digest(&tree).map_err(|error| source_failure(&error))?;
     let runtimes = runtimes(&plan);
-    if site.registries.is_none() && !runtimes.is_empty() {
+    if site.registries.is_none() && !runtimes.is_empty() && !wishes.only {
         let message = "which hosts builds may reach for packages is not known yet";
         return Err(Failure::new(FailureClass::Usage, message)
             .hint("run `kiln setup` once, or `kiln registries discover`"));
     }
-    let rules = site.rules(&runtimes).into_iter();
-    let network = NetworkPolicy::from_rules(rules.chain(wishes.allow.rules().iter().cloned()));
+    let network = match wishes.only {
+        true => wishes.allow.clone(),
+        false => {
+            let rules = site.rules(&runtimes).into_iter();
+            NetworkPolicy::from_rules(rules.chain(wishes.allow.rules().iter().cloned()))
+        }
+    };
     check_lockfiles(&plan, &network)?;
     let bases = plan.bases.iter();
     let build = ImageBuild {

@@ -231,6 +231,7 @@ fn facts(machines: u32) -> Result<WorkerFacts> {
         },
         whole_cpus: None,
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        generation: kiln_core::dispatch::POLICY_GENERATION,
         warm: BTreeSet::new(),
     })
 }

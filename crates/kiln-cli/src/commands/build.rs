@@ -1,11 +1,13 @@
 //! `kiln build`: words become a path-free request, the worker runs it, the result is shown and sent where it was asked for.
 
 use std::path::Path;
+use std::time::Duration;
 
-use kiln_core::job::{SourceBuild, TrustClass};
-use kiln_core::{FailureClass, JobKind, JobRequest, NetworkPolicy, TenantName};
+use kiln_core::job::{Limits, SourceBuild, TrustClass};
+use kiln_core::{FailureClass, JobKind, JobRequest, TenantName};
 use kiln_image::context::ContextError;
 use kiln_image::plan::{DockerfileChoice, Options};
+use kiln_policy::HeldBuild;
 use kiln_worker::build::BuildReport;
 use kiln_worker::event::Events;
 use kiln_worker::fleet::job::{Ended, JobEnd};
@@ -17,7 +19,7 @@ use super::home_queue::HomeQueue;
 use super::operator::Operator;
 use super::source::{self, Source};
 use super::table::counted;
-use crate::args::{BuildArgs, ServerArgs};
+use crate::args::{BuildArgs, LimitArgs, ServerArgs};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::{Screen, ShownPath as _};
 
@@ -39,24 +41,24 @@ pub(super) async fn run(
     let own = super::queueing::own(&args.queueing)?;
     let output = super::output::Output::parse(&args)?;
     let operator = Operator::load()?;
-    let mut limits = operator
-        .config
-        .limits(&args.limits, true, super::host_cpus())?;
-    limits.disk = own.disk.unwrap_or(limits.disk);
     let secrets = source::secrets(&args.secrets)?;
+    let found = super::build_policy::found(&args, &source::parse(&args.source)?)?;
+    let held = super::build_policy::rule(&args, found.as_ref(), &secrets, &operator, screen)?;
+    let limits = limits(&held, &operator)?;
     let ssh_agents = source::ssh_agents(&args.ssh)?;
-    let (wanted, folder) = wanted(&args, &operator, &secrets)?;
+    let (mut wanted, folder) = wanted(&args, &operator, &secrets)?;
+    wanted.only_network = held.only;
     let request = JobRequest {
         id: new_job_id('b').map_err(CliError::from_failure)?,
         tenant: TenantName::local(),
         kind: JobKind::SourceBuild(wanted),
-        network: NetworkPolicy::from_rules(args.allow.iter().cloned()),
+        network: held.network,
         limits,
         trust: TrustClass::Trusted,
         network_bits: None,
         dispatch: own.dispatch,
         traceparent: None,
-        policy: None,
+        policy: held.applied,
     };
     let queue = HomeQueue::open(&operator.home).await?;
     let (events, receiver) = Events::channel();
@@ -82,6 +84,24 @@ pub(super) async fn run(
     let delivered = delivered.await;
     queue.close().await;
     delivered.map(|()| 0)
+}
+
+/// What its machine may use: asked for, else the policy's, else the defaults; never more than the operator's maxima.
+fn limits(held: &HeldBuild, operator: &Operator) -> Result<Limits> {
+    let resources = &held.resources;
+    let said = LimitArgs {
+        cpus: resources.cpus,
+        memory: resources.memory,
+        timeout: resources.timeout_ms.map(Duration::from_millis),
+    };
+    let config = &operator.config;
+    let mut limits = config.limits(&said, true, super::host_cpus())?;
+    kiln_policy::below(&mut limits, &held.max);
+    limits.disk = held.disk.unwrap_or(limits.disk);
+    if let Some(most) = held.max.disk {
+        limits.disk = limits.disk.min(most);
+    }
+    Ok(limits)
 }
 
 /// Shows the result.
@@ -162,6 +182,7 @@ fn wanted(
         stored_secrets: secrets.stored.clone(),
         tags: args.tags.clone(),
         no_cache: args.no_cache,
+        only_network: false,
     };
     Ok((wanted, folder))
 }

@@ -61,7 +61,10 @@ pub(super) async fn run(
     refuse(&args)?;
     let secrets = source::secrets(&args.secrets)?;
     let mut asked = asked(&args, &secrets)?;
-    let tree = match source::parse(&args.source)? {
+    let source = source::parse(&args.source)?;
+    let found = super::build_policy::found(&args, &source)?;
+    asked.policy = found.as_ref().map(super::run_policy::sent).transpose()?;
+    let tree = match source {
         Source::Folder(dir) => Some(folder(&args, &dir, &mut asked)?),
         Source::Git { url, reference } => {
             git(&args, &url, reference, &mut asked)?;
@@ -74,6 +77,9 @@ pub(super) async fn run(
             return Err(CliError::new(FailureClass::Cancelled, "cancelled before the source was sent"));
         }
     };
+    for note in &job.notes {
+        screen.note(note);
+    }
     if args.queueing.detach {
         detached(&job, screen);
         return Ok(0);

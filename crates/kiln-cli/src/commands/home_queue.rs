@@ -92,6 +92,7 @@ impl HomeQueue {
             secret_stores: settings.secret_stores()?,
             settings,
             folder,
+            grants: home.config.join(kiln_policy::GRANT_FILE),
             registry: registry.host.clone(),
         };
         let first = keeper.attach().await?;
@@ -376,6 +377,8 @@ struct Keeper {
     settings: ControllerConfig,
     retention: Retention,
     secret_stores: SecretStores,
+    /// The operator's.
+    grants: PathBuf,
     registry: HostRegistry,
 }
 
@@ -490,6 +493,7 @@ impl Keeper {
             sockets: ListenConfig::default(),
             api: ApiConfig {
                 secret_stores: self.secret_stores.clone(),
+                grants: Some(self.grants.clone()),
                 ..ApiConfig::default()
             },
             issuer: "kiln".to_owned(),

@@ -6,9 +6,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use kiln_core::{AllowRule, ByteSize, FailureClass};
+use kiln_core::{AllowRule, ByteSize};
 use kiln_network::Learned;
-use kiln_policy::{CannotWrite, Format, KILN_FILE, Phase, Policy, with_learned};
+use kiln_policy::{CannotWrite, Format, KILN_FILE, Phase, with_learned};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -65,21 +65,6 @@ impl Lesson {
             ));
         }
         learned
-    }
-}
-
-/// Refuses to learn with secrets: an open machine could tell them to anybody.
-///
-/// # Errors
-/// Policy, when there is one.
-pub(super) fn without_secrets(policy: &Policy, on_command_line: usize) -> Result<()> {
-    match policy.secrets.is_empty() && on_command_line == 0 {
-        true => Ok(()),
-        false => Err(CliError::new(
-            FailureClass::Policy,
-            "a machine that learns gets no secrets: it could tell them to any host",
-        )
-        .hint("learn with --no-policy and without --secret, or name the hosts in `allow` by hand")),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use kiln_core::TenantName;
 use kiln_policy::{
-    Effective, Explanation, Format, Phase, PhaseNetwork, Policy, explain, json_schema,
+    Effective, Explanation, Format, Phase, PhaseNetwork, Policy, Removed, explain, json_schema,
 };
 use kiln_worker::home::Home;
 use serde_json::{Value, json};
@@ -75,17 +75,19 @@ pub(super) fn tell(found: &Found, holds: &Effective, screen: Screen) {
     for note in &found.notes {
         screen.note(note);
     }
-    for gone in &holds.removed {
+    tell_removed(found.compiled.file(), &holds.removed, screen);
+}
+
+/// What the operator's grant took away of a file.
+pub(super) fn tell_removed(file: &str, removed: &[Removed], screen: Screen) {
+    for gone in removed {
         let left = match gone.left.is_empty() {
             true => "nothing is left of it".to_owned(),
             false => format!("left of it: {}", gone.left.join(", ")),
         };
         screen.note(&format!(
             "{}:{}: {} is not granted ({}): {left}",
-            found.compiled.file(),
-            gone.line,
-            gone.rule,
-            gone.by
+            file, gone.line, gone.rule, gone.by
         ));
     }
 }

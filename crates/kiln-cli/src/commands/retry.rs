@@ -1,9 +1,10 @@
 //! `kiln job retry`: a server queues the job again; a job that a command ran itself is run again by this one, from what was asked for then.
 
 use kiln_controller::api::{JobView, command_line};
-use kiln_core::job::Source;
+use kiln_core::job::{RunPhase, Source};
 use kiln_core::{Digest, JobKind, JobRequest};
 use kiln_image::context::{self, Limits, Tree};
+use kiln_policy::{Standing, stands};
 use kiln_proto::fleet::Own;
 use kiln_worker::fleet::local::LocalFolder;
 use kiln_worker::host::new_job_id;
@@ -14,7 +15,9 @@ use super::home_queue::{Asked, HomeQueue};
 use super::job_record::Record;
 use super::operator::Operator;
 use super::run::{InFront, Stay};
+use super::run_policy::refused;
 use crate::error::{CliError, Result};
+use crate::policy_file;
 use crate::show::{Screen, ShownPath as _};
 use crate::terminal;
 
@@ -77,6 +80,7 @@ async fn here(
     // Today's limits decide, not those of then.
     request.limits.cpus = request.limits.cpus.min(most.cpus_max.max(1));
     request.limits.memory = request.limits.memory.min(most.memory_max.0);
+    granted(&mut request, &operator)?;
     let (tty, keeps) = match &request.kind {
         JobKind::Run(run) => (run.tty, !run.artifacts.is_empty()),
         _ => (false, false),
@@ -97,6 +101,30 @@ async fn here(
         lesson: None,
     };
     again.run(screen, cancel).await
+}
+
+/// Today's grant decides, too: what was withdrawn since is not run again.
+fn granted(request: &mut JobRequest, operator: &Operator) -> Result<()> {
+    let grants = policy_file::grants(&operator.home.config)?;
+    let phases: &[RunPhase] = match &request.kind {
+        JobKind::Run(run) => &run.phases,
+        _ => &[],
+    };
+    let standing = Standing {
+        network: &request.network,
+        phases,
+        applied: request.policy,
+    };
+    let (max, applied) = stands(&standing, &grants, &request.tenant).map_err(|refusal| {
+        let told = refused(refusal);
+        CliError {
+            message: format!("what the job was granted was withdrawn: {}", told.message),
+            ..told
+        }
+    })?;
+    kiln_policy::below(&mut request.limits, &max);
+    request.policy = applied;
+    Ok(())
 }
 
 /// The folder that it worked on, as it lies there today.

@@ -62,9 +62,7 @@ pub(super) async fn run_and_learn(
     lesson: &Lesson,
 ) -> Result<u8> {
     if let Some(server) = crate::server::configured(server)? {
-        super::run_policy::refuse_on_server(&args)?;
-        something(args.image.as_ref(), &args.command)?;
-        return super::run_server::run(&server, args, screen, cancel).await;
+        return super::run_server::run(&server, args, screen, cancel, lesson).await;
     }
     let own = super::queueing::own(&args.queueing)?;
     let operator = Operator::load()?;
@@ -76,7 +74,7 @@ pub(super) async fn run_and_learn(
     something(ruled.image.as_ref(), &ruled.argv)?;
     let config = &operator.config;
     let mut limits = config.limits(&ruled.limits, false, super::host_cpus())?;
-    super::run_policy::below(&mut limits, &ruled.max);
+    kiln_policy::below(&mut limits, &ruled.max);
     limits.disk = disk(
         own.disk,
         ruled.disk.map_or(limits.disk, |most| most.min(limits.disk)),
@@ -104,6 +102,7 @@ pub(super) async fn run_and_learn(
         tenant: TenantName::local(),
         kind: JobKind::Run(RunCommand {
             image: ruled.image,
+            runtime: None,
             argv: ruled.argv,
             env,
             ports,
@@ -281,7 +280,7 @@ pub(super) fn with_files(ended: Result<u8>, brought: Result<()>, screen: Screen)
     }
 }
 
-fn something(image: Option<&ImageRef>, argv: &[String]) -> Result<()> {
+pub(super) fn something(image: Option<&ImageRef>, argv: &[String]) -> Result<()> {
     match image.is_none() && argv.is_empty() {
         true => Err(CliError::usage("there is nothing to run")
             .hint("give a command after --, or an --image")),

@@ -3,11 +3,14 @@
 use kiln_controller::api::{JobView, RunAsk};
 use kiln_core::{FailureClass, Verdict};
 use kiln_image::context::{Limits, Tree};
+use kiln_network::Learned;
 use kiln_worker::event::Events;
+use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
+use super::learn::Lesson;
 use super::run::with_files;
-use super::{artifacts, build, build_server, queueing};
+use super::{artifacts, build, build_server, queueing, run_policy};
 use crate::args::RunArgs;
 use crate::error::{CliError, Result};
 use crate::server::follow::{LogKind, follow};
@@ -20,21 +23,32 @@ pub(super) async fn run(
     args: RunArgs,
     screen: Screen,
     cancel: CancellationToken,
+    lesson: &Lesson,
 ) -> Result<u8> {
     refuse(&args)?;
+    let found = run_policy::found(&args)?;
+    if found.is_none() {
+        // What a policy runs is the policy's to say, and the server's to judge.
+        super::run::something(args.image.as_ref(), &args.command)?;
+    }
     let wanted = artifacts::wanted(&args.artifacts, &args.copy_out)?;
     let env = super::run::environment(&args)?;
-    let folder = super::run_folder::of(&args, None)?;
+    let top = run_policy::top(&args, found.as_ref());
+    let folder = super::run_folder::of(&args, top.as_deref())?;
     let secrets = super::run::secrets(&args.secrets, &env)?;
+    let inner = folder.as_ref().map(|folder| folder.inner.clone());
     let asked = RunAsk {
         secrets: secrets.iter().map(ToString::to_string).collect(),
         artifacts: wanted.iter().map(ToString::to_string).collect(),
         image: args.image.as_ref().map(ToString::to_string),
-        folder: None,
+        folder: inner.filter(|inner| !inner.is_empty()),
         argv: args.command.clone(),
         env,
+        policy: found.as_ref().map(run_policy::sent).transpose()?,
+        net: args.net.map(|net| run_policy::mode_word(net).to_owned()),
         common: queueing::common(&args.queueing, &args.limits, &args.allow)?,
     };
+    let keeps = !wanted.is_empty() || found.is_some_and(|found| found.keeps());
     if terminal::stdin_is_piped() {
         screen.note("standard input stays here: a command on a server has none yet");
     }
@@ -51,6 +65,9 @@ pub(super) async fn run(
             }
         }
     };
+    for note in &job.notes {
+        screen.note(note);
+    }
     if args.queueing.detach {
         build_server::detached(&job, screen);
         return Ok(0);
@@ -61,10 +78,12 @@ pub(super) async fn run(
     let ended = follow(server, &job.line.id, LogKind::Raw, &events, screen, &cancel).await;
     drop(events);
     let _screen_ended = drawing.await;
-    let verdict = ended?.outcome.verdict;
-    let brought = match wanted.is_empty() {
-        true => Ok(()),
-        false => artifacts::after_run(server, &job.line.id, &args.copy_out, screen).await,
+    let ended = ended?;
+    lesson.take(learned(ended.report.as_ref(), screen));
+    let verdict = ended.outcome.verdict;
+    let brought = match keeps {
+        false => Ok(()),
+        true => artifacts::after_run(server, &job.line.id, &args.copy_out, screen).await,
     };
     let brought = match &verdict {
         Verdict::Passed
@@ -76,6 +95,19 @@ pub(super) async fn run(
         Verdict::Failed { .. } => Ok(()),
     };
     with_files(code_of(verdict, screen, &cancel), brought, screen)
+}
+
+/// What an open machine reached, as its worker told.
+fn learned(report: Option<&Value>, screen: Screen) -> Vec<Learned> {
+    let Some(report) = report else {
+        return Vec::new();
+    };
+    if let Some(more) = report["learned_more"].as_u64().filter(|more| *more > 0) {
+        screen.note(&format!(
+            "warning: it reached {more} destinations more than are told; a list of so many is no policy"
+        ));
+    }
+    serde_json::from_value(report["learned"].clone()).unwrap_or_default()
 }
 
 /// As the command ended.

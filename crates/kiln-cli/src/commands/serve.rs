@@ -67,7 +67,10 @@ pub(super) async fn run(args: ServeArgs, screen: Screen, cancel: CancellationTok
 async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
     operator.home.prepare().or_infrastructure()?;
     let said = &operator.config.controller;
-    let (api, retention) = (said.api(&operator.config.limits)?, said.retention()?);
+    let (mut api, retention) = (said.api(&operator.config.limits)?, said.retention()?);
+    // A mistake in it is told now, and not to the first who asks for something.
+    let _legal = crate::policy_file::grants(&operator.home.config)?;
+    api.grants = Some(operator.home.config.join(kiln_policy::GRANT_FILE));
     let database = args.database.as_deref().map(database).transpose()?;
     let sharing = sharing(&args)?;
     let tls = tls(&args);

@@ -246,6 +246,7 @@ pub(crate) fn facts(machines: u32) -> WorkerFacts {
             machines,
         },
         version: "1".to_owned(),
+        generation: kiln_core::dispatch::POLICY_GENERATION,
         warm: BTreeSet::new(),
         whole_cpus: None,
     }

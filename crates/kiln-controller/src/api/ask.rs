@@ -9,8 +9,8 @@ use kiln_core::dispatch::{LABELS_MAX, RESERVED_PREFIX, Requirements, TAGS_MAX};
 use kiln_core::job::{RunCommand, RunSource, Source, SourceBuild};
 use kiln_core::secret::JOB_SECRETS_MAX;
 use kiln_core::{
-    AllowRule, ByteSize, Digest, Dispatch, ImageRef, JobId, JobKind, JobRequest, Label,
-    NetworkPolicy, Priority, QueueName, RunSecret, TenantName,
+    AllowRule, ByteSize, Digest, Dispatch, ImageRef, JobId, JobKind, JobRequest, Label, Priority,
+    QueueName, RunSecret, TenantName,
 };
 use kiln_db::{Idempotency, NewJob};
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,7 @@ use utoipa::ToSchema;
 
 use super::caller::Caller;
 use super::limits::ApiConfig;
+use super::policy::{PolicyAsk, Rule};
 use super::problem::Problem;
 use crate::webhooks::Destination;
 
@@ -108,6 +109,8 @@ pub struct BuildAsk {
     pub images: Vec<String>,
     /// Neither use nor feed the cache.
     pub no_cache: bool,
+    /// The project's policy file: of it, its phase `dependencies`, `resources` and `limits` hold for a build.
+    pub policy: Option<PolicyAsk>,
     /// What every submission may say.
     #[serde(flatten)]
     pub common: Common,
@@ -132,6 +135,11 @@ pub struct RunAsk {
     /// Secrets of the tenant's store: `NAME` or `NAME=VARIABLE` for a variable of its environment, `NAME:file` for the file
     /// `/run/secrets/NAME`.
     pub secrets: Vec<String>,
+    /// The project's policy file: what it says holds, and the rest of the request only takes away.
+    pub policy: Option<PolicyAsk>,
+    /// `isolated`, `egress`, `open` or `learn`; without it what `allow` or the policy says. `open` and `learn` need the operator's grant, and
+    /// `learn` no secrets: what it reached is in the job's report.
+    pub net: Option<String>,
     /// What every submission may say.
     #[serde(flatten)]
     pub common: Common,
@@ -245,30 +253,43 @@ fn url(field: &str, text: &str, schemes: &[&str]) -> Result<(), Problem> {
 }
 
 impl Common {
-    fn asked(&self) -> Result<Asked, Problem> {
-        let size = |field: &str, text: &Option<String>| {
-            text.as_deref()
-                .map(|text| parsed::<ByteSize>(field, text))
-                .transpose()
-        };
+    /// A size that was asked for.
+    pub(crate) fn size(
+        &self,
+        field: &str,
+        text: Option<&String>,
+    ) -> Result<Option<ByteSize>, Problem> {
+        text.map(|text| parsed::<ByteSize>(field, text)).transpose()
+    }
+
+    /// The time that was asked for.
+    pub(crate) fn timeout_ms(&self) -> Option<u64> {
+        self.timeout_seconds.map(|s| s.saturating_mul(1000))
+    }
+
+    /// The destinations that were named.
+    pub(crate) fn rules(&self) -> Result<Vec<AllowRule>, Problem> {
         if self.allow.len() > RULES_MAX {
             return Err(Problem::invalid(
                 "allow",
                 format!("at most {RULES_MAX} destinations"),
             ));
         }
-        let rules: Vec<AllowRule> = self
-            .allow
+        self.allow
             .iter()
             .map(|rule| parsed("allow", rule))
-            .collect::<Result<_, _>>()?;
+            .collect()
+    }
+
+    fn asked(&self, rule: &Rule) -> Result<Asked, Problem> {
         Ok(Asked {
-            cpus: self.cpus,
-            memory: size("memory", &self.memory)?,
-            disk: size("disk", &self.disk)?,
-            timeout_ms: self.timeout_seconds.map(|s| s.saturating_mul(1000)),
+            cpus: rule.resources.cpus,
+            memory: rule.resources.memory,
+            disk: rule.disk,
+            timeout_ms: rule.resources.timeout_ms,
             network_bits: self.network_rate,
-            network: NetworkPolicy::from_rules(rules),
+            network: rule.network.clone(),
+            phases: rule.phases.clone(),
             priority: Priority::try_from(self.priority.unwrap_or(0))
                 .map_err(|error| Problem::invalid("priority", error.to_string()))?,
         })
@@ -299,6 +320,7 @@ impl Common {
                 runtime: opt("runtime", &self.runtime)?,
                 labels: labels("require", &self.require)?,
                 pinned_cpus: self.pinned_cpus,
+                generation: 0,
             },
             concurrency_group: opt("concurrency_group", &self.concurrency_group)?,
             tags: self
@@ -397,6 +419,7 @@ impl BuildAsk {
                 .map(|image| image_name(image))
                 .collect::<Result<_, _>>()?,
             no_cache: self.no_cache,
+            only_network: false,
         }))
     }
 }
@@ -448,9 +471,6 @@ impl RunAsk {
             .as_deref()
             .map(|image| parsed("image", image))
             .transpose()?;
-        if self.argv.is_empty() && image.is_none() {
-            return Err(Problem::invalid("argv", "there is no command"));
-        }
         if self.argv.len() > ENTRIES_MAX {
             return Err(Problem::invalid(
                 "argv",
@@ -489,10 +509,13 @@ impl RunAsk {
             return Err(Problem::invalid("secrets", text));
         }
         let secrets = self.secrets.iter().map(|word| parsed("secrets", word));
-        let secrets: Vec<RunSecret> = secrets.collect::<Result<_, _>>()?;
-        kiln_core::secret::check_places(&secrets, |variable| self.env.contains_key(variable))
-            .map_err(|twice| Problem::invalid("secrets", twice.to_string()))?;
-        Ok(secrets)
+        secrets.collect()
+    }
+
+    /// Each secret of a phase has a place of its own.
+    pub(crate) fn places(&self, secrets: &[RunSecret]) -> Result<(), Problem> {
+        kiln_core::secret::check_places(secrets, |variable| self.env.contains_key(variable))
+            .map_err(|twice| Problem::invalid("secrets", twice.to_string()))
     }
 }
 
@@ -501,16 +524,16 @@ pub(crate) fn new_job(
     config: &ApiConfig,
     caller: &Caller,
     tenant: &TenantName,
-    kind: JobKind,
+    (kind, rule): (JobKind, Rule),
     common: &Common,
     key: Option<String>,
     id: JobId,
 ) -> Result<NewJob, Problem> {
     use kiln_core::job::TrustClass;
-    let granted: Granted = config
+    let mut granted: Granted = config
         .ceiling
         .narrow(
-            &common.asked()?,
+            &common.asked(&rule)?,
             &config.defaults(&kind),
             caller.principal.priority_max,
         )
@@ -541,7 +564,11 @@ pub(crate) fn new_job(
         let usable = Destination::accept(address, &config.receivers);
         usable.map_err(|why| Problem::invalid("notify_url", why.to_string()))?;
     }
-    let request = JobRequest {
+    kiln_policy::below(&mut granted.limits, &rule.max);
+    if let Some(most) = rule.max.disk {
+        granted.limits.disk = granted.limits.disk.min(most);
+    }
+    let mut request = JobRequest {
         id,
         tenant: tenant.clone(),
         kind,
@@ -551,10 +578,11 @@ pub(crate) fn new_job(
         network_bits: Some(granted.network_bits),
         dispatch: common.dispatch(granted.priority)?,
         traceparent: common.traceparent.clone(),
-        policy: None,
+        policy: rule.applied,
     };
+    request.needs_its_generation();
     let labels = labels("labels", &common.labels)?;
-    let body = serde_json::to_vec(&(
+    let mut body = serde_json::to_vec(&(
         &request.kind,
         &request.network,
         &request.limits,
@@ -565,6 +593,10 @@ pub(crate) fn new_job(
         &common.notify_url,
     ))
     .map_err(|_| Problem::bad_request("the request cannot be kept"))?;
+    if let Some(policy) = &request.policy {
+        // Beside the rest, so that a request without one has the digest that it had before there were any.
+        body.extend(serde_json::to_vec(policy).unwrap_or_default());
+    }
     Ok(NewJob {
         idempotency: key.map(|key| Idempotency {
             key,

@@ -14,6 +14,7 @@ use super::Api;
 use super::ask::{self, BuildAsk, Common};
 use super::caller::Caller;
 use super::extract::{Answer, JSON_MAX, from_slice};
+use super::policy::Rule;
 use super::ports::SecretsUnheld;
 use super::problem::{Problem, ProblemBody};
 use super::upload::{self, Form};
@@ -98,12 +99,13 @@ pub(crate) async fn create(
     asked.secrets.sort();
     asked.secrets.dedup();
     let given: Vec<&str> = collected.secrets.keys().map(String::as_str).collect();
-    let kind = asked.kind(collected.source, &given)?;
+    let mut kind = asked.kind(collected.source, &given)?;
+    let rule = asked.rule(&mut kind, &api.grants().await?, &tenant)?;
     submit(
         &api,
         &caller,
         &tenant,
-        kind,
+        (kind, rule),
         &asked.common,
         key,
         collected.secrets,
@@ -255,14 +257,17 @@ pub(crate) async fn submit(
     api: &Api,
     caller: &Caller,
     tenant: &TenantName,
-    kind: JobKind,
+    (kind, mut rule): (JobKind, Rule),
     common: &Common,
     key: Option<String>,
     secrets: HashMap<String, Vec<u8>>,
 ) -> Result<Answer<JobView>, Problem> {
     let id = new_id(api, &kind);
-    let new = ask::new_job(&api.config, caller, tenant, kind, common, key, id)?;
-    submit_ready(api, new, secrets).await
+    let notes = std::mem::take(&mut rule.notes);
+    let new = ask::new_job(&api.config, caller, tenant, (kind, rule), common, key, id)?;
+    let mut answer = submit_ready(api, new, secrets).await?;
+    answer.1.notes = notes;
+    Ok(answer)
 }
 
 /// Queues what is already a request.
@@ -327,9 +332,11 @@ pub(crate) async fn submit_asked(
     asked: &BuildAsk,
     source: Option<(Digest, u64)>,
 ) -> Result<kiln_db::Job, Problem> {
-    let kind = asked.kind(source, &[])?;
+    let mut kind = asked.kind(source, &[])?;
+    let rule = asked.rule(&mut kind, &api.grants().await?, tenant)?;
     let id = new_id(api, &kind);
-    let new = ask::new_job(&api.config, caller, tenant, kind, &asked.common, None, id)?;
+    let work = (kind, rule);
+    let new = ask::new_job(&api.config, caller, tenant, work, &asked.common, None, id)?;
     Ok(queue(api, new).await?.job)
 }
 

@@ -308,8 +308,15 @@ pub(crate) async fn retry(
         (trust, kiln_core::job::TrustClass::Trusted) => trust,
         (_, untrusted) => untrusted,
     };
+    let (max, applied) = super::policy::still_stands(&request, &api.grants().await?)?;
+    request.policy = applied;
+    let phases = match &request.kind {
+        kiln_core::JobKind::Run(run) => &run.phases[..],
+        _ => &[],
+    };
     let most = &api.config.ceiling.limits;
     let asked = kiln_core::access::Asked {
+        phases: phases.iter().map(|phase| phase.network.clone()).collect(),
         cpus: Some(request.limits.cpus.min(most.cpus)),
         memory: Some(request.limits.memory.min(most.memory)),
         disk: Some(request.limits.disk.min(most.disk)),
@@ -330,6 +337,8 @@ pub(crate) async fn retry(
         )
         .map_err(|outside| Problem::invalid(outside.field, outside.bounds()))?;
     request.limits = granted.limits;
+    kiln_policy::below(&mut request.limits, &max);
+    request.needs_its_generation();
     request.network_bits = Some(granted.network_bits);
     request.dispatch.priority = granted.priority;
     let new = NewJob {

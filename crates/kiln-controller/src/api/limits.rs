@@ -1,6 +1,7 @@
 //! What one token, tenant or stranger may use of this server at a time: requests, uploads, followers, rows of the audit trail.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -54,6 +55,8 @@ pub struct ApiConfig {
     pub retention: Retention,
     /// Stores of other makers that hold secrets.
     pub secret_stores: SecretStores,
+    /// The operator's grants, `policy.toml`: read for each submission. None: any named host, nothing open, no learning.
+    pub grants: Option<PathBuf>,
 }
 
 impl Default for ApiConfig {
@@ -81,6 +84,7 @@ impl Default for ApiConfig {
             receivers: ReceiverPolicy::default(),
             retention: Retention::default(),
             secret_stores: SecretStores::default(),
+            grants: None,
         }
     }
 }

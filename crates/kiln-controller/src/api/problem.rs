@@ -20,8 +20,28 @@ pub struct Problem {
     pub hint: Option<String>,
     /// The field it is about.
     pub field: Option<String>,
+    /// Places of a file that it is about.
+    pub faults: Box<[Fault]>,
     /// Seconds to wait before another try.
     pub retry_after: Option<u32>,
+}
+
+/// One thing that is wrong with a file of the request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Fault {
+    /// The file's name, as it came.
+    pub file: String,
+    /// Line, from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<u32>,
+    /// Column in characters, from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<u32>,
+    /// What is wrong.
+    pub message: String,
+    /// What to write instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
 }
 
 /// Body of every answer that is not a success; `application/problem+json`.
@@ -45,6 +65,9 @@ pub struct ProblemBody {
     /// The field it is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub field: Option<String>,
+    /// What is wrong with a file of the request, by place.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<Fault>,
 }
 
 impl Problem {
@@ -57,8 +80,16 @@ impl Problem {
             detail: detail.into(),
             hint: None,
             field: None,
+            faults: Box::default(),
             retry_after: None,
         }
+    }
+
+    /// With the places of a file that it is about.
+    #[must_use]
+    pub fn faults(mut self, faults: Vec<Fault>) -> Self {
+        self.faults = faults.into_boxed_slice();
+        self
     }
 
     /// With what to try.
@@ -219,6 +250,7 @@ impl From<Problem> for ProblemBody {
             detail: problem.detail,
             hint: problem.hint,
             field: problem.field,
+            errors: problem.faults.into_vec(),
         }
     }
 }

@@ -58,7 +58,9 @@ pub(crate) async fn create(
 ) -> Result<Answer<JobView>, Problem> {
     let key = ask::idempotency_key(request.headers())?;
     let got = read::<RunAsk>(&api, &caller, request).await?;
-    let kind = got.ask.kind(got.source)?;
+    let mut kind = got.ask.kind(got.source)?;
     let (tenant, common) = (&got.tenant, &got.ask.common);
-    submit(&api, &caller, tenant, kind, common, key, HashMap::new()).await
+    let rule = got.ask.rule(&mut kind, &api.grants().await?, tenant)?;
+    let work = (kind, rule);
+    submit(&api, &caller, tenant, work, common, key, HashMap::new()).await
 }

@@ -248,6 +248,9 @@ pub struct JobView {
     pub last_event: u64,
     /// Bytes of log so far.
     pub log_bytes: u64,
+    /// What its user should know, in words: only in the answer to whoever asked for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 fn json(value: &impl Serialize) -> Option<Value> {
@@ -299,6 +302,7 @@ impl JobView {
             attempts: attempts.iter().map(AttemptView::of).collect(),
             last_event: job.last_event,
             log_bytes: job.log_bytes,
+            notes: Vec::new(),
         }
     }
 }

@@ -75,8 +75,9 @@ async fn heartbeat(
     State(controller): State<Controller>,
     worker: Worker,
     peer: Option<Extension<Peer>>,
-    Json(beat): Json<Heartbeat>,
+    Json(mut beat): Json<Heartbeat>,
 ) -> Answered<HeartbeatAnswer> {
+    beat.facts.generation = worker.generation;
     if beat.held.len() > LEASES_MAX {
         return Err(Refused::bad(format!(
             "a worker holds at most {LEASES_MAX} leases"
@@ -186,6 +187,11 @@ async fn new_leases(
         let Some(job) = controller.db.job(&lease.attempt.job).await? else {
             continue;
         };
+        if job.request.generation() > worker.generation {
+            // It became older since it was chosen. Without a heartbeat for it the lease ends, and another gets the job.
+            tracing::warn!(worker = %worker.id, job = %lease.attempt.job, "a worker is too old for a job it was given");
+            continue;
+        }
         let (span, _) = crate::traces::of_job(&job.request);
         let leased = Leased {
             lease,

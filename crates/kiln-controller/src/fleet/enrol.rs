@@ -7,16 +7,18 @@ use kiln_proto::fleet::{Join, Joined, Renew};
 
 use super::doors::Answered;
 use super::refusal::Refused;
-use super::who::now_unix_ms;
+use super::who::{Spoken, now_unix_ms};
 use crate::access::{Door, Peer, secret_token};
 use crate::state::Controller;
 
 pub(super) async fn join(
     State(controller): State<Controller>,
+    Spoken(generation): Spoken,
     peer: Option<Extension<Peer>>,
-    Json(join): Json<Join>,
+    Json(mut join): Json<Join>,
 ) -> Answered<Joined> {
     super::doors::sane(&join.facts)?;
+    join.facts.generation = generation;
     let worker = join.worker.to_string();
     let joined = joined(&controller, peer, join).await;
     if let Err(refused) = &joined

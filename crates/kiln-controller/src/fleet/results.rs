@@ -350,6 +350,7 @@ mod tests {
                 .map(|tag| tag.parse().expect("a name"))
                 .collect(),
             no_cache: false,
+            only_network: false,
         };
         let may = |build: &SourceBuild, tag: &str| {
             is_asked_for(build, "t/acme/", &tag.parse().expect("a name"))

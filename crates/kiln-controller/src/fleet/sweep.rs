@@ -290,6 +290,7 @@ mod tests {
             stored_secrets: Vec::new(),
             tags: Vec::new(),
             no_cache: false,
+            only_network: false,
         });
         let limits = Limits {
             cpus: 1,

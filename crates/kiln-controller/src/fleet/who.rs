@@ -21,6 +21,23 @@ pub fn generation_min(own: u32) -> u32 {
 pub struct Worker {
     /// Its name.
     pub id: WorkerId,
+    /// Generation of the protocol that this request speaks.
+    pub generation: u32,
+}
+
+/// The generation that a request speaks, of those that are served. For who has no name yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Spoken(pub u32);
+
+impl FromRequestParts<Controller> for Spoken {
+    type Rejection = Refused;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        controller: &Controller,
+    ) -> Result<Self, Refused> {
+        generation(parts, controller.settings.generation).map(Self)
+    }
 }
 
 impl FromRequestParts<Controller> for Worker {
@@ -30,8 +47,8 @@ impl FromRequestParts<Controller> for Worker {
         parts: &mut Parts,
         controller: &Controller,
     ) -> Result<Self, Refused> {
-        generation(parts, controller.settings.generation)?;
-        let proven = proven(parts, controller).await;
+        let spoken = generation(parts, controller.settings.generation)?;
+        let proven = proven(parts, controller, spoken).await;
         if let Err(refused) = &proven
             && refused.is_forbidden()
         {
@@ -44,14 +61,18 @@ impl FromRequestParts<Controller> for Worker {
     }
 }
 
-async fn proven(parts: &Parts, controller: &Controller) -> Result<Worker, Refused> {
+async fn proven(
+    parts: &Parts,
+    controller: &Controller,
+    generation: u32,
+) -> Result<Worker, Refused> {
     let peer = parts.extensions.get::<Peer>();
     let peer = peer.ok_or_else(|| Refused::unknown_worker("nobody knows who asks"))?;
     if peer.is_owner() {
         let named = parts.headers.get(WORKER_HEADER);
         let named = named.and_then(|value| value.to_str().ok()?.parse().ok());
         let id = named.ok_or_else(|| Refused::bad("the worker does not say its name"))?;
-        return Ok(Worker { id });
+        return Ok(Worker { id, generation });
     }
     let certificate = peer
         .worker()
@@ -65,7 +86,10 @@ async fn proven(parts: &Parts, controller: &Controller) -> Result<Worker, Refuse
     }
     let found = controller.db.worker_of_key(&certificate.key).await?;
     match found.filter(|worker| worker.removed_unix_ms.is_none()) {
-        Some(worker) if worker.id == certificate.worker => Ok(Worker { id: worker.id }),
+        Some(worker) if worker.id == certificate.worker => Ok(Worker {
+            id: worker.id,
+            generation,
+        }),
         _ => Err(Refused::unknown_worker(format!(
             "there is no worker {}, or it was removed",
             certificate.worker
@@ -79,12 +103,12 @@ pub(crate) fn now_unix_ms() -> u64 {
     u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }
 
-fn generation(parts: &Parts, own: u32) -> Result<(), Refused> {
+fn generation(parts: &Parts, own: u32) -> Result<u32, Refused> {
     let oldest = generation_min(own);
     let header = parts.headers.get(GENERATION_HEADER);
     let spoken: Option<u32> = header.and_then(|value| value.to_str().ok()?.parse().ok());
     match spoken {
-        Some(spoken) if (oldest..=own).contains(&spoken) => Ok(()),
+        Some(spoken) if (oldest..=own).contains(&spoken) => Ok(spoken),
         Some(spoken) => Err(Refused::new(
             http::StatusCode::UPGRADE_REQUIRED,
             "generation",

@@ -289,6 +289,7 @@ async fn build(fleet: &Fleet, id: &str) -> JobId {
             .map(|tag| tag.parse().expect("a name"))
             .collect(),
         no_cache: false,
+        only_network: false,
     });
     let submitted = fleet.db().submit(new).await.expect("submits");
     submitted.job.request.id

@@ -236,6 +236,7 @@ pub(crate) fn facts(machines: u32) -> WorkerFacts {
         },
         whole_cpus: None,
         version: "1".to_owned(),
+        generation: kiln_core::dispatch::POLICY_GENERATION,
         warm: BTreeSet::new(),
     }
 }

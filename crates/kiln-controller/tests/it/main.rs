@@ -28,6 +28,7 @@ mod identity;
 mod identity_issuer;
 mod jobs;
 mod operators;
+mod policies;
 mod registry_people;
 mod schema;
 mod secret_stores;

@@ -347,6 +347,7 @@ impl Server {
                 capacity: room,
                 whole_cpus: None,
                 version: "1".to_owned(),
+                generation: kiln_core::dispatch::POLICY_GENERATION,
                 warm: std::collections::BTreeSet::new(),
             },
             certificate: None,

@@ -18,7 +18,7 @@ pub enum NetworkCeiling {
         /// Allowed destinations.
         allow: Vec<AllowRule>,
     },
-    /// Any named destinations; not an open network.
+    /// Any named destinations, and an open network where the operator's policy grants one.
     AnyNamed,
 }
 
@@ -62,8 +62,10 @@ pub struct Asked {
     pub timeout_ms: Option<u64>,
     /// Network rate in bits per second.
     pub network_bits: Option<u64>,
-    /// Network.
+    /// Network. An open one was granted by the operator's policy before.
     pub network: NetworkPolicy,
+    /// Networks of the phases before its command.
+    pub phases: Vec<NetworkPolicy>,
     /// Order.
     pub priority: Priority,
 }
@@ -158,7 +160,9 @@ impl Ceiling {
                 most: priority_max.get().to_string(),
             });
         }
-        self.check_network(&asked.network)?;
+        for network in asked.phases.iter().chain([&asked.network]) {
+            self.check_network(network)?;
+        }
         Ok(Granted {
             limits,
             network_bits,
@@ -175,7 +179,8 @@ impl Ceiling {
                 .single_ports()
                 .all(|one| allow.iter().any(|may| may.covers(&one))),
         };
-        let open = matches!(asked, NetworkPolicy::Open).then(|| "open".to_owned());
+        let bounded = self.network != NetworkCeiling::AnyNamed;
+        let open = (bounded && *asked == NetworkPolicy::Open).then(|| "open".to_owned());
         let outside = asked.rules().iter().find(beyond).map(ToString::to_string);
         match open.or(outside) {
             None => Ok(()),

@@ -30,6 +30,7 @@ fn build(id: &str, name: &str) -> NewJob {
         stored_secrets: Vec::new(),
         tags: Vec::new(),
         no_cache: false,
+        only_network: false,
     });
     new
 }

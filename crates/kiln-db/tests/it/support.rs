@@ -235,6 +235,7 @@ pub(crate) fn facts() -> WorkerFacts {
         },
         whole_cpus: None,
         version: "0.1.0".to_owned(),
+        generation: kiln_core::dispatch::POLICY_GENERATION,
         warm: BTreeSet::new(),
     }
 }

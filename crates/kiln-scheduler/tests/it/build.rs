@@ -52,6 +52,7 @@ pub(crate) fn host(id: &str, size: u32) -> Worker {
             },
             whole_cpus: None,
             version: "1".to_owned(),
+            generation: kiln_core::dispatch::POLICY_GENERATION,
             warm: BTreeSet::new(),
         },
         labels: BTreeMap::new(),

@@ -550,6 +550,7 @@ pub fn facts(shop: &Workshop, machines_max: u32) -> WorkerFacts {
             .ok()
             .and_then(|cpus| u32::try_from(cpus.len()).ok()),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        generation: kiln_core::dispatch::POLICY_GENERATION,
         warm,
     }
 }

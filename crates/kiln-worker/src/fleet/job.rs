@@ -52,6 +52,9 @@ const OUTPUT_PIECES: usize = 64;
 /// Most hosts of each kind that a report names, so that it has room in an event.
 const REPORT_HOSTS_MAX: usize = 30;
 
+/// Most destinations that a report says were reached by an open machine: more than these no policy names.
+const REPORT_LEARNED_MAX: usize = 256;
+
 /// Where a command finds the trace it is a part of, as OpenTelemetry's own tools name it.
 const TRACEPARENT_ENV: &str = "TRACEPARENT";
 
@@ -260,6 +263,11 @@ fn finish_of(end: &JobEnd, observed: Option<Box<kiln_core::Observed>>) -> Finish
     let mut details = serde_json::json!({
         "egress": end.egress.first(REPORT_HOSTS_MAX), "measured": end.measured, "artifacts": end.artifacts.len(),
     });
+    if !end.learned.is_empty() {
+        let told = &end.learned[..end.learned.len().min(REPORT_LEARNED_MAX)];
+        details["learned"] = serde_json::json!(told);
+        details["learned_more"] = serde_json::json!(end.learned.len() - told.len());
+    }
     if let Some(source) = &end.source {
         details["source"] = serde_json::json!(source);
     }
@@ -516,12 +524,14 @@ impl Work<'_> {
         let worked = match &command.source {
             None => None,
             Some(wanted) => {
-                let find_base = command.image.is_none();
+                let find_base = command.image.is_none() && command.runtime.is_none();
                 Some(self.worked(&request, wanted, folder, find_base).await?)
             }
         };
+        let named = command.runtime.as_deref().map(|name| self.named(name));
+        let named = named.transpose()?;
         let base = worked.as_ref().and_then(|worked| worked.base.as_ref());
-        let image = match command.image.as_ref().or(base) {
+        let image = match command.image.as_ref().or(named.as_ref()).or(base) {
             None => None,
             Some(image) => {
                 let wanted = container::Command {
@@ -625,5 +635,6 @@ fn wishes(
         secrets: wanted.secrets,
         no_cache: wanted.no_cache,
         allow,
+        only: wanted.only_network,
     }
 }

@@ -69,6 +69,12 @@ impl Work<'_> {
         })
     }
 
+    /// The build image of the base that a runtime's name means here.
+    pub(super) fn named(&self, runtime: &str) -> Result<ImageRef, Failure> {
+        let found = self.shop.site.bases.named(runtime);
+        found.map_err(|none| Failure::new(FailureClass::Usage, none.to_string()).hint(none.hint()))
+    }
+
     /// The build image of the base that fits a folder's runtime.
     async fn base(&self, dir: &Path) -> Result<Option<ImageRef>, Failure> {
         let (dir, bases) = (dir.to_owned(), self.shop.site.bases.clone());

@@ -1,19 +1,18 @@
-//! Phases, services and secrets of a policy, as a request has them.
+//! Phases, services, secrets and command line of a policy, as a request has them.
 
 use std::collections::BTreeMap;
 
 use kiln_core::job::{RunHealth, RunPhase, RunPhaseName, RunService};
 use kiln_core::{FailureClass, NetworkPolicy, RunSecret, SecretName, SecretPlace as Place};
-use kiln_policy::policy::{Command, Health, SecretPlace};
-use kiln_policy::{Phase, Policy};
 
-use crate::error::{CliError, Result};
+use crate::policy::{Command, Health, Phase, PhasePolicy, Policy, SecretPlace};
+use crate::run::Refusal;
 
 /// How long a service may take to be ready that does not say, milliseconds.
 const READY_MS: u64 = 60_000;
 
 /// A command as words.
-pub(super) fn words(command: &Command) -> Vec<String> {
+pub(crate) fn words(command: &Command) -> Vec<String> {
     match command {
         Command::Shell(line) => ["/bin/sh", "-ec", line].map(str::to_owned).to_vec(),
         Command::Words(words) => words.clone(),
@@ -22,11 +21,11 @@ pub(super) fn words(command: &Command) -> Vec<String> {
 
 /// Secrets by the phase that has them.
 #[derive(Debug, Default)]
-pub(super) struct Secrets(BTreeMap<Phase, Vec<RunSecret>>);
+pub(crate) struct Secrets(BTreeMap<Phase, Vec<RunSecret>>);
 
 impl Secrets {
     /// Those of one phase.
-    pub(super) fn of(&self, phase: Phase) -> Vec<RunSecret> {
+    pub(crate) fn of(&self, phase: Phase) -> Vec<RunSecret> {
         self.0.get(&phase).cloned().unwrap_or_default()
     }
 }
@@ -36,10 +35,14 @@ impl Secrets {
 ///
 /// # Errors
 /// Policy, for a secret that the policy asks for and nobody named.
-pub(super) fn secrets(policy: &Policy, named: &[RunSecret], file: &str) -> Result<Secrets> {
+pub(crate) fn secrets(
+    policy: &Policy,
+    named: &[RunSecret],
+    file: &str,
+) -> Result<Secrets, Refusal> {
     let mut found: BTreeMap<Phase, Vec<RunSecret>> = BTreeMap::new();
     for secret in &policy.secrets {
-        let refuse = |message: String| CliError::new(FailureClass::Policy, message);
+        let refuse = |message: String| Refusal::new(FailureClass::Policy, "secrets", message);
         let name: SecretName = secret
             .name
             .parse()
@@ -78,7 +81,7 @@ pub(super) fn secrets(policy: &Policy, named: &[RunSecret], file: &str) -> Resul
 }
 
 /// What comes before the command. A flag that narrows the network narrows that of every phase.
-pub(super) fn phases(
+pub(crate) fn phases(
     policy: &Policy,
     asked: Option<&NetworkPolicy>,
     secrets: &Secrets,
@@ -113,7 +116,7 @@ pub(super) fn phases(
 }
 
 /// What runs beside the command.
-pub(super) fn services(policy: &Policy) -> Vec<RunService> {
+pub(crate) fn services(policy: &Policy) -> Vec<RunService> {
     let services = policy.services.iter();
     services
         .map(|(name, service)| RunService {
@@ -131,12 +134,43 @@ pub(super) fn services(policy: &Policy) -> Vec<RunService> {
         .collect()
 }
 
+/// The request's command after those of the file's run phase, in one shell; each must succeed.
+pub(crate) fn argv(run: Option<&PhasePolicy>, command: &[String]) -> Vec<String> {
+    let commands = run.map(|run| run.commands.as_slice()).unwrap_or_default();
+    if commands.is_empty() {
+        return command.to_vec();
+    }
+    let mut script = String::new();
+    for command in commands {
+        // A process of its own: what it sets does not reach the next one.
+        script.push_str(&quoted(&words(command)));
+        script.push('\n');
+    }
+    if !command.is_empty() {
+        script.push_str("exec \"$@\"\n");
+    }
+    let mut argv = ["/bin/sh", "-ec", &script, "kiln"]
+        .map(str::to_owned)
+        .to_vec();
+    argv.extend_from_slice(command);
+    argv
+}
+
+/// Words as a shell reads them back.
+fn quoted(words: &[String]) -> String {
+    let quoted: Vec<String> = words
+        .iter()
+        .map(|word| format!("'{}'", word.replace('\'', "'\\''")))
+        .collect();
+    quoted.join(" ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn policy(text: &str) -> Policy {
-        let compiled = kiln_policy::compile(kiln_policy::Format::Kiln, "kiln.yaml", text);
+        let compiled = crate::compile(crate::Format::Kiln, "kiln.yaml", text);
         compiled.expect("legal").policy().clone()
     }
 
@@ -183,5 +217,33 @@ secrets:
         assert_eq!(before[0].network.rules().len(), 1);
         let isolated = phases(&policy, Some(&NetworkPolicy::Isolated), &Secrets::default());
         assert_eq!(isolated[0].network, NetworkPolicy::Isolated);
+    }
+
+    #[test]
+    fn commands_of_a_policy_come_first_and_words_stay_words() {
+        let run = PhasePolicy {
+            commands: vec![
+                Command::Shell("echo 'one two'; false || true".to_owned()),
+                Command::Words(vec![
+                    "printf".to_owned(),
+                    "%s\n".to_owned(),
+                    "it's".to_owned(),
+                ]),
+            ],
+            ..PhasePolicy::default()
+        };
+        let argv = argv(
+            Some(&run),
+            &["printf".to_owned(), "<%s>".to_owned(), "a b".to_owned()],
+        );
+        let said = std::process::Command::new(&argv[0])
+            .args(&argv[1..])
+            .output()
+            .expect("sh");
+        assert_eq!(
+            String::from_utf8_lossy(&said.stdout),
+            "one two\nit's\n<a b>"
+        );
+        assert_eq!(super::argv(None, &["true".to_owned()]), ["true"]);
     }
 }

@@ -1,0 +1,134 @@
+//! A job that is asked for again: what it was granted then is granted still, or it is not run.
+
+use kiln_core::job::{AppliedPolicy, RunPhase, RunPhaseName};
+use kiln_core::{ByteSize, NetworkPolicy, TenantName};
+
+use crate::compiled::Compiled;
+use crate::effective::effective;
+use crate::grant::{Grants, Maxima};
+use crate::policy::{Phase, PhaseNetwork, PhasePolicy, Policy};
+use crate::run::{Refusal, nothing_removed, of_network};
+
+/// What a job was granted when it was asked for first.
+#[derive(Clone, Copy, Debug)]
+pub struct Standing<'a> {
+    /// What its command, or the build, reaches.
+    pub network: &'a NetworkPolicy,
+    /// What came before the command.
+    pub phases: &'a [RunPhase],
+    /// The policy it was held to.
+    pub applied: Option<AppliedPolicy>,
+}
+
+/// Judges what a job was granted by what is granted now; gives the maxima of now, and what it is held to: the lower of both.
+///
+/// # Errors
+/// Policy, with what was withdrawn.
+pub fn stands(
+    job: &Standing<'_>,
+    grants: &Grants,
+    tenant: &TenantName,
+) -> Result<(Maxima, Option<AppliedPolicy>), Refusal> {
+    let learns = job.applied.is_some_and(|applied| applied.learn);
+    let part = |network: &NetworkPolicy| PhasePolicy {
+        network: match (network, learns) {
+            (NetworkPolicy::Open, true) => PhaseNetwork::Learn,
+            _ => of_network(network),
+        },
+        ..PhasePolicy::default()
+    };
+    let before = job.phases.iter().map(|phase| {
+        let name = match phase.name {
+            RunPhaseName::Checkout => Phase::Checkout,
+            RunPhaseName::Dependencies => Phase::Dependencies,
+            RunPhaseName::Services => Phase::Services,
+        };
+        (name, part(&phase.network))
+    });
+    let phases = before.chain([(Phase::Run, part(job.network))]);
+    let policy = Policy {
+        phases: phases.collect(),
+        ..Policy::default()
+    };
+    let holds = effective(&Compiled::of_command_line(policy), grants, tenant)?;
+    nothing_removed(&holds, "policy")?;
+    let max = holds.max;
+    let now = job.applied.map(|applied| AppliedPolicy {
+        upload_bits: lower(applied.upload_bits, max.upload_bits),
+        download_bits: lower(applied.download_bits, max.download_bits),
+        connections_max: lower(applied.connections_max, max.connections),
+        output_bytes_max: lower(applied.output_bytes_max, max.output.map(|ByteSize(n)| n)),
+        processes_max: lower(applied.processes_max, max.processes),
+        ..applied
+    });
+    Ok((max, now))
+}
+
+fn lower<T: Ord>(one: Option<T>, other: Option<T>) -> Option<T> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_withdrawn_is_refused_and_what_is_less_now_is_less() {
+        let tenant: TenantName = "acme".parse().expect("tenant");
+        let grants = |text: &str| Grants::parse("policy.toml", text).expect("legal");
+        let rule = "a.example.org:443/tls".parse().expect("rule");
+        let listed = NetworkPolicy::from_rules([rule]);
+        let phase = RunPhase {
+            name: RunPhaseName::Dependencies,
+            network: NetworkPolicy::Open,
+            commands: Vec::new(),
+            secrets: Vec::new(),
+        };
+        let applied = AppliedPolicy {
+            file: kiln_core::Digest::of(b"file"),
+            hash: kiln_core::Digest::of(b"hash"),
+            upload_bits: Some(10),
+            download_bits: None,
+            connections_max: Some(3),
+            output_bytes_max: None,
+            processes_max: None,
+            learn: false,
+        };
+        let job = Standing {
+            network: &listed,
+            phases: std::slice::from_ref(&phase),
+            applied: Some(applied),
+        };
+        let open = grants("[tenant.acme]\nopen = true\nmax = {connections = 2, cpus = 1}\n");
+        let (max, now) = stands(&job, &open, &tenant).expect("granted still");
+        let now = now.expect("applied");
+        assert_eq!(
+            (max.cpus, now.connections_max, now.upload_bits),
+            (Some(1), Some(2), Some(10))
+        );
+        assert!(
+            stands(&job, &grants(""), &tenant).is_err(),
+            "a phase was open"
+        );
+        let alone = Standing { phases: &[], ..job };
+        assert!(stands(&alone, &grants(""), &tenant).is_ok());
+        let others = grants("[tenant.acme]\nhosts = [\"b.example.org\"]\n");
+        assert!(stands(&alone, &others, &tenant).is_err());
+        let learnt = Standing {
+            network: &NetworkPolicy::Open,
+            phases: &[],
+            applied: Some(AppliedPolicy {
+                learn: true,
+                ..applied
+            }),
+        };
+        assert!(
+            stands(&learnt, &open, &tenant).is_err(),
+            "open is not learn"
+        );
+        assert!(stands(&learnt, &grants("[tenant.acme]\nlearn = true\n"), &tenant).is_ok());
+    }
+}

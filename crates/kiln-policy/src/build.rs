@@ -1,0 +1,368 @@
+//! What a build is held to: of a project's file what means something for one, AND the operator's grant, narrowed by the request.
+//!
+//! A build installs what a project needs, so it is the file's phase `dependencies`: its network, its secrets; and `resources` and `limits`.
+//! Commands, services, artifacts, the image and the other phases are a run's: what is built is the Dockerfile's to say. What a file asks of a
+//! build and a build cannot honour is refused by name.
+
+use kiln_core::job::AppliedPolicy;
+use kiln_core::network::AllowRule;
+use kiln_core::{ByteSize, FailureClass, NetworkPolicy, TenantName};
+
+use crate::compiled::Compiled;
+use crate::effective::{Removed, effective};
+use crate::grant::{Grants, Maxima};
+use crate::policy::{Limits, Phase, PhaseNetwork, PhasePolicy, Policy, Resources, SecretPlace};
+use crate::run::{Refusal, applied, at_most, narrowed, nothing_removed, of_network, resources};
+
+/// Where a RUN step finds a secret that it mounts.
+const SECRETS: &str = "/run/secrets";
+
+/// What a request says of a build itself: beside a file it only takes away.
+#[derive(Clone, Copy, Debug)]
+pub struct BuildAsked<'a> {
+    /// Destinations.
+    pub allow: &'a [AllowRule],
+    /// CPUs, memory and time.
+    pub resources: Resources,
+    /// Disk.
+    pub disk: Option<ByteSize>,
+    /// Names of secrets.
+    pub secrets: &'a [String],
+    /// Most connections at once that this kiln can hold a machine to.
+    pub connections_most: u32,
+}
+
+/// What a build is held to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HeldBuild {
+    /// What it reaches.
+    pub network: NetworkPolicy,
+    /// It reaches nothing else: not the registries of its runtime either.
+    pub only: bool,
+    /// What it may use: asked for, else the file's.
+    pub resources: Resources,
+    /// The operator's maxima, for what a default decides.
+    pub max: Maxima,
+    /// Disk: asked for, else the file's.
+    pub disk: Option<ByteSize>,
+    /// What the job's record keeps of it.
+    pub applied: Option<AppliedPolicy>,
+    /// What the operator's grant took away.
+    pub removed: Vec<Removed>,
+}
+
+/// What a build is held to under a file, if there is one.
+///
+/// # Errors
+/// Policy when something asked for is not granted, or a build cannot honour it; usage when the request asks for more than the file.
+pub fn hold_build(
+    compiled: Option<&Compiled>,
+    grants: &Grants,
+    tenant: &TenantName,
+    asked: &BuildAsked<'_>,
+) -> Result<HeldBuild, Refusal> {
+    match compiled {
+        Some(compiled) => by_file(compiled, grants, tenant, asked),
+        None => by_request(grants, tenant, asked),
+    }
+}
+
+/// The part of a policy that means something for a build.
+fn of_a_build(policy: &Policy) -> Policy {
+    let part = policy.phases.get(&Phase::Dependencies);
+    let network = part.map(|part| part.network.clone());
+    let part = network.map(|network| {
+        let part = PhasePolicy {
+            network,
+            ..PhasePolicy::default()
+        };
+        (Phase::Dependencies, part)
+    });
+    let secrets = policy.secrets.iter();
+    let secrets = secrets.filter(|secret| secret.phase == Phase::Dependencies);
+    Policy {
+        resources: policy.resources,
+        limits: policy.limits,
+        phases: part.into_iter().collect(),
+        secrets: secrets.cloned().collect(),
+        ..Policy::default()
+    }
+}
+
+fn by_file(
+    compiled: &Compiled,
+    grants: &Grants,
+    tenant: &TenantName,
+    asked: &BuildAsked<'_>,
+) -> Result<HeldBuild, Refusal> {
+    let file = compiled.file();
+    let wanted = of_a_build(compiled.policy());
+    honoured(&wanted, file, asked.connections_most)?;
+    // Without such a phase the file says nothing of what a build reaches; a secret of one is told to nobody all the same.
+    let only = wanted.phases.contains_key(&Phase::Dependencies) || !wanted.secrets.is_empty();
+    let holds = effective(&compiled.with(wanted), grants, tenant)?;
+    let listed = NetworkPolicy::from_rules(asked.allow.iter().cloned());
+    let narrower = (!asked.allow.is_empty()).then_some(&listed);
+    let network = match only {
+        true => {
+            let network = holds.policy.network(Phase::Dependencies).effect();
+            narrowed(network, narrower, file)?
+        }
+        false => by_request(grants, tenant, asked)?.network,
+    };
+    for secret in &holds.policy.secrets {
+        if !asked.secrets.contains(&secret.name) {
+            let message = format!("{file} asks for the secret {} in a build", secret.name);
+            return Err(
+                Refusal::new(FailureClass::Policy, "secrets", message).hint(format!(
+                    "if this project may have it, say so with --secret id={}",
+                    secret.name
+                )),
+            );
+        }
+    }
+    let said = compiled.policy().limits.disk;
+    let applied = AppliedPolicy {
+        file: compiled.hash(),
+        ..applied(&bounds(&holds.policy.limits), &holds, false)
+    };
+    Ok(HeldBuild {
+        network,
+        only,
+        resources: resources(asked.resources, holds.policy.resources, file)?,
+        max: holds.max,
+        disk: at_most("disk", asked.disk, said, file)?,
+        applied: Some(applied),
+        removed: holds.removed,
+    })
+}
+
+/// Of a grant's maxima those that a build is held to.
+fn bounds(limits: &Limits) -> Limits {
+    Limits {
+        output: None,
+        processes: None,
+        ..*limits
+    }
+}
+
+fn by_request(
+    grants: &Grants,
+    tenant: &TenantName,
+    asked: &BuildAsked<'_>,
+) -> Result<HeldBuild, Refusal> {
+    let network = NetworkPolicy::from_rules(asked.allow.iter().cloned());
+    let part = PhasePolicy {
+        network: of_network(&network),
+        ..PhasePolicy::default()
+    };
+    let policy = Policy {
+        phases: [(Phase::Dependencies, part)].into(),
+        resources: asked.resources,
+        ..Policy::default()
+    };
+    let holds = effective(&Compiled::of_command_line(policy), grants, tenant)?;
+    nothing_removed(&holds, "allow")?;
+    let limits = bounds(&holds.policy.limits);
+    let bounded = limits.upload_bits.is_some()
+        || limits.download_bits.is_some()
+        || limits.connections.is_some();
+    Ok(HeldBuild {
+        network,
+        only: false,
+        resources: asked.resources,
+        max: holds.max,
+        disk: asked.disk,
+        applied: bounded.then(|| applied(&limits, &holds, false)),
+        removed: Vec::new(),
+    })
+}
+
+/// What the file asks of a build and a build cannot honour. Nothing of it is passed over.
+fn honoured(policy: &Policy, file: &str, connections_most: u32) -> Result<(), Refusal> {
+    let mut missing = Vec::new();
+    if *policy.network(Phase::Dependencies) == PhaseNetwork::Learn {
+        missing.push("the mode learn of the phase dependencies".to_owned());
+    }
+    if policy.limits.processes.is_some() {
+        missing.push("limits.processes".to_owned());
+    }
+    if policy.limits.output.is_some() {
+        missing.push("limits.output".to_owned());
+    }
+    let connections = policy.limits.connections;
+    if connections.is_some_and(|count| count > connections_most) {
+        missing.push(format!("limits.connections above {connections_most}"));
+    }
+    for secret in &policy.secrets {
+        match &secret.place {
+            SecretPlace::File(path) if *path == format!("{SECRETS}/{}", secret.name) => {}
+            SecretPlace::File(_) => missing.push(format!(
+                "the secret {} elsewhere than at {SECRETS}/{0}",
+                secret.name
+            )),
+            SecretPlace::Env(_) => missing.push(format!(
+                "the secret {} as a variable: a RUN step mounts it",
+                secret.name
+            )),
+        }
+    }
+    match missing.is_empty() {
+        true => Ok(()),
+        false => Err(Refusal::new(
+            FailureClass::Policy,
+            "policy",
+            format!(
+                "{file} asks for what `kiln build` cannot hold a build to: {}",
+                missing.join(", ")
+            ),
+        )
+        .hint("nothing was started; --no-policy builds without the file")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOTHING: BuildAsked<'_> = BuildAsked {
+        allow: &[],
+        resources: Resources {
+            cpus: None,
+            memory: None,
+            timeout_ms: None,
+        },
+        disk: None,
+        secrets: &[],
+        connections_most: 2048,
+    };
+
+    fn hold(text: &str, grants: &str, asked: &BuildAsked<'_>) -> Result<HeldBuild, Refusal> {
+        let compiled = crate::compile(crate::Format::Kiln, "kiln.yaml", text).expect("legal");
+        let grants = Grants::parse("policy.toml", grants).expect("legal");
+        hold_build(
+            Some(&compiled),
+            &grants,
+            &"acme".parse().expect("tenant"),
+            asked,
+        )
+    }
+
+    const PHASES: &str = "\
+version: 1
+resources: {cpus: 2, memory: 1G}
+limits: {upload: 1Mbit, connections: 8}
+phases:
+  dependencies: {network: {allow: [a.example.org:443]}, commands: [npm ci]}
+  run: {network: {allow: [b.example.org:443]}}
+";
+
+    #[test]
+    fn a_build_is_the_phase_dependencies_and_nothing_of_the_others() {
+        let held = hold(PHASES, "", &NOTHING).expect("held");
+        let rules: Vec<String> = held
+            .network
+            .rules()
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(rules, ["a.example.org:443/tls"]);
+        assert!(held.only);
+        assert_eq!(held.resources.cpus, Some(2));
+        let applied = held.applied.expect("applied");
+        assert_eq!(
+            (applied.upload_bits, applied.connections_max),
+            (Some(1_000_000), Some(8))
+        );
+        let rule: AllowRule = "b.example.org:443".parse().expect("rule");
+        let wider = BuildAsked {
+            allow: std::slice::from_ref(&rule),
+            ..NOTHING
+        };
+        assert_eq!(hold(PHASES, "", &wider).expect_err("wider").field, "allow");
+        let more = BuildAsked {
+            resources: Resources {
+                cpus: Some(3),
+                ..Resources::default()
+            },
+            ..NOTHING
+        };
+        assert_eq!(hold(PHASES, "", &more).expect_err("more").field, "cpus");
+        let none = hold(
+            PHASES,
+            "[tenant.acme]\nhosts = [\"*.example.net\"]\n",
+            &NOTHING,
+        );
+        let none = none.expect("narrowed to nothing");
+        assert_eq!(
+            (none.network, none.removed.len()),
+            (NetworkPolicy::Isolated, 1)
+        );
+    }
+
+    #[test]
+    fn a_file_of_runs_alone_leaves_a_builds_registries_to_the_operator() {
+        let run = "version: 1\nnetwork: {mode: isolated}\n";
+        let held = hold(run, "", &NOTHING).expect("held");
+        assert!(!held.only && held.network == NetworkPolicy::Isolated);
+        let rule: AllowRule = "b.example.org:443".parse().expect("rule");
+        let asked = BuildAsked {
+            allow: std::slice::from_ref(&rule),
+            ..NOTHING
+        };
+        assert_eq!(
+            hold(run, "", &asked)
+                .expect("granted")
+                .network
+                .rules()
+                .len(),
+            1
+        );
+        let refused = hold(run, "[tenant.acme]\nhosts = [\"a.example.org\"]\n", &asked);
+        assert_eq!(
+            refused.expect_err("not granted").class,
+            FailureClass::Policy
+        );
+    }
+
+    #[test]
+    fn what_a_build_cannot_honour_is_refused_by_name() {
+        let secret = |place: &str| {
+            format!(
+                "version: 1\nphases: {{dependencies: {{}}}}\nsecrets: [{{name: a, {place}, phase: dependencies, hosts: []}}]\n"
+            )
+        };
+        for (text, word) in [
+            (
+                "version: 1\nlimits: {processes: 9}\n".to_owned(),
+                "limits.processes",
+            ),
+            (
+                "version: 1\nlimits: {output: 1M}\n".to_owned(),
+                "limits.output",
+            ),
+            (
+                "version: 1\nphases: {dependencies: {network: {mode: learn}}}\n".to_owned(),
+                "mode learn",
+            ),
+            (secret("env: A"), "as a variable"),
+            (secret("file: /etc/a"), "/run/secrets/a"),
+        ] {
+            let refused = hold(&text, "[tenant.acme]\nlearn = true\n", &NOTHING).expect_err(word);
+            assert!(refused.message.contains(word), "{refused:?}");
+            assert_eq!(refused.class, FailureClass::Policy);
+        }
+        let fine = secret("file: /run/secrets/a");
+        assert_eq!(
+            hold(&fine, "", &NOTHING).expect_err("unnamed").field,
+            "secrets"
+        );
+        let named = ["a".to_owned()];
+        let asked = BuildAsked {
+            secrets: &named,
+            ..NOTHING
+        };
+        let held = hold(&fine, "", &asked).expect("named");
+        assert!(held.only && held.network == NetworkPolicy::Isolated);
+    }
+}
