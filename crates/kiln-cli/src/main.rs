@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod commands;
 mod config;
+mod core_files;
 mod environment;
 mod error;
 mod interrupt;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         screen.error(&error);
         return ExitCode::from(error.exit_code());
     }
+    core_files::forgo();
     let format = if cli.json {
         LogFormat::Json
     } else {

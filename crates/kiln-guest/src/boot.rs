@@ -223,6 +223,8 @@ fn settings() {
         // Images whose user is not root may serve port 80, as under Docker.
         ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
         ("/proc/sys/fs/inotify/max_user_instances", "1024"),
+        // A program that crashes leaves no image of its memory, which may hold a secret, on a disk (core(5), "Piping core dumps to a program").
+        ("/proc/sys/kernel/core_pattern", "|/bin/false"),
         // Its thread would wake up twice a second, in every clone for the first time.
         ("/proc/sys/vm/compaction_proactiveness", "0"),
         // Statistics that nobody reads need not be gathered every second.

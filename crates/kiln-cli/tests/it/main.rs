@@ -34,6 +34,7 @@ mod ordinary_user;
 mod policy;
 mod push;
 mod registry;
+mod residue;
 mod room;
 mod run;
 mod run_folder;
