@@ -7,13 +7,14 @@ use std::ops::Range;
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use kiln_core::{Digest, JobId, TenantName};
-use kiln_db::{Artifact, Database, Job, NamedImage};
+use kiln_db::{Artifact, Database, Job, Kept, NamedImage};
 use kiln_store::artifacts::{ArtifactError, Stored};
 use kiln_store::logs::{LogError, LogName};
 use kiln_store::registry::RepoName;
 
 use crate::access::{Access, Door};
 use crate::api::{Backend, LogPiece, Pieces, SecretsUnheld, SourceRefused, Trouble};
+use crate::fleet::machines::{NoWay, Way};
 use crate::fleet::secrets::SecretsRefused;
 use crate::fleet::source::SourceError;
 use crate::images;
@@ -241,6 +242,14 @@ impl Backend for Controller {
             gone.map_err(Trouble::from)
         }
         .boxed()
+    }
+
+    fn way_to<'a>(&'a self, kept: &'a Kept) -> BoxFuture<'a, Result<Way, NoWay>> {
+        Controller::way_to(self, kept).boxed()
+    }
+
+    fn closing(&self) -> BoxFuture<'static, ()> {
+        Controller::closing(self).clone().cancelled_owned().boxed()
     }
 
     fn count(&self, door: Door, action: &'static str, refused: Option<&'static str>) {

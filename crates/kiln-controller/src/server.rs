@@ -299,7 +299,9 @@ async fn opened(
             pool: config.pool.clone(),
             registry_address: config.registry_address.clone(),
             generation: config.generation,
+            kept: config.api.kept,
         },
+        ways: crate::fleet::machines::Ways::default(),
         holder: process,
     };
     Ok((parts, tls))

@@ -12,7 +12,9 @@ use kiln_telemetry::otlp::Tracer;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::Access;
+use crate::api::limits::KeptBounds;
 use crate::api::limits::Rates;
+use crate::fleet::machines::Ways;
 use crate::fleet::neighbours::Neighbours;
 use crate::fleet::secrets::Secrets;
 use crate::fleet::source::SourceStore;
@@ -50,6 +52,8 @@ pub struct Parts {
     pub secrets: Secrets,
     /// Stores of other makers that hold secrets.
     pub secret_stores: SecretStores,
+    /// Who waits to reach machines that workers keep.
+    pub ways: Ways,
     /// Other controllers of the same database.
     pub peers: Peers,
     /// Where the installation is.
@@ -73,6 +77,8 @@ pub struct Settings {
     pub registry_address: Option<String>,
     /// Generation of the worker protocol; the one before is served too.
     pub generation: u32,
+    /// Machines that stay when their jobs are over.
+    pub kept: KeptBounds,
 }
 
 impl Controller {

@@ -156,6 +156,12 @@ actions! {
     ImagePush = "image:push",
     /// Take the name of an image away.
     ImageRemove = "image:remove",
+    /// See machines that are kept, what they use and what their console says.
+    MachineRead = "machine:read",
+    /// Be in a kept machine: commands, terminals, copies, connections to its ports.
+    MachineUse = "machine:use",
+    /// End a kept machine.
+    MachineRemove = "machine:remove",
 }
 
 impl Action {
@@ -224,6 +230,11 @@ impl Role {
         use Action as A;
         use Reach::{Everything, Own};
         match self {
+            // Nobody stands in another tenant's machine, whatever they are.
+            _ if action == A::MachineUse => match self {
+                Self::Admin | Self::BuildEngineer | Self::Developer => Some(Own),
+                Self::Security | Self::ReadOnly => None,
+            },
             Self::Admin => Some(Everything),
             Self::BuildEngineer => match action {
                 A::TenantControl
@@ -265,11 +276,15 @@ impl Role {
                 | A::SecretRead
                 | A::ImagePull
                 | A::ImagePush
-                | A::ImageRemove => Some(Own),
+                | A::ImageRemove
+                | A::MachineRead
+                | A::MachineRemove => Some(Own),
                 _ => None,
             },
             Self::ReadOnly => match action {
-                A::JobRead | A::QueueRead | A::TenantRead | A::WorkerRead => Some(Everything),
+                A::JobRead | A::QueueRead | A::TenantRead | A::WorkerRead | A::MachineRead => {
+                    Some(Everything)
+                }
                 _ => None,
             },
         }

@@ -22,6 +22,8 @@ pub const OWN_LABEL: &str = "kiln/own";
 
 /// First generation of the workers' protocol whose workers hold a job to its policy.
 pub const POLICY_GENERATION: u32 = 2;
+/// First generation whose workers keep a machine when its job is over.
+pub const KEEP_GENERATION: u32 = 2;
 
 /// Why a text is not a label.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

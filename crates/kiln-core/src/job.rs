@@ -280,6 +280,19 @@ pub struct RunCommand {
     /// What it writes lies on a disk of `limits.disk`, not in its memory. With a source it always does.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub disk: bool,
+    /// Its machine stays on its worker when it is over. Not of a command that runs its own job: that one keeps the machine itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<RunKeep>,
+}
+
+/// That a machine stays when its command is over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RunKeep {
+    /// Milliseconds for which it stays, from the command's end.
+    pub stays_ms: u64,
+    /// Only when the command failed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub on_failure_only: bool,
 }
 
 impl RunCommand {
@@ -340,10 +353,11 @@ impl JobRequest {
             JobKind::SourceBuild(build) => build.only_network,
             JobKind::ImageBuild(_) => false,
         };
-        match narrowed || self.policy.is_some() {
-            true => crate::dispatch::POLICY_GENERATION,
-            false => 1,
-        }
+        let stays = matches!(&self.kind, JobKind::Run(run) if run.keep.is_some());
+        let policy =
+            (narrowed || self.policy.is_some()).then_some(crate::dispatch::POLICY_GENERATION);
+        let keep = stays.then_some(crate::dispatch::KEEP_GENERATION);
+        policy.max(keep).unwrap_or(1)
     }
 
     /// Asks for a worker that holds it to everything it says.

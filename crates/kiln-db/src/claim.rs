@@ -352,11 +352,18 @@ pub(crate) fn minus(room: Room, taken: Room) -> Room {
 async fn ledger(tx: &mut Tx, assignments: &[Assignment]) -> Result<Ledger, DbError> {
     // Claims of all pools are one after another here, so that limits across pools hold exactly.
     let limits = crate::tenant::limits(tx, true).await?;
-    let (tenants, queues, running) = running(tx).await?;
+    let (mut tenants, queues, running) = running(tx).await?;
+    let mut workers = hosts(tx, assignments).await?;
+    for (worker, tenant, room) in crate::kept::rooms(tx).await? {
+        if let Some(host) = workers.get_mut(&worker) {
+            host.free = minus(host.free, room);
+        }
+        *tenants.entry(tenant).or_default() += 1;
+    }
     let now = tx.now().await?;
     Ok(Ledger {
         jobs: candidates(tx, assignments).await?,
-        workers: hosts(tx, assignments).await?,
+        workers,
         tenants,
         queues,
         running,

@@ -143,6 +143,7 @@ pub(crate) async fn settle(tx: &mut Tx, times: LeaseTimes) -> Result<(), DbError
         where worker is not null";
     tx.exec(sql, args![now + times.ttl_ms, now + OWN_LEASE_MS])
         .await?;
+    crate::kept::settle(tx, now + times.ttl_ms).await?;
     let sql = "update workers set seen_ms = $1 where lost = 0";
     tx.exec(sql, args![now]).await?;
     let sql = "update jobs set ready_ms = $1 where ready_ms > $1 + 300000";

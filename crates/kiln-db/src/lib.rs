@@ -21,6 +21,7 @@ mod hold;
 mod image;
 mod image_names;
 mod job;
+mod kept;
 mod leader;
 mod lease;
 mod leases_of;
@@ -62,6 +63,7 @@ pub use image_names::NamedImage;
 pub use job::{
     Attempt, CancelMark, Estimate, HeldJob, Idempotency, Job, NewJob, PendingJob, Tier, kind_name,
 };
+pub use kept::{KEPT_LISTED_MAX, KeepError, Kept, NewKept};
 pub use leader::Leadership;
 pub use lease::{Heartbeat, HeartbeatError, LeaseAnswer, UnnamedLease};
 pub use list::{Artifact, Cursor, JobFilter, JobSummary, PAGE_MAX, Page, ParseCursorError};

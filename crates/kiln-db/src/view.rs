@@ -45,7 +45,7 @@ pub struct PoolRows {
     pub tenants: Vec<Tenant>,
     /// Limits of the whole installation.
     pub limits: GlobalLimits,
-    /// Jobs that have a worker, in all pools, by tenant.
+    /// Jobs that have a worker and machines that are kept, in all pools, by tenant.
     pub running: BTreeMap<TenantName, u32>,
     /// What finished jobs taught.
     pub history: Vec<Learnt>,
@@ -154,6 +154,11 @@ async fn view(tx: &mut Tx, pool: &PoolName, pending_max: u32) -> Result<PoolRows
             .or_default()
             .push(job.need);
     }
+    let mut running = running(tx).await?;
+    for (worker, tenant, room) in crate::kept::rooms(tx).await? {
+        taken.entry(worker).or_default().push(room);
+        *running.entry(tenant).or_default() += 1;
+    }
     let workers = crate::worker::list(tx, Some(pool)).await?;
     let workers = workers.into_iter().map(|worker| {
         let rooms = taken.get(&worker.id).map_or(&[][..], Vec::as_slice);
@@ -172,7 +177,7 @@ async fn view(tx: &mut Tx, pool: &PoolName, pending_max: u32) -> Result<PoolRows
         queues: crate::tenant::queues(tx).await?,
         tenants: crate::tenant::tenants(tx).await?,
         limits: crate::tenant::limits(tx, false).await?,
-        running: running(tx).await?,
+        running,
         history: Vec::new(),
     })
 }

@@ -324,6 +324,8 @@ impl Database {
             // Its machines may run on until the worker notices: the grace of expiry covers that.
             let sql = "update jobs set until_ms = $2 where worker = $1 and until_ms > $2";
             tx.exec(sql, args![worker.as_str(), now]).await?;
+            let sql = "update kept set live_ms = $2 where worker = $1 and live_ms > $2";
+            tx.exec(sql, args![worker.as_str(), now]).await?;
             let sql = "update workers set removed_ms = $2, state = 'cordoned' where id = $1 and removed_ms is null";
             let changed = tx.exec(sql, args![worker.as_str(), now]).await?;
             woken(tx, &worker).await?;

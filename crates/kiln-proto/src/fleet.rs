@@ -182,6 +182,9 @@ pub struct Heartbeat {
     /// Machines without a lease that it found and destroyed since the last heartbeat that was answered.
     #[serde(default)]
     pub orphans: u64,
+    /// Attempts whose machines it keeps.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept: Vec<HeldLease>,
 }
 
 /// One lease in a heartbeat.
@@ -204,6 +207,9 @@ pub struct HeartbeatAnswer {
     /// reach them unless the worker's operator says so.
     #[serde(default)]
     pub own: Vec<String>,
+    /// One for each kept machine asked about, in the same order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept: Vec<LeaseAnswer>,
 }
 
 /// What is to become of one lease.
@@ -343,6 +349,54 @@ pub struct Finish {
     /// What is shown of it: the report of a build, the end of a run. Never decides anything.
     #[serde(default)]
     pub details: serde_json::Value,
+}
+
+/// Most machines that one worker keeps.
+pub const KEPT_MAX: usize = 64;
+/// What a request names in `Upgrade` (RFC 9110 §7.8) for a way to a kept machine, person to controller and worker to controller.
+pub const MACHINE_UPGRADE: &str = "kiln-machine";
+
+/// `POST /worker/v1/jobs/{job}/keep`, before the attempt ends: its machine is to stay.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct KeepMachine {
+    /// What people are shown of it. Holds no secret, decides nothing.
+    pub facts: Box<crate::kept::Handover>,
+}
+
+/// Answer to [`KeepMachine`]: it may. From then on the machine has a lease of its own, under the epoch of its attempt's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MayStay {
+    /// For how long, milliseconds.
+    pub stays_ms: u64,
+}
+
+/// `POST /worker/v1/machines/gone`: machines that were kept and are not any more.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct MachinesGone {
+    /// Their attempts, at most [`KEPT_MAX`].
+    pub gone: Vec<HeldLease>,
+}
+
+/// `POST /worker/v1/machines/calls`: held open until somebody wants to reach one of the machines that this worker keeps, or [`POLL_MS`] have passed.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct AwaitCalls {}
+
+/// Answer to [`AwaitCalls`].
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Calls {
+    /// Who calls. For each the worker opens one way: `GET /worker/v1/machines/ways/{way}` with [`MACHINE_UPGRADE`].
+    pub calls: Vec<MachineCall>,
+}
+
+/// Somebody wants to reach a kept machine.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MachineCall {
+    /// The way's name: good once.
+    pub way: String,
+    /// The attempt whose machine it is.
+    pub attempt: AttemptId,
+    /// Under which claim.
+    pub epoch: Epoch,
 }
 
 /// `POST /worker/v1/jobs/{job}/secrets`: the values of secrets that the request names.

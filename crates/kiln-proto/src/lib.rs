@@ -1,4 +1,5 @@
-//! The wire between host and guest: frames, streams, orders and reports; and [`fleet`], what controller and worker say to each other.
+//! The wire between host and guest: frames, streams, orders and reports; and [`fleet`], what controller and worker say to each other;
+//! and [`kept`], what is said to whoever keeps a machine.
 //!
 //! Host and guest use the same code over one duplex byte stream per machine. It knows nothing of
 //! virtual machines, jobs or files; who opens the transport and who obeys the messages is
@@ -10,6 +11,7 @@ mod driver;
 pub mod fleet;
 pub mod frame;
 pub mod hello;
+pub mod kept;
 pub mod msg;
 pub mod mux;
 pub mod preamble;

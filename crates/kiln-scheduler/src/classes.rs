@@ -188,7 +188,7 @@ fn narrow(fleet: &Fleet<'_>, class: &mut Class, requires: &Requirements) -> Opti
     if generation > 0 {
         let missing = must(index.speaking(generation).as_ref(), &|| {
             format!(
-                "generation {generation} of the workers' protocol, which holds a job to its policy: update the workers"
+                "generation {generation} of the workers' protocol, which holds a job to its policy and keeps machines: update the workers"
             )
         });
         if missing.is_some() {

@@ -22,3 +22,4 @@ pub mod report;
 mod source;
 mod spans;
 pub mod spool;
+mod staying;

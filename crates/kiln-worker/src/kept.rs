@@ -12,7 +12,6 @@
 //! the next command that touches machines removes it with everything named above. Nothing else has to be remembered.
 //! Read next: [`keeper`] (the process), [`ask`] (what it is asked), [`client`] (who asks).
 
-pub mod ask;
 pub mod client;
 mod container;
 pub mod copy;
@@ -26,9 +25,10 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln_core::{ByteSize, ImageRef, JobId, MachineName, NetworkPolicy, TenantName};
+use kiln_core::MachineName;
 use kiln_machine::driver::KEEP_MAX;
-use serde::{Deserialize, Serialize};
+pub use kiln_proto::kept as ask;
+pub use kiln_proto::kept::{Facts, Handover};
 
 /// How long a machine stays unless its user says.
 pub const STAYS_DEFAULT: Duration = Duration::from_secs(60 * 60);
@@ -59,70 +59,6 @@ pub struct Keep {
     pub stays: Duration,
     /// Only when the command failed.
     pub on_failure_only: bool,
-}
-
-/// What a keeper has to know of a machine whose command is over. Holds no secret: what the command was given by `-e` is not in it.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Handover {
-    /// [`SCHEMA`].
-    pub schema: u32,
-    /// The machine.
-    pub machine: MachineName,
-    /// The job that it was made for.
-    pub job: JobId,
-    /// Whose it is.
-    pub tenant: TenantName,
-    /// The image it runs, if it does.
-    pub image: Option<ImageRef>,
-    /// The command line; empty when there was none, or the image's own.
-    pub command: Vec<String>,
-    /// How the command ended, for a person.
-    pub ended: String,
-    /// Its exit code, as a shell has it.
-    pub exit_code: Option<i32>,
-    /// Virtual CPUs.
-    pub cpus: u32,
-    /// Memory.
-    pub memory: ByteSize,
-    /// What it may reach, as before.
-    pub network: NetworkPolicy,
-    /// Bytes a second, out and in; none means no bound.
-    pub bytes_out_and_in_per_second: [Option<std::num::NonZeroU64>; 2],
-    /// Connections at once; none means the gateway's own bound.
-    pub connections_max: Option<u32>,
-    /// The program that runs containers in the machine, when it runs an image.
-    pub runc: Option<String>,
-    /// Where its command began.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cwd: Option<String>,
-    /// Milliseconds for which it stays.
-    pub stays_ms: u64,
-}
-
-/// What is known of a kept machine.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Facts {
-    /// What it was when its command ended.
-    #[serde(flatten)]
-    pub machine: Handover,
-    /// The user who owns it.
-    pub uid: u32,
-    /// Its keeper.
-    pub pid: u32,
-    /// The keeper's version.
-    pub version: String,
-    /// Since when it is kept, milliseconds since the Unix epoch.
-    pub since_unix_ms: u64,
-    /// Until when, milliseconds since the Unix epoch. The time that is left is measured on the host's boot clock.
-    pub until_unix_ms: u64,
-}
-
-impl Facts {
-    /// The short name by which people call it: its job's.
-    #[must_use]
-    pub fn id(&self) -> &str {
-        self.machine.job.as_str()
-    }
 }
 
 /// Where a machine's files lie.
@@ -209,6 +145,7 @@ fn choose(all: &[Facts], asked: &str) -> Result<Facts, FindError> {
 
 #[cfg(test)]
 pub(crate) fn sample(machine: &str) -> Facts {
+    use kiln_core::{ByteSize, NetworkPolicy, TenantName};
     let machine: MachineName = machine.parse().expect("a name");
     let job = machine.as_str().trim_end_matches("-1-run");
     Facts {
@@ -229,6 +166,7 @@ pub(crate) fn sample(machine: &str) -> Facts {
             runc: None,
             cwd: None,
             stays_ms: 3_600_000,
+            worker: None,
         },
         uid: 1000,
         pid: 4711,

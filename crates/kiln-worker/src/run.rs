@@ -358,5 +358,6 @@ fn handover(request: &JobRequest, keep: Keep, machine: MachineName) -> Option<Ha
         runc: None,
         cwd: None,
         stays_ms: u64::try_from(keep.stays.as_millis()).unwrap_or(u64::MAX),
+        worker: None,
     })
 }

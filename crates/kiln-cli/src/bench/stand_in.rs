@@ -122,6 +122,7 @@ impl Inner {
     async fn beats(&self) {
         loop {
             let beat = Heartbeat {
+                kept: Vec::new(),
                 facts: self.facts.clone(),
                 held: self.held(),
                 draining: false,

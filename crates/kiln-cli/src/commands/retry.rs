@@ -16,6 +16,7 @@ use super::job_record::Record;
 use super::operator::Operator;
 use super::run::{InFront, Stay};
 use super::run_policy::refused;
+use super::run_server::{Left, to_its_end};
 use crate::error::{CliError, Result};
 use crate::policy_file;
 use crate::show::{Screen, ShownPath as _};
@@ -37,14 +38,28 @@ pub(super) async fn run(
         let sent = Record::of(&asked.server, &job).await?.source;
         return here(&job, queue, (sent, stay), screen, cancel).await;
     }
-    if shell {
-        return Err(
-            CliError::usage("--shell: this job's machine would be on another host")
-                .hint("a command that ran without a server can be run again with it"),
-        );
-    }
+    let stay = match shell {
+        true => Stay::shell()?,
+        false => Stay::default(),
+    };
     let path = format!("/v1/jobs/{}/retry", job.line.id);
-    let new: JobView = asked.server.post(&path, &json!({})).await?;
+    let wanted = match stay.asked() {
+        None => json!({}),
+        Some(keep) => json!({ "keep": keep }),
+    };
+    let new: JobView = asked.server.post(&path, &wanted).await?;
+    if shell {
+        screen.note(&format!(
+            "kiln: job {} again, as {}",
+            job.line.id, new.line.id
+        ));
+        let left = Left {
+            stay,
+            copies: None,
+            lesson: None,
+        };
+        return to_its_end(&asked.server, &new, left, screen, cancel).await;
+    }
     let value = json!({ "event": "queued", "job": new.line.id, "again": job.line.id });
     screen.data(&value, || new.line.id.clone());
     Ok(0)

@@ -5,6 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use kiln_controller::api::KeepAsk;
 use kiln_core::job::{RunCommand, TrustClass};
 use kiln_core::{
     ByteSize, FailureClass, ImageRef, JobKind, JobRequest, Label, RunSecret, TenantName,
@@ -14,7 +15,7 @@ use kiln_worker::event::Events;
 use kiln_worker::fleet::job::{Ended, JobEnd};
 use kiln_worker::fleet::local::{LocalFolder, LocalJob, LocalRun};
 use kiln_worker::host::new_job_id;
-use kiln_worker::kept::{Facts, Keep, STAYS_DEFAULT};
+use kiln_worker::kept::{Keep, STAYS_DEFAULT};
 use kiln_worker::orders::Control;
 use kiln_worker::run::ending;
 use tokio::net::TcpListener;
@@ -23,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::artifacts::{self, CopyOut};
 use super::home_queue::HomeQueue;
-use super::kept::{exec, keeper, machine};
+use super::kept::{Machine, exec, keeper};
 use super::learn::Lesson;
 use super::operator::Operator;
 use super::run_folder::{self, Folder};
@@ -114,6 +115,7 @@ pub(super) async fn run_and_learn(
             phases: ruled.phases,
             services: ruled.services,
             disk: own.disk.is_some() || ruled.disk.is_some(),
+            keep: None,
         }),
         network: ruled.network,
         limits,
@@ -237,7 +239,10 @@ impl InFront<'_> {
         if let Some(kept) = kept {
             // The command's own end is told first, and stays what this command ends with.
             let told = match kept {
-                Ok(facts) => stay.tell(operator, &facts, screen, cancel).await,
+                Ok(facts) => {
+                    let machine = Machine::near(&operator.home, facts);
+                    stay.tell(&machine, screen, cancel).await
+                }
                 Err(error) => Err(error),
             };
             if let Err(error) = told {
@@ -296,7 +301,8 @@ pub(super) struct Stay {
 }
 
 impl Stay {
-    fn of(args: &RunArgs, screen: Screen) -> Self {
+    /// What a command line says.
+    pub(super) fn of(args: &RunArgs, screen: Screen) -> Self {
         let shell = args.shell_on_failure && terminal::is_interactive();
         if args.shell_on_failure && !shell {
             screen.note("--shell-on-failure needs a terminal: there is none, so no shell either");
@@ -333,33 +339,46 @@ impl Stay {
         }
     }
 
+    /// As a server is asked for it.
+    pub(super) fn asked(self) -> Option<KeepAsk> {
+        let keep = self.keep()?;
+        Some(KeepAsk {
+            // Without a word of the user's the operator's usual time.
+            seconds: self.keep.map(|stays| stays.as_secs().max(1)),
+            on_failure_only: keep.on_failure_only,
+        })
+    }
+
     /// Says how to reach it; and stands in it, where the command failed.
-    async fn tell(
+    ///
+    /// # Errors
+    /// When it cannot be entered, or removed afterwards.
+    pub(super) async fn tell(
         self,
-        operator: &Operator,
-        facts: &Facts,
+        machine: &Machine,
         screen: Screen,
         cancel: &CancellationToken,
     ) -> Result<()> {
-        let id = facts.id();
+        let id = machine.id();
         if self.keep.is_some() {
-            let until = when::span(facts.machine.stays_ms);
+            let (stays_ms, until_unix_ms) = machine.stays();
+            let until = when::span(stays_ms);
             screen.note(&format!(
                 "machine {id} stays for {until}: kiln exec {id} -- COMMAND, kiln console {id}, kiln machine rm {id}"
             ));
             if screen.json() {
                 let told = serde_json::json!({
-                    "event": "kept", "id": id, "machine": facts.machine.machine,
-                    "until_unix_ms": facts.until_unix_ms,
+                    "event": "kept", "id": id, "machine": machine.name(),
+                    "until_unix_ms": until_unix_ms,
                 });
                 screen.data(&told, String::new);
             }
         }
-        if self.shell_on_failure && facts.machine.exit_code != Some(0) {
-            let stood = exec::stand_in(&operator.home, facts, Default::default(), screen, cancel);
+        if self.shell_on_failure && machine.exit_code() != Some(0) {
+            let stood = exec::stand_in(machine, Default::default(), screen, cancel);
             let stood = stood.await.map(drop);
             if self.keep.is_none() {
-                machine::remove(&operator.home, facts).await?;
+                machine.remove().await?;
             }
             return stood;
         }

@@ -1,6 +1,6 @@
 //! `kiln run` through a server: the command is queued and followed; its output and exit code are passed through.
 
-use kiln_controller::api::{JobView, RunAsk};
+use kiln_controller::api::{JobView, KeepAsk, MachineView, RunAsk};
 use kiln_core::{FailureClass, Verdict};
 use kiln_image::context::{Limits, Tree};
 use kiln_network::Learned;
@@ -8,8 +8,10 @@ use kiln_worker::event::Events;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
+use super::artifacts::CopyOut;
+use super::kept::Machine;
 use super::learn::Lesson;
-use super::run::with_files;
+use super::run::{Stay, with_files};
 use super::{artifacts, build, build_server, queueing, run_policy};
 use crate::args::RunArgs;
 use crate::error::{CliError, Result};
@@ -37,7 +39,9 @@ pub(super) async fn run(
     let folder = super::run_folder::of(&args, top.as_deref())?;
     let secrets = super::run::secrets(&args.secrets, &env)?;
     let inner = folder.as_ref().map(|folder| folder.inner.clone());
+    let stay = Stay::of(&args, screen);
     let asked = RunAsk {
+        keep: stay.asked(),
         secrets: secrets.iter().map(ToString::to_string).collect(),
         artifacts: wanted.iter().map(ToString::to_string).collect(),
         image: args.image.as_ref().map(ToString::to_string),
@@ -72,18 +76,51 @@ pub(super) async fn run(
         build_server::detached(&job, screen);
         return Ok(0);
     }
+    let left = Left {
+        stay,
+        copies: Some(args.copy_out.as_slice()).filter(|_| keeps),
+        lesson: Some(lesson),
+    };
+    to_its_end(server, &job, left, screen, &cancel).await
+}
+
+/// What is to be left of a run here.
+#[derive(Clone, Copy)]
+pub(super) struct Left<'a> {
+    /// Its machine.
+    pub(super) stay: Stay,
+    /// Its files; none when it keeps none.
+    pub(super) copies: Option<&'a [CopyOut]>,
+    /// Gets what an open machine reached.
+    pub(super) lesson: Option<&'a Lesson>,
+}
+
+/// Follows a run to its end, shows what it prints, and gives its exit code.
+///
+/// # Errors
+/// When it did not run, or what it left is not here.
+pub(super) async fn to_its_end(
+    server: &Server,
+    job: &JobView,
+    left: Left<'_>,
+    screen: Screen,
+    cancel: &CancellationToken,
+) -> Result<u8> {
+    let stay = left.stay;
     let (events, receiver) = Events::channel();
     // A command's own output is what its user wants to see: progress is shown only while it waits.
     let drawing = tokio::spawn(screen.follow_quietly(receiver));
-    let ended = follow(server, &job.line.id, LogKind::Raw, &events, screen, &cancel).await;
+    let ended = follow(server, &job.line.id, LogKind::Raw, &events, screen, cancel).await;
     drop(events);
     let _screen_ended = drawing.await;
     let ended = ended?;
-    lesson.take(learned(ended.report.as_ref(), screen));
+    if let Some(lesson) = left.lesson {
+        lesson.take(learned(ended.report.as_ref(), screen));
+    }
     let verdict = ended.outcome.verdict;
-    let brought = match keeps {
-        false => Ok(()),
-        true => artifacts::after_run(server, &job.line.id, &args.copy_out, screen).await,
+    let brought = match left.copies {
+        None => Ok(()),
+        Some(copies) => artifacts::after_run(server, &job.line.id, copies, screen).await,
     };
     let brought = match &verdict {
         Verdict::Passed
@@ -94,7 +131,50 @@ pub(super) async fn run(
         // It did not run: there is nothing to miss.
         Verdict::Failed { .. } => Ok(()),
     };
-    with_files(code_of(verdict, screen, &cancel), brought, screen)
+    let remains = remains(&verdict);
+    let ended = with_files(code_of(verdict, screen, cancel), brought, screen);
+    if !stay.asked().is_some_and(remains) {
+        return ended;
+    }
+    match kept(server, &job.line.id, stay, screen, cancel).await {
+        Ok(()) => ended,
+        Err(error) => {
+            // The command's own end is told first, and stays what this command ends with.
+            screen.error(&error);
+            ended.map(|code| code.max(error.exit_code()))
+        }
+    }
+}
+
+/// Which wishes for a machine that stays this end fulfils: one that does not work, and one whose user wanted an end, go.
+fn remains(verdict: &Verdict) -> impl Fn(KeepAsk) -> bool + use<> {
+    use FailureClass::{OutOfMemory, Timeout, User};
+    let (passed, ran) = match verdict {
+        Verdict::Passed => (true, true),
+        Verdict::Failed { class, .. } => (false, matches!(class, User | Timeout | OutOfMemory)),
+    };
+    move |keep| ran && !(passed && keep.on_failure_only)
+}
+
+/// Says how to reach the machine that stayed, and stands in it where that was asked for.
+async fn kept(
+    server: &Server,
+    id: &str,
+    stay: Stay,
+    screen: Screen,
+    cancel: &CancellationToken,
+) -> Result<()> {
+    let view: Result<MachineView> = server.get(&format!("/v1/machines/{id}")).await;
+    let view = view.map_err(|error| match error.class {
+        FailureClass::Usage => CliError::new(
+            FailureClass::Infrastructure,
+            format!("the machine of {id} does not stay"),
+        )
+        .hint(format!("`kiln job events {id}` says why")),
+        _ => error,
+    })?;
+    let machine = Machine::far(server, view);
+    stay.tell(&machine, screen, cancel).await
 }
 
 /// What an open machine reached, as its worker told.
@@ -145,8 +225,6 @@ fn refuse(args: &RunArgs) -> Result<()> {
         ("--publish", !args.publish.is_empty()),
         ("--tty", args.tty),
         ("--interactive", args.interactive),
-        ("--keep", args.keep.is_some()),
-        ("--shell-on-failure", args.shell_on_failure),
     ];
     if args.queueing.detach && !args.copy_out.is_empty() {
         return Err(

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use kiln_controller::access::TrustedIssuer;
-use kiln_controller::api::ApiConfig;
+use kiln_controller::api::{ApiConfig, KeptBounds};
 use kiln_controller::secret_stores::{SecretStores, StoreConfig};
 use kiln_controller::webhooks::ReceiverPolicy;
 use kiln_core::job::Limits;
@@ -34,6 +34,8 @@ pub(crate) struct ControllerConfig {
     pub defaults: DefaultsConfig,
     /// How long finished jobs are kept.
     pub retention: RetentionConfig,
+    /// Machines that stay when their jobs are over.
+    pub keep: KeepConfig,
     /// Where webhooks may go.
     pub webhooks: WebhooksConfig,
     /// Whose identity tokens are exchanged for sessions.
@@ -80,6 +82,40 @@ pub(crate) struct RetentionConfig {
     pub warm: Option<LifeText>,
     /// Until then its record is kept.
     pub cold: Option<LifeText>,
+}
+
+/// `[controller.keep]`
+#[derive(Deserialize, Debug, Default, Clone)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct KeepConfig {
+    /// Longest time for which a machine may stay.
+    pub max: Option<LifeText>,
+    /// How long one stays whose run does not say.
+    pub usual: Option<LifeText>,
+    /// Machines that one tenant may keep at a time; 0: none.
+    pub per_tenant: Option<u32>,
+}
+
+impl KeepConfig {
+    fn bounds(&self) -> Result<KeptBounds> {
+        let usual = KeptBounds::default();
+        let most = usual.stays_max_ms;
+        let stays_max_ms = self.max.map_or(most, LifeText::ms);
+        let stays_default_ms = self
+            .usual
+            .map_or(usual.stays_default_ms.min(stays_max_ms), LifeText::ms);
+        if stays_max_ms > most || stays_default_ms > stays_max_ms {
+            return Err(CliError::usage(
+                "controller.keep in kiln.toml: usual is at most max, and max at most 24h",
+            ));
+        }
+        Ok(KeptBounds {
+            stays_default_ms,
+            stays_max_ms,
+            tenant_max: self.per_tenant.unwrap_or(usual.tenant_max),
+            ..usual
+        })
+    }
 }
 
 /// `[controller.webhooks]`
@@ -134,6 +170,7 @@ impl ControllerConfig {
     pub(crate) fn api(&self, most: &LimitConfig) -> Result<ApiConfig> {
         let mut api = ApiConfig {
             secret_stores: self.secret_stores()?,
+            kept: self.keep.bounds()?,
             ..ApiConfig::default()
         };
         let ceiling = &mut api.ceiling;

@@ -13,13 +13,14 @@ pub(crate) mod words;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderName};
+use http::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HeaderName, UPGRADE};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use kiln_controller::api::{JobLine, JobView, List};
 use kiln_core::FailureClass;
-use kiln_worker::fleet::http::{Body, Http};
+use kiln_proto::fleet::MACHINE_UPGRADE;
+use kiln_worker::fleet::http::{Body, Http, Upgraded};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -187,6 +188,38 @@ impl Server {
             .map(|read| read.to_bytes())
             .unwrap_or_default();
         Err(self.refusal(status, &bytes))
+    }
+
+    /// Turns a connection into a way to a kept machine.
+    ///
+    /// # Errors
+    /// As [`Server::get`].
+    pub(crate) async fn upgrade(&self, path: &str) -> Result<Upgraded> {
+        let mut request = Request::get(self.http.uri(path))
+            .header(CONNECTION, "upgrade")
+            .header(UPGRADE, MACHINE_UPGRADE);
+        if let Some(token) = &self.token {
+            request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+        }
+        let request = request
+            .body(empty())
+            .map_err(|error| CliError::usage(chain(&error)))?;
+        let opened = async {
+            let response = self.http.request(request).await;
+            let response = response.map_err(|error| self.silent(&chain(&error)))?;
+            let status = response.status();
+            if status == StatusCode::SWITCHING_PROTOCOLS {
+                let upgraded = kiln_worker::fleet::http::upgraded(response).await;
+                return upgraded.map_err(|error| self.silent(&chain(&error)));
+            }
+            let limited = Limited::new(response.into_body(), ANSWER_MAX);
+            let bytes = limited.collect().await;
+            let bytes = bytes.map(|read| read.to_bytes()).unwrap_or_default();
+            Err(self.refusal(status, &bytes))
+        };
+        tokio::time::timeout(ANSWER_TIMEOUT, opened)
+            .await
+            .unwrap_or_else(|_| Err(self.silent(&format!("no answer within {ANSWER_TIMEOUT:?}"))))
     }
 
     /// Nobody answers, or what answers breaks off.

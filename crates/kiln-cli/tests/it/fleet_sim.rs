@@ -131,6 +131,17 @@ pub(crate) async fn controller(
     names: Vec<String>,
     lease: LeaseTimes,
 ) -> Running {
+    controller_with(folder, listen, names, lease, ApiConfig::default()).await
+}
+
+/// As [`controller`], with these bounds.
+pub(crate) async fn controller_with(
+    folder: &Path,
+    listen: Vec<SocketAddr>,
+    names: Vec<String>,
+    lease: LeaseTimes,
+    api: ApiConfig,
+) -> Running {
     let registry = folder.join("registry");
     std::fs::create_dir_all(&registry).expect("folder");
     let registry = HostRegistry::open_or_attach(&registry, HostConfig::default()).await;
@@ -141,7 +152,7 @@ pub(crate) async fn controller(
         listen,
         tls: Tls::Own(names),
         sockets: ListenConfig::default(),
-        api: ApiConfig::default(),
+        api,
         issuer: "kiln".to_owned(),
         trusted: Vec::new(),
         registry: registry.expect("registry"),

@@ -15,7 +15,7 @@ use crate::support::{Kiln, app, free_port, path, said, until};
 const STRANGER: &str = "60618";
 
 /// Runs a command in a machine that stays; gives its id.
-fn kept(kiln: &Kiln, code: i32, options: &[&str], command: &[&str]) -> String {
+pub(crate) fn kept(kiln: &Kiln, code: i32, options: &[&str], command: &[&str]) -> String {
     let mut words = vec!["--json", "run"];
     words.extend(options);
     words.push("--");
@@ -355,7 +355,12 @@ fn a_stranger_is_refused(kiln: &Kiln, id: &str) {
 }
 
 /// Words typed into a terminal of a command's own, each once the terminal shows what comes before it.
-fn typed(kiln: &Kiln, words: &str, typed: &[(&str, &str)], then: impl FnOnce()) -> (i32, String) {
+pub(crate) fn typed(
+    kiln: &Kiln,
+    words: &str,
+    typed: &[(&str, &str)],
+    then: impl FnOnce(),
+) -> (i32, String) {
     // One that hangs ends, and its words are not found.
     let mut command = Command::new("timeout");
     command.args(["60", "script"]);
@@ -461,6 +466,10 @@ fn a_console_is_a_terminal_and_gives_it_back() {
     let failing =
         format!("{program} run --shell-on-failure -- sh -c 'echo left-behind > /root/f; exit 5'");
     let (code, all) = typed(&kiln, &failing, &[("Ctrl-]", "cat /root/f; exit\r")], || {});
+    assert!(code == 5 && all.contains("left-behind"), "{code} {all}");
+    // Later, from the same inputs.
+    let again = format!("{program} job retry --shell");
+    let (code, all) = typed(&kiln, &again, &[("Ctrl-]", "cat /root/f; exit\r")], || {});
     assert!(code == 5 && all.contains("left-behind"), "{code} {all}");
     let said = kiln
         .run(&["run", "--shell-on-failure", "--", "false"])

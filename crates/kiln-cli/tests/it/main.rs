@@ -29,6 +29,8 @@ mod hostile_network;
 mod hostile_output;
 mod input;
 mod kept;
+mod kept_serve;
+mod kept_server;
 mod learn;
 mod ordinary_user;
 mod policy;

@@ -6,7 +6,7 @@ use http::HeaderMap;
 use kiln_core::access::{Asked, Granted};
 use kiln_core::artifact::ARTIFACT_PATHS_MAX;
 use kiln_core::dispatch::{LABELS_MAX, RESERVED_PREFIX, Requirements, TAGS_MAX};
-use kiln_core::job::{RunCommand, RunSource, Source, SourceBuild};
+use kiln_core::job::{RunCommand, RunKeep, RunSource, Source, SourceBuild};
 use kiln_core::secret::JOB_SECRETS_MAX;
 use kiln_core::{
     AllowRule, ByteSize, Digest, Dispatch, ImageRef, JobId, JobKind, JobRequest, Label, Priority,
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::caller::Caller;
-use super::limits::ApiConfig;
+use super::limits::{ApiConfig, KeptBounds};
 use super::policy::{PolicyAsk, Rule};
 use super::problem::Problem;
 use crate::webhooks::Destination;
@@ -116,6 +116,34 @@ pub struct BuildAsk {
     pub common: Common,
 }
 
+/// That a machine stays when its command is over.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct KeepAsk {
+    /// For how long, from the command's end; none: the operator's usual time.
+    #[schema(minimum = 1)]
+    pub seconds: Option<u64>,
+    /// Only when the command failed.
+    pub on_failure_only: bool,
+}
+
+impl KeepAsk {
+    /// As it is queued.
+    pub(crate) fn keep(&self, bounds: KeptBounds) -> Result<RunKeep, Problem> {
+        let asked = self.seconds.map(|seconds| seconds.saturating_mul(1000));
+        let most = bounds.stays_max_ms;
+        if asked.is_some_and(|asked| asked == 0 || asked > most) {
+            let text = format!("a machine stays for 1 to {} seconds", most / 1000);
+            return Err(Problem::invalid("keep", text)
+                .hint("the operator's most is controller.keep.max of the server's kiln.toml"));
+        }
+        Ok(RunKeep {
+            stays_ms: asked.unwrap_or(bounds.stays_default_ms.min(most)),
+            on_failure_only: self.on_failure_only,
+        })
+    }
+}
+
 /// A command in a fresh machine. With an uploaded tree it begins there.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -140,6 +168,9 @@ pub struct RunAsk {
     /// `isolated`, `egress`, `open` or `learn`; without it what `allow` or the policy says. `open` and `learn` need the operator's grant, and
     /// `learn` no secrets: what it reached is in the job's report.
     pub net: Option<String>,
+    /// Its machine stays on its worker when it is over: see `/v1/machines`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep: Option<KeepAsk>,
     /// What every submission may say.
     #[serde(flatten)]
     pub common: Common,
@@ -455,7 +486,13 @@ fn git_reference(text: &str) -> Result<(), Problem> {
 
 impl RunAsk {
     /// The work.
-    pub(crate) fn kind(&self, uploaded: Option<(Digest, u64)>) -> Result<JobKind, Problem> {
+    pub(crate) fn kind(
+        &self,
+        uploaded: Option<(Digest, u64)>,
+        bounds: KeptBounds,
+    ) -> Result<JobKind, Problem> {
+        let keep = self.keep.as_ref().map(|keep| keep.keep(bounds));
+        let keep = keep.transpose()?;
         if let Some(folder) = &self.folder {
             inner_path("folder", folder)?;
             if uploaded.is_none() {
@@ -497,6 +534,7 @@ impl RunAsk {
             stdin: false,
             source,
             disk: self.common.disk.is_some(),
+            keep,
             ..RunCommand::default()
         }))
     }

@@ -315,6 +315,33 @@ impl Caller {
         }
     }
 
+    /// Reads a kept machine for an action, as [`Caller::job`] reads a job.
+    pub(crate) async fn machine(
+        &self,
+        api: &Api,
+        id: &str,
+        action: Action,
+    ) -> Result<kiln_db::Kept, Problem> {
+        let nothing = || {
+            Problem::not_found("kept machine", id)
+                .hint("`kiln machine list` shows them; `kiln run --keep` keeps one")
+        };
+        let Ok(parsed) = id.parse() else {
+            return Err(nothing());
+        };
+        let Some(kept) = api.db().kept(&parsed).await? else {
+            let home = Target::Tenant(self.tenant());
+            self.may(api, action, home, id).await?;
+            return Err(nothing());
+        };
+        let target = Target::Tenant(&kept.tenant);
+        match self.may(api, action, target, id).await {
+            Ok(()) => Ok(kept),
+            Err(problem) if problem.status == StatusCode::NOT_FOUND => Err(nothing()),
+            Err(problem) => Err(problem),
+        }
+    }
+
     /// The tenant that a list or submission is for: the caller's own unless an operator names another.
     pub(crate) async fn acting_for(
         &self,

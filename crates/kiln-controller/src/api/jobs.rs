@@ -14,11 +14,11 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::Api;
-use super::ask;
+use super::ask::{self, KeepAsk};
 use super::builds::new_id;
 use super::caller::Caller;
 use super::cursor;
-use super::extract::{Answer, Asked, Named};
+use super::extract::{Answer, Asked, Body, Named};
 use super::problem::{Problem, ProblemBody};
 use super::view::{JobLine, JobView, List};
 
@@ -275,9 +275,17 @@ pub(crate) async fn cancelled(
     }
 }
 
+/// What is different when a job is queued again.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct RetryAsk {
+    /// Of a run: its machine stays when it is over. None: as the job had it.
+    keep: Option<KeepAsk>,
+}
+
 /// Queues a finished job again, as a new one. Not one that a command ran itself (`own`): only such a command can run it again.
 #[utoipa::path(
-    post, path = "/v1/jobs/{id}/retry", tag = "jobs",
+    post, path = "/v1/jobs/{id}/retry", tag = "jobs", request_body = RetryAsk,
     params(
         ("id" = String, Path),
         ("Idempotency-Key" = Option<String>, Header, description = "1 to 128 printable characters."),
@@ -294,6 +302,7 @@ pub(crate) async fn retry(
     caller: Caller,
     Named(id): Named,
     headers: HeaderMap,
+    Body(wish): Body<RetryAsk>,
 ) -> Result<Answer<JobView>, Problem> {
     let job = caller.job(&api, &id, Action::JobSubmit).await?;
     if !matches!(job.state, JobState::Finished { .. }) {
@@ -303,6 +312,12 @@ pub(crate) async fn retry(
     can_be_retried(&api, &job.request).await?;
     let mut request = job.request.clone();
     request.id = new_id(&api, &request.kind);
+    if let Some(keep) = &wish.keep {
+        let kiln_core::JobKind::Run(run) = &mut request.kind else {
+            return Err(Problem::invalid("keep", "only a run's machine stays"));
+        };
+        run.keep = Some(keep.keep(api.config.kept)?);
+    }
     // Today's token and limits decide, not those of then.
     request.trust = match (request.trust, caller.principal.trust) {
         (trust, kiln_core::job::TrustClass::Trusted) => trust,
@@ -344,7 +359,7 @@ pub(crate) async fn retry(
     let new = NewJob {
         idempotency: key.map(|key| Idempotency {
             key,
-            body: Digest::of(format!("retry {id}").as_bytes()),
+            body: Digest::of(format!("retry {id}{}", kept_words(&wish)).as_bytes()),
         }),
         submitted_by: caller.subject().to_owned(),
         notify_url: job.notify_url.clone(),
@@ -352,6 +367,14 @@ pub(crate) async fn retry(
         request,
     };
     super::builds::submit_ready(&api, new, HashMap::new()).await
+}
+
+/// Tells one wish from another, for keys that come twice; nothing where there is none.
+fn kept_words(asked: &RetryAsk) -> String {
+    match &asked.keep {
+        None => String::new(),
+        Some(keep) => format!(" {:?} {}", keep.seconds, keep.on_failure_only),
+    }
 }
 
 /// What a job needs that is not in its row. One without it would fail on every host, as the host's fault.

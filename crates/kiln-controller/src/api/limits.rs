@@ -20,6 +20,40 @@ const RUN_DISK: ByteSize = ByteSize::gib(1);
 /// Buckets that are remembered; a full one more is forgotten first.
 const BUCKETS_MAX: usize = 10_000;
 
+/// Longest time for which a machine may stay when its job is over.
+const STAYS_MAX_MS: u64 = 24 * 3600 * 1000;
+/// How long one stays whose job does not say.
+const STAYS_DEFAULT_MS: u64 = 3600 * 1000;
+/// Machines that one tenant may keep.
+const KEPT_PER_TENANT: u32 = 16;
+
+/// Bounds of machines that stay when their jobs are over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct KeptBounds {
+    /// Milliseconds for which one stays whose job does not say.
+    pub stays_default_ms: u64,
+    /// Milliseconds for which one may stay, at most a day.
+    pub stays_max_ms: u64,
+    /// Machines that one tenant may keep at a time.
+    pub tenant_max: u32,
+    /// Ways to one machine that are open at a time: commands, copies, connections.
+    pub ways_max: u32,
+    /// Longest time without a byte on such a way.
+    pub idle: Duration,
+}
+
+impl Default for KeptBounds {
+    fn default() -> Self {
+        Self {
+            stays_default_ms: STAYS_DEFAULT_MS,
+            stays_max_ms: STAYS_MAX_MS,
+            tenant_max: KEPT_PER_TENANT,
+            ways_max: 32,
+            idle: Duration::from_secs(3600),
+        }
+    }
+}
+
 /// Bounds of the public API.
 #[derive(Clone, Debug)]
 pub struct ApiConfig {
@@ -57,6 +91,8 @@ pub struct ApiConfig {
     pub secret_stores: SecretStores,
     /// The operator's grants, `policy.toml`: read for each submission. None: any named host, nothing open, no learning.
     pub grants: Option<PathBuf>,
+    /// Machines that stay when their jobs are over.
+    pub kept: KeptBounds,
 }
 
 impl Default for ApiConfig {
@@ -85,6 +121,7 @@ impl Default for ApiConfig {
             retention: Retention::default(),
             secret_stores: SecretStores::default(),
             grants: None,
+            kept: KeptBounds::default(),
         }
     }
 }

@@ -21,6 +21,8 @@ mod jobs;
 pub(crate) mod limits;
 pub mod listen;
 mod logs;
+mod machine_ways;
+mod machines;
 mod policy;
 mod ports;
 mod problem;
@@ -50,12 +52,13 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub use again::command_line;
-pub use ask::{BuildAsk, Common, RunAsk};
+pub use ask::{BuildAsk, Common, KeepAsk, RunAsk};
 pub use audit::AuditView;
 pub use holds::HoldView;
 pub use images::ImageView;
-pub use limits::ApiConfig;
+pub use limits::{ApiConfig, KeptBounds};
 pub use listen::{ListenConfig, ListenError, Sockets};
+pub use machines::{EndedView, MachineView, StatsView};
 pub use policy::{GrantsError, PolicyAsk, read_grants};
 pub use ports::{Backend, LogPiece, Pieces, SecretsUnheld, SourceRefused, Trouble};
 pub use problem::{Fault, Problem, ProblemBody};
@@ -88,6 +91,7 @@ pub(crate) struct Api {
     pub(crate) open: Arc<Slots>,
     pub(crate) uploads: Arc<Slots>,
     pub(crate) followers: Arc<Slots>,
+    pub(crate) machine_ways: Arc<Slots>,
     looks: Semaphore,
 }
 
@@ -107,6 +111,7 @@ impl Api {
             open: Slots::new(config.open_per_token),
             uploads: Slots::new(config.uploads_per_tenant),
             followers: Slots::new(config.followers_per_tenant),
+            machine_ways: Slots::new(config.kept.ways_max),
             looks: Semaphore::new(LOOKS_MAX),
             backend,
             config,
@@ -168,6 +173,12 @@ fn handlers() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(jobs::retry))
         .routes(routes!(events::follow))
         .routes(routes!(logs::read))
+        .routes(routes!(machines::list))
+        .routes(routes!(machines::show, machines::remove))
+        .routes(routes!(machines::stats))
+        .routes(routes!(machines::console))
+        .routes(routes!(machines::incident))
+        .routes(routes!(machine_ways::open))
         .routes(routes!(artifacts::list))
         .routes(routes!(artifacts::fetch))
         .routes(routes!(workers::list))

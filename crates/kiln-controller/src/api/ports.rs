@@ -8,9 +8,10 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 use kiln_core::{Digest, JobId, TenantName};
-use kiln_db::{Artifact, Database, Job, NamedImage};
+use kiln_db::{Artifact, Database, Job, Kept, NamedImage};
 
 use crate::access::{Access, Door};
+use crate::fleet::machines::{NoWay, Way};
 
 /// A piece of a job's log.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -126,6 +127,17 @@ pub trait Backend: Send + Sync {
         repo: &'a str,
         tag: &'a str,
     ) -> BoxFuture<'a, Result<bool, Trouble>>;
+
+    /// Opens a way to a machine that a worker keeps. What goes over it is `kiln_proto::kept`.
+    fn way_to<'a>(&'a self, kept: &'a Kept) -> BoxFuture<'a, Result<Way, NoWay>> {
+        let _it = kept;
+        Box::pin(std::future::ready(Err(NoWay::Silent)))
+    }
+
+    /// Completes when what is held open should end: this controller is about to stop.
+    fn closing(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::pending())
+    }
 
     /// Counts one attempt to do something, allowed or refused. Label sets are closed: names of actions and codes of refusals.
     fn count(&self, door: Door, action: &'static str, refused: Option<&'static str>);

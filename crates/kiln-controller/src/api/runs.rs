@@ -58,7 +58,7 @@ pub(crate) async fn create(
 ) -> Result<Answer<JobView>, Problem> {
     let key = ask::idempotency_key(request.headers())?;
     let got = read::<RunAsk>(&api, &caller, request).await?;
-    let mut kind = got.ask.kind(got.source)?;
+    let mut kind = got.ask.kind(got.source, api.config.kept)?;
     let (tenant, common) = (&got.tenant, &got.ask.common);
     let rule = got.ask.rule(&mut kind, &api.grants().await?, tenant)?;
     let work = (kind, rule);

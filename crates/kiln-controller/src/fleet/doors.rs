@@ -11,7 +11,7 @@ use kiln_core::dispatch::{WorkerFacts, WorkerState};
 use kiln_core::{Lease, TenantName};
 use kiln_db::{Door, DoorKind, LeaseAnswer as Answer, Wake};
 use kiln_proto::fleet::{
-    BODY_MAX, Heartbeat, HeartbeatAnswer, LEASES_MAX, LeaseAnswer, Leased, POLL_MS, Poll,
+    BODY_MAX, Heartbeat, HeartbeatAnswer, KEPT_MAX, LEASES_MAX, LeaseAnswer, Leased, POLL_MS, Poll,
     PollAnswer,
 };
 use tokio::sync::broadcast::error::RecvError;
@@ -20,7 +20,7 @@ use super::refusal::Refused;
 use super::reports::EventNumbers;
 use super::shield::{self, DoorLimits};
 use super::who::Worker;
-use super::{enrol, inputs, own, registry_door, registry_login, reports, results};
+use super::{enrol, inputs, machines, own, registry_door, registry_login, reports, results};
 use crate::access::Peer;
 use crate::state::Controller;
 
@@ -57,6 +57,10 @@ pub fn router(controller: Controller, body_stall: Duration) -> Router {
         )
         .route("/worker/v1/jobs/{job}/image", post(results::image))
         .route("/worker/v1/jobs/{job}/finish", post(reports::finish))
+        .route("/worker/v1/jobs/{job}/keep", post(machines::keep))
+        .route("/worker/v1/machines/gone", post(machines::gone))
+        .route("/worker/v1/machines/calls", post(machines::calls))
+        .route("/worker/v1/machines/ways/{way}", get(machines::way))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .route(
             "/worker/v1/jobs/{job}/artifacts/{name}",
@@ -78,9 +82,9 @@ async fn heartbeat(
     Json(mut beat): Json<Heartbeat>,
 ) -> Answered<HeartbeatAnswer> {
     beat.facts.generation = worker.generation;
-    if beat.held.len() > LEASES_MAX {
+    if beat.held.len() > LEASES_MAX || beat.kept.len() > KEPT_MAX {
         return Err(Refused::bad(format!(
-            "a worker holds at most {LEASES_MAX} leases"
+            "a worker holds at most {LEASES_MAX} leases and keeps {KEPT_MAX} machines"
         )));
     }
     sane(&beat.facts)?;
@@ -111,6 +115,9 @@ async fn heartbeat(
             .await
             .map_err(|error| Refused::unknown_worker(error.to_string()))?;
     }
+    let kept = beat.kept.into_iter().map(|held| (held.attempt, held.epoch));
+    let kept: Vec<_> = kept.collect();
+    let kept = controller.db.renew_kept(&worker.id, &kept).await?;
     controller.metrics.orphans(beat.orphans.min(ORPHANS_MAX));
     let leases = answer.leases.into_iter().map(|(_, answer)| match answer {
         Answer::Live { cancel, .. } => LeaseAnswer::Live { cancel },
@@ -122,7 +129,18 @@ async fn heartbeat(
         ttl_ms: controller.db.lease_times().ttl_ms,
         leases: leases.collect(),
         own: controller.own_places(&worker.id, peer.as_deref()),
+        kept: kept.into_iter().map(stays).collect(),
     }))
+}
+
+/// What becomes of a kept machine.
+fn stays(lives: bool) -> LeaseAnswer {
+    match lives {
+        true => LeaseAnswer::Live { cancel: false },
+        false => LeaseAnswer::Gone {
+            why: "nobody keeps this machine any more".to_owned(),
+        },
+    }
 }
 
 /// Refuses what no worker is: it is kept, and read whenever jobs are placed.

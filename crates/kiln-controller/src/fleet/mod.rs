@@ -6,6 +6,7 @@ pub mod doors;
 mod enrol;
 mod former_life;
 mod inputs;
+pub mod machines;
 pub mod neighbours;
 mod own;
 pub mod refusal;

@@ -256,6 +256,7 @@ pub(super) async fn release(
     if release.leaving {
         controller.db.worker_left(&worker.id).await?;
     }
+    let _kept = controller.db.forget_kept_of(&worker.id).await?;
     let mut leases = 0;
     for lease in controller.db.leases_of(&worker.id).await? {
         let end = AttemptEnd {

@@ -111,7 +111,9 @@ fn counted(request: &Request) -> Counted {
 
 fn longest(path: &str) -> Duration {
     match path {
-        "/worker/v1/poll" => Duration::from_millis(POLL_MS) + ANSWER_TIME,
+        "/worker/v1/poll" | "/worker/v1/machines/calls" => {
+            Duration::from_millis(POLL_MS) + ANSWER_TIME
+        }
         path if path.starts_with("/v2") || path.contains("/artifacts/") => UPLOAD_TIME,
         path if path.ends_with("/image") => NAME_TIME,
         _ => ANSWER_TIME,

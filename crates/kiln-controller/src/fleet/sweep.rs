@@ -179,6 +179,11 @@ async fn expire(controller: &Controller, not_before: &mut Option<u64>) -> Result
         Some(from) => from,
         None => *not_before.insert(controller.db.sweep_from().await?),
     };
+    let grace_ms = controller.db.lease_times().grace_ms;
+    for kept in controller.db.expire_kept(from, grace_ms).await? {
+        let (attempt, worker) = (&kept.attempt, &kept.worker);
+        tracing::info!(%attempt, %worker, "a kept machine is given up");
+    }
     loop {
         let swept = controller
             .db

@@ -11,8 +11,9 @@ use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, heade
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Incoming;
 use hyper_util::client::legacy::Client as Pool;
-use hyper_util::rt::TokioExecutor;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use kiln_core::JobId;
+use kiln_proto::fleet::MACHINE_UPGRADE;
 use kiln_store::dial::Dial;
 use kiln_store::logs::{LogName, READ_MAX};
 use tokio::sync::Semaphore;
@@ -20,6 +21,7 @@ use tokio::sync::Semaphore;
 use super::routes;
 use crate::access::Authority;
 use crate::api::LogPiece;
+use crate::fleet::machines::{OPEN_TIMEOUT, Way};
 use crate::fleet::secrets::JOB_BYTES_MAX;
 use crate::fleet::who::now_unix_ms;
 use crate::state::Controller;
@@ -240,6 +242,41 @@ impl Client {
             answer.headers_mut().remove(name);
         }
         Ok(answer.map(Body::new))
+    }
+
+    /// A way to a kept machine.
+    pub(super) async fn way(
+        &self,
+        controller: &Controller,
+        url: &str,
+        job: &JobId,
+    ) -> Result<Way, PeerError> {
+        let lost = |source: Box<dyn std::error::Error + Send + Sync>| PeerError::Unreachable {
+            url: url.to_owned(),
+            source,
+        };
+        let access = &controller.access;
+        let token = access.issue_controller(controller.peers.id(), now_unix_ms())?;
+        let request = Request::get(format!("{url}/peer/v1/machines/{job}/way"))
+            .header(header::AUTHORIZATION, format!("Bearer {token}"))
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, MACHINE_UPGRADE)
+            .body(Empty::new())
+            .map_err(|error| lost(error.into()))?;
+        let opened = async {
+            let answer = self.pool.request(request).await;
+            let answer = answer.map_err(|error| lost(error.into()))?;
+            if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+                return Err(PeerError::Refused(answer.status()));
+            }
+            let upgraded = hyper::upgrade::on(answer).await;
+            upgraded
+                .map(TokioIo::new)
+                .map_err(|error| lost(error.into()))
+        };
+        let most = OPEN_TIMEOUT + ANSWER_TIMEOUT;
+        let opened = tokio::time::timeout(most, opened).await;
+        opened.unwrap_or_else(|late| Err(lost(late.into())))
     }
 
     async fn ask(

@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use kiln_core::{AttemptId, JobId};
-use kiln_db::DbError;
+use kiln_db::{DbError, Kept};
 use kiln_store::logs::LogName;
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +26,7 @@ use client::{Asked, Client};
 use mirror::Mirrors;
 
 use crate::api::LogPiece;
+use crate::fleet::machines::Way;
 use crate::fleet::who::now_unix_ms;
 use crate::state::Controller;
 
@@ -108,7 +109,8 @@ impl Peers {
         self.homes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn judge(&self, home: &str) -> Home {
+    /// Where the controller of this name is.
+    pub(crate) fn judge(&self, home: &str) -> Home {
         if home.is_empty() || home == self.id {
             return Home::Here;
         }
@@ -244,6 +246,12 @@ impl Controller {
             }
         }
         None
+    }
+
+    /// A way to a machine whose worker speaks to another controller.
+    pub(crate) async fn far_way(&self, url: &str, kept: &Kept) -> Result<Way, PeerError> {
+        let job = &kept.attempt.job;
+        self.peers.client.way(self, url, job).await
     }
 
     /// A secret that came with a job, from whichever controller took the job.

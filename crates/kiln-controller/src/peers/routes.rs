@@ -6,15 +6,18 @@ use std::time::Duration;
 use axum::extract::{FromRequestParts, Path, Query, State};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
-use axum::{Router, body::Body};
+use axum::{Extension, Router, body::Body};
 use futures_util::StreamExt as _;
 use http::request::Parts;
 use http::{StatusCode, header};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
 use kiln_core::{JobId, TenantName};
 use kiln_store::logs::{LogError, LogName, READ_MAX};
 use serde::Deserialize;
 
 use crate::access::Door;
+use crate::fleet::machines;
 use crate::fleet::refusal::Refused;
 use crate::fleet::reports;
 use crate::fleet::who::now_unix_ms;
@@ -35,6 +38,7 @@ pub fn router(controller: Controller) -> Router {
         .route("/peer/v1/logs/{tenant}/{job}/{attempt}", get(log))
         .route("/peer/v1/logs/{tenant}/{job}/{attempt}/end", post(end))
         .route("/peer/v1/secrets/{job}/{name}", get(secret))
+        .route("/peer/v1/machines/{job}/way", get(way))
         .with_state(controller)
 }
 
@@ -165,4 +169,34 @@ async fn secret(
         .and_then(|name| String::from_utf8(name).ok());
     let name = name.ok_or_else(missing)?;
     controller.secrets.get(&job, &name).ok_or_else(missing)
+}
+
+/// Opens a way to a machine whose worker speaks to this controller.
+async fn way(
+    State(controller): State<Controller>,
+    _: Peer,
+    Path(job): Path<String>,
+    upgrade: Option<Extension<OnUpgrade>>,
+) -> Result<Response, Refused> {
+    let missing = || Refused::missing("there is no way to such a machine here");
+    let Some(Extension(upgrade)) = upgrade else {
+        return Err(Refused::bad("a way to a machine is an upgraded connection"));
+    };
+    let job: JobId = job.parse().map_err(|_| missing())?;
+    let kept = controller.db.kept(&job).await?.ok_or_else(missing)?;
+    let mut near = controller
+        .near_way(&kept)
+        .await
+        .map_err(|why| Refused::unavailable(why.to_string()))?;
+    let closing = controller.closing().clone();
+    tokio::spawn(async move {
+        let Ok(upgraded) = upgrade.await else { return };
+        let mut far = TokioIo::new(upgraded);
+        // Whoever asked for it bounds it.
+        tokio::select! {
+            _ended = tokio::io::copy_bidirectional(&mut far, &mut near) => {}
+            () = closing.cancelled() => {}
+        }
+    });
+    Ok(machines::switching())
 }

@@ -173,6 +173,7 @@ impl Line {
         machines: u32,
     ) -> Result<HeartbeatAnswer, NoAnswer> {
         let beat = Heartbeat {
+            kept: Vec::new(),
             facts: facts(machines),
             held,
             draining: false,

@@ -15,6 +15,7 @@ const STEPS: &[&str] = &[
     include_str!("005-images.sql"),
     include_str!("006-secrets.sql"),
     include_str!("007-rules.sql"),
+    include_str!("008-kept.sql"),
 ];
 /// What PostgreSQL needs besides, step by step.
 const STEPS_POSTGRES: &[&str] = &[
@@ -25,10 +26,11 @@ const STEPS_POSTGRES: &[&str] = &[
     "",
     "",
     "",
+    "",
 ];
 
 /// The schema that this build writes.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;
 
 const _: () = assert!(STEPS.len() == VERSION as usize && STEPS_POSTGRES.len() == STEPS.len());
 

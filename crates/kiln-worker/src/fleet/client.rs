@@ -3,18 +3,19 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::CONTENT_TYPE;
+use http::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use kiln_core::{JobId, Lease, WorkerId};
 use kiln_proto::fleet::{
-    BODY_MAX, GENERATION, GENERATION_HEADER, LEASE_HEADER, LeaseHeader, Refusal, WORKER_HEADER,
+    BODY_MAX, GENERATION, GENERATION_HEADER, LEASE_HEADER, LeaseHeader, MACHINE_UPGRADE, Refusal,
+    WORKER_HEADER,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::http::{Body, Http, Target};
+use super::http::{Body, Http, Target, Upgraded};
 
 /// Longest wait for a short answer.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -160,6 +161,29 @@ impl Client {
             .await
             .unwrap_or(Err(LinkError::Timeout(timeout)))
             .map(drop)
+    }
+
+    /// Turns a connection into a way to a kept machine.
+    ///
+    /// # Errors
+    /// See [`LinkError`].
+    pub async fn upgrade(&self, path: &str) -> Result<Upgraded, LinkError> {
+        let request = Request::get(self.http.uri(path))
+            .header(CONNECTION, "upgrade")
+            .header(UPGRADE, MACHINE_UPGRADE)
+            .header(GENERATION_HEADER, GENERATION)
+            .header(WORKER_HEADER, self.worker.as_str())
+            .body(Full::default().map_err(|never| match never {}).boxed())
+            .map_err(|error| LinkError::Answer(error.to_string()))?;
+        let response = self.http.request(request).await;
+        let response = response.map_err(|error| LinkError::Unreachable(error.into()))?;
+        let status = response.status();
+        if status != StatusCode::SWITCHING_PROTOCOLS {
+            let bytes = read(response.into_body()).await.unwrap_or_default();
+            return Err(refusal(status, &bytes));
+        }
+        let upgraded = super::http::upgraded(response).await;
+        upgraded.map_err(|error| LinkError::Unreachable(error.into()))
     }
 
     async fn send(

@@ -22,6 +22,7 @@ use super::fence::Fence;
 use super::idle::{self, Recent};
 use super::job::{self, Stop, Workshop};
 use super::reconcile::{self, Reconciler};
+use super::staying::Staying;
 use crate::event::Events;
 use crate::host::{CPU_OVERCOMMIT_PERCENT, MEMORY_RESERVE, steady_unix_ms};
 
@@ -87,6 +88,8 @@ struct Daemon {
     busy: watch::Sender<usize>,
     /// Who built here last.
     recent: Mutex<Recent>,
+    /// Machines that stay when their jobs are over.
+    staying: Arc<Staying>,
 }
 
 /// Works for the controller until `stop`, or until the controller no longer knows this worker. Jobs that run then are lost for this worker and
@@ -113,6 +116,7 @@ pub async fn serve(
         silent: Notify::new(),
         busy: watch::Sender::new(0),
         recent: Mutex::default(),
+        staying: Arc::default(),
     });
     if !daemon.offer.own {
         let released = tokio::select! {
@@ -127,6 +131,8 @@ pub async fn serve(
         never = daemon.fence() => match never {},
         never = daemon.reconcile() => match never {},
         never = daemon.idle() => match never {},
+        () = daemon.staying.watch() => Ok(()),
+        () = daemon.staying.calls(&daemon.shop) => Ok(()),
         ended = daemon.polls(&mut jobs) => Err(ended),
         () = stop.cancelled() => Ok(()),
     };
@@ -139,6 +145,7 @@ pub async fn serve(
         tracing::warn!("machines did not end in time; the next kiln command removes them");
     }
     jobs.shutdown().await;
+    daemon.staying.end_all().await;
     if ended.is_ok() {
         // Without this the controller would wait for the silence to become long.
         let leave = Release { leaving: true };
@@ -220,7 +227,8 @@ impl Daemon {
                     .running
                     .iter()
                     .filter(|(_, running)| !running.stop.fenced.is_cancelled());
-                live.map(|(attempt, _)| attempt.clone()).collect()
+                let live: BTreeSet<_> = live.map(|(attempt, _)| attempt.clone()).collect();
+                &live | &self.staying.attempts()
             };
             let found = reconciler.look(&self.shop.host, &held).await;
             self.lock().orphans += found.orphans();
@@ -233,6 +241,7 @@ impl Daemon {
         if let Some(running) = state.running.get(attempt) {
             tracing::warn!(%attempt, why, "the lease is over: its machine is destroyed");
             running.stop.fenced.cancel();
+            self.staying.lost(attempt);
             let gone = (attempt.clone(), running.lease.epoch);
             if state.destroyed.len() >= DESTROYED_MAX {
                 // Ids sort by time: the oldest goes.
@@ -313,7 +322,9 @@ impl Daemon {
             (state.fence.held(), state.orphans)
         };
         let named = held.iter().map(held_lease).collect();
+        let kept = self.staying.held();
         let message = Heartbeat {
+            kept: kept.iter().map(held_lease).collect(),
             facts: self.offer.facts.clone(),
             held: named,
             draining: !self.offer.takes_jobs,
@@ -333,6 +344,8 @@ impl Daemon {
         let own = answer.own.iter().map(String::as_str);
         let own = own.take(OWN_PLACES_MAX).chain(self.shop.client.host());
         OwnPlaces::of_process().set("controller", own);
+        self.staying
+            .answered(&kept, answer.kept, sent_ms, answer.ttl_ms);
         let ttl_ms = self.ttl_ms(answer.ttl_ms);
         let mut state = self.lock();
         state.orphans = state.orphans.saturating_sub(orphans);
@@ -474,7 +487,7 @@ impl Daemon {
             };
             runtime.block_on(async {
                 tokio::select! {
-                    () = confirmed.cancelled() => job::run(&daemon.shop, leased, stop).await,
+                    () = confirmed.cancelled() => job::run(&daemon.shop, &daemon.staying, leased, stop).await,
                     () = stop.fenced.cancelled() => {}
                 }
             });

@@ -57,6 +57,17 @@ pub type Body = BoxBody<Bytes, std::io::Error>;
 /// Why a request was not answered.
 pub use hyper_util::client::legacy::Error as HttpError;
 
+/// A connection after the answer 101 (RFC 9110 §7.8).
+pub type Upgraded = TokioIo<hyper::upgrade::Upgraded>;
+
+/// The connection of such an answer.
+///
+/// # Errors
+/// When it broke.
+pub async fn upgraded(response: Response<Incoming>) -> Result<Upgraded, hyper::Error> {
+    hyper::upgrade::on(response).await.map(TokioIo::new)
+}
+
 /// A pool of connections to one controller. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Http {

@@ -27,6 +27,7 @@ use super::mask::Mask;
 use super::report::{Reporter, Spans, To, retried};
 use super::spans::AttemptSpans;
 use super::spool::Spool;
+use super::staying::Staying;
 use crate::build::{self, BuildEnd, BuildInput, BuildReport};
 use crate::checkout::CheckoutDir;
 use crate::container;
@@ -34,7 +35,7 @@ use crate::event::{Event, Events};
 use crate::failure::Failure;
 use crate::host::Host;
 use crate::joblog::JobLog;
-use crate::kept::Handover;
+use crate::kept::{Handover, Keep, STAYS_MAX};
 use crate::measured::{Measured, add};
 use crate::prepare::{self, Prepared, Wishes};
 use crate::registry::RegistryAccess;
@@ -145,13 +146,14 @@ pub struct Stop {
 }
 
 /// Runs one lease to its end and tells the controller. Nothing is left of it on this host but what it published.
-pub async fn run(shop: &Workshop, leased: Leased, stop: Stop) {
+pub(super) async fn run(shop: &Arc<Workshop>, staying: &Arc<Staying>, leased: Leased, stop: Stop) {
     let (traceparent, id) = (leased.traceparent.as_deref(), &leased.lease.attempt);
     let spans = AttemptSpans::begin(&shop.tracer, traceparent, id);
     let context = spans.context();
     let spans = Arc::new(Mutex::new(spans));
     let log = context.map_or_else(tracing::Span::none, |context| context.phase_span("attempt"));
-    let work = attempt(shop, leased, stop.clone(), Arc::clone(&spans)).instrument(log);
+    let here = (shop, staying);
+    let work = attempt(here, leased, stop.clone(), Arc::clone(&spans)).instrument(log);
     tokio::select! {
         () = work => {}
         // Dropped, the work destroys its machine.
@@ -163,7 +165,12 @@ fn lock(spans: &Mutex<AttemptSpans>) -> MutexGuard<'_, AttemptSpans> {
     spans.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn attempt(shop: &Workshop, leased: Leased, stop: Stop, spans: Spans) {
+async fn attempt(
+    (shop, staying): (&Arc<Workshop>, &Arc<Staying>),
+    leased: Leased,
+    stop: Stop,
+    spans: Spans,
+) {
     let Leased {
         lease, mut request, ..
     } = leased;
@@ -209,6 +216,7 @@ async fn attempt(shop: &Workshop, leased: Leased, stop: Stop, spans: Spans) {
     );
     let work = Work {
         shop,
+        staying,
         to: &to,
         lease: &lease,
         events: &events,
@@ -357,7 +365,8 @@ async fn secrets(
 
 /// What an attempt works with.
 pub(super) struct Work<'a> {
-    pub(super) shop: &'a Workshop,
+    pub(super) shop: &'a Arc<Workshop>,
+    staying: &'a Arc<Staying>,
     to: &'a To,
     pub(super) lease: &'a Lease,
     pub(super) events: &'a Events,
@@ -559,7 +568,15 @@ impl Work<'_> {
                 Some(made.map_err(|error| Failure::infrastructure(&error))?)
             }
         };
-        let local = local.unwrap_or_else(nobody_watches);
+        // A command's own machine is kept by that command.
+        let keeps = local.is_none().then_some(command.keep).flatten();
+        let mut local = local.unwrap_or_else(nobody_watches);
+        if let Some(keep) = keeps {
+            local.keep = Some(Keep {
+                stays: Duration::from_millis(keep.stays_ms).min(STAYS_MAX),
+                on_failure_only: keep.on_failure_only,
+            });
+        }
         let tenant = &request.tenant.clone();
         let input = RunInput {
             request,
@@ -582,6 +599,14 @@ impl Work<'_> {
         };
         let lease = self.lease.clone();
         let mut end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;
+        if let Some(handover) = end.kept.take_if(|_| keeps.is_some()) {
+            // At once: it has no owner.
+            let stayed = self.staying.stay(shop, self.to, handover).await;
+            if let Err(failure) = stayed {
+                let text = format!("the machine does not stay: {failure}");
+                self.events.warn(text).await;
+            }
+        }
         let files = std::mem::take(&mut end.artifacts);
         let since = std::time::Instant::now();
         let sent = artifacts::send(self.to, &files, self.events).await;

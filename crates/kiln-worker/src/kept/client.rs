@@ -1,14 +1,15 @@
 //! Who asks a keeper: the commands of the machine's owner.
 
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
+use futures_util::future::BoxFuture;
 use kiln_proto::codec;
 use kiln_proto::msg::Exit;
 use kiln_store::private_socket;
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -40,6 +41,9 @@ pub enum AskError {
         #[source]
         source: io::Error,
     },
+    /// The controller between does not lead there.
+    #[error("{0}")]
+    NoWay(Box<dyn std::error::Error + Send + Sync>),
     /// It refused.
     #[error(transparent)]
     Refused(#[from] Refused),
@@ -56,14 +60,54 @@ pub enum AskError {
     Command(#[from] CallError),
 }
 
+/// A connection to a keeper.
+pub trait Line: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Line for T {}
+
+/// How a keeper is reached: by its socket on this host, or through a controller.
+pub trait Reach: Send + Sync {
+    /// The machine's id, for messages.
+    fn id(&self) -> &str;
+
+    /// Connects, for one question. Nothing of the question is sent yet.
+    fn dial<'a>(&'a self, ask: &'a Ask) -> BoxFuture<'a, Result<Box<dyn Line>, AskError>>;
+}
+
+/// A keeper on this host.
+#[derive(Clone, Debug)]
+pub struct Near {
+    /// The home that its machine lies in.
+    pub home: PathBuf,
+    /// The machine.
+    pub facts: Facts,
+}
+
+impl Reach for Near {
+    fn id(&self) -> &str {
+        self.facts.id()
+    }
+
+    fn dial<'a>(&'a self, _: &'a Ask) -> BoxFuture<'a, Result<Box<dyn Line>, AskError>> {
+        Box::pin(async move {
+            let socket = socket_of(&self.home, &self.facts.machine.machine);
+            let stream = private_socket::connect(&socket).await;
+            let stream = stream.map_err(|source| AskError::Gone {
+                id: self.id().to_owned(),
+                source,
+            })?;
+            Ok(Box::new(stream) as Box<dyn Line>)
+        })
+    }
+}
+
 /// Asks; gives the answer, and the connection for what follows it.
 ///
 /// # Errors
 /// [`AskError`].
-pub async fn ask(home: &Path, facts: &Facts, ask: &Ask) -> Result<(Reply, UnixStream), AskError> {
-    let id = || facts.id().to_owned();
-    let connected = private_socket::connect(&socket_of(home, &facts.machine.machine)).await;
-    let mut stream = connected.map_err(|source| AskError::Gone { id: id(), source })?;
+pub async fn ask(reach: &dyn Reach, ask: &Ask) -> Result<(Reply, Box<dyn Line>), AskError> {
+    let id = || reach.id().to_owned();
+    let mut stream = reach.dial(ask).await?;
     let ended = |why: String| AskError::Ended { id: id(), why };
     let sent = codec::write_msg(&mut stream, ask).await;
     let answered = async {
@@ -88,8 +132,8 @@ pub async fn ask(home: &Path, facts: &Facts, ask: &Ask) -> Result<(Reply, UnixSt
 ///
 /// # Errors
 /// [`AskError`].
-pub async fn answer(home: &Path, facts: &Facts, what: &Ask) -> Result<Reply, AskError> {
-    Ok(ask(home, facts, what).await?.0)
+pub async fn answer(reach: &dyn Reach, what: &Ask) -> Result<Reply, AskError> {
+    Ok(ask(reach, what).await?.0)
 }
 
 /// Runs a command to its end. A cancel interrupts it, tells it to end soon after, and lets go of it then: its keeper ends it.
@@ -97,13 +141,12 @@ pub async fn answer(home: &Path, facts: &Facts, what: &Ask) -> Result<Reply, Ask
 /// # Errors
 /// [`AskError`]; a program that does not exist is a [`CallError::Refused`].
 pub async fn exec(
-    home: &Path,
-    facts: &Facts,
+    reach: &dyn Reach,
     command: ExecAsk,
     io: ExecIo<'_>,
     cancel: &CancellationToken,
 ) -> Result<Option<Exit>, AskError> {
-    let (_begins, stream) = ask(home, facts, &Ask::Exec(command)).await?;
+    let (_begins, stream) = ask(reach, &Ask::Exec(command)).await?;
     let ExecIo {
         stdin,
         output,
@@ -141,11 +184,11 @@ pub async fn exec(
 ///
 /// # Errors
 /// [`AskError`], before anything of the tree came.
-pub async fn tree(home: &Path, facts: &Facts, path: &str) -> Result<TreeReader, AskError> {
+pub async fn tree(reach: &dyn Reach, path: &str) -> Result<TreeReader, AskError> {
     let wanted = Ask::Tree {
         path: path.to_owned(),
     };
-    let (_begins, mut stream) = ask(home, facts, &wanted).await?;
+    let (_begins, mut stream) = ask(reach, &wanted).await?;
     let (sender, pieces) = mpsc::channel(PIECES);
     tokio::spawn(async move {
         loop {

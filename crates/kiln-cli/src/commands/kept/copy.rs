@@ -3,18 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use kiln_core::FailureClass;
-use kiln_worker::home::Home;
 use kiln_worker::kept::ask::{Ask, ExecAsk, Reply};
+use kiln_worker::kept::client;
 use kiln_worker::kept::copy::{Copied, CopyError, TAKE_IN, give, place, take_out};
-use kiln_worker::kept::{Facts, client};
 use kiln_worker::orders::ExecIo;
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio_util::io::SyncIoBridge;
 use tokio_util::sync::CancellationToken;
 
-use super::{ask, find, home, refused, surprised};
-use crate::args::CpArgs;
+use super::{Machine, ask, refused, surprised};
+use crate::args::{CpArgs, ServerArgs};
 use crate::commands::table::counted;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
 use crate::show::{Screen, ShownPath as _};
@@ -44,20 +43,20 @@ fn side(word: &str) -> Side {
 
 pub(in crate::commands) async fn run(
     args: CpArgs,
+    said: &ServerArgs,
     screen: Screen,
     cancel: CancellationToken,
 ) -> Result<u8> {
-    let home = home()?;
     let copy = async {
         match (side(&args.source), side(&args.dest)) {
             (Side::There { id, path }, Side::Here(dest)) => {
-                let facts = find(&home, &id).await?;
-                out(&home, &facts, &path, &dest, screen).await
+                let machine = Machine::named(said, &id).await?;
+                out(&machine, &path, &dest, screen).await
             }
             (Side::Here(source), Side::There { id, path }) => {
-                let facts = find(&home, &id).await?;
-                into(&home, &facts, &source, &path, &cancel).await?;
-                screen.data(&json!({ "id": facts.id(), "path": path }), String::new);
+                let machine = Machine::named(said, &id).await?;
+                into(&machine, &source, &path, &cancel).await?;
+                screen.data(&json!({ "id": machine.id(), "path": path }), String::new);
                 Ok(())
             }
             _ => Err(
@@ -88,19 +87,17 @@ fn name_of(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or_default()
 }
 
-async fn out(home: &Home, facts: &Facts, path: &str, dest: &Path, screen: Screen) -> Result<()> {
+async fn out(machine: &Machine, path: &str, dest: &Path, screen: Screen) -> Result<()> {
     let name = name_of(path).to_owned();
     let target = place(dest, &name).map_err(|error| failed(&error))?;
     // Only a folder has a `.` in it: what is none is asked for once more, as the file it may be.
     let folder = format!("{}/.", path.trim_end_matches('/'));
-    let mut reader = client::tree(&home.data, facts, &folder)
+    let mut reader = client::tree(machine.reach(), &folder)
         .await
         .map_err(refused)?;
     let mut file = None;
     if reader.begin().await.is_err() {
-        reader = client::tree(&home.data, facts, path)
-            .await
-            .map_err(refused)?;
+        reader = client::tree(machine.reach(), path).await.map_err(refused)?;
         let began = reader.begin().await;
         began.map_err(|error| failed(&CopyError::Machine(error.to_string())))?;
         file = Some(name);
@@ -128,8 +125,7 @@ async fn out(home: &Home, facts: &Facts, path: &str, dest: &Path, screen: Screen
 }
 
 async fn into(
-    home: &Home,
-    facts: &Facts,
+    machine: &Machine,
     source: &Path,
     path: &str,
     cancel: &CancellationToken,
@@ -142,7 +138,7 @@ async fn into(
         .file_name()
         .map(|name| name.to_string_lossy().into_owned());
     let name = name.ok_or_else(|| CliError::usage("the root of this host is no source"))?;
-    let Reply::Shown(status) = ask(home, facts, &Ask::Show).await? else {
+    let Reply::Shown(status) = ask(machine.reach(), &Ask::Show).await? else {
         return Err(surprised());
     };
     let words = [
@@ -177,7 +173,7 @@ async fn into(
         }
         String::from_utf8_lossy(&words).trim().to_owned()
     };
-    let exec = client::exec(&home.data, facts, command, io, cancel);
+    let exec = client::exec(machine.reach(), command, io, cancel);
     let (exit, words) = tokio::join!(exec, words);
     let given = giving.await.or_infrastructure()?;
     match exit.map_err(refused)? {

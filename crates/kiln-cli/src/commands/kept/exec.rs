@@ -3,17 +3,16 @@
 use std::io::{self, IsTerminal as _};
 
 use kiln_core::FailureClass;
-use kiln_worker::home::Home;
 use kiln_worker::kept::ask::ExecAsk;
-use kiln_worker::kept::{Facts, client};
+use kiln_worker::kept::client;
 use kiln_worker::orders::{Control, ExecIo};
 use kiln_worker::run::exit_code;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{find, home, refused};
-use crate::args::{ConsoleArgs, ExecArgs};
+use super::{Machine, refused};
+use crate::args::{ConsoleArgs, ExecArgs, ServerArgs};
 use crate::commands::source;
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
@@ -37,12 +36,12 @@ const SHELL: [&str; 3] = [
 /// `kiln exec`.
 pub(in crate::commands) async fn run(
     args: ExecArgs,
+    said: &ServerArgs,
     _screen: Screen,
     cancel: CancellationToken,
 ) -> Result<u8> {
-    let home = home()?;
     let env = source::pairs(&args.env, "--env")?;
-    let facts = find(&home, &args.id).await?;
+    let machine = Machine::named(said, &args.id).await?;
     let tty = args.tty.then(|| terminal::size().unwrap_or(USUAL_SIZE));
     let ask = ExecAsk {
         argv: args.command,
@@ -52,21 +51,20 @@ pub(in crate::commands) async fn run(
         tty,
         in_machine: false,
     };
-    attach(&home, &facts, ask, None, &cancel).await
+    attach(&machine, ask, None, &cancel).await
 }
 
 /// `kiln console`.
 pub(in crate::commands) async fn console(
     args: ConsoleArgs,
+    said: &ServerArgs,
     screen: Screen,
     cancel: CancellationToken,
 ) -> Result<u8> {
-    let home = home()?;
     let env = source::pairs(&args.env, "--env")?;
-    let facts = find(&home, &args.id).await?;
+    let machine = Machine::named(said, &args.id).await?;
     stand_in(
-        &home,
-        &facts,
+        &machine,
         (args.command, env.into_iter().collect()),
         screen,
         &cancel,
@@ -79,8 +77,7 @@ pub(in crate::commands) async fn console(
 /// # Errors
 /// When there is no terminal, or what the keeper says.
 pub(in crate::commands) async fn stand_in(
-    home: &Home,
-    facts: &Facts,
+    machine: &Machine,
     (command, env): (Vec<String>, Vec<(String, String)>),
     screen: Screen,
     cancel: &CancellationToken,
@@ -89,7 +86,7 @@ pub(in crate::commands) async fn stand_in(
         return Err(
             CliError::usage("a console needs a terminal on both ends").hint(format!(
                 "kiln exec {} -- COMMAND runs a command without one",
-                facts.id()
+                machine.id()
             )),
         );
     }
@@ -99,7 +96,7 @@ pub(in crate::commands) async fn stand_in(
     };
     screen.note(&format!(
         "in {}; Ctrl-] twice leaves, and ends what runs here",
-        facts.machine.machine
+        machine.shown()
     ));
     let ask = ExecAsk {
         argv,
@@ -109,17 +106,16 @@ pub(in crate::commands) async fn stand_in(
         ..ExecAsk::default()
     };
     let left = CancellationToken::new();
-    let code = attach(home, facts, ask, Some(&left), cancel).await?;
+    let code = attach(machine, ask, Some(&left), cancel).await?;
     if left.is_cancelled() {
-        screen.note(&format!("left {}", facts.machine.machine));
+        screen.note(&format!("left {}", machine.shown()));
     }
     Ok(code)
 }
 
 /// Runs a command with this process's streams. With `left`, two [`LEAVE`] in a row leave it.
 async fn attach(
-    home: &Home,
-    facts: &Facts,
+    machine: &Machine,
     ask: ExecAsk,
     left: Option<&CancellationToken>,
     cancel: &CancellationToken,
@@ -152,7 +148,7 @@ async fn attach(
         }
     };
     let ended = tokio::select! {
-        ended = client::exec(&home.data, facts, ask, io, &stop) => ended.map_err(refused),
+        ended = client::exec(machine.reach(), ask, io, &stop) => ended.map_err(refused),
         // Dropped, the keeper ends the command.
         () = leaves => Ok(None),
     };

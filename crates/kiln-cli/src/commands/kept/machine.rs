@@ -10,12 +10,13 @@ use kiln_core::{ByteSize, FailureClass};
 use kiln_worker::home::Home;
 use kiln_worker::host::now_unix_ms;
 use kiln_worker::kept::ask::{Ask, Reply, Status, Used};
+use kiln_worker::kept::client::Near;
 use kiln_worker::kept::{self, Facts, LOG_FILE};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::{ask, find, home, reap, surprised};
+use super::{ask, find, home, machine_server, reap, surprised};
 use crate::args::{MachineCommand, ServerArgs};
 use crate::commands::home_queue;
 use crate::commands::table::{self, Table, left, right, wide};
@@ -32,9 +33,13 @@ const JOB_LOG_BYTES_MAX: u64 = 256 << 20;
 
 pub(in crate::commands) async fn run(
     verb: MachineCommand,
+    said: &ServerArgs,
     screen: Screen,
     cancel: CancellationToken,
 ) -> Result<u8> {
+    if let Some(server) = crate::server::configured(said)? {
+        return machine_server::run(&server, verb, screen).await;
+    }
     let home = home()?;
     match verb {
         MachineCommand::List => list(&home, screen).await,
@@ -132,7 +137,7 @@ fn table(all: &[Facts], now: u64, width: Option<usize>) -> String {
 
 async fn show(home: &Home, id: &str, screen: Screen) -> Result<u8> {
     let facts = find(home, id).await?;
-    let Reply::Shown(status) = ask(home, &facts, &Ask::Show).await? else {
+    let Reply::Shown(status) = ask(&near(home, &facts), &Ask::Show).await? else {
         return Err(surprised());
     };
     let shown = Line {
@@ -180,6 +185,13 @@ fn facts_of(status: &Status, now: u64) -> String {
     lines.render()
 }
 
+fn near(home: &Home, facts: &Facts) -> Near {
+    Near {
+        home: home.data.clone(),
+        facts: facts.clone(),
+    }
+}
+
 /// Ends machines one after another; what failed is told at the end.
 async fn end(home: &Home, all: Vec<Facts>, how: &Ask, screen: Screen) -> Result<u8> {
     let mut failed = None;
@@ -209,7 +221,7 @@ type Incident = Option<std::path::PathBuf>;
 
 /// Ends one. A keeper that does not answer is killed, and its machine reaped.
 async fn gone(home: &Home, facts: &Facts, how: &Ask) -> Result<Incident> {
-    match ask(home, facts, how).await {
+    match ask(&near(home, facts), how).await {
         Ok(Reply::Gone { leaks, incident }) => match leaks.first() {
             None => Ok(incident),
             Some(leak) => Err(CliError::new(
@@ -218,7 +230,10 @@ async fn gone(home: &Home, facts: &Facts, how: &Ask) -> Result<Incident> {
             )),
         },
         Ok(_) => Err(surprised()),
-        Err(error) if error.class == FailureClass::Infrastructure => {
+        // A worker's own process is not killed for one machine: `kiln machine rm --server` has the controller tell it.
+        Err(error)
+            if error.class == FailureClass::Infrastructure && facts.machine.worker.is_none() =>
+        {
             kill_keeper(home, facts)?;
             reap(home).await?;
             match kept::find(&home.data, facts.machine.machine.as_str()) {
@@ -252,7 +267,7 @@ async fn logs(home: &Home, id: &str, keeper: bool, screen: Screen) -> Result<u8>
         screen.text(&crate::show::printable(&text));
         return Ok(0);
     }
-    let Reply::Text { text } = ask(home, &facts, &Ask::Console).await? else {
+    let Reply::Text { text } = ask(&near(home, &facts), &Ask::Console).await? else {
         return Err(surprised());
     };
     screen.data(&json!({ "console": text }), || {
@@ -263,7 +278,7 @@ async fn logs(home: &Home, id: &str, keeper: bool, screen: Screen) -> Result<u8>
 
 async fn stats(home: &Home, id: &str, screen: Screen) -> Result<u8> {
     let facts = find(home, id).await?;
-    let Reply::Used(used) = ask(home, &facts, &Ask::Stats).await? else {
+    let Reply::Used(used) = ask(&near(home, &facts), &Ask::Stats).await? else {
         return Err(surprised());
     };
     screen.data(&used, || used_of(&used));

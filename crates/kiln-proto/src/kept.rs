@@ -1,17 +1,19 @@
-//! What is said on a keeper's socket: one connection per question. Same program on both ends, but not always the same version.
+//! Machines that are kept: what is known of one, and what is said on its keeper's socket, one connection per question. Same program on both ends,
+//! but not always the same version. Between a person and a machine that a worker keeps lies a controller: it reads the question, whether that person
+//! may ask it, and passes everything else on.
 //!
 //! ```text
 //! asker:  Ask (message)                      keeper:  Answer (message)
 //! after Begins, by kind of question:
-//!   exec     chunks of `kiln_proto::msg::chunk`, both ways, as the guest and a host exchange them
+//!   exec     chunks of [`crate::msg::chunk`], both ways, as the guest and a host exchange them
 //!   tree     keeper to asker: chunks DATA, then one END or FAILED
 //!   forward  raw bytes, both ways, each direction to its own end
 //! ```
 
-use kiln_proto::msg::{MachineStats, TtySize};
+use kiln_core::{ByteSize, ImageRef, JobId, MachineName, NetworkPolicy, TenantName, WorkerId};
 use serde::{Deserialize, Serialize};
 
-use super::Facts;
+use crate::msg::{MachineStats, TtySize};
 
 /// Most bytes of a question or an answer.
 pub const MESSAGE_BYTES_MAX: usize = 512 * 1024;
@@ -143,17 +145,88 @@ pub struct Refused {
 }
 
 impl Refused {
-    pub(crate) fn usage(message: impl Into<String>) -> Self {
+    /// The question was wrong.
+    #[must_use]
+    pub fn usage(message: impl Into<String>) -> Self {
         Self {
             message: message.into(),
             usage: true,
         }
     }
 
-    pub(crate) fn failed(message: impl Into<String>) -> Self {
+    /// Something failed.
+    #[must_use]
+    pub fn failed(message: impl Into<String>) -> Self {
         Self {
             message: message.into(),
             usage: false,
         }
+    }
+}
+
+/// What a keeper has to know of a machine whose command is over. Holds no secret: what the command was given by `-e` is not in it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Handover {
+    /// Version of this.
+    pub schema: u32,
+    /// The machine.
+    pub machine: MachineName,
+    /// The job that it was made for.
+    pub job: JobId,
+    /// Whose it is.
+    pub tenant: TenantName,
+    /// The image it runs, if it does.
+    pub image: Option<ImageRef>,
+    /// The command line; empty when there was none, or the image's own.
+    pub command: Vec<String>,
+    /// How the command ended, for a person.
+    pub ended: String,
+    /// Its exit code, as a shell has it.
+    pub exit_code: Option<i32>,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory.
+    pub memory: ByteSize,
+    /// What it may reach, as before.
+    pub network: NetworkPolicy,
+    /// Bytes a second, out and in; none means no bound.
+    pub bytes_out_and_in_per_second: [Option<std::num::NonZeroU64>; 2],
+    /// Connections at once; none means the gateway's own bound.
+    pub connections_max: Option<u32>,
+    /// The program that runs containers in the machine, when it runs an image.
+    pub runc: Option<String>,
+    /// Where its command began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
+    /// Milliseconds for which it stays.
+    pub stays_ms: u64,
+    /// The worker that keeps it, in its own process: it is not ended by ending its keeper. None: a keeper of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<WorkerId>,
+}
+
+/// What is known of a kept machine.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Facts {
+    /// What it was when its command ended.
+    #[serde(flatten)]
+    pub machine: Handover,
+    /// The user who owns it.
+    pub uid: u32,
+    /// Its keeper.
+    pub pid: u32,
+    /// The keeper's version.
+    pub version: String,
+    /// Since when it is kept, milliseconds since the Unix epoch.
+    pub since_unix_ms: u64,
+    /// Until when, milliseconds since the Unix epoch. The time that is left is measured on the host's boot clock.
+    pub until_unix_ms: u64,
+}
+
+impl Facts {
+    /// The short name by which people call it: its job's.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        self.machine.job.as_str()
     }
 }

@@ -1,0 +1,92 @@
+//! Kept machines through `kiln serve` with a worker: real machines, the command's own verbs, a terminal.
+
+use std::fs;
+
+use crate::annex::Annex;
+use crate::kept::{kept, typed};
+use crate::serve::serve;
+use crate::support::{app, free_port, path, until};
+
+#[test]
+fn a_servers_machine_is_entered_copied_from_stood_in_and_ended() {
+    let Some(mut kiln) = Annex::open() else {
+        return;
+    };
+    kiln.own_registry();
+    let port = free_port();
+    let (server, at) = serve(&kiln, port);
+    let on = |args: &[&str]| kiln.run(&[&["--server", at.as_str()], args].concat());
+    let options = [
+        "--server",
+        &at,
+        "--keep=10m",
+        "--no-source",
+        "--cpus",
+        "1",
+        "--memory",
+        "512M",
+    ];
+    let id = kept(
+        &kiln,
+        3,
+        &options,
+        &["sh", "-c", "echo hi > /root/f; exit 3"],
+    );
+    let listed = on(&["machine", "list"]).exits(0);
+    assert!(
+        listed.out.contains(&id) && listed.out.contains("echo hi"),
+        "{listed:?}"
+    );
+    let words = [
+        "exec",
+        &id[..14],
+        "-e",
+        "A=b",
+        "--",
+        "sh",
+        "-c",
+        "cat /root/f; echo $A >&2; exit 7",
+    ];
+    let said = on(&words).exits(7);
+    assert_eq!((said.out.as_str(), said.err.as_str()), ("hi\n", "b\n"));
+    on(&["exec", &id, "--", "no-such-program"]).exits(127);
+    on(&["exec", "r0nobody", "--", "true"])
+        .exits(2)
+        .says("r0nobody");
+    let here = app(&[("src/a/file", "into")]);
+    let there = |path: &str| format!("{id}:{path}");
+    on(&["cp", path(&here.path().join("src")), &there("/root/")]).exits(0);
+    let copied = here.path().join("copied");
+    on(&["cp", &there("/root/src/a/file"), path(&copied)]).exits(0);
+    assert_eq!(fs::read_to_string(&copied).expect("reads"), "into");
+    let shown = on(&["machine", "show", &id]).exits(0);
+    assert!(
+        shown.out.contains("worker") && shown.out.contains("left)"),
+        "{shown:?}"
+    );
+    on(&["machine", "stats", &id]).exits(0).says("memory");
+    let program = format!("{} --server {at}", path(&kiln.program));
+    let console = format!("{program} console {id} -- sh -i");
+    let keys = [
+        ("# ", "stty size\r"),
+        ("33 101", "echo $((6 * 7))\r"),
+        ("42", "exit 6\r"),
+    ];
+    let (code, all) = typed(&kiln, &console, &keys, || {});
+    assert!(code == 6 && all.contains(" icanon"), "{code} {all}");
+    on(&["machine", "rm", &id]).exits(0);
+    until("its end", || kiln.vmms().is_empty().then_some(()));
+    let left = on(&["machine", "list", "--json"]).exits(0);
+    assert!(left.out.is_empty(), "{left:?}");
+
+    // Where a command failed, its user stands in its machine; then it is gone.
+    let failing = "run --no-source --shell-on-failure --cpus 1 --memory 512M -- sh -c 'echo left-behind > /root/f; exit 5'";
+    for words in [failing, "job retry --shell"] {
+        let words = format!("{program} {words}");
+        let (code, all) = typed(&kiln, &words, &[("Ctrl-]", "cat /root/f; exit\r")], || {});
+        assert!(code == 5 && all.contains("left-behind"), "{code} {all}");
+    }
+    until("its end", || kiln.vmms().is_empty().then_some(()));
+    server.signal("INT");
+    server.end().exits(0);
+}

@@ -1,0 +1,246 @@
+//! `GET /v1/machines/{id}/ways/{verb}`: a connection into a kept machine, for one command, copy or port.
+//!
+//! The person's connection and the one that the worker opens for it are joined, byte for byte, after the first message was read and judged: the role
+//! decides on the verb, so nobody asks for another thing than that. While both are open, the person's proof, the machine's row and the time without
+//! a byte are looked at again and again, and each of them ends both.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use axum::Extension;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, State};
+use axum::response::Response;
+use http::StatusCode;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use kiln_core::Action;
+use kiln_db::Kept;
+use kiln_proto::codec;
+use kiln_proto::fleet::MACHINE_UPGRADE;
+use kiln_proto::kept::{Answer, Ask, MESSAGE_BYTES_MAX, Refused};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::time::Instant;
+
+use super::Api;
+use super::caller::Caller;
+use super::limits::Slot;
+use super::machines::no_way;
+use super::problem::{Problem, ProblemBody};
+use crate::fleet::machines::{Way, switching};
+
+/// How long a person's question may take to arrive.
+const ASK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes on their way in one direction. Who does not read holds up who sends: nothing else is kept.
+const BUFFER: usize = 64 * 1024;
+
+/// What a way is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Verb {
+    Exec,
+    Tree,
+    Forward,
+    Show,
+}
+
+impl Verb {
+    fn named(text: &str) -> Option<Self> {
+        match text {
+            "exec" => Some(Self::Exec),
+            "tree" => Some(Self::Tree),
+            "forward" => Some(Self::Forward),
+            "show" => Some(Self::Show),
+            _ => None,
+        }
+    }
+
+    /// Whether this question is what the way is for.
+    fn asks(self, ask: &Ask) -> bool {
+        matches!(
+            (self, ask),
+            (Self::Exec, Ask::Exec(_))
+                | (Self::Tree, Ask::Tree { .. })
+                | (Self::Forward, Ask::Forward { .. })
+                | (Self::Show, Ask::Show)
+        )
+    }
+}
+
+/// Opens a connection into a kept machine (HTTP/1.1 `Upgrade: kiln-machine`). What is said on it afterwards is the protocol of kiln's own commands.
+#[utoipa::path(
+    get, path = "/v1/machines/{id}/ways/{verb}", tag = "machines",
+    params(
+        ("id" = String, Path),
+        ("verb" = String, Path, description = "`exec`: a command; `tree`: a file or folder of it; `forward`: a port of it; `show`: how it stands."),
+        ("Upgrade" = String, Header, description = "`kiln-machine`"),
+    ),
+    responses(
+        (status = 101, description = "The connection is a way into the machine from here on"),
+        (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
+        (status = "5XX", description = "Not now", body = ProblemBody, content_type = "application/problem+json"),
+    )
+)]
+pub(crate) async fn open(
+    State(api): State<Arc<Api>>,
+    caller: Caller,
+    path: Result<Path<(String, String)>, PathRejection>,
+    upgrade: Option<Extension<OnUpgrade>>,
+) -> Result<Response, Problem> {
+    let Path((id, verb)) = path.map_err(|_| Problem::not_found("thing", "of this name"))?;
+    let verb = Verb::named(&verb).ok_or_else(|| Problem::not_found("way", &verb))?;
+    let kept = caller.machine(&api, &id, Action::MachineUse).await?;
+    let Some(Extension(upgrade)) = upgrade else {
+        return Err(Problem::new(
+            StatusCode::UPGRADE_REQUIRED,
+            "upgrade",
+            format!("a way into a machine is an upgraded connection: `Upgrade: {MACHINE_UPGRADE}`"),
+        ));
+    };
+    let Some(slot) = api.machine_ways.take(&id) else {
+        let most = api.config.kept.ways_max;
+        return Err(Problem::too_many(
+            "machine_ways",
+            format!("{most} commands, copies and connections use this machine already"),
+        ));
+    };
+    let way = api.backend().way_to(&kept).await.map_err(no_way)?;
+    let joined = Joined {
+        api,
+        caller,
+        kept,
+        verb,
+        began: Instant::now(),
+        moved_ms: AtomicU64::new(0),
+        _slot: slot,
+    };
+    tokio::spawn(joined.run(upgrade, way));
+    Ok(switching())
+}
+
+struct Joined {
+    api: Arc<Api>,
+    caller: Caller,
+    kept: Kept,
+    verb: Verb,
+    began: Instant,
+    /// When a byte went either way, milliseconds from `began`.
+    moved_ms: AtomicU64,
+    _slot: Slot,
+}
+
+impl Joined {
+    async fn run(self, upgrade: OnUpgrade, mut way: Way) {
+        let Ok(Ok(person)) = tokio::time::timeout(ASK_TIMEOUT, upgrade).await else {
+            return;
+        };
+        let mut person = TokioIo::new(person);
+        let asked = codec::read_msg::<Ask, _>(&mut person, MESSAGE_BYTES_MAX);
+        let Ok(Ok(ask)) = tokio::time::timeout(ASK_TIMEOUT, asked).await else {
+            return;
+        };
+        if !self.verb.asks(&ask) {
+            let refused = Refused::usage("this way into the machine is for something else");
+            let answer: Answer = Err(refused);
+            let said = codec::write_msg(&mut person, &answer);
+            let _person_gone = tokio::time::timeout(ASK_TIMEOUT, said).await;
+            return;
+        }
+        let told = codec::write_msg(&mut way, &ask);
+        let Ok(Ok(())) = tokio::time::timeout(ASK_TIMEOUT, told).await else {
+            return;
+        };
+        tokio::select! {
+            () = self.pass(person, way) => {}
+            why = self.over() => {
+                tracing::info!(machine = %self.kept.attempt.job, who = self.caller.actor(), why, "a way into a machine is closed");
+            }
+        }
+    }
+
+    /// Each direction to its own end.
+    async fn pass(
+        &self,
+        person: impl AsyncRead + AsyncWrite + Unpin,
+        way: impl AsyncRead + AsyncWrite + Unpin,
+    ) {
+        let (mut from_person, mut to_person) = tokio::io::split(person);
+        let (mut from_way, mut to_way) = tokio::io::split(way);
+        let inward = self.direction(&mut from_person, &mut to_way);
+        let outward = self.direction(&mut from_way, &mut to_person);
+        tokio::pin!(inward, outward);
+        // A direction that broke ends both; one that ended leaves the other.
+        tokio::select! {
+            ended = &mut inward => if ended { let _both = outward.await; },
+            ended = &mut outward => if ended { let _both = inward.await; },
+        }
+    }
+
+    /// True when it came to its end, false when it broke.
+    async fn direction(
+        &self,
+        from: &mut (impl AsyncRead + Unpin),
+        to: &mut (impl AsyncWrite + Unpin),
+    ) -> bool {
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            let Ok(count) = from.read(&mut buffer).await else {
+                return false;
+            };
+            if count == 0 {
+                return to.shutdown().await.is_ok();
+            }
+            if to.write_all(&buffer[..count]).await.is_err() || to.flush().await.is_err() {
+                return false;
+            }
+            let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.moved_ms.store(now, Ordering::Relaxed);
+        }
+    }
+
+    /// Completes when the way must end, with the reason.
+    async fn over(&self) -> &'static str {
+        let closing = self.api.backend().closing();
+        tokio::pin!(closing);
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(self.api.config.heartbeat) => {}
+                () = &mut closing => return "this controller stops",
+            }
+            let moved = Duration::from_millis(self.moved_ms.load(Ordering::Relaxed));
+            if self.began.elapsed().saturating_sub(moved) > self.api.config.kept.idle {
+                return "nothing was said for too long";
+            }
+            let _turn = self.api.look().await;
+            if !self.caller.is_still_good(&self.api).await {
+                return "the token is not good any more";
+            }
+            // A database that does not answer for a moment ends nothing: the machine's worker ends it when that lasts.
+            if let Ok(row) = self.api.db().kept(&self.kept.attempt.job).await
+                && row.is_none_or(|row| row.epoch != self.kept.epoch)
+            {
+                return "the machine is not kept any more";
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_proto::kept::ExecAsk;
+
+    use super::*;
+
+    #[test]
+    fn a_way_is_for_what_its_name_says() {
+        let exec = Ask::Exec(ExecAsk::default());
+        assert!(Verb::named("exec").is_some_and(|verb| verb.asks(&exec)));
+        for verb in ["tree", "forward", "show"] {
+            let verb = Verb::named(verb).expect("known");
+            assert!(!verb.asks(&exec) && !verb.asks(&Ask::Remove), "{verb:?}");
+        }
+        for verb in ["stop", "remove", "incident", "console", "stats", "", "Exec"] {
+            assert_eq!(Verb::named(verb), None, "{verb}");
+        }
+    }
+}
