@@ -260,7 +260,19 @@ impl Server {
             "pending_quota" | "stored_quota" => FailureClass::Policy,
             _ => class,
         };
+        let policys = problem.code.starts_with("policy_");
         let message = match &problem.field {
+            // In the words of a command without a server: a file's own place, or the flag.
+            Some(field) if policys && (field == "policy" || field == "secrets") => {
+                problem.detail.clone()
+            }
+            Some(field) if policys => {
+                format!(
+                    "--{}: {}",
+                    field.trim_end_matches("_seconds"),
+                    problem.detail
+                )
+            }
             Some(field) => format!("{field}: {}", problem.detail),
             None => problem.detail.clone(),
         };

@@ -44,6 +44,7 @@ mod run_phases;
 mod secret_sources;
 mod serve;
 mod serve_images;
+mod serve_policy;
 mod serve_state;
 mod setup_host;
 mod ssh;

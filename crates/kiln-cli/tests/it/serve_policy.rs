@@ -1,0 +1,112 @@
+//! A policy through `kiln serve --with-worker` on real machines: what a command reaches, what it is refused, and what its end is, are the same as
+//! without a server.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::annex::Annex;
+use crate::serve::serve;
+use crate::support::{Said, app, free_port, said};
+
+/// One name for one phase, and nothing for the command itself.
+const POLICY: &str = r#"
+version: 1
+resources: {cpus: 1, memory: 512M}
+limits: {output: 4K}
+phases:
+  checkout:
+    commands: ["test -f hello.txt && echo one > made"]
+  dependencies:
+    network: {allow: ["dep.example.org:443"]}
+    commands:
+      - "echo dependencies: $(getent hosts dep.example.org | wc -l) $(getent hosts run.example.org | wc -l)"
+  run:
+    commands: [["cat", "made"]]
+artifacts: [made]
+"#;
+
+fn within(annex: &Annex, dir: &Path, args: &[&str]) -> Said {
+    let mut command = annex.command(args);
+    command.current_dir(dir);
+    said(command)
+}
+
+fn last_job(annex: &Annex) -> Value {
+    let shown = annex.run(&["job", "show", "--json"]).exits(0);
+    serde_json::from_str(&shown.out).expect("json")
+}
+
+#[test]
+fn a_policy_holds_through_a_server_as_it_does_without() {
+    let Some(annex) = Annex::open() else { return };
+    let dir = app(&[("kiln.yaml", POLICY), ("hello.txt", "hi")]);
+    let script = "echo run: $(getent hosts dep.example.org | wc -l); exit 3";
+    let run = ["run", "--", "sh", "-c", script];
+    let here = within(&annex, dir.path(), &run).exits(3);
+    assert_eq!(here.out, "dependencies: 1 0\none\nrun: 0\n", "{here:?}");
+    let of_here = last_job(&annex);
+
+    let (server, at) = serve(&annex, free_port());
+    let far = |args: &[&str]| {
+        let all = [&["--server", at.as_str()], args].concat();
+        within(&annex, dir.path(), &all)
+    };
+    let there = far(&run).exits(3);
+    assert_eq!(there.out, here.out, "{there:?}");
+    let of_there = last_job(&annex);
+    assert_eq!(of_there["policy"], of_here["policy"], "the same held");
+    assert!(of_there["policy"]["hash"].is_string(), "{of_there}");
+    let names = |job: &Value| -> Vec<String> {
+        let phases = job["outcome"]["phases_ms"].as_array().expect("phases");
+        let names = phases.iter().filter_map(|phase| phase[0].as_str());
+        let driven = ["checkout", "dependencies", "services", "run"];
+        names
+            .filter(|name| driven.contains(name))
+            .map(str::to_owned)
+            .collect()
+    };
+    assert_eq!(names(&of_there), ["checkout", "dependencies", "run"]);
+    assert_eq!(names(&of_there), names(&of_here));
+    let refused = annex.run(&["job", "egress"]).exits(0);
+    assert!(refused.out.contains("dep.example.org"), "{refused:?}");
+
+    // What is refused is refused in the same words and with the same code.
+    let allow = ["run", "--allow", "other.example.org:443", "--", "true"];
+    far(&allow).exits(2).says("only narrow a policy");
+    fs::write(
+        dir.path().join("kiln.yaml"),
+        "version: 1\nnetwork: {mode: open}\n",
+    )
+    .expect("write");
+    far(&["run", "--", "true"]).exits(4).says("kiln.yaml:2");
+    far(&["run", "--no-policy", "--net", "learn", "--", "true"]).exits(4);
+    fs::write(dir.path().join("cleanroom.yaml"), "version: 1\n").expect("write");
+    far(&["run", "--", "true"]).exits(2).says("cleanroom.yaml");
+
+    // The operator grants it, from then on; what a machine that learns reached comes back.
+    fs::write(
+        annex.home.join("config/policy.toml"),
+        "[tenant.local]\nlearn = true\n",
+    )
+    .expect("grant");
+    let learn = [
+        "--json",
+        "run",
+        "--no-policy",
+        "--net",
+        "learn",
+        "--",
+        "true",
+    ];
+    far(&learn).exits(0);
+    let learnt = last_job(&annex);
+    assert_eq!(learnt["policy"]["learn"], true, "{learnt}");
+    fs::remove_file(annex.home.join("config/policy.toml")).expect("withdrawn");
+    let id = learnt["id"].as_str().expect("an id").to_owned();
+    far(&["job", "retry", &id]).exits(4).says("withdrawn");
+    server.signal("INT");
+    server.end();
+    annex.is_clear();
+}
