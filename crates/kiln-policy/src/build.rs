@@ -12,7 +12,9 @@ use crate::compiled::Compiled;
 use crate::effective::{Removed, effective};
 use crate::grant::{Grants, Maxima};
 use crate::policy::{Limits, Phase, PhaseNetwork, PhasePolicy, Policy, Resources, SecretPlace};
-use crate::run::{Refusal, applied, at_most, narrowed, nothing_removed, of_network, resources};
+use crate::run::{
+    OPERATORS, Refusal, applied, at_most, narrowed, nothing_removed, of_network, resources,
+};
 
 /// Where a RUN step finds a secret that it mounts.
 const SECRETS: &str = "/run/secrets";
@@ -122,6 +124,7 @@ fn by_file(
         }
     }
     let said = compiled.policy().limits.disk;
+    let _within = at_most("disk", asked.disk, holds.policy.limits.disk, file)?;
     let applied = AppliedPolicy {
         file: compiled.hash(),
         ..applied(&bounds(&holds.policy.limits), &holds, false)
@@ -131,7 +134,7 @@ fn by_file(
         only,
         resources: resources(asked.resources, holds.policy.resources, file)?,
         max: holds.max,
-        disk: at_most("disk", asked.disk, said, file)?,
+        disk: asked.disk.or(said),
         applied: Some(applied),
         removed: holds.removed,
     })
@@ -163,6 +166,7 @@ fn by_request(
     };
     let holds = effective(&Compiled::of_command_line(policy), grants, tenant)?;
     nothing_removed(&holds, "allow")?;
+    let _within = at_most("disk", asked.disk, holds.max.disk, OPERATORS)?;
     let limits = bounds(&holds.policy.limits);
     let bounded = limits.upload_bits.is_some()
         || limits.download_bits.is_some()
@@ -288,6 +292,20 @@ phases:
             ..NOTHING
         };
         assert_eq!(hold(PHASES, "", &more).expect_err("more").field, "cpus");
+        let disk = BuildAsked {
+            disk: Some(ByteSize::gib(3)),
+            ..NOTHING
+        };
+        let bounded = "[tenant.acme]\nmax = {disk = \"2G\"}\n";
+        assert_eq!(
+            hold(PHASES, bounded, &disk).expect_err("disk").field,
+            "disk"
+        );
+        let unasked = hold(PHASES, bounded, &NOTHING).expect("held");
+        assert_eq!(
+            (unasked.disk, unasked.max.disk),
+            (None, Some(ByteSize::gib(2)))
+        );
         let none = hold(
             PHASES,
             "[tenant.acme]\nhosts = [\"*.example.net\"]\n",

@@ -20,7 +20,7 @@ use crate::run_parts;
 /// Where a machine has the files of secrets.
 const SECRETS: &str = "/run/secrets";
 /// Without a file of its own, what is refused is the operator's.
-const OPERATORS: &str = "the operator's policy.toml";
+pub(crate) const OPERATORS: &str = "the operator's policy.toml";
 
 /// A mode of network that a request names.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -497,6 +497,7 @@ pub fn below(limits: &mut kiln_core::job::Limits, max: &Maxima) {
         .map_or(limits.cpus, |most| limits.cpus.min(most.max(1)));
     limits.memory = ByteSize(least(limits.memory.0, max.memory.map(|size| size.0)));
     limits.timeout_ms = least(limits.timeout_ms, max.timeout_ms);
+    limits.disk = ByteSize(least(limits.disk.0, max.disk.map(|size| size.0)));
 }
 
 #[cfg(test)]

@@ -96,11 +96,8 @@ fn limits(held: &HeldBuild, operator: &Operator) -> Result<Limits> {
     };
     let config = &operator.config;
     let mut limits = config.limits(&said, true, super::host_cpus())?;
-    kiln_policy::below(&mut limits, &held.max);
     limits.disk = held.disk.unwrap_or(limits.disk);
-    if let Some(most) = held.max.disk {
-        limits.disk = limits.disk.min(most);
-    }
+    kiln_policy::below(&mut limits, &held.max);
     Ok(limits)
 }
 

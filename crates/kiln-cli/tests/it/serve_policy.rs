@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::annex::Annex;
 use crate::serve::serve;
-use crate::support::{Said, app, free_port, said};
+use crate::support::{Said, app, free_port, path, said};
 
 /// One name for one phase, and nothing for the command itself.
 const POLICY: &str = r#"
@@ -82,6 +82,15 @@ fn a_policy_holds_through_a_server_as_it_does_without() {
     .expect("write");
     far(&["run", "--", "true"]).exits(4).says("kiln.yaml:2");
     far(&["run", "--no-policy", "--net", "learn", "--", "true"]).exits(4);
+    // What a build cannot honour is refused by name, on either side.
+    let bounds = app(&[
+        ("Dockerfile", "FROM scratch\nCOPY . /\n"),
+        ("kiln.yaml", "version: 1\nlimits: {processes: 9}\n"),
+    ]);
+    for on in [&[][..], &["--server", at.as_str()]] {
+        let build = [on, &["build", path(bounds.path())]].concat();
+        annex.run(&build).exits(4).says("limits.processes");
+    }
     fs::write(dir.path().join("cleanroom.yaml"), "version: 1\n").expect("write");
     far(&["run", "--", "true"]).exits(2).says("cleanroom.yaml");
 

@@ -603,9 +603,6 @@ pub(crate) fn new_job(
         usable.map_err(|why| Problem::invalid("notify_url", why.to_string()))?;
     }
     kiln_policy::below(&mut granted.limits, &rule.max);
-    if let Some(most) = rule.max.disk {
-        granted.limits.disk = granted.limits.disk.min(most);
-    }
     let mut request = JobRequest {
         id,
         tenant: tenant.clone(),
