@@ -104,6 +104,7 @@ struct Decisions {
     port: u64,
     address: u64,
     name: u64,
+    git: u64,
     unreachable: u64,
 }
 
@@ -136,6 +137,7 @@ pub fn observe_egress(metrics: &Metrics, told: &Egress) {
         ("refused", "port", said.port),
         ("refused", "address", said.address),
         ("refused", "name", said.name),
+        ("refused", "git", said.git),
         ("failed", "unreachable", said.unreachable),
     ] {
         metrics.egress(verdict, reason, count.min(EGRESS_DECISIONS_MAX));

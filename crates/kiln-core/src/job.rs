@@ -6,8 +6,8 @@ use std::num::NonZeroU64;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ByteSize, Digest, Dispatch, ImageRef, JobId, NetworkPolicy, Outcome, RunSecret, SecretName,
-    TenantName,
+    ByteSize, Digest, Dispatch, GitAccess, ImageRef, JobId, NetworkPolicy, Outcome, RunSecret,
+    SecretName, TenantName,
 };
 
 /// A validated request. Path-free: a source is a digest, a secret is a name.
@@ -81,6 +81,9 @@ pub struct RunPhase {
     /// Secrets of the tenant's store that it has, and no other phase.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<RunSecret>,
+    /// Repositories that it reads through the git gateway, and no other phase.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub git: Vec<GitAccess>,
 }
 
 /// The phases before the command, in their order.
@@ -271,6 +274,9 @@ pub struct RunCommand {
     /// What it works on; none: it begins in an empty home.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<RunSource>,
+    /// Repositories that the command itself reads through the git gateway.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub git: Vec<GitAccess>,
     /// What is done before the command, in this order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub phases: Vec<RunPhase>,
@@ -296,11 +302,24 @@ pub struct RunKeep {
 }
 
 impl RunCommand {
-    /// Names of the secrets of the command and of the phases before it, each once.
+    /// Names of the secrets of the command, of the phases before it and of the git gateway, each once.
     fn all_secrets(&self) -> impl Iterator<Item = &SecretName> {
-        let phases = self.phases.iter().flat_map(|phase| &phase.secrets);
-        let names: BTreeSet<_> = phases.chain(&self.secrets).map(|one| &one.name).collect();
+        let git = self.all_git().filter_map(|one| one.credential.as_ref());
+        let git = git.map(|credential| &credential.secret);
+        let names: BTreeSet<_> = self.inner_secrets().chain(git).collect();
         names.into_iter()
+    }
+
+    /// Names of the secrets that go into the machine.
+    fn inner_secrets(&self) -> impl Iterator<Item = &SecretName> {
+        let phases = self.phases.iter().flat_map(|phase| &phase.secrets);
+        phases.chain(&self.secrets).map(|one| &one.name)
+    }
+
+    /// Repositories of the command and of the phases before it.
+    pub fn all_git(&self) -> impl Iterator<Item = &GitAccess> {
+        let phases = self.phases.iter().flat_map(|phase| &phase.git);
+        phases.chain(&self.git)
     }
 }
 
@@ -330,6 +349,19 @@ impl JobRequest {
             JobKind::ImageBuild(build) => build.secrets.iter().map(String::as_str).collect(),
             JobKind::Run(run) => run.all_secrets().map(SecretName::as_str).collect(),
         }
+    }
+
+    /// Whether it asks for this secret for the git gateway and gives it to no command.
+    #[must_use]
+    pub fn is_for_git_alone(&self, name: &str) -> bool {
+        let JobKind::Run(run) = &self.kind else {
+            return false;
+        };
+        let shows = |one: &GitAccess| {
+            let credential = one.credential.as_ref();
+            credential.is_some_and(|credential| credential.secret.as_str() == name)
+        };
+        run.all_git().any(shows) && !run.inner_secrets().any(|inner| inner.as_str() == name)
     }
 
     /// Names of the secrets that the tenant's store is to give it.

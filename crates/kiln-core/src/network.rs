@@ -9,6 +9,8 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::git_gateway::GitRefused;
+
 pub use floor::{
     Cidr, Nat64Prefix, ParseCidrError, RangeException, SpecialRange, Surroundings, check_address,
     special_range,
@@ -213,6 +215,13 @@ pub enum EgressVerdict {
     NameMismatch {
         /// What the client said, if anything.
         said: Option<String>,
+    },
+    /// The git gateway did not do what it was asked.
+    GitRefused {
+        /// Why.
+        why: GitRefused,
+        /// What was asked for, below the host, shortened.
+        path: String,
     },
     /// Allowed, but the network failed.
     Unreachable {

@@ -99,11 +99,13 @@ pub enum SecretUse {
     Build,
     /// A command has it.
     Run,
+    /// The host shows it to a git server. No machine has it.
+    Git,
 }
 
 impl SecretUse {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Build, Self::Run];
+    pub const ALL: [Self; 3] = [Self::Build, Self::Run, Self::Git];
 
     /// Stable name.
     #[must_use]
@@ -111,6 +113,7 @@ impl SecretUse {
         match self {
             Self::Build => "build",
             Self::Run => "run",
+            Self::Git => "git",
         }
     }
 }
@@ -126,7 +129,7 @@ impl FromStr for SecretUse {
 
     fn from_str(text: &str) -> Result<Self, ParseSecretError> {
         let found = Self::ALL.into_iter().find(|one| one.name() == text);
-        found.ok_or_else(|| wrong(text, "a use of a secret", "it is build or run"))
+        found.ok_or_else(|| wrong(text, "a use of a secret", "it is build, run or git"))
     }
 }
 
@@ -175,6 +178,15 @@ impl SecretJob {
             used,
             repository,
         }
+    }
+
+    /// As it uses one of the secrets it asks for: what no command has is used by the git gateway alone.
+    #[must_use]
+    pub fn using(mut self, request: &JobRequest, name: &str) -> Self {
+        if request.is_for_git_alone(name) {
+            self.used = SecretUse::Git;
+        }
+        self
     }
 }
 
@@ -381,7 +393,7 @@ mod tests {
 
     fn jobs() -> impl Strategy<Value = SecretJob> {
         let trust = prop_oneof![Just(TrustClass::Trusted), Just(TrustClass::Untrusted)];
-        let used = prop_oneof![Just(SecretUse::Build), Just(SecretUse::Run)];
+        let used = prop::sample::select(SecretUse::ALL.to_vec());
         let from = proptest::option::of("[a-c]{1,2}(/[a-c]{1,2}){0,2}");
         ("[ab]", trust, used, from).prop_map(|(tenant, trust, used, path)| SecretJob {
             tenant: tenant.parse().expect("name"),
@@ -396,10 +408,10 @@ mod tests {
         let text = proptest::collection::vec(word, 1..4).prop_filter_map("a pattern", |words| {
             format!("h.example/{}", words.join("/")).parse().ok()
         });
-        let uses = prop_oneof![Just(SecretUse::Build), Just(SecretUse::Run)];
+        let uses = prop::sample::select(SecretUse::ALL.to_vec());
         (
             proptest::collection::btree_set(text, 0..3),
-            proptest::collection::btree_set(uses, 0..2),
+            proptest::collection::btree_set(uses, 0..3),
         )
             .prop_map(|(repositories, uses)| SecretScope { repositories, uses })
     }

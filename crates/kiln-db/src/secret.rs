@@ -213,7 +213,8 @@ impl Database {
         name: &str,
         from: SecretFrom,
     ) -> Result<Opened, DoorError> {
-        let (lease, job, name) = (lease.clone(), SecretJob::of(request), name.to_owned());
+        let job = SecretJob::of(request).using(request, name);
+        let (lease, name) = (lease.clone(), name.to_owned());
         write_tx!(self, "open a secret", [lease, job, name], |tx| {
             let live = match admit(tx, &lease).await? {
                 Ok(live) => live,
@@ -251,14 +252,17 @@ impl Database {
         &self,
         request: &JobRequest,
     ) -> Result<Option<(SecretName, Opened)>, DbError> {
-        let names: Vec<SecretName> = request.stored_secrets().into_iter().cloned().collect();
+        let as_used = |name: &SecretName| SecretJob::of(request).using(request, name.as_str());
+        let names = request.stored_secrets().into_iter();
+        let names: Vec<(SecretName, SecretJob)> =
+            names.map(|name| (name.clone(), as_used(name))).collect();
         if names.is_empty() {
             return Ok(None);
         }
-        let (job, tenant) = (SecretJob::of(request), request.tenant.clone());
+        let tenant = request.tenant.clone();
         self.read("look for secrets", |tx| {
             Box::pin(async move {
-                for name in names {
+                for (name, job) in names {
                     let opened = look(tx, &tenant, &job, name.as_str()).await?;
                     if opened.refused().is_some() {
                         return Ok(Some((name, opened)));

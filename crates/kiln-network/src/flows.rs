@@ -28,6 +28,8 @@ pub struct Counts {
     pub address: u64,
     /// The bytes named another host, or spoke another protocol.
     pub name: u64,
+    /// The git gateway did not do what it was asked.
+    pub git: u64,
     /// Allowed, and nobody answered.
     pub unreachable: u64,
 }
@@ -44,6 +46,7 @@ impl Counts {
                 EgressVerdict::PortRefused => &mut counts.port,
                 EgressVerdict::AddressRefused { .. } => &mut counts.address,
                 EgressVerdict::NameMismatch { .. } => &mut counts.name,
+                EgressVerdict::GitRefused { .. } => &mut counts.git,
                 EgressVerdict::Unreachable { .. } => &mut counts.unreachable,
             };
             *count += 1;
@@ -62,7 +65,7 @@ pub struct Flow {
     /// The policy's phase, where it has phases.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<String>,
-    /// `allowed`, or why not: `host`, `port`, `address`, `name`, `unreachable`.
+    /// `allowed`, or why not: `host`, `port`, `address`, `name`, `git`, `unreachable`.
     pub verdict: String,
     /// The name; a rule, where so many names were reached that they are kept by it.
     pub host: String,

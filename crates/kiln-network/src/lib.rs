@@ -23,8 +23,8 @@ pub mod registries;
 
 pub use flows::{Counts, Flow, Learned};
 pub use gateway::{
-    Admitted, BoxedDuplex, Gateway, GatewayConfig, GuestService, Limits, OwnPlaces, Refusal,
-    RelayReport,
+    Admitted, BoxedDuplex, Gateway, GatewayConfig, GitUpstreams, GuestService, Limits, OwnPlaces,
+    Refusal, RelayReport,
 };
 pub use record::{EgressLog, EgressSink, EgressSummary, summary};
 

@@ -77,6 +77,7 @@ pub(crate) fn verdict_name(verdict: &EgressVerdict) -> &'static str {
         EgressVerdict::PortRefused => "port",
         EgressVerdict::AddressRefused { .. } => "address",
         EgressVerdict::NameMismatch { .. } => "name",
+        EgressVerdict::GitRefused { .. } => "git",
         EgressVerdict::Unreachable { .. } => "unreachable",
     }
 }
@@ -89,6 +90,7 @@ fn reason_code(verdict: &EgressVerdict) -> &'static str {
         EgressVerdict::PortRefused => "port_not_allowed",
         EgressVerdict::AddressRefused { .. } => "address_not_allowed",
         EgressVerdict::NameMismatch { .. } => "name_mismatch",
+        EgressVerdict::GitRefused { why, .. } => why.code(),
         EgressVerdict::Unreachable { .. } => "unreachable",
     }
 }
@@ -155,7 +157,12 @@ impl LogState {
 }
 
 fn key_of(event: &EgressEvent) -> (String, u16, &'static str) {
-    (event.host.clone(), event.port, verdict_name(&event.verdict))
+    let host = match &event.verdict {
+        // Each thing that was asked for is a refusal of its own.
+        EgressVerdict::GitRefused { why, path } => format!("{}/{path} {}", event.host, why.code()),
+        _ => event.host.clone(),
+    };
+    (host, event.port, verdict_name(&event.verdict))
 }
 
 impl EgressSink for EgressLog {
@@ -209,7 +216,8 @@ pub struct RefusedHost {
     pub port: u16,
     /// Why, in words.
     pub reason: String,
-    /// Why, for programs: `host_not_allowed`, `port_not_allowed`, `address_not_allowed`, `name_mismatch`, `unreachable`. Empty in records
+    /// Why, for programs: `host_not_allowed`, `port_not_allowed`, `address_not_allowed`, `name_mismatch`, `unreachable`, or a code of the git
+    /// gateway ([`kiln_core::GitRefused::code`]). Empty in records
     /// from before there were codes.
     #[serde(default)]
     pub code: String,
@@ -374,6 +382,10 @@ fn explain(event: &EgressEvent) -> (String, Option<String>) {
             },
             None,
         ),
+        EgressVerdict::GitRefused { why, path } => {
+            let path = path.trim_start_matches('/');
+            (format!("git, {path}: {}", why.why()), None)
+        }
         EgressVerdict::Unreachable { error } => (format!("unreachable: {error}"), None),
         EgressVerdict::Allowed => (String::new(), None),
     }

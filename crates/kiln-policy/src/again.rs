@@ -1,7 +1,7 @@
 //! A job that is asked for again: what it was granted then is granted still, or it is not run.
 
 use kiln_core::job::{AppliedPolicy, RunPhase, RunPhaseName};
-use kiln_core::{ByteSize, NetworkPolicy, TenantName};
+use kiln_core::{ByteSize, FailureClass, GitAccess, NetworkPolicy, TenantName};
 
 use crate::compiled::Compiled;
 use crate::effective::effective;
@@ -16,6 +16,8 @@ pub struct Standing<'a> {
     pub network: &'a NetworkPolicy,
     /// What came before the command.
     pub phases: &'a [RunPhase],
+    /// Repositories that its command reads.
+    pub git: &'a [GitAccess],
     /// The policy it was held to.
     pub applied: Option<AppliedPolicy>,
 }
@@ -30,7 +32,8 @@ pub fn stands(
     tenant: &TenantName,
 ) -> Result<(Maxima, Option<AppliedPolicy>), Refusal> {
     let learns = job.applied.is_some_and(|applied| applied.learn);
-    let part = |network: &NetworkPolicy| PhasePolicy {
+    let part = |network: &NetworkPolicy, git: &[GitAccess]| PhasePolicy {
+        git: git.iter().map(|one| one.repository.clone()).collect(),
         network: match (network, learns) {
             (NetworkPolicy::Open, true) => PhaseNetwork::Learn,
             _ => of_network(network),
@@ -43,15 +46,27 @@ pub fn stands(
             RunPhaseName::Dependencies => Phase::Dependencies,
             RunPhaseName::Services => Phase::Services,
         };
-        (name, part(&phase.network))
+        (name, part(&phase.network, &phase.git))
     });
-    let phases = before.chain([(Phase::Run, part(job.network))]);
+    let phases = before.chain([(Phase::Run, part(job.network, job.git))]);
     let policy = Policy {
         phases: phases.collect(),
         ..Policy::default()
     };
     let holds = effective(&Compiled::of_command_line(policy), grants, tenant)?;
     nothing_removed(&holds, "policy")?;
+    let git = job.phases.iter().flat_map(|phase| &phase.git);
+    let changed = |one: &&GitAccess| {
+        let now = holds.credentials.get(&one.repository);
+        one.credential.is_some() && one.credential.as_ref() != now
+    };
+    if let Some(changed) = git.chain(job.git).find(changed) {
+        let message = "the operator does not grant its credential any more";
+        return Err(Refusal {
+            said: Some(changed.repository.to_string()),
+            ..Refusal::new(FailureClass::Policy, "policy", message)
+        });
+    }
     let max = holds.max;
     let now = job.applied.map(|applied| AppliedPolicy {
         upload_bits: lower(applied.upload_bits, max.upload_bits),
@@ -86,6 +101,7 @@ mod tests {
             network: NetworkPolicy::Open,
             commands: Vec::new(),
             secrets: Vec::new(),
+            git: Vec::new(),
         };
         let applied = AppliedPolicy {
             file: kiln_core::Digest::of(b"file"),
@@ -100,6 +116,7 @@ mod tests {
         let job = Standing {
             network: &listed,
             phases: std::slice::from_ref(&phase),
+            git: &[],
             applied: Some(applied),
         };
         let open = grants("[tenant.acme]\nopen = true\nmax = {connections = 2, cpus = 1}\n");
@@ -115,11 +132,29 @@ mod tests {
         );
         let alone = Standing { phases: &[], ..job };
         assert!(stands(&alone, &grants(""), &tenant).is_ok());
+        let reads: GitAccess = serde_json::from_str(
+            r#"{"repository":"git.example.org/a","credential":{"secret":"T","user":"ci"}}"#,
+        )
+        .expect("access");
+        let reads = Standing {
+            git: std::slice::from_ref(&reads),
+            ..alone
+        };
+        let git = |entry: &str| grants(&format!("[tenant.acme]\ngit = [{entry}]\n"));
+        let own = r#"{ repository = "git.example.org/a", secret = "T", user = "ci" }"#;
+        assert!(stands(&reads, &git(own), &tenant).is_ok());
+        for withdrawn in ["", "\"git.example.org/a\"", "\"git.example.org/b\""] {
+            assert!(
+                stands(&reads, &git(withdrawn), &tenant).is_err(),
+                "{withdrawn}"
+            );
+        }
         let others = grants("[tenant.acme]\nhosts = [\"b.example.org\"]\n");
         assert!(stands(&alone, &others, &tenant).is_err());
         let learnt = Standing {
             network: &NetworkPolicy::Open,
             phases: &[],
+            git: &[],
             applied: Some(AppliedPolicy {
                 learn: true,
                 ..applied

@@ -72,10 +72,11 @@ pub fn hold_build(
 /// The part of a policy that means something for a build.
 fn of_a_build(policy: &Policy) -> Policy {
     let part = policy.phases.get(&Phase::Dependencies);
-    let network = part.map(|part| part.network.clone());
-    let part = network.map(|network| {
+    let said = part.map(|part| (part.network.clone(), part.git.clone()));
+    let part = said.map(|(network, git)| {
         let part = PhasePolicy {
             network,
+            git,
             ..PhasePolicy::default()
         };
         (Phase::Dependencies, part)
@@ -187,6 +188,9 @@ fn honoured(policy: &Policy, file: &str, connections_most: u32) -> Result<(), Re
     let mut missing = Vec::new();
     if *policy.network(Phase::Dependencies) == PhaseNetwork::Learn {
         missing.push("the mode learn of the phase dependencies".to_owned());
+    }
+    if !policy.git(Phase::Dependencies).is_empty() {
+        missing.push("repositories in git of the phase dependencies".to_owned());
     }
     if policy.limits.processes.is_some() {
         missing.push("limits.processes".to_owned());

@@ -232,10 +232,12 @@ pub(crate) fn compile(root: &Node, reader: &mut Reader) -> Draft {
         let origin = Origin {
             place,
             rules: rules.clone(),
+            git: Vec::new(),
         };
         draft.origins.insert(phase, origin);
         let policy = PhasePolicy {
             network: of_rules(&rules),
+            git: Vec::new(),
             commands,
             key,
         };

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::diagnostic::{Diagnostic, Diagnostics, Place};
 use crate::policy::{Phase, Policy};
-use crate::read::{Reader, Sited};
+use crate::read::{Reader, Sited, SitedRepository};
 use crate::{cleanroom_file, kiln_file, kiln_keys, yaml};
 
 /// kiln's own file.
@@ -105,6 +105,7 @@ pub fn choose(exists: impl Fn(&str) -> bool) -> Result<Option<Choice>, ChoiceErr
 pub(crate) struct Origin {
     pub(crate) place: Place,
     pub(crate) rules: Vec<Sited>,
+    pub(crate) git: Vec<SitedRepository>,
 }
 
 /// A policy while it is compiled.

@@ -1,8 +1,11 @@
 //! What holds: the file AND the operator's grant. And why, for one name.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
+use kiln_core::git_gateway::{GitAccess, GitCredential};
 use kiln_core::network::{NameVerdict, Protocol, normal_host};
+use kiln_core::secret::Repository;
 use kiln_core::{AllowRule, Digest, TenantName};
 use serde::Serialize;
 
@@ -62,6 +65,20 @@ pub struct Effective {
     pub removed: Vec<Removed>,
     /// The most of everything countable, for what the file does not say and a default decides.
     pub max: Maxima,
+    /// What the host shows the servers of repositories, as the grant says it.
+    pub credentials: BTreeMap<Repository, GitCredential>,
+}
+
+impl Effective {
+    /// The repositories of a phase, each with what the host shows its server.
+    #[must_use]
+    pub fn git(&self, phase: Phase) -> Vec<GitAccess> {
+        let access = |repository: &Repository| GitAccess {
+            repository: repository.clone(),
+            credential: self.credentials.get(repository).cloned(),
+        };
+        self.policy.git(phase).iter().map(access).collect()
+    }
 }
 
 /// The file AND the grant.
@@ -78,6 +95,8 @@ pub fn effective(
     let mut policy = compiled.policy().clone();
     let mut refused = Vec::new();
     let mut removed = Vec::new();
+    let mut credentials = BTreeMap::new();
+    beside_the_gateway(compiled, &grant, source, &mut refused);
     for (phase, part) in &mut policy.phases {
         let line = compiled
             .origin(*phase)
@@ -114,10 +133,31 @@ pub fn effective(
             }
             left.sort();
             left.dedup();
-            part.network = match left.is_empty() {
-                true => PhaseNetwork::Isolated,
-                false => PhaseNetwork::Egress(left),
-            };
+            part.network = PhaseNetwork::Egress(left);
+        }
+        part.git
+            .retain(|repository| match grant.repository(repository) {
+                Some((_, credential)) => {
+                    let known = credential.map(|known| (repository.clone(), known.clone()));
+                    credentials.extend(known);
+                    true
+                }
+                None => {
+                    let line = grant.git_line.or(grant.hosts_line).unwrap_or(1);
+                    removed.push(Removed {
+                        phase: phase.name().to_owned(),
+                        rule: format!("git {repository}"),
+                        line: line_of_git(compiled, *phase, repository),
+                        left: Vec::new(),
+                        by: format!("{source}:{line}"),
+                    });
+                    false
+                }
+            });
+        if part.git.is_empty()
+            && matches!(&part.network, PhaseNetwork::Egress(rules) if rules.is_empty())
+        {
+            part.network = PhaseNetwork::Isolated;
         }
     }
     bound_all(&mut policy, &grant, compiled, source, &mut refused);
@@ -133,7 +173,39 @@ pub fn effective(
         policy,
         removed,
         max: grant.max,
+        credentials,
     })
+}
+
+/// Plain rules for hosts that the gateway serves: of the policy, which a file has said already and a command line has not, or of the operator.
+fn beside_the_gateway(
+    compiled: &Compiled,
+    grant: &Grant,
+    source: &str,
+    refused: &mut Vec<NotGranted>,
+) {
+    let policy = compiled.policy();
+    let named = || policy.phases.values().flat_map(|part| &part.git);
+    for (phase, part) in &policy.phases {
+        for rule in part.network.rules() {
+            let by = match named().find(|one| rule.matches(one.host())) {
+                Some(repository) => format!("it reads {repository}"),
+                None => match grant.gateway_serves(rule) {
+                    Some(entry) => format!("{source}:{}", entry.line),
+                    None => continue,
+                },
+            };
+            refused.push(NotGranted {
+                file: compiled.file().to_owned(),
+                line: line_of(compiled, *phase, rule),
+                message: format!(
+                    "{rule} cannot be reached plainly: its host is served by the git gateway ({by})"
+                ),
+                hint: "name its repositories in `git` of the phase, or with --git HOST/PATH"
+                    .to_owned(),
+            });
+        }
+    }
 }
 
 /// What a grant leaves of a rule of one port.
@@ -153,6 +225,13 @@ fn granted(rule: &AllowRule, grant: &Grant) -> Vec<AllowRule> {
 fn line_of(compiled: &Compiled, phase: Phase, rule: &AllowRule) -> u32 {
     let origin = compiled.origin(phase);
     let sited = origin.and_then(|origin| origin.rules.iter().find(|sited| sited.rule == *rule));
+    sited.map_or(1, |sited| sited.place.line)
+}
+
+fn line_of_git(compiled: &Compiled, phase: Phase, repository: &Repository) -> u32 {
+    let origin = compiled.origin(phase);
+    let sited =
+        origin.and_then(|origin| origin.git.iter().find(|one| one.repository == *repository));
     sited.map_or(1, |sited| sited.place.line)
 }
 
@@ -312,18 +391,82 @@ pub fn explain(
         PhaseNetwork::Egress(_) => answer.egress(compiled, phase, grants, &grant),
     }
     if answer.allowed {
-        let says =
-            "the address must be an ordinary public one, checked when it is dialled".to_owned();
-        answer.said.push(Say {
-            by: "kiln",
-            at: None,
-            says,
-        });
+        answer.public_address();
     }
     Ok(answer)
 }
 
+/// Why a repository may be read through the git gateway, or not: its name is the explanation's host.
+#[must_use]
+pub fn explain_git(
+    compiled: &Compiled,
+    grants: &Grants,
+    tenant: &TenantName,
+    phase: Phase,
+    repository: &Repository,
+) -> Explanation {
+    let grant = grants.of(tenant);
+    let mut answer = Explanation {
+        host: repository.to_string(),
+        port: repository.port(),
+        phase: phase.name().to_owned(),
+        allowed: false,
+        protocol: None,
+        said: Vec::new(),
+    };
+    if !compiled.policy().git(phase).contains(repository) {
+        let line = compiled.origin(phase).map_or(1, |origin| origin.place.line);
+        let says = format!("`git` of the phase {phase} does not name it");
+        answer.file_says(compiled, line, says);
+        return answer;
+    }
+    let line = line_of_git(compiled, phase, repository);
+    answer.file_says(
+        compiled,
+        line,
+        "`git` names it: clone and fetch, never push".to_owned(),
+    );
+    let granted = grant.repository(repository);
+    let wide = grant.git.is_none() && grant.hosts.is_none();
+    let at = grants.file.as_ref().map(|file| match granted {
+        _ if wide => file.clone(),
+        Some((line, _)) => format!("{file}:{line}"),
+        None => format!(
+            "{file}:{}",
+            grant.git_line.or(grant.hosts_line).unwrap_or(1)
+        ),
+    });
+    let says = match granted {
+        None => "no granted repository is this one".to_owned(),
+        Some((_, None)) => "it is granted, without a credential".to_owned(),
+        Some((_, Some(credential))) => format!(
+            "it is granted; the host logs in as {} with the secret {}",
+            credential.user, credential.secret
+        ),
+    };
+    answer.allowed = granted.is_some();
+    answer.protocol = answer.allowed.then_some(Protocol::Tls);
+    answer.said.push(Say {
+        by: "operator",
+        at,
+        says,
+    });
+    if answer.allowed {
+        answer.public_address();
+    }
+    answer
+}
+
 impl Explanation {
+    fn public_address(&mut self) {
+        self.said.push(Say {
+            by: "kiln",
+            at: None,
+            says: "the address must be an ordinary public one, checked when it is dialled"
+                .to_owned(),
+        });
+    }
+
     fn file_says(&mut self, compiled: &Compiled, line: u32, says: String) {
         let at = Some(format!("{}:{line}", compiled.file()));
         self.said.push(Say {
@@ -397,7 +540,19 @@ impl Explanation {
             }
             NameVerdict::HostRefused => {
                 let line = compiled.origin(phase).map_or(1, |origin| origin.place.line);
-                let says = format!("no entry of the phase {phase} names {}", self.host);
+                let git = compiled.policy().git(phase).iter();
+                let git = git.filter(|one| one.host() == self.host).count();
+                let says = match git {
+                    0 => format!("no entry of the phase {phase} names {}", self.host),
+                    1 => format!(
+                        "{} is served by the git gateway alone, 1 repository of it",
+                        self.host
+                    ),
+                    count => format!(
+                        "{} is served by the git gateway alone, {count} repositories of it",
+                        self.host
+                    ),
+                };
                 return self.file_says(compiled, line, says);
             }
         };

@@ -5,13 +5,18 @@
 //! open = false                            # may a phase be open to every name
 //! learn = false                           # may a phase learn
 //! hosts = ["*.example.org", "db.example.net:5432"]   # without the key: any name
+//! git = ["git.example.org/public/*", { repository = "git.example.org/team/*", secret = "git-token", user = "ci" }]
 //! max = { cpus = 4, memory = "8G" }
 //! ```
 //!
-//! `[tenant."*"]` holds for tenants without a table of their own. Without a file: any named host, nothing open, no learning.
+//! `git` is what the git gateway may read, with which of the tenant's secrets; without the key: any repository whose host may be named, as
+//! anybody reads it. The first entry that fits decides. `[tenant."*"]` holds for tenants without a table of their own. Without a file: any named host, nothing open, no learning.
 
 use std::collections::BTreeMap;
 
+use kiln_core::git_gateway::{GIT_USER, GitCredential, is_git_user};
+use kiln_core::network::Protocol;
+use kiln_core::secret::{Repository, RepositoryPattern};
 use kiln_core::{AllowRule, ByteSize, TenantName};
 use serde::Deserialize;
 use toml::Spanned;
@@ -37,6 +42,7 @@ struct RawGrant {
     open: Option<Spanned<bool>>,
     learn: Option<Spanned<bool>>,
     hosts: Option<Spanned<Vec<Spanned<String>>>>,
+    git: Option<Spanned<Vec<Spanned<toml::Value>>>>,
     max: RawMax,
 }
 
@@ -86,6 +92,26 @@ impl GrantedHost {
     }
 }
 
+/// Repositories that an operator grants, and what the host shows their server.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct GrantedGit {
+    /// Which.
+    pub pattern: RepositoryPattern,
+    /// The credential; none: they are read as anybody reads them.
+    pub credential: Option<GitCredential>,
+    /// Line of the file.
+    pub line: u32,
+}
+
+/// The keys of an entry of `git` that is not only a pattern.
+#[derive(Deserialize, Debug)]
+#[serde(deny_unknown_fields)]
+struct RawGit {
+    repository: String,
+    secret: Option<String>,
+    user: Option<String>,
+}
+
 /// The most that a policy may ask for; none means that the operator says nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Maxima {
@@ -118,10 +144,54 @@ pub struct Grant {
     pub learn: bool,
     /// Hosts that may be named; none means any.
     pub hosts: Option<Vec<GrantedHost>>,
+    /// Repositories that may be named; none means any whose host may be.
+    pub git: Option<Vec<GrantedGit>>,
     /// The most of everything countable.
     pub max: Maxima,
     pub(crate) open_line: Option<u32>,
     pub(crate) hosts_line: Option<u32>,
+    pub(crate) git_line: Option<u32>,
+}
+
+impl Grant {
+    /// Whether a repository may be read, by which line, and with what credential.
+    pub(crate) fn repository(
+        &self,
+        repository: &Repository,
+    ) -> Option<(u32, Option<&GitCredential>)> {
+        if let Some(git) = &self.git {
+            let entry = git.iter().find(|one| one.pattern.matches(repository))?;
+            return Some((entry.line, entry.credential.as_ref()));
+        }
+        let Some(hosts) = &self.hosts else {
+            return Some((1, None));
+        };
+        // Whom a policy may reach plainly, it may read plainly.
+        let rule = AllowRule::new(repository.host(), &[repository.port()]).ok()?;
+        let rule = rule.with_protocol(Protocol::Tls);
+        let host = hosts
+            .iter()
+            .find(|host| host.and(&rule).is_some_and(|both| both == rule))?;
+        Some((host.line, None))
+    }
+
+    /// The line that has the git gateway serve this host.
+    pub(crate) fn gateway_serves(&self, rule: &AllowRule) -> Option<&GrantedGit> {
+        let host = |one: &GrantedGit| {
+            let authority = one.pattern.authority();
+            let host = authority
+                .split_once(':')
+                .map_or(authority, |(host, _)| host);
+            rule.matches(host)
+        };
+        self.git.iter().flatten().find(|one| host(one))
+    }
+
+    /// Credentials that the operator named, each with what it is for.
+    pub fn credentials(&self) -> impl Iterator<Item = (&RepositoryPattern, &GitCredential)> {
+        let all = self.git.iter().flatten();
+        all.filter_map(|one| Some((&one.pattern, one.credential.as_ref()?)))
+    }
 }
 
 /// The operator's file.
@@ -183,6 +253,26 @@ impl Grants {
     }
 }
 
+fn git_entry(raw: RawGit) -> Result<(RepositoryPattern, Option<GitCredential>), String> {
+    let wrong = |error: kiln_core::secret::ParseSecretError| error.to_string();
+    let pattern: RepositoryPattern = raw.repository.parse().map_err(wrong)?;
+    // Its host is one that a repository could have.
+    let host: Result<Repository, _> = format!("{}/x", pattern.authority()).parse();
+    host.map_err(wrong)?;
+    if let Some(user) = raw.user.as_ref().filter(|user| !is_git_user(user)) {
+        return Err(format!("{:?} cannot be the user of a login", shown(user)));
+    }
+    let credential = match (raw.secret, raw.user) {
+        (None, Some(_)) => return Err("a user without a secret logs in nowhere".to_owned()),
+        (None, None) => None,
+        (Some(secret), user) => Some(GitCredential {
+            secret: secret.parse().map_err(wrong)?,
+            user: user.unwrap_or_else(|| GIT_USER.to_owned()),
+        }),
+    };
+    Ok((pattern, credential))
+}
+
 struct GrantReader<'a> {
     text: &'a str,
     wrong: Vec<Diagnostic>,
@@ -228,6 +318,11 @@ impl GrantReader<'_> {
                 .filter_map(|host| self.host(&host))
                 .collect()
         });
+        let git_line = raw.git.as_ref().map(|git| self.place(git.span()).line);
+        let git = raw.git.map(|git| {
+            let git = git.into_inner();
+            git.iter().filter_map(|one| self.git(one)).collect()
+        });
         let max = Maxima {
             cpus: raw.max.cpus,
             memory: self.size(raw.max.memory),
@@ -247,9 +342,11 @@ impl GrantReader<'_> {
             open,
             learn: raw.learn.is_some_and(|learn| *learn.get_ref()),
             hosts,
+            git,
             max,
             open_line,
             hosts_line,
+            git_line,
         }
     }
 
@@ -263,6 +360,32 @@ impl GrantReader<'_> {
             }),
             Err(error) => {
                 self.wrong.push(Diagnostic::at(place, error.to_string()));
+                None
+            }
+        }
+    }
+
+    fn git(&mut self, entry: &Spanned<toml::Value>) -> Option<GrantedGit> {
+        let place = self.place(entry.span());
+        let read = match entry.get_ref() {
+            toml::Value::String(text) => git_entry(RawGit {
+                repository: text.clone(),
+                secret: None,
+                user: None,
+            }),
+            other => RawGit::deserialize(other.clone())
+                .map_err(|error| error.message().to_owned())
+                .and_then(git_entry),
+        };
+        match read {
+            Ok((pattern, credential)) => Some(GrantedGit {
+                pattern,
+                credential,
+                line: place.line,
+            }),
+            Err(error) => {
+                let hint = "write \"HOST/PATH\", or { repository = \"HOST/PATH\", secret = \"NAME\", user = \"NAME\" }";
+                self.wrong.push(Diagnostic::at(place, error).hint(hint));
                 None
             }
         }

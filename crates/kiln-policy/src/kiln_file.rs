@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 
 use kiln_core::AllowRule;
+use kiln_core::network::Protocol;
+use kiln_core::secret::Repository;
 
 use crate::compiled::{Draft, Origin};
 use crate::diagnostic::{Diagnostic, Place, shown};
@@ -41,6 +43,7 @@ pub(crate) fn compile(root: &Node, reader: &mut Reader) -> Draft {
         },
         artifacts: reader.paths(root.get("artifacts")),
     };
+    draft.check_git(reader);
     draft.policy.secrets = secrets(root, reader, &draft);
     draft
 }
@@ -60,8 +63,10 @@ fn phases(root: &Node, reader: &mut Reader, draft: &mut Draft) -> BTreeMap<Phase
                     .hint("move it into the phases that need it"),
             );
         }
+        let (network, git) = draft.network(Phase::Run, network, reader);
         let policy = PhasePolicy {
-            network: draft.network(Phase::Run, network, reader),
+            network,
+            git,
             ..PhasePolicy::default()
         };
         phases.insert(Phase::Run, policy);
@@ -70,7 +75,7 @@ fn phases(root: &Node, reader: &mut Reader, draft: &mut Draft) -> BTreeMap<Phase
         let Some(phase) = Phase::named(&key.name) else {
             continue;
         };
-        let network = match node.get("network") {
+        let (network, git) = match node.get("network") {
             Some(network) => draft.network(phase, network, reader),
             None => {
                 draft.origins.insert(
@@ -78,13 +83,15 @@ fn phases(root: &Node, reader: &mut Reader, draft: &mut Draft) -> BTreeMap<Phase
                     Origin {
                         place: key.place,
                         rules: Vec::new(),
+                        git: Vec::new(),
                     },
                 );
-                PhaseNetwork::Isolated
+                (PhaseNetwork::Isolated, Vec::new())
             }
         };
         let policy = PhasePolicy {
             network,
+            git,
             commands: reader.commands(node.get("commands")),
             key: reader.paths(node.get("key")),
         };
@@ -95,11 +102,51 @@ fn phases(root: &Node, reader: &mut Reader, draft: &mut Draft) -> BTreeMap<Phase
 }
 
 impl Draft {
-    fn network(&mut self, phase: Phase, node: &Node, reader: &mut Reader) -> PhaseNetwork {
+    fn network(
+        &mut self,
+        phase: Phase,
+        node: &Node,
+        reader: &mut Reader,
+    ) -> (PhaseNetwork, Vec<Repository>) {
         let (network, rules) = reader.network(node);
+        let git = reader.repositories(node.get("git"));
         let place = node.get("mode").map_or(node.place, |mode| mode.place);
-        self.origins.insert(phase, Origin { place, rules });
-        network
+        let mut repositories: Vec<Repository> =
+            git.iter().map(|one| one.repository.clone()).collect();
+        repositories.sort();
+        repositories.dedup();
+        self.origins.insert(phase, Origin { place, rules, git });
+        (network, repositories)
+    }
+
+    /// The gateway reads what it was named, and writes nothing. A host that could be reached beside it would make that mean nothing: so
+    /// none can, in whatever phase.
+    fn check_git(&self, reader: &mut Reader) {
+        let origins = || self.origins.values();
+        for one in origins().flat_map(|origin| &origin.git) {
+            let host = one.repository.host();
+            let plain = origins().flat_map(|origin| &origin.rules);
+            let Some(rule) = plain.into_iter().find(|sited| sited.rule.matches(host)) else {
+                continue;
+            };
+            if reader
+                .wrong
+                .iter()
+                .any(|wrong| wrong.place == Some(rule.place))
+            {
+                continue;
+            }
+            let message = format!(
+                "{host} is served by the git gateway, so {} cannot be reached beside it",
+                rule.rule
+            );
+            let hint = match rule.rule.is_wildcard() {
+                true => "name the hosts below it that are needed, without this one",
+                false => "remove it from `allow`, or the repository from `git`",
+            };
+            let wrong = Diagnostic::at(rule.place, message).also(one.place, "its repository");
+            reader.refuse(wrong.hint(hint));
+        }
     }
 }
 
@@ -217,7 +264,7 @@ fn check_secret(secret: &Secret, node: &Node, reader: &mut Reader, draft: &Draft
                 )
             }),
             PhaseNetwork::Egress(_) => {
-                origin.and_then(|origin| first_beyond(&origin.rules, &secret.hosts))
+                origin.and_then(|origin| first_beyond(origin, &secret.hosts))
             }
         };
         let Some((place, why)) = beyond else {
@@ -244,10 +291,20 @@ fn check_secret(secret: &Secret, node: &Node, reader: &mut Reader, draft: &Draft
     }
 }
 
-fn first_beyond(rules: &[Sited], hosts: &[AllowRule]) -> Option<(Place, String)> {
-    rules
-        .iter()
-        .find(|sited| !hosts.iter().any(|host| host.covers(&sited.rule)))
+fn first_beyond(origin: &Origin, hosts: &[AllowRule]) -> Option<(Place, String)> {
+    // What git asks a server is bytes of the machine's own as well.
+    let git = origin.git.iter().filter_map(|one| {
+        let rule = AllowRule::new(one.repository.host(), &[one.repository.port()]).ok()?;
+        let rule = rule.with_protocol(Protocol::Tls);
+        Some(Sited {
+            rule,
+            place: one.place,
+        })
+    });
+    let all = origin.rules.iter().cloned().chain(git);
+    let mut beyond = all.filter(|sited| !hosts.iter().any(|host| host.covers(&sited.rule)));
+    beyond
+        .next()
         .map(|sited| (sited.place, format!("{} is not among them", sited.rule)))
 }
 

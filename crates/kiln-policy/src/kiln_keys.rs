@@ -1,5 +1,8 @@
 //! The keys of `kiln.yaml`: what may stand where, as data. The compiler is `kiln_file`.
 
+use kiln_core::git_gateway::REPOSITORIES_MAX;
+use kiln_core::secret::REPOSITORY_MAX;
+
 use crate::shape::{Field, Shape};
 
 /// Most destinations of one list.
@@ -33,6 +36,15 @@ const DESTINATIONS: Shape = Shape::List {
     of: &DESTINATION,
     least: 0,
     most: RULES_MAX,
+};
+const REPOSITORIES: Shape = Shape::List {
+    of: &Shape::Text {
+        what: "a repository host[:port]/path",
+        pattern: "^(https://)?[A-Za-z0-9_.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._+~-]+)+/?$",
+        len_max: REPOSITORY_MAX,
+    },
+    least: 0,
+    most: REPOSITORIES_MAX,
 };
 const IMAGE: Shape = Shape::Text {
     what: "an image by digest, or a runtime's name",
@@ -71,7 +83,10 @@ const COMMAND: Shape = Shape::Either(
 );
 const MODES: Shape = Shape::Word(&[
     ("isolated", "nothing but kiln's own services"),
-    ("egress", "the destinations in `allow` and nothing else"),
+    (
+        "egress",
+        "the destinations in `allow`, the repositories in `git`, and nothing else",
+    ),
     (
         "open",
         "every name above the floor of addresses; needs the operator's grant",
@@ -90,13 +105,18 @@ const PHASE_NAMES: Shape = Shape::Word(&[
 const NETWORK: Shape = Shape::Fields(&[
     Field::optional(
         "mode",
-        "What may be reached. Without it: egress when `allow` has entries, else isolated.",
+        "What may be reached. Without it: egress when `allow` or `git` has entries, else isolated.",
         MODES,
     ),
     Field::optional(
         "allow",
         "Destinations host[:port[/tls|http|raw]]. Without a port: 443 and 80. Without a protocol: tls on 443, http on 80, raw elsewhere. `*.host` is every name below host, never host itself.",
         DESTINATIONS,
+    ),
+    Field::optional(
+        "git",
+        "Repositories host[:port]/path that git may clone and fetch over https, with the operator's credential where there is one; never push. Their hosts cannot stand in `allow`.",
+        REPOSITORIES,
     ),
 ]);
 const PHASE: Shape = Shape::Fields(&[

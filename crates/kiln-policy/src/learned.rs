@@ -89,7 +89,7 @@ fn checked(
     rules.extend(new.iter().flat_map(AllowRule::spelled_out));
     rules.sort();
     rules.dedup();
-    let network = match rules.is_empty() {
+    let network = match rules.is_empty() && want.git(phase).is_empty() {
         true => PhaseNetwork::Isolated,
         false => PhaseNetwork::Egress(rules),
     };

@@ -22,6 +22,7 @@ mod learned;
 pub mod policy;
 mod read;
 mod run;
+mod run_git;
 mod run_parts;
 mod shape;
 mod starter;
@@ -34,8 +35,10 @@ pub use compiled::{
     NEAR_MISSES, choose, compile, json_schema,
 };
 pub use diagnostic::{DIAGNOSTICS_MAX, Diagnostic, Diagnostics, Place};
-pub use effective::{Effective, Explanation, NotGranted, Removed, Say, effective, explain};
-pub use grant::{GRANT_BYTES_MAX, GRANT_FILE, Grant, GrantedHost, Grants, Maxima};
+pub use effective::{
+    Effective, Explanation, NotGranted, Removed, Say, effective, explain, explain_git,
+};
+pub use grant::{GRANT_BYTES_MAX, GRANT_FILE, Grant, GrantedGit, GrantedHost, Grants, Maxima};
 pub use kiln_keys::RULES_MAX;
 pub use learned::{CannotWrite, with_learned};
 pub use policy::{Image, Phase, PhaseNetwork, Policy};

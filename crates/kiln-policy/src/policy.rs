@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use kiln_core::secret::Repository;
 use kiln_core::{AllowRule, ByteSize, Digest, ImageRef, NetworkPolicy};
 use serde_json::{Map, Value, json};
 
@@ -80,7 +81,7 @@ pub enum PhaseNetwork {
     /// Nothing.
     #[default]
     Isolated,
-    /// These and nothing else; each rule has one port and a protocol.
+    /// These and nothing else; each rule has one port and a protocol. None at all in a phase that reads repositories alone.
     Egress(Vec<AllowRule>),
     /// Every name above the floor of addresses.
     Open,
@@ -134,6 +135,8 @@ pub enum Command {
 pub struct PhasePolicy {
     /// What it may reach.
     pub network: PhaseNetwork,
+    /// Repositories that it reads through the git gateway, sorted.
+    pub git: Vec<Repository>,
     /// What it does, in order.
     pub commands: Vec<Command>,
     /// Files whose content decides whether its result can be used again.
@@ -241,6 +244,12 @@ impl Policy {
     pub fn network(&self, phase: Phase) -> &PhaseNetwork {
         const NONE: &PhaseNetwork = &PhaseNetwork::Isolated;
         self.phases.get(&phase).map_or(NONE, |phase| &phase.network)
+    }
+
+    /// Repositories that a phase reads through the git gateway.
+    #[must_use]
+    pub fn git(&self, phase: Phase) -> &[Repository] {
+        self.phases.get(&phase).map_or(&[], |phase| &phase.git)
     }
 
     /// SHA-256 of the canonical form.
@@ -365,6 +374,8 @@ impl PhasePolicy {
         let mut network = Map::new();
         network.insert("mode".to_owned(), json!(self.network.mode()));
         put(&mut network, "allow", rules(self.network.rules()));
+        let git = self.git.iter().map(|one| json!(one.as_str())).collect();
+        put(&mut network, "git", list(git));
         let mut map = Map::new();
         map.insert("network".to_owned(), Value::Object(network));
         put(

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use kiln_core::network::{AllowRule, ParseRuleError};
+use kiln_core::secret::Repository;
 use kiln_core::{ArtifactPath, ByteSize, ImageRef};
 
 use crate::diagnostic::{Diagnostic, Place, shown};
@@ -19,6 +20,13 @@ const RATE_BITS_MAX: u64 = 1_000_000_000_000;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Sited {
     pub(crate) rule: AllowRule,
+    pub(crate) place: Place,
+}
+
+/// A repository of a file and where it stands.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct SitedRepository {
+    pub(crate) repository: Repository,
     pub(crate) place: Place,
 }
 
@@ -216,15 +224,43 @@ impl Reader {
         }
     }
 
-    /// A map with `mode` and `allow`.
+    /// Repositories of a list, each once.
+    pub(crate) fn repositories(&mut self, list: Option<&Node>) -> Vec<SitedRepository> {
+        let mut found: Vec<SitedRepository> = Vec::new();
+        for item in list.map(Node::items).unwrap_or_default() {
+            let Some(repository) = self.parsed::<Repository>(Some(item)) else {
+                continue;
+            };
+            let one = SitedRepository {
+                repository,
+                place: item.place,
+            };
+            if let Some(first) = found
+                .iter()
+                .find(|first| first.repository == one.repository)
+            {
+                let wrong = Diagnostic::at(one.place, format!("{} is here twice", one.repository));
+                self.refuse(
+                    wrong
+                        .also(first.place, "first here")
+                        .hint("keep one of them"),
+                );
+            }
+            found.push(one);
+        }
+        found
+    }
+
+    /// A map with `mode`, `allow` and `git`.
     pub(crate) fn network(&mut self, node: &Node) -> (PhaseNetwork, Vec<Sited>) {
         let mode = node.get("mode");
         let allow = node.get("allow");
         let rules = allow.map(|list| self.rules(list)).unwrap_or_default();
         let word = mode.and_then(Node::text);
         let listed = allow.is_some_and(|list| !list.items().is_empty());
+        let git = node.get("git").filter(|list| !list.items().is_empty());
         let network = match word {
-            Some("egress") | None if listed => {
+            Some("egress") | None if listed || git.is_some() => {
                 let mut sorted: Vec<AllowRule> =
                     rules.iter().map(|sited| sited.rule.clone()).collect();
                 sorted.sort();
@@ -234,7 +270,7 @@ impl Reader {
             Some("egress") => {
                 let place = mode.map_or(node.place, |mode| mode.place);
                 let wrong = Diagnostic::at(place, "`egress` without destinations reaches nothing");
-                self.refuse(wrong.hint("name them in `allow`, or write isolated"));
+                self.refuse(wrong.hint("name them in `allow` or `git`, or write isolated"));
                 PhaseNetwork::Isolated
             }
             Some(word @ ("isolated" | "open" | "learn")) => {
@@ -244,6 +280,13 @@ impl Reader {
                         format!("`allow` means nothing where the mode is {word}"),
                     );
                     self.refuse(wrong.hint("write `mode: egress`, or remove `allow`"));
+                }
+                if let Some(git) = git {
+                    let wrong = Diagnostic::at(
+                        git.place,
+                        format!("`git` means nothing where the mode is {word}"),
+                    );
+                    self.refuse(wrong.hint("write `mode: egress`, or remove `git`"));
                 }
                 match word {
                     "open" => PhaseNetwork::Open,

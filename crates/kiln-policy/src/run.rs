@@ -5,8 +5,10 @@
 
 use kiln_core::job::{AppliedPolicy, RunPhase, RunService};
 use kiln_core::network::AllowRule;
+use kiln_core::secret::Repository;
 use kiln_core::{
-    ArtifactPath, ByteSize, DiskRole, FailureClass, ImageRef, NetworkPolicy, RunSecret, TenantName,
+    ArtifactPath, ByteSize, DiskRole, FailureClass, GitAccess, ImageRef, NetworkPolicy, RunSecret,
+    TenantName,
 };
 
 use crate::compiled::Compiled;
@@ -15,7 +17,7 @@ use crate::grant::{Grants, Maxima};
 use crate::policy::{
     Image, Limits, Phase, PhaseNetwork, PhasePolicy, Policy, Resources, SecretPlace,
 };
-use crate::run_parts;
+use crate::{run_git, run_parts};
 
 /// Where a machine has the files of secrets.
 const SECRETS: &str = "/run/secrets";
@@ -56,6 +58,8 @@ pub struct Asked<'a> {
     pub mode: Option<Mode>,
     /// Destinations.
     pub allow: &'a [AllowRule],
+    /// Repositories: without a file what it reads, beside one what its owner lets it read with a credential.
+    pub git: &'a [Repository],
     /// CPUs, memory and time.
     pub resources: Resources,
     /// Image.
@@ -74,7 +78,8 @@ pub struct Asked<'a> {
 pub struct Refusal {
     /// Usage when the request contradicts itself or the file, policy when something is not granted.
     pub class: FailureClass,
-    /// What of the request it is about: `net`, `allow`, `cpus`, `memory`, `timeout`, `image`, `secrets` or `policy`.
+    /// What of the request it is about: `net`, `allow`, `git`, `cpus`, `memory`, `timeout`, `image`, `secret`, `secrets` or
+    /// `policy`.
     pub field: &'static str,
     /// The value it is about, where there is one.
     pub said: Option<String>,
@@ -148,6 +153,8 @@ pub struct Held {
     pub phases: Vec<RunPhase>,
     /// What runs beside it.
     pub services: Vec<RunService>,
+    /// Repositories that the command itself reads.
+    pub git: Vec<GitAccess>,
     /// Secrets of the command itself.
     pub secrets: Vec<RunSecret>,
     /// What the job's record keeps of it.
@@ -166,10 +173,13 @@ pub fn hold_run(
     tenant: &TenantName,
     asked: &Asked<'_>,
 ) -> Result<Held, Refusal> {
-    match compiled {
-        Some(compiled) => by_file(compiled, grants, tenant, asked),
-        None => by_request(grants, tenant, asked),
-    }
+    run_git::fits(asked)?;
+    let held = match compiled {
+        Some(compiled) => by_file(compiled, grants, tenant, asked)?,
+        None => by_request(grants, tenant, asked)?,
+    };
+    run_git::stay_outside(&held.git, &held.phases, &held.secrets)?;
+    Ok(held)
 }
 
 fn by_file(
@@ -190,7 +200,8 @@ fn by_file(
     let narrower = asked_network(asked, Some(&network))?;
     let network = narrowed(network, narrower.as_ref(), file)?;
     let secrets = run_parts::secrets(&holds.policy, asked.secrets, file)?;
-    let phases = run_parts::phases(&holds.policy, narrower.as_ref(), &secrets);
+    let git = run_git::of_policy(&holds, asked, file)?;
+    let phases = run_parts::phases(&holds.policy, narrower.as_ref(), &secrets, &git);
     let resources = resources(asked.resources, holds.policy.resources, file)?;
     if let (Some(Image::Pinned(own)), Some(other)) = (&holds.policy.image, asked.image)
         && own != other
@@ -208,6 +219,7 @@ fn by_file(
         artifacts: artifacts(&holds.policy.artifacts)?,
         phases,
         services: run_parts::services(&holds.policy),
+        git: git.of(Phase::Run),
         secrets: secrets.of(Phase::Run),
         applied: Some(applied(&holds.policy.limits, &holds, learns)),
         image: holds.policy.image,
@@ -225,8 +237,13 @@ fn by_request(grants: &Grants, tenant: &TenantName, asked: &Asked<'_>) -> Result
     let run = PhasePolicy {
         network: match learns {
             true => PhaseNetwork::Learn,
+            // Nothing but repositories.
+            false if network == NetworkPolicy::Isolated && !asked.git.is_empty() => {
+                PhaseNetwork::Egress(Vec::new())
+            }
             false => of_network(&network),
         },
+        git: asked.git.to_vec(),
         ..PhasePolicy::default()
     };
     let policy = Policy {
@@ -250,6 +267,7 @@ fn by_request(grants: &Grants, tenant: &TenantName, asked: &Asked<'_>) -> Result
         artifacts: Vec::new(),
         phases: Vec::new(),
         services: Vec::new(),
+        git: holds.git(Phase::Run),
         secrets: asked.secrets.to_vec(),
         applied: bounded.then(|| applied(&limits, &holds, learns)),
         removed: Vec::new(),
@@ -306,8 +324,12 @@ pub(crate) fn nothing_removed(holds: &Effective, field: &'static str) -> Result<
         return Ok(());
     };
     let message = format!("the operator does not grant it ({})", gone.by);
+    let (field, said) = match gone.rule.strip_prefix("git ") {
+        Some(repository) if field == "allow" => ("git", repository),
+        _ => (field, gone.rule.as_str()),
+    };
     Err(Refusal {
-        said: Some(gone.rule.clone()),
+        said: Some(said.to_owned()),
         ..Refusal::new(FailureClass::Policy, field, message)
     })
 }
@@ -351,6 +373,7 @@ fn asked_network(
         None => Ok(Some(listed())),
         Some(Mode::Egress) if named => Ok(Some(listed())),
         Some(Mode::Egress) if matches!(policy, Some(NetworkPolicy::Egress { .. })) => Ok(None),
+        Some(Mode::Egress) if !asked.git.is_empty() => Ok(None),
         Some(Mode::Egress) => Err(Refusal::new(
             FailureClass::Usage,
             "net",

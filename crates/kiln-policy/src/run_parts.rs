@@ -7,6 +7,7 @@ use kiln_core::{FailureClass, NetworkPolicy, RunSecret, SecretName, SecretPlace 
 
 use crate::policy::{Command, Health, Phase, PhasePolicy, Policy, SecretPlace};
 use crate::run::Refusal;
+use crate::run_git::Repositories;
 
 /// How long a service may take to be ready that does not say, milliseconds.
 const READY_MS: u64 = 60_000;
@@ -85,6 +86,7 @@ pub(crate) fn phases(
     policy: &Policy,
     asked: Option<&NetworkPolicy>,
     secrets: &Secrets,
+    git: &Repositories,
 ) -> Vec<RunPhase> {
     let all = [
         (Phase::Checkout, RunPhaseName::Checkout),
@@ -110,6 +112,7 @@ pub(crate) fn phases(
             },
             commands,
             secrets: secrets.of(phase),
+            git: git.of(phase),
         });
     }
     found
@@ -210,12 +213,14 @@ secrets:
     #[test]
     fn a_phase_inherits_nothing_and_a_flag_narrows_all_of_them() {
         let policy = policy(PHASES);
-        let before = phases(&policy, None, &Secrets::default());
+        let git = Repositories::default();
+        let before = phases(&policy, None, &Secrets::default(), &git);
         assert_eq!(before.len(), 1);
         assert_eq!(before[0].name, RunPhaseName::Dependencies);
         assert_eq!(before[0].commands, [["/bin/sh", "-ec", "npm ci"]]);
         assert_eq!(before[0].network.rules().len(), 1);
-        let isolated = phases(&policy, Some(&NetworkPolicy::Isolated), &Secrets::default());
+        let isolated = Some(&NetworkPolicy::Isolated);
+        let isolated = phases(&policy, isolated, &Secrets::default(), &git);
         assert_eq!(isolated[0].network, NetworkPolicy::Isolated);
     }
 

@@ -31,6 +31,7 @@ pub mod registry;
 pub mod repeat;
 pub mod run;
 pub mod run_files;
+mod run_git;
 pub mod run_secrets;
 pub mod services;
 pub mod setup;

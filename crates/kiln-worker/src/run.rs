@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use kiln_core::job::RunPhase;
 use kiln_core::network::{NetworkPolicy, RangeException};
 use kiln_core::{Digest, FailureClass, JobRequest, Lease, MachineName};
-use kiln_network::Learned;
 use kiln_network::gateway::proxy::ProxyConfig;
 use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
 use kiln_network::record::{EgressLog, EgressSummary};
+use kiln_network::{GitUpstreams, Learned};
 use kiln_proto::msg::{ContainerSpec, Exit, TtySize};
 use tokio::io::AsyncRead;
 use tokio::net::TcpListener;
@@ -68,6 +68,8 @@ pub struct RunInput {
     pub exceptions: Vec<RangeException>,
     /// The host's HTTP proxy.
     pub proxy: ProxyConfig,
+    /// What its git gateway has of the host; none: it has no git gateway.
+    pub git: Option<Arc<GitUpstreams>>,
     /// The log that is kept.
     pub log: Arc<JobLog>,
     /// An empty folder for the files that the request wants kept; without one none is.
@@ -279,6 +281,7 @@ async fn work(
     let mut config = GatewayConfig::new(NetworkPolicy::Isolated, egress as _);
     config.exceptions.clone_from(&input.exceptions);
     config.proxy = input.proxy.clone();
+    config.git.clone_from(&input.git);
     let [bytes_out, bytes_in] = input.request.bytes_out_and_in_per_second();
     config.limits.bytes_out_per_second = bytes_out;
     config.limits.bytes_in_per_second = bytes_in;

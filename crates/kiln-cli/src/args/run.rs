@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use kiln_core::secret::Repository;
 use kiln_core::{AllowRule, ArtifactPath, ByteSize, ImageRef, RunSecret};
 
 use super::{NetArg, QueueingArgs, machines, parse_duration};
@@ -46,6 +47,9 @@ pub(crate) struct RunArgs {
     /// Let it reach this host; `*.HOST` is every name below it
     #[arg(long = "allow", value_name = "HOST[:PORTS[/tls|http|raw]]")]
     pub allow: Vec<AllowRule>,
+    /// Let git clone and fetch this repository, with the operator's credential where there is one
+    #[arg(long = "git", value_name = "HOST/PATH")]
+    pub git: Vec<Repository>,
     /// Keep files when the command has ended, also when it failed: a path, or a pattern with * ? **
     #[arg(long = "artifact", value_name = "GLOB")]
     pub artifacts: Vec<ArtifactPath>,

@@ -16,7 +16,7 @@ pub(crate) struct ScopeArgs {
     /// Only jobs built from this repository: host/team/app, with * for any name and ** for any names; may be given more than once
     #[arg(long = "repository", value_name = "PATTERN")]
     pub repositories: Vec<String>,
-    /// Only for this: build or run
+    /// Only for this: build, run, or git (the host shows it to git servers, no machine has it)
     #[arg(long = "for", value_name = "USE")]
     pub uses: Vec<String>,
 }

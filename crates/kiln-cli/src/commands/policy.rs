@@ -1,8 +1,10 @@
 //! `kiln policy`: reads a policy and says what it means. Starts nothing.
 
 use kiln_core::TenantName;
+use kiln_core::secret::{ParseSecretError, Repository};
 use kiln_policy::{
-    Effective, Explanation, Format, Phase, PhaseNetwork, Policy, Removed, explain, json_schema,
+    Effective, Explanation, Format, Phase, PhaseNetwork, Policy, Removed, explain, explain_git,
+    json_schema,
 };
 use kiln_worker::home::Home;
 use serde_json::{Value, json};
@@ -113,6 +115,12 @@ fn summary(policy: &Policy) -> String {
             PhaseNetwork::Isolated => "nothing".to_owned(),
             wide => format!("every name ({})", wide.mode()),
         };
+        let git: Vec<&str> = policy.git(phase).iter().map(Repository::as_str).collect();
+        let network = match (git.is_empty(), network.is_empty()) {
+            (true, _) => network,
+            (false, true) => format!("git {}", git.join(", git ")),
+            (false, false) => format!("{network}, git {}", git.join(", git ")),
+        };
         let commands = part.map_or(0, |part| part.commands.len());
         let commands = match commands {
             0 => String::new(),
@@ -130,6 +138,23 @@ fn explained(
     from: &std::path::Path,
     screen: Screen,
 ) -> Result<u8> {
+    let phase = match phase {
+        PhaseArg::Checkout => Phase::Checkout,
+        PhaseArg::Dependencies => Phase::Dependencies,
+        PhaseArg::Services => Phase::Services,
+        PhaseArg::Run => Phase::Run,
+    };
+    if destination.contains('/') {
+        let repository: Repository = destination
+            .parse()
+            .map_err(|error: ParseSecretError| CliError::usage(error.to_string()))?;
+        let found = policy_file::read(from)?;
+        let grants = grants()?;
+        let tenant = TenantName::local();
+        let answer = explain_git(&found.compiled, &grants, &tenant, phase, &repository);
+        screen.data(&answer, || git_text(&answer));
+        return Ok(if answer.allowed { 0 } else { 4 });
+    }
     let (host, port) = match destination.rsplit_once(':') {
         Some((host, port)) => (
             host,
@@ -145,12 +170,6 @@ fn explained(
     };
     let found = policy_file::read(from)?;
     let grants = grants()?;
-    let phase = match phase {
-        PhaseArg::Checkout => Phase::Checkout,
-        PhaseArg::Dependencies => Phase::Dependencies,
-        PhaseArg::Services => Phase::Services,
-        PhaseArg::Run => Phase::Run,
-    };
     let answer = explain(
         &found.compiled,
         &grants,
@@ -169,10 +188,25 @@ fn text(answer: &Explanation) -> String {
         .protocol
         .map(|protocol| format!(", speaking {}", protocol.name()))
         .unwrap_or_default();
-    let mut lines = vec![format!(
+    let head = format!(
         "{}:{} in the phase {}: {verdict}{speaks}",
         answer.host, answer.port, answer.phase
-    )];
+    );
+    said(head, answer)
+}
+
+/// Of a repository.
+fn git_text(answer: &Explanation) -> String {
+    let verdict = if answer.allowed { "allowed" } else { "refused" };
+    let head = format!(
+        "git {} in the phase {}: {verdict}",
+        answer.host, answer.phase
+    );
+    said(head, answer)
+}
+
+fn said(head: String, answer: &Explanation) -> String {
+    let mut lines = vec![head];
     for say in &answer.said {
         let at = say
             .at

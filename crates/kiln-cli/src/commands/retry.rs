@@ -2,7 +2,7 @@
 
 use kiln_controller::api::{JobView, command_line};
 use kiln_core::job::{RunPhase, Source};
-use kiln_core::{Digest, JobKind, JobRequest};
+use kiln_core::{Digest, GitAccess, JobKind, JobRequest};
 use kiln_image::context::{self, Limits, Tree};
 use kiln_policy::{Standing, stands};
 use kiln_proto::fleet::Own;
@@ -121,13 +121,14 @@ async fn here(
 /// Today's grant decides, too: what was withdrawn since is not run again.
 fn granted(request: &mut JobRequest, operator: &Operator) -> Result<()> {
     let grants = policy_file::grants(&operator.home.config)?;
-    let phases: &[RunPhase] = match &request.kind {
-        JobKind::Run(run) => &run.phases,
-        _ => &[],
+    let (phases, git): (&[RunPhase], &[GitAccess]) = match &request.kind {
+        JobKind::Run(run) => (&run.phases, &run.git),
+        _ => (&[], &[]),
     };
     let standing = Standing {
         network: &request.network,
         phases,
+        git,
         applied: request.policy,
     };
     let (max, applied) = stands(&standing, &grants, &request.tenant).map_err(|refusal| {

@@ -90,6 +90,8 @@ pub(super) async fn run_and_learn(
     }
     let any_secret =
         !secrets.is_empty() || ruled.phases.iter().any(|phase| !phase.secrets.is_empty());
+    let git = ruled.phases.iter().flat_map(|phase| &phase.git);
+    let logs_in = git.chain(&ruled.git).any(|one| one.credential.is_some());
     let listeners = listen(&args.publish).await?;
     announce(&listeners, screen)?;
     let size = wants_terminal(&args).then(terminal::size).flatten();
@@ -112,6 +114,7 @@ pub(super) async fn run_and_learn(
             artifacts: wanted.clone(),
             secrets: secrets.clone(),
             source: folder.as_ref().map(Folder::request),
+            git: ruled.git,
             phases: ruled.phases,
             services: ruled.services,
             disk: own.disk.is_some() || ruled.disk.is_some(),
@@ -120,7 +123,7 @@ pub(super) async fn run_and_learn(
         network: ruled.network,
         limits,
         // What its owner gives secrets is trusted by them; whatever else is run here may be anything.
-        trust: match any_secret {
+        trust: match any_secret || logs_in {
             true => TrustClass::Trusted,
             false => TrustClass::Untrusted,
         },

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use kiln_controller::api::PolicyAsk;
 use kiln_core::job::{AppliedPolicy, RunPhase, RunService};
-use kiln_core::{ArtifactPath, ByteSize, ImageRef, NetworkPolicy, RunSecret, TenantName};
+use kiln_core::{
+    ArtifactPath, ByteSize, GitAccess, ImageRef, NetworkPolicy, RunSecret, TenantName,
+};
 use kiln_image::bases::Bases;
 use kiln_policy::policy::Resources;
 use kiln_policy::{Asked, Compiled, Held, Image, Maxima, Mode, Refusal, hold_run, other_image};
@@ -34,6 +36,8 @@ pub(super) struct Ruled {
     /// What comes before the command.
     pub(super) phases: Vec<RunPhase>,
     pub(super) services: Vec<RunService>,
+    /// Repositories that the command itself reads.
+    pub(super) git: Vec<GitAccess>,
     /// Secrets of the command itself.
     pub(super) secrets: Vec<RunSecret>,
     /// Size of its disk, where the policy says one.
@@ -84,6 +88,7 @@ pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Resul
         artifacts: held.artifacts,
         phases: held.phases,
         services: held.services,
+        git: held.git,
         secrets: held.secrets,
         disk: held.disk,
         applied: held.applied,
@@ -101,6 +106,7 @@ fn asked(args: &RunArgs) -> Asked<'_> {
     Asked {
         mode: args.net.map(mode),
         allow: &args.allow,
+        git: &args.git,
         resources: Resources {
             cpus: args.limits.cpus,
             memory: args.limits.memory,
@@ -182,6 +188,11 @@ fn image(
 }
 
 fn summary(file: &str, held: &Held) -> String {
+    let git = match held.git.len() {
+        0 => String::new(),
+        1 => " and 1 repository".to_owned(),
+        count => format!(" and {count} repositories"),
+    };
     let reaches = match &held.network {
         NetworkPolicy::Isolated => "reaches nothing".to_owned(),
         NetworkPolicy::Open => "reaches every name".to_owned(),
@@ -190,7 +201,7 @@ fn summary(file: &str, held: &Held) -> String {
     };
     let hash = held.applied.map(|applied| applied.hash);
     let hash = hash.map(|hash| format!(" ({hash})")).unwrap_or_default();
-    format!("policy: {file}, {reaches}{hash}")
+    format!("policy: {file}, {reaches}{git}{hash}")
 }
 
 #[cfg(test)]

@@ -49,6 +49,7 @@ pub(super) async fn run(
         argv: args.command.clone(),
         env,
         policy: found.as_ref().map(run_policy::sent).transpose()?,
+        git: args.git.iter().map(ToString::to_string).collect(),
         net: args.net.map(|net| run_policy::mode_word(net).to_owned()),
         common: queueing::common(&args.queueing, &args.limits, &args.allow)?,
     };

@@ -25,6 +25,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path.startswith("/silent.git/"):
             open(folder + "/asked", "w").close()
             time.sleep(120)
+        if path.startswith("/private/"):
+            login = self.headers.get("Authorization", "")
+            with open(folder + "/logins", "a") as log: log.write(login + "\n")
+            if login != "Basic Y2k6dDBrZW4tb2YtdGhlLWhvc3Q=":
+                self.send_response(401)
+                self.send_header("WWW-Authenticate", 'Basic realm="private"')
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
         if path.startswith("/moved.git/"):
             self.send_response(302)
             self.send_header("Location", "https://@OTHER@/shop.git/" + self.path[len("/moved.git/"):])
@@ -62,7 +71,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 server = http.server.ThreadingHTTPServer((address, 443), Handler)
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-context.load_cert_chain(folder + "/cert.pem", folder + "/key.pem")
+context.load_cert_chain(folder + "/cert.pem", folder + "/cert.key")
 server.socket = context.wrap_socket(server.socket, server_side=True)
 print("ready", flush=True)
 server.serve_forever()
@@ -125,7 +134,7 @@ impl World {
         }
         let settings = format!(
             "version = 1\n[ca]\nfiles = [{:?}]\n[[exception]]\nallow = true\nhost = \"{HOST}\"\nrange = \"10.77.0.0/24\"\n",
-            path(&at("cert.pem"))
+            path(&at("ca.pem"))
         );
         std::fs::write(at("config/registries.toml"), settings).expect("write");
         let setup = format!(
@@ -197,26 +206,31 @@ impl World {
     }
 }
 
+/// An authority, and what the server shows: not everybody takes an authority for a server.
 fn certificate(dir: &Path) {
+    let openssl = |name: &str, more: &[&str]| {
+        let mut command = Command::new("openssl");
+        command
+            .current_dir(dir)
+            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt"])
+            .args(["ec_paramgen_curve:P-256", "-nodes", "-days", "2"])
+            .args(["-subj", &format!("/CN={name}"), "-keyout"])
+            .arg(format!("{name}.key"))
+            .args(["-out", &format!("{name}.pem")])
+            .args(more);
+        run(&mut command);
+    };
+    openssl("ca", &[]);
     let names = format!("subjectAltName=DNS:{HOST},DNS:{OTHER_HOST}");
-    let mut command = Command::new("openssl");
-    command
-        .args([
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-days",
-            "2",
-        ])
-        .args(["-subj", "/CN=test", "-addext", &names, "-keyout"])
-        .arg(dir.join("key.pem"))
-        .arg("-out")
-        .arg(dir.join("cert.pem"));
-    run(&mut command);
+    let leaf = [
+        "-CA",
+        "ca.pem",
+        "-CAkey",
+        "ca.key",
+        "-addext",
+        "basicConstraints=critical,CA:FALSE",
+    ];
+    openssl("cert", &[&leaf[..], &["-addext", &names]].concat());
 }
 
 #[test]
@@ -330,4 +344,97 @@ fn what_cannot_be_fetched_is_told() {
     waiting.signal("INT");
     waiting.end().exits(130);
     assert_eq!(world.checkouts(), 0, "nothing is left behind");
+}
+
+/// The password of `ci` at the server.
+const TOKEN: &str = "t0ken-of-the-host";
+
+/// What a command does with a repository that it may read, one that it may not, and a server that it may not write to.
+const TRIES: &str = r#"
+cd /tmp
+git clone -q https://@HOST@/private/shop.git a && cat a/words
+git clone -q --depth 1 git@@HOST@:private/shop b && cat b/words
+git -C a -c user.name=t -c user.email=t@example.org commit -q --allow-empty -m mine
+git -C a push -q origin HEAD:refs/heads/mine && echo PUSHED
+git clone -q https://@HOST@/private/other.git c && echo READ
+git -c url.x.insteadOf=none ls-remote http://git.kiln.internal/@HOST@/shop.git && echo READ
+(timeout 5 bash -c "exec 3<>/dev/tcp/@HOST@/443" && echo REACHED) 2>/dev/null
+grep -rls 't0ke[n]-of' /proc/[0-9]*/environ /proc/[0-9]*/cmdline /root /tmp /etc /run 2>/dev/null
+grep -rls 'Y2k6dD[B]r' /root /tmp /etc /run 2>/dev/null
+echo over
+"#;
+
+#[test]
+fn a_run_reads_its_repositories_with_the_hosts_credential_and_nothing_else() {
+    let Some(world) = World::new() else { return };
+    for name in ["private/shop.git", "private/other.git", "shop.git"] {
+        std::fs::create_dir_all(world.at(name)).expect("dir");
+        world.git(name, &["init", "-q", "-b", "main"]);
+        std::fs::write(world.at(name).join("words"), "the words\n").expect("write");
+        world.git(name, &["add", "-A"]);
+        world.git(name, &["commit", "-q", "-m", "one"]);
+    }
+    let grant = format!(
+        "[tenant.local]\ngit = [{{ repository = \"{HOST}/private/*\", secret = \"IT_GIT\", user = \"ci\" }}]\n"
+    );
+    std::fs::write(world.at("config/policy.toml"), grant).expect("write");
+    std::fs::write(world.at("token"), TOKEN).expect("write");
+    let token = std::fs::File::open(world.at("token")).expect("file");
+    let mut set = world.command(&["secret", "set", "IT_GIT", "--for", "git"]);
+    set.stdin(token);
+    said(set).exits(0);
+    let shop = format!("{HOST}/private/shop");
+    let run = |more: &[&str], script: &str| {
+        let args = [
+            &["run", "--no-source"][..],
+            more,
+            &["--", "bash", "-c", script],
+        ]
+        .concat();
+        world.kiln(&args)
+    };
+    // It is the host's, not a machine's; and its owner has to say that a project may have it.
+    run(&["--secret", "IT_GIT"], "true").exits(4);
+    run(&["--git", &shop, "--secret", "IT_GIT"], "true").exits(2);
+    run(&["--git", &format!("{HOST}/shop")], "true").exits(4);
+    run(&["--git", &shop, "--allow", HOST], "true").exits(4);
+    let policy = format!("version: 1\nnetwork: {{git: [{shop}]}}\n");
+    std::fs::write(world.at("kiln.yaml"), policy).expect("write");
+    let file = world.at("kiln.yaml");
+    let refused = run(&["--policy", path(&file)], "true").exits(4);
+    refused.says(&format!("--git {shop}"));
+    let tries = TRIES.replace("@HOST@", HOST);
+    let ran = run(&["--policy", path(&file), "--git", &shop], &tries).exits(0);
+    assert_eq!(ran.out, "the words\nthe words\nover\n", "{ran:?}");
+    let ran = ran.says("git_repository_not_allowed").says("403");
+    assert!(!ran.err.contains(TOKEN), "{ran:?}");
+    let logins = std::fs::read_to_string(world.at("logins")).expect("logins");
+    assert!(
+        logins.lines().count() >= 4 && logins.lines().all(|line| line.starts_with("Basic Y2k6")),
+        "{logins}"
+    );
+    // Others run jobs in this home meanwhile; this secret is this test's.
+    let read = ["secret", "access-log", "IT_GIT", "--json"];
+    let read = world.kiln(&read).exits(0).out;
+    let rows = read
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+    let given = rows.filter(|row| row["allowed"] == true);
+    let job = given
+        .filter_map(|row| Some(row["detail"]["job"].as_str()?.to_owned()))
+        .next();
+    let job = job.unwrap_or_else(|| panic!("{read}"));
+    let egress = world.kiln(&["job", "egress", &job, "--json"]).exits(0).out;
+    for word in [
+        "git_push_refused",
+        "git_repository_not_allowed",
+        &format!("git {shop}"),
+    ] {
+        assert!(egress.contains(word), "{word}: {egress}");
+    }
+    assert!(
+        !egress.contains(TOKEN) && !egress.contains("Y2k6dDBr"),
+        "{egress}"
+    );
+    world.kiln(&["secret", "delete", "IT_GIT"]).exits(0);
 }

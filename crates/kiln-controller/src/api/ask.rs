@@ -163,6 +163,10 @@ pub struct RunAsk {
     /// Secrets of the tenant's store: `NAME` or `NAME=VARIABLE` for a variable of its environment, `NAME:file` for the file
     /// `/run/secrets/NAME`.
     pub secrets: Vec<String>,
+    /// Repositories `host[:port]/path` that its git may clone and fetch, with the operator's credential where there is one: without a policy
+    /// what it reads, beside one what it may read with a credential. At most 64.
+    #[schema(max_items = 64)]
+    pub git: Vec<String>,
     /// The project's policy file: what it says holds, and the rest of the request only takes away.
     pub policy: Option<PolicyAsk>,
     /// `isolated`, `egress`, `open` or `learn`; without it what `allow` or the policy says. `open` and `learn` need the operator's grant, and

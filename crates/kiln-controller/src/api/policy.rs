@@ -7,9 +7,12 @@
 use std::io::Read as _;
 
 use http::StatusCode;
+use kiln_core::git_gateway::REPOSITORIES_MAX;
 use kiln_core::job::{AppliedPolicy, RunPhase};
+use kiln_core::secret::{ParseSecretError, Repository};
 use kiln_core::{
-    ByteSize, FailureClass, ImageRef, JobKind, JobRequest, NetworkPolicy, RunSecret, TenantName,
+    ByteSize, FailureClass, GitAccess, ImageRef, JobKind, JobRequest, NetworkPolicy, RunSecret,
+    TenantName,
 };
 use kiln_policy::policy::Resources;
 use kiln_policy::{
@@ -200,10 +203,12 @@ impl RunAsk {
         };
         let compiled = self.policy.as_ref().map(PolicyAsk::compiled).transpose()?;
         let allow = self.common.rules()?;
+        let git = self.repositories()?;
         let named: Vec<RunSecret> = std::mem::take(&mut run.secrets);
         let asked = kiln_policy::Asked {
             mode: self.mode()?,
             allow: &allow,
+            git: &git,
             resources: resources(&self.common)?,
             image: run.image.as_ref(),
             secrets: &named,
@@ -223,6 +228,7 @@ impl RunAsk {
             artifacts,
             phases,
             services,
+            git,
             secrets,
             applied,
             removed: _,
@@ -239,6 +245,7 @@ impl RunAsk {
         }
         run.secrets = secrets;
         run.services = services;
+        run.git = git;
         run.phases = phases;
         self.places(&run.secrets)?;
         for phase in &run.phases {
@@ -261,6 +268,16 @@ impl RunAsk {
             applied,
             notes,
         })
+    }
+
+    fn repositories(&self) -> Result<Vec<Repository>, Problem> {
+        if self.git.len() > REPOSITORIES_MAX {
+            let detail = format!("at most {REPOSITORIES_MAX} repositories");
+            return Err(Problem::invalid("git", detail));
+        }
+        let all = self.git.iter().map(|text| text.parse());
+        all.collect::<Result<_, _>>()
+            .map_err(|error: ParseSecretError| Problem::invalid("git", error.to_string()))
     }
 
     fn mode(&self) -> Result<Option<Mode>, Problem> {
@@ -352,13 +369,14 @@ pub(crate) fn still_stands(
     request: &JobRequest,
     grants: &Grants,
 ) -> Result<(Maxima, Option<AppliedPolicy>), Problem> {
-    let phases: &[RunPhase] = match &request.kind {
-        JobKind::Run(run) => &run.phases,
-        _ => &[],
+    let (phases, git): (&[RunPhase], &[GitAccess]) = match &request.kind {
+        JobKind::Run(run) => (&run.phases, &run.git),
+        _ => (&[], &[]),
     };
     let standing = Standing {
         network: &request.network,
         phases,
+        git,
         applied: request.policy,
     };
     stands(&standing, grants, &request.tenant).map_err(|refusal| {

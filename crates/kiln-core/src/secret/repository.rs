@@ -6,12 +6,14 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::{ParseSecretError, wrong};
+use crate::AllowRule;
 
 /// Longest repository or pattern, bytes.
 pub const REPOSITORY_MAX: usize = 512;
 
-/// A repository a host fetched from: `host[:port]/path`, the host in lower case, without `.git`.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+/// A repository that is read over https: `host[:port]/path`, the host in lower case, without `.git`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Repository(String);
 
 impl Repository {
@@ -42,6 +44,80 @@ impl Repository {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Its server: `host`, or `host:port` where that is not 443.
+    #[must_use]
+    pub fn authority(&self) -> &str {
+        self.0
+            .split_once('/')
+            .map_or(&self.0, |(authority, _)| authority)
+    }
+
+    /// The name of its server.
+    #[must_use]
+    pub fn host(&self) -> &str {
+        let authority = self.authority();
+        authority
+            .split_once(':')
+            .map_or(authority, |(host, _)| host)
+    }
+
+    /// The port of its server.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        let port = self.authority().split_once(':');
+        port.and_then(|(_, port)| port.parse().ok()).unwrap_or(443)
+    }
+}
+
+impl FromStr for Repository {
+    type Err = ParseSecretError;
+
+    /// `host[:port]/path` or an https URL of it. The host is a name that a rule could say, never an address.
+    fn from_str(text: &str) -> Result<Self, ParseSecretError> {
+        let what = "a repository";
+        let url = match text.starts_with("https://") {
+            true => text.to_owned(),
+            false => format!("https://{text}"),
+        };
+        let rule =
+            "write host/path, for example git.example.org/team/app: letters, digits and . _ - + ~";
+        let found = Self::of_url(&url).ok_or_else(|| wrong(text, what, rule))?;
+        let (host, port) = match found.authority().split_once(':') {
+            None => (found.authority(), Some(443)),
+            Some((host, port)) => (host, port.parse().ok()),
+        };
+        let port = port.ok_or_else(|| wrong(text, what, "its port is a number"))?;
+        let host = AllowRule::new(host, &[port]);
+        host.map_err(|_| {
+            wrong(
+                text,
+                what,
+                "its host is written as a name, no address, and none of kiln's own",
+            )
+        })?;
+        Ok(found)
+    }
+}
+
+impl TryFrom<String> for Repository {
+    type Error = ParseSecretError;
+
+    fn try_from(text: String) -> Result<Self, ParseSecretError> {
+        text.parse()
+    }
+}
+
+impl From<Repository> for String {
+    fn from(repository: Repository) -> Self {
+        repository.0
+    }
+}
+
+impl fmt::Display for Repository {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 /// Repositories: `host/team/app` is one, `*` stands for any text within one part, `**` as a part of its own for one or more parts.
@@ -54,6 +130,14 @@ impl RepositoryPattern {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The server of all of them, as it is written: `host` or `host:port`.
+    #[must_use]
+    pub fn authority(&self) -> &str {
+        self.0
+            .split_once('/')
+            .map_or(&self.0, |(authority, _)| authority)
     }
 
     /// Whether a repository is one of them.
@@ -187,6 +271,49 @@ mod tests {
             "ssh://git.example.org/app",
         ] {
             assert_eq!(Repository::of_url(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn a_repository_reads_back_and_its_host_is_a_name() {
+        for (text, host, port) in [
+            ("git.example.org/team/app", "git.example.org", 443),
+            ("git.example.org:8443/~me/a+b", "git.example.org", 8443),
+        ] {
+            let one: Repository = text.parse().expect(text);
+            assert_eq!(
+                (one.to_string().as_str(), one.host(), one.port()),
+                (text, host, port)
+            );
+            let json = serde_json::to_string(&one).expect("json");
+            assert_eq!(
+                serde_json::from_str::<Repository>(&json).expect("json"),
+                one
+            );
+        }
+        let same: Repository = "https://Git.example.org/team/app.git".parse().expect("url");
+        assert_eq!(same.as_str(), "git.example.org/team/app");
+        for bad in [
+            "git.example.org",
+            "git.example.org/",
+            "git.example.org:/a",
+            "git.example.org:x/a",
+            "git.example.org:0/a",
+            "git.example.org:70000/a",
+            "a:b:1/c",
+            "10.0.0.1/a",
+            "registry.kiln.internal/a",
+            "-x.example.org/a",
+            "git@git.example.org/a",
+            "git.example.org/.git",
+            "git.example.org/a/.git",
+            "git.example.org/a//b",
+            "git.example.org/a/../b",
+            "git.example.org/a%2fb",
+            "http://git.example.org/a",
+            "",
+        ] {
+            assert!(bad.parse::<Repository>().is_err(), "{bad}");
         }
     }
 

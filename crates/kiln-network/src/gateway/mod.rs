@@ -17,12 +17,14 @@
 //!   host itself resolves: one special address among the answers refuses, and a name the host cannot resolve
 //!   (normal behind such proxies) is left to the proxy, which is the operator's own.
 //!
-//! It knows nothing of jobs or of the channel's wire. Read next: [`dial`], [`proxy`], [`relay`](self::Admitted).
+//! It knows nothing of jobs or of the channel's wire. Read next: [`dial`], [`proxy`], [`relay`](self::Admitted), [`git`] (repositories, with the
+//! host's credential).
 
 mod admitted;
 mod bandwidth;
 pub mod dial;
 mod floor;
+pub mod git;
 pub mod proxy;
 mod rules;
 mod share;
@@ -34,6 +36,7 @@ use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use kiln_core::git_gateway::{GIT_HOST, GIT_PORT};
 use kiln_core::network::{
     AllowRule, EgressEvent, EgressVerdict, INTERNAL_SUFFIX, NameVerdict, NetworkPolicy,
     RangeException, SpecialRange, normal_host,
@@ -44,6 +47,7 @@ use tokio::time::{Instant, timeout_at};
 pub use admitted::{Admitted, RelayEnd, RelayReport};
 pub use dial::{BoxedDuplex, Duplex};
 pub use floor::{OwnPlaces, PLACES_MAX, is_this_host};
+pub use git::GitUpstreams;
 pub use share::{
     DIALS_MAX, DIALS_OF_MACHINE_MAX, HostShare, RESOLVES_MAX, RESOLVES_OF_MACHINE_MAX,
 };
@@ -139,6 +143,8 @@ pub struct GatewayConfig {
     pub services: Services,
     /// The operator's HTTP proxy.
     pub proxy: ProxyConfig,
+    /// What the git gateway has of the host; none: the machine has no git gateway. Which repositories it serves, the rules of a phase say.
+    pub git: Option<Arc<GitUpstreams>>,
     /// Bounds.
     pub limits: Limits,
     /// Where decisions go.
@@ -156,6 +162,7 @@ impl GatewayConfig {
             share: HostShare::of_process(),
             services: Services::default(),
             proxy: ProxyConfig::default(),
+            git: None,
             limits: Limits::default(),
             sink,
         }
@@ -168,6 +175,7 @@ impl fmt::Debug for GatewayConfig {
             .field("policy", &self.policy)
             .field("exceptions", &self.exceptions)
             .field("services", &self.services)
+            .field("git", &self.git)
             .field("proxy", &self.proxy)
             .field("limits", &self.limits)
             .finish_non_exhaustive()
@@ -228,6 +236,7 @@ struct Inner {
     floor: Floor,
     services: Services,
     proxy: ProxyConfig,
+    git: Option<Arc<GitUpstreams>>,
     limits: Limits,
     sink: Arc<dyn EgressSink>,
     resolver: Arc<dyn Resolver>,
@@ -267,6 +276,7 @@ impl Gateway {
             floor: Floor::new(config.exceptions, config.own),
             services: config.services,
             proxy: config.proxy,
+            git: config.git,
             limits: config.limits,
             sink: config.sink,
             resolver,
@@ -291,7 +301,7 @@ impl Gateway {
     pub fn knows(&self, host: &str) -> bool {
         let name = normal_host(host);
         let known = name.as_deref().is_some_and(|name| {
-            self.inner.services.knows(name)
+            self.serves(name)
                 || (!is_internal(name) && self.inner.rules.borrow().policy.knows_host(name))
         });
         if let Some(name) = name.filter(|_| !known) {
@@ -320,6 +330,13 @@ impl Gateway {
         if let Some(service) = self.inner.services.0.get(&(name.clone(), port)) {
             return Ok(Admitted::service(Arc::clone(service), permit));
         }
+        if let (Some(upstreams), GIT_HOST, GIT_PORT) = (&self.inner.git, &*name, port) {
+            let door = git::Door {
+                gateway: self.clone(),
+                upstreams: Arc::clone(upstreams),
+            };
+            return Ok(Admitted::service(Arc::new(door), permit));
+        }
         // Subscribed before the decision: a narrowing in between is seen by the flow.
         let rules = self.inner.rules.subscribe();
         let phase = rules.borrow().phase.clone();
@@ -334,10 +351,7 @@ impl Gateway {
                 return Err(Refusal::Host { host: name });
             }
         };
-        let route = match self.inner.proxy.hop(&name, port) {
-            Some(hop) => self.through(&name, port, hop.clone()).await,
-            None => self.direct(&name, port).await,
-        };
+        let route = self.route(&name, port).await;
         let route = route.map_err(|refusal| self.refuse(&name, port, &rule, refusal))?;
         Ok(Admitted::flow(
             Flow {
@@ -359,13 +373,26 @@ impl Gateway {
 
     fn decide(&self, name: &str, port: u16) -> NameVerdict {
         if is_internal(name) {
-            return if self.inner.services.knows(name) {
+            return if self.serves(name) {
                 NameVerdict::PortRefused
             } else {
                 NameVerdict::HostRefused
             };
         }
         self.inner.rules.borrow().policy.decide(name, port)
+    }
+
+    /// Whether one of kiln's own names is here.
+    fn serves(&self, name: &str) -> bool {
+        self.inner.services.knows(name) || (name == GIT_HOST && self.inner.git.is_some())
+    }
+
+    /// Opens a connection to a name that was admitted.
+    async fn route(&self, name: &str, port: u16) -> Result<Route, Refusal> {
+        match self.inner.proxy.hop(name, port) {
+            Some(hop) => self.through(name, port, hop.clone()).await,
+            None => self.direct(name, port).await,
+        }
     }
 
     /// Dials an address of the name that passes the floor.

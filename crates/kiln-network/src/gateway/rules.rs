@@ -4,9 +4,11 @@
 //! [`Gateway::enter`] or [`Gateway::narrow`] returned, no byte that was not already being written leaves over a
 //! flow that the new rules do not allow; the flow itself ends as soon as its task runs.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use kiln_core::network::{AllowRule, NameVerdict, NetworkPolicy, Protocol};
+use kiln_core::secret::Repository;
 use tokio::sync::watch;
 
 use super::Gateway;
@@ -15,6 +17,8 @@ use super::Gateway;
 #[derive(Clone, Debug)]
 pub(super) struct Rules {
     pub(super) policy: NetworkPolicy,
+    /// Repositories that the git gateway serves.
+    pub(super) git: Arc<BTreeSet<Repository>>,
     /// The phase they belong to, as its events name it.
     pub(super) phase: Option<Arc<str>>,
     /// Only less from now on.
@@ -25,6 +29,7 @@ impl Rules {
     pub(super) fn new(policy: NetworkPolicy) -> Self {
         Self {
             policy,
+            git: Arc::default(),
             phase: None,
             narrow_only: false,
         }
@@ -40,8 +45,21 @@ impl Gateway {
     /// - After [`Gateway::only_narrow`] the phase gets what `policy` and the rules before both allow.
     /// - kiln's own services are not part of a policy and stay.
     ///
+    /// - The git gateway serves nothing in it: see [`Gateway::enter_with_git`].
+    ///
     /// Returns what holds. It takes effect before it returns; it waits for nothing.
     pub fn enter(&self, phase: &str, policy: NetworkPolicy) -> NetworkPolicy {
+        self.enter_with_git(phase, policy, BTreeSet::new())
+    }
+
+    /// As [`Gateway::enter`], of a phase that reads these repositories through the git gateway. Requests for others that are under way end at
+    /// once, and after [`Gateway::only_narrow`] it reads what was read before alone.
+    pub fn enter_with_git(
+        &self,
+        phase: &str,
+        policy: NetworkPolicy,
+        git: BTreeSet<Repository>,
+    ) -> NetworkPolicy {
         let mut holds = NetworkPolicy::Isolated;
         self.inner.rules.send_modify(|rules| {
             rules.phase = Some(Arc::from(phase));
@@ -49,6 +67,10 @@ impl Gateway {
                 true => rules.policy.and(&policy),
                 false => policy,
             };
+            rules.git = Arc::new(match rules.narrow_only {
+                true => git.intersection(&rules.git).cloned().collect(),
+                false => git,
+            });
             holds = rules.policy.clone();
         });
         self.refused_names().clear();
@@ -63,11 +85,12 @@ impl Gateway {
     }
 
     /// Allows only what the old and this policy both allow, within the phase that runs, and ends connections that are no
-    /// longer allowed.
+    /// longer allowed. A policy says nothing of repositories: the git gateway serves none from then on.
     pub fn narrow(&self, policy: &NetworkPolicy) {
-        self.inner
-            .rules
-            .send_modify(|rules| rules.policy = rules.policy.and(policy));
+        self.inner.rules.send_modify(|rules| {
+            rules.policy = rules.policy.and(policy);
+            rules.git = Arc::default();
+        });
     }
 
     /// What the machine may reach now.

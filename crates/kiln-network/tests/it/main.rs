@@ -3,6 +3,7 @@
 mod fairness;
 mod floor;
 mod gateway;
+mod git;
 mod names;
 mod phases;
 mod proxy;

@@ -1,7 +1,9 @@
 //! The file AND the operator's grant.
 
 use kiln_core::TenantName;
-use kiln_policy::{Compiled, Format, Grants, Phase, PhaseNetwork, compile, effective, explain};
+use kiln_policy::{
+    Compiled, Format, Grants, Phase, PhaseNetwork, compile, effective, explain, explain_git,
+};
 
 const POLICY: &str = "\
 version: 1
@@ -140,4 +142,134 @@ fn an_answer_names_the_lines_that_decided() {
             "{host}"
         );
     }
+}
+
+const GIT: &str = "\
+version: 1
+network:
+  git:
+    - git.example.org/team/app
+    - git.example.org/other
+    - open.example.net/lib
+";
+
+#[test]
+fn a_grant_says_which_repositories_and_with_what() {
+    let file = policy(GIT);
+    let some = grants(
+        "[tenant.local]\ngit = [\n  \"open.example.net/*\",\n  { repository = \"git.example.org/team/*\", secret = \"token\", user = \"ci\" },\n]\n",
+    );
+    let holds = effective(&file, &some, &local()).expect("granted");
+    let git = holds.git(Phase::Run);
+    let shown: Vec<String> = git
+        .iter()
+        .map(|one| {
+            let login = one.credential.as_ref();
+            let login = login.map(|login| format!(" {}:{}", login.user, login.secret));
+            format!("{}{}", one.repository, login.unwrap_or_default())
+        })
+        .collect();
+    assert_eq!(
+        shown,
+        ["git.example.org/team/app ci:token", "open.example.net/lib"]
+    );
+    assert_eq!((holds.removed.len(), holds.removed[0].line), (1, 5));
+    assert_eq!(holds.removed[0].rule, "git git.example.org/other");
+    assert_ne!(holds.hash, holds.file_hash);
+    // Without a word of the operator's: as anybody reads them, where their hosts may be named.
+    let holds = effective(&file, &Grants::default(), &local()).expect("granted");
+    assert!(holds.credentials.is_empty() && holds.removed.is_empty());
+    let hosts = grants("[tenant.local]\nhosts = [\"open.example.net\", \"git.example.org:80\"]\n");
+    let holds = effective(&file, &hosts, &local()).expect("granted");
+    let git = holds.git(Phase::Run);
+    assert_eq!(
+        (git.len(), git[0].repository.host()),
+        (1, "open.example.net")
+    );
+    let none = grants("[tenant.local]\ngit = []\n");
+    let holds = effective(&file, &none, &local()).expect("granted");
+    assert_eq!(holds.policy.network(Phase::Run), &PhaseNetwork::Isolated);
+}
+
+#[test]
+fn what_the_gateway_serves_is_reached_in_no_other_way() {
+    let plain = policy("version: 1\nnetwork: {allow: [\"*.example.org:443\"]}\n");
+    let serves = grants("[tenant.local]\ngit = [\"git.example.org/team/*\"]\n");
+    let refused = effective(&plain, &serves, &local()).expect_err("beside the gateway");
+    assert!(refused[0].message.contains("policy.toml:2"), "{refused:?}");
+    assert_eq!(refused[0].line, 2);
+    assert!(effective(&plain, &Grants::default(), &local()).is_ok());
+}
+
+#[test]
+fn wrong_repositories_of_the_operator_are_refused_with_their_line() {
+    for (entry, want) in [
+        ("\"git.example.org\"", "is not a pattern"),
+        ("\"10.0.0.1/a\"", "is not a repository"),
+        (
+            "{ repository = \"git.example.org/a\", user = \"x\" }",
+            "without a secret",
+        ),
+        (
+            "{ repository = \"git.example.org/a\", secret = \"a b\" }",
+            "name of a secret",
+        ),
+        (
+            "{ repository = \"git.example.org/a\", secret = \"a\", user = \"a:b\" }",
+            "user of a login",
+        ),
+        (
+            "{ repository = \"git.example.org/a\", token = \"a\" }",
+            "token",
+        ),
+        ("{ secret = \"a\" }", "repository"),
+        ("7", "invalid type"),
+    ] {
+        let text = format!("[tenant.local]\ngit = [\n  {entry},\n]\n");
+        let wrong = Grants::parse("policy.toml", &text)
+            .expect_err(entry)
+            .to_string();
+        assert!(
+            wrong.contains("policy.toml:3") && wrong.contains(want),
+            "{entry}: {wrong}"
+        );
+    }
+}
+
+#[test]
+fn why_a_repository_may_be_read() {
+    let file = policy(GIT);
+    let some = grants(
+        "[tenant.local]\ngit = [\n  { repository = \"git.example.org/team/*\", secret = \"token\" },\n]\n",
+    );
+    let ask = |grants: &Grants, repository: &str| {
+        let repository = repository.parse().expect("repository");
+        let answer = explain_git(&file, grants, &local(), Phase::Run, &repository);
+        let said: Vec<String> = answer
+            .said
+            .iter()
+            .map(|say| format!("{} {}", say.by, say.at.as_deref().unwrap_or("-")))
+            .collect();
+        (answer.allowed, said.join(", "), answer.said)
+    };
+    let (allowed, said, words) = ask(&some, "git.example.org/team/app");
+    assert_eq!(
+        (allowed, said.as_str()),
+        (true, "file kiln.yaml:4, operator policy.toml:3, kiln -")
+    );
+    assert!(words[1].says.contains("secret token"), "{words:?}");
+    let (allowed, said, _) = ask(&some, "git.example.org/other");
+    assert_eq!(
+        (allowed, said.as_str()),
+        (false, "file kiln.yaml:5, operator policy.toml:2")
+    );
+    let (allowed, said, _) = ask(&some, "git.example.org/third");
+    assert_eq!((allowed, said.as_str()), (false, "file kiln.yaml:2"));
+    assert!(ask(&Grants::default(), "open.example.net/lib").0);
+    let plain = explain(&file, &some, &local(), Phase::Run, ("git.example.org", 443));
+    let plain = plain.expect("a name");
+    assert!(
+        !plain.allowed && plain.said[0].says.contains("git gateway"),
+        "{plain:?}"
+    );
 }

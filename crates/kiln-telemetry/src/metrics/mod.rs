@@ -18,13 +18,14 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 /// Verdicts of a machine's gateway, each with its reasons.
-pub const EGRESS_REASONS: [(&str, &str); 7] = [
+pub const EGRESS_REASONS: [(&str, &str); 8] = [
     ("allowed", "rule"),
     ("allowed", "narrowed"),
     ("refused", "host"),
     ("refused", "port"),
     ("refused", "address"),
     ("refused", "name"),
+    ("refused", "git"),
     ("failed", "unreachable"),
 ];
 

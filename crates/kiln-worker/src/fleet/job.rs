@@ -40,6 +40,7 @@ use crate::measured::{Measured, add};
 use crate::prepare::{self, Prepared, Wishes};
 use crate::registry::RegistryAccess;
 use crate::run::{RunInput, ServiceInput};
+use crate::run_git;
 use crate::run_secrets::RunSecrets;
 use crate::site::Site;
 
@@ -182,6 +183,11 @@ async fn attempt(
         // A caller that traces sees what its command traces below it.
         let run = context.named(kiln_telemetry::span::RUN).to_string();
         command.env.entry(TRACEPARENT_ENV.to_owned()).or_insert(run);
+    }
+    if let JobKind::Run(command) = &mut request.kind {
+        let repositories = command.all_git().map(|one| one.repository.clone());
+        let repositories: Vec<_> = repositories.collect();
+        kiln_core::git_gateway::steer(&mut command.env, &repositories);
     }
     let to = To {
         client: shop.client.clone(),
@@ -589,6 +595,7 @@ impl Work<'_> {
             ca_bundle: shop.site.ca_bundle.clone(),
             exceptions: shop.site.exceptions(),
             proxy: shop.site.proxy.clone(),
+            git: run_git::upstreams(command, shop.site.ca_bundle.as_deref(), &values)?,
             log: Arc::clone(self.log),
             artifacts: dir.as_ref().map(|dir| dir.path().to_owned()),
             keep: local.keep,

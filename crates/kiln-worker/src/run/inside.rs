@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kiln_core::job::{RunCommand, RunPhase, RunPhaseName};
 use kiln_core::machine::{DiskAccess, DiskFormat};
-use kiln_core::{DiskRole, DiskSlot, FailureClass, JobRequest, Lease, NetworkPolicy};
+use kiln_core::{DiskRole, DiskSlot, FailureClass, GitAccess, JobRequest, Lease, NetworkPolicy};
 use kiln_proto::msg::{
     ContainerSpec, ExecRequest, Exit, Order, OrderReply, Place, TtySize, feature,
 };
@@ -23,6 +23,7 @@ use crate::event::Events;
 use crate::failure::Failure;
 use crate::kept::Handover;
 use crate::orders;
+use crate::run_git;
 use crate::run_secrets::RunSecrets;
 use crate::unpack::Unpacked;
 
@@ -73,7 +74,9 @@ pub(super) async fn in_machine(
     let (secrets, tty, stdin) = (&input.secrets, input.tty, input.stdin.is_some());
     let (network, services) = (&input.request.network, &input.services);
     let started = async {
-        inside.enter("run", network, services).await?;
+        inside
+            .enter("run", (network, &command.git), services)
+            .await?;
         put_secrets(attempt, secrets).await?;
         inside.exec(None, secrets, (tty, stdin)).await
     };
@@ -122,11 +125,11 @@ impl Inside<'_> {
     async fn enter(
         &self,
         name: &str,
-        network: &NetworkPolicy,
+        (network, git): (&NetworkPolicy, &[GitAccess]),
         services: &[ServiceInput],
     ) -> Result<(), Failure> {
         let gateway = self.attempt.services.gateway();
-        gateway.enter(name, network.clone());
+        gateway.enter_with_git(name, network.clone(), run_git::named(git));
         match self.command.phases.is_empty() {
             true => Ok(()),
             // The guest remembers for a while which names there are.
@@ -144,7 +147,8 @@ impl Inside<'_> {
     ) -> Result<(), Failure> {
         let name = phase.name.as_str();
         told.phases.begin(name).await;
-        self.enter(name, &phase.network, &input.services).await?;
+        self.enter(name, (&phase.network, &phase.git), &input.services)
+            .await?;
         put_secrets(self.attempt, secrets).await?;
         if phase.name == RunPhaseName::Services {
             for service in &input.services {
