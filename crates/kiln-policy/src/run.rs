@@ -568,6 +568,7 @@ mod tests {
     const NOTHING: Asked<'_> = Asked {
         mode: None,
         allow: &[],
+        git: &[],
         resources: Resources {
             cpus: None,
             memory: None,
@@ -614,6 +615,101 @@ mod tests {
         };
         let refused = hold(listed, "[tenant.acme]\nlearn = true\n", &with).expect_err("a secret");
         assert_eq!(refused.field, "secrets");
+    }
+
+    #[test]
+    fn a_repository_with_a_credential_needs_its_owners_word() {
+        let file = "version: 1\nphases:\n  dependencies: {network: {git: [git.example.org/lib, open.example.org/a]}, commands: [x]}\n  run: {network: {allow: [b.example.org], git: [git.example.org/app]}}\n";
+        let grant = "[tenant.acme]\ngit = [\"open.example.org/*\", {repository = \"git.example.org/*\", secret = \"T\"}]\n";
+        let refused = hold(file, grant, &NOTHING).expect_err("nobody named it");
+        assert_eq!(
+            (refused.class, refused.field),
+            (FailureClass::Policy, "git")
+        );
+        assert!(
+            refused.hints[0].contains("--git git.example.org/lib"),
+            "{refused:?}"
+        );
+        let named: Vec<Repository> = ["git.example.org/lib", "git.example.org/app"]
+            .map(|text| text.parse().expect("repository"))
+            .to_vec();
+        let asked = Asked {
+            git: &named,
+            ..NOTHING
+        };
+        let held = hold(file, grant, &asked).expect("named");
+        assert_eq!((held.git.len(), held.phases[0].git.len()), (1, 2));
+        assert!(held.git[0].credential.is_some());
+        // As anybody reads them, no word is needed; and a flag that narrows leaves what it names.
+        let held = hold(file, "", &NOTHING).expect("no credential");
+        assert_eq!((held.git.len(), held.phases[0].git.len()), (1, 2));
+        let rule: AllowRule = "b.example.org:443".parse().expect("rule");
+        let narrow = Asked {
+            allow: std::slice::from_ref(&rule),
+            git: &named[1..],
+            ..NOTHING
+        };
+        let held = hold(file, grant, &narrow).expect("narrower");
+        assert_eq!((held.git.len(), held.phases[0].git.len()), (1, 0));
+        let isolated = Asked {
+            mode: Some(Mode::Isolated),
+            ..NOTHING
+        };
+        assert!(
+            hold(file, grant, &isolated)
+                .expect("nothing")
+                .git
+                .is_empty()
+        );
+        let other = ["git.example.org/other".parse().expect("repository")];
+        let asked = Asked {
+            git: &other,
+            ..NOTHING
+        };
+        assert!(hold(file, "", &asked).is_err(), "the file does not name it");
+        // What the host logs in with is no command's.
+        let secret: RunSecret = "T".parse().expect("secret");
+        let both = Asked {
+            git: &named,
+            secrets: std::slice::from_ref(&secret),
+            ..NOTHING
+        };
+        assert_eq!(hold(file, grant, &both).expect_err("both").field, "secret");
+    }
+
+    #[test]
+    fn without_a_file_the_request_names_repositories_within_the_grant() {
+        let tenant: TenantName = "acme".parse().expect("tenant");
+        let named = ["git.example.org/app".parse().expect("repository")];
+        let rule: AllowRule = "*.example.org".parse().expect("rule");
+        let hold = |text: &str, asked: &Asked<'_>| {
+            let grants = Grants::parse("policy.toml", text).expect("legal");
+            hold_run(None, &grants, &tenant, asked)
+        };
+        let asked = Asked {
+            git: &named,
+            ..NOTHING
+        };
+        let held = hold("", &asked).expect("anybody's");
+        assert_eq!((held.network, held.git.len()), (NetworkPolicy::Isolated, 1));
+        let refused = hold("[tenant.acme]\ngit = []\n", &asked).expect_err("not granted");
+        assert_eq!(
+            (refused.field, refused.said.as_deref()),
+            ("git", Some("git.example.org/app"))
+        );
+        let beside = Asked {
+            allow: std::slice::from_ref(&rule),
+            ..asked
+        };
+        let refused = hold("", &beside).expect_err("beside the gateway");
+        assert!(refused.message.contains("git gateway"), "{refused:?}");
+        for mode in [Mode::Isolated, Mode::Open, Mode::Learn] {
+            let asked = Asked {
+                mode: Some(mode),
+                ..asked
+            };
+            assert_eq!(hold("", &asked).expect_err("contradiction").field, "net");
+        }
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! `kiln doctor`: what this host offers, what is ready, and how to mend what is missing. With `--scrub` everything stored is read
 //! again.
 //!
-//! Read next: `doctor::host` (the computer), `doctor::ready` (what set-up made), `doctor::reach` (package registries), `doctor::rights` (who may do what),
+//! Read next: `doctor::host` (the computer), `doctor::ready` (what set-up made), `doctor::reach` (package registries), `doctor::git` (credentials of repositories), `doctor::rights` (who may do what),
 //! `doctor::scrub`.
 
+mod git;
 mod host;
 mod reach;
 mod ready;
@@ -51,6 +52,7 @@ pub(super) async fn run(args: &DoctorArgs, screen: Screen) -> Result<u8> {
     report.all(host::tools());
     report.all(ready::checks(&operator).await);
     report.all(reach::checks(&operator).await);
+    report.all(git::checks(&home).await);
     if args.scrub && prepared.is_ok() {
         scrub::run(&operator, &mut report).await;
     }

@@ -55,7 +55,7 @@ pub(crate) struct AccessesAsked {
 pub struct ScopeView {
     /// Jobs whose source a host fetched from one of these: `host/team/app`, `*` for any name, `**` for any names. Empty: any job.
     pub repositories: Vec<String>,
-    /// `build`, `run`; empty means both.
+    /// `build`, `run`, `git` (the host itself, as a git server's login); empty means all.
     pub uses: Vec<String>,
 }
 
