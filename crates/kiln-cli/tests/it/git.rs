@@ -422,7 +422,7 @@ fn a_run_reads_its_repositories_with_the_hosts_credential_and_nothing_else() {
     let given = rows.filter(|row| row["allowed"] == true);
     let job = given
         .filter_map(|row| Some(row["detail"]["job"].as_str()?.to_owned()))
-        .next();
+        .next_back();
     let job = job.unwrap_or_else(|| panic!("{read}"));
     let egress = world.kiln(&["job", "egress", &job, "--json"]).exits(0).out;
     for word in [

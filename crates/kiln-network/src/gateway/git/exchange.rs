@@ -57,9 +57,12 @@ struct Tally {
 impl Drop for Tally {
     fn drop(&mut self) {
         let verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner);
+        let unnamed = GitRefused::Repository;
+        let admitted =
+            !matches!(&*verdict, EgressVerdict::GitRefused { why, .. } if *why == unnamed);
         self.gateway.inner.sink.record(EgressEvent {
             address: self.address,
-            rule: Some(rule(&self.repository)),
+            rule: admitted.then(|| rule(&self.repository)),
             bytes_out: self.bytes_out.load(Ordering::Relaxed),
             bytes_in: self.bytes_in.load(Ordering::Relaxed),
             phase: self.phase.as_deref().map(str::to_owned),
