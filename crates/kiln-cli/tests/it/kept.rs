@@ -468,7 +468,10 @@ fn a_console_is_a_terminal_and_gives_it_back() {
     let (code, all) = typed(&kiln, &failing, &[("Ctrl-]", "cat /root/f; exit\r")], || {});
     assert!(code == 5 && all.contains("left-behind"), "{code} {all}");
     // Later, from the same inputs.
-    let again = format!("{program} job retry --shell");
+    let newest = kiln.run(&["job", "show", "--json"]).exits(0);
+    let newest: serde_json::Value = serde_json::from_str(newest.out.trim()).expect("JSON");
+    let newest = newest["id"].as_str().expect("an id");
+    let again = format!("{program} job retry {newest} --shell");
     let (code, all) = typed(&kiln, &again, &[("Ctrl-]", "cat /root/f; exit\r")], || {});
     assert!(code == 5 && all.contains("left-behind"), "{code} {all}");
     let said = kiln

@@ -5,7 +5,7 @@ use std::fs;
 use crate::annex::Annex;
 use crate::kept::{kept, typed};
 use crate::serve::serve;
-use crate::support::{app, free_port, path, until};
+use crate::support::{Started, app, free_port, path, until};
 
 #[test]
 fn a_servers_machine_is_entered_copied_from_stood_in_and_ended() {
@@ -64,7 +64,8 @@ fn a_servers_machine_is_entered_copied_from_stood_in_and_ended() {
         shown.out.contains("worker") && shown.out.contains("left)"),
         "{shown:?}"
     );
-    on(&["machine", "stats", &id]).exits(0).says("memory");
+    let used = on(&["machine", "stats", &id]).exits(0);
+    assert!(used.out.contains("memory of its VMM"), "{used:?}");
     let program = format!("{} --server {at}", path(&kiln.program));
     let console = format!("{program} console {id} -- sh -i");
     let keys = [
@@ -81,12 +82,53 @@ fn a_servers_machine_is_entered_copied_from_stood_in_and_ended() {
 
     // Where a command failed, its user stands in its machine; then it is gone.
     let failing = "run --no-source --shell-on-failure --cpus 1 --memory 512M -- sh -c 'echo left-behind > /root/f; exit 5'";
-    for words in [failing, "job retry --shell"] {
+    let stood = |words: &str| {
         let words = format!("{program} {words}");
         let (code, all) = typed(&kiln, &words, &[("Ctrl-]", "cat /root/f; exit\r")], || {});
         assert!(code == 5 && all.contains("left-behind"), "{code} {all}");
-    }
+    };
+    stood(failing);
+    let newest = on(&["job", "show", "--json"]).exits(0);
+    let newest: serde_json::Value = serde_json::from_str(newest.out.trim()).expect("JSON");
+    let newest = newest["id"].as_str().expect("an id");
+    stood(&format!("job retry {newest} --shell"));
     until("its end", || kiln.vmms().is_empty().then_some(()));
+    a_server_that_is_killed_keeps_nothing(&kiln, server, port);
+}
+
+/// With its worker: whoever is in the machine is told, and the next server finds nothing of it.
+fn a_server_that_is_killed_keeps_nothing(kiln: &Annex, server: Started, port: u16) {
+    let at = format!(
+        "unix:{}",
+        path(&kiln.home.join("controller/controller.sock"))
+    );
+    let options = [
+        "--server",
+        &at,
+        "--keep=10m",
+        "--no-source",
+        "--cpus",
+        "1",
+        "--memory",
+        "512M",
+    ];
+    let id = kept(kiln, 0, &options, &["true"]);
+    let script = "echo ready; sleep 4321; true";
+    let mut inside = kiln.start(&["--server", &at, "exec", &id, "--", "sh", "-c", script]);
+    inside.until_it_prints("ready");
+    server.signal("KILL");
+    inside.end().exits(3);
+    drop(server);
+    let (server, at) = serve(kiln, port);
+    until("its end", || kiln.vmms().is_empty().then_some(()));
+    // Its worker has said that it is a new process, or will in a moment.
+    until("nothing is listed", || {
+        let left = kiln.run(&["--server", &at, "machine", "list", "--json"]);
+        left.exits(0).out.is_empty().then_some(())
+    });
+    kiln.run(&["--server", &at, "exec", &id, "--", "true"])
+        .exits(2)
+        .says(&id);
     server.signal("INT");
     server.end().exits(0);
 }

@@ -14,7 +14,7 @@ use crate::fleet_worker::{Line, NoAnswer, facts, send};
 use crate::server::{FORM, Got, archive, multipart};
 
 /// Every request about a job: method, what, and a body that makes sense there.
-const DOORS: [(&str, &str, &str); 8] = [
+const DOORS: [(&str, &str, &str); 9] = [
     ("GET", "source", ""),
     ("POST", "secrets", r#"{"names": []}"#),
     ("POST", "event", r#"{"from": 0, "events": []}"#),
@@ -27,6 +27,7 @@ const DOORS: [(&str, &str, &str); 8] = [
         r#"{"manifest": "sha256:0000000000000000000000000000000000000000000000000000000000000000",
             "tags": []}"#,
     ),
+    ("POST", "keep", r#"{"facts": {}}"#),
     (
         "POST",
         "finish",

@@ -13,6 +13,7 @@ mod fleet_doors;
 mod fleet_faults;
 mod fleet_followers;
 mod fleet_images;
+mod fleet_kept;
 mod fleet_lease_model;
 mod fleet_lease_sim;
 mod fleet_line;

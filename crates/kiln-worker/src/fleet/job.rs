@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use kiln_core::job::{RunService, SourceBuild};
+use kiln_core::job::{RunKeep, RunService, SourceBuild};
 use kiln_core::{
     ArtifactName, Digest, FailureClass, JobKind, JobRequest, Lease, NetworkPolicy, Outcome, Verdict,
 };
@@ -522,6 +522,14 @@ impl Work<'_> {
         Ok(found)
     }
 
+    /// Keeps a machine that has no owner; what becomes of the job does not depend on it.
+    async fn stay(&self, handover: Handover) {
+        if let Err(failure) = self.staying.stay(self.shop, self.to, handover).await {
+            let text = format!("the machine does not stay: {failure}");
+            self.events.warn(text).await;
+        }
+    }
+
     async fn command(
         &self,
         request: JobRequest,
@@ -577,12 +585,7 @@ impl Work<'_> {
         // A command's own machine is kept by that command.
         let keeps = local.is_none().then_some(command.keep).flatten();
         let mut local = local.unwrap_or_else(nobody_watches);
-        if let Some(keep) = keeps {
-            local.keep = Some(Keep {
-                stays: Duration::from_millis(keep.stays_ms).min(STAYS_MAX),
-                on_failure_only: keep.on_failure_only,
-            });
-        }
+        local.keep = keeps.map(keep_of).or(local.keep);
         let tenant = &request.tenant.clone();
         let input = RunInput {
             request,
@@ -607,12 +610,7 @@ impl Work<'_> {
         let lease = self.lease.clone();
         let mut end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;
         if let Some(handover) = end.kept.take_if(|_| keeps.is_some()) {
-            // At once: it has no owner.
-            let stayed = self.staying.stay(shop, self.to, handover).await;
-            if let Err(failure) = stayed {
-                let text = format!("the machine does not stay: {failure}");
-                self.events.warn(text).await;
-            }
+            self.stay(handover).await;
         }
         let files = std::mem::take(&mut end.artifacts);
         let since = std::time::Instant::now();
@@ -624,6 +622,14 @@ impl Work<'_> {
             artifacts: sent,
             ..ran(end)
         })
+    }
+}
+
+/// What a server's job says of its machine.
+fn keep_of(keep: RunKeep) -> Keep {
+    Keep {
+        stays: Duration::from_millis(keep.stays_ms).min(STAYS_MAX),
+        on_failure_only: keep.on_failure_only,
     }
 }
 
