@@ -9,12 +9,39 @@ use http::{StatusCode, header};
 use kiln_core::access::{Action, Principal, Refused, Target, decide};
 use kiln_core::{Role, TenantName};
 use kiln_db::{Database, NewAudit};
+use serde::Deserialize;
+use utoipa::IntoParams;
 
 use super::Api;
+use super::ask::parsed;
 use super::limits::Slot;
 use super::problem::Problem;
 use crate::access::secret_token::{self, SecretKind};
 use crate::access::{Access, Door, Peer, TokenRefused, owner};
+
+/// Whose thing is meant.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(default, deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct TenantAsked {
+    /// The token's own unless it is an operator's.
+    pub(crate) tenant: Option<String>,
+}
+
+impl TenantAsked {
+    /// The tenant, once the caller may do this there.
+    pub(crate) async fn allowed(
+        &self,
+        api: &Api,
+        caller: &Caller,
+        action: Action,
+        name: &str,
+    ) -> Result<TenantName, Problem> {
+        let named = self.tenant.as_deref();
+        let named: Option<TenantName> = named.map(|text| parsed("tenant", text)).transpose()?;
+        caller.acting_for(api, named.as_ref(), action, name).await
+    }
+}
 
 /// A proven caller of one request.
 #[derive(Clone, Debug)]
@@ -361,6 +388,11 @@ impl Caller {
                 }
             })?;
         Ok(tenant.clone())
+    }
+
+    /// Whether it may do something that it does not ask for by itself: no audit row tells of the question.
+    pub(crate) fn could(&self, action: Action, target: Target<'_>) -> bool {
+        decide(&self.principal, action, target).is_ok()
     }
 
     /// Whether it may give a role: never more than its own.

@@ -97,6 +97,14 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
     }
 }
 
+/// The answer to whoever took something away.
+pub(crate) fn removed(was_there: bool, kind: &str, name: &str) -> Result<StatusCode, Problem> {
+    match was_there {
+        true => Ok(StatusCode::NO_CONTENT),
+        false => Err(Problem::not_found(kind, name)),
+    }
+}
+
 /// An answer in JSON.
 #[derive(Debug)]
 pub(crate) struct Answer<T>(pub(crate) StatusCode, pub(crate) T);

@@ -11,8 +11,8 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::Api;
 use super::ask::parsed;
-use super::caller::Caller;
-use super::extract::{Answer, Asked, Named};
+use super::caller::{Caller, TenantAsked};
+use super::extract::{Answer, Asked, Named, removed};
 use super::problem::{Problem, ProblemBody, is_disk_full};
 use super::tenants::known;
 use super::view::List;
@@ -62,26 +62,6 @@ pub(crate) struct ImagesAsked {
     limit: Option<u32>,
 }
 
-/// Whose image.
-#[derive(Debug, Default, Deserialize, IntoParams)]
-#[serde(default, deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub(crate) struct OwnerAsked {
-    /// The token's own unless it is an operator's.
-    tenant: Option<String>,
-}
-
-async fn owner(
-    api: &Api,
-    caller: &Caller,
-    tenant: Option<&str>,
-    action: Action,
-    name: &str,
-) -> Result<TenantName, Problem> {
-    let named: Option<TenantName> = tenant.map(|text| parsed("tenant", text)).transpose()?;
-    caller.acting_for(api, named.as_ref(), action, name).await
-}
-
 fn failed(error: &(dyn std::error::Error + 'static)) -> Problem {
     match is_disk_full(error) {
         true => Problem::disk_full(error),
@@ -116,8 +96,11 @@ pub(crate) async fn list(
             .map(|(repo, tag)| (repo.to_owned(), tag.to_owned())),
     };
     let after = after.ok_or_else(|| Problem::invalid("after", "it is REPOSITORY:TAG"))?;
-    let tenant = asked.tenant.as_deref();
-    let tenant = owner(&api, &caller, tenant, Action::ImagePull, "images").await?;
+    let whose = TenantAsked {
+        tenant: asked.tenant,
+    };
+    let tenant = whose.allowed(&api, &caller, Action::ImagePull, "images");
+    let tenant = tenant.await?;
     let named = api.backend().images(&tenant, after, limit).await;
     let named = named.map_err(|error| failed(&*error))?;
     let full = named.len() >= limit as usize;
@@ -146,7 +129,7 @@ fn place(tenant: &TenantName, text: &str) -> Result<(String, String), Problem> {
 /// Takes the name of an image away, and the image with its last name. Its bytes go with the next collection.
 #[utoipa::path(
     delete, path = "/v1/images/{name}", tag = "images",
-    params(("name" = String, Path, description = "`NAME:TAG` within the tenant, or `t/TENANT/NAME:TAG`; slashes as `%2F`"), OwnerAsked),
+    params(("name" = String, Path, description = "`NAME:TAG` within the tenant, or `t/TENANT/NAME:TAG`; slashes as `%2F`"), TenantAsked),
     responses(
         (status = 204, description = "It is gone"),
         (status = "4XX", description = "Refused", body = ProblemBody, content_type = "application/problem+json"),
@@ -157,20 +140,18 @@ pub(crate) async fn remove(
     State(api): State<Arc<Api>>,
     caller: Caller,
     Named(text): Named,
-    Asked(asked): Asked<OwnerAsked>,
+    Asked(asked): Asked<TenantAsked>,
 ) -> Result<StatusCode, Problem> {
-    let tenant = asked.tenant.as_deref();
-    let tenant = owner(&api, &caller, tenant, Action::ImageRemove, &text).await?;
+    let tenant = asked.allowed(&api, &caller, Action::ImageRemove, &text);
+    let tenant = tenant.await?;
     let (repo, tag) = place(&tenant, &text)?;
     if known(&api, tenant.as_str()).await?.hold {
         let text = "this tenant is on hold: nothing of it goes";
         return Err(Problem::conflict("on_hold", text).hint("`kiln hold list` says why"));
     }
     let gone = api.backend().withdraw_image(&repo, &tag).await;
-    match gone.map_err(|error| failed(&*error))? {
-        true => Ok(StatusCode::NO_CONTENT),
-        false => Err(Problem::not_found("image", &format!("{repo}:{tag}"))),
-    }
+    let gone = gone.map_err(|error| failed(&*error))?;
+    removed(gone, "image", &format!("{repo}:{tag}"))
 }
 
 #[cfg(test)]

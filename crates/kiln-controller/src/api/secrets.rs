@@ -17,8 +17,8 @@ use utoipa::{IntoParams, ToSchema};
 use super::Api;
 use super::ask::parsed;
 use super::audit::AuditView;
-use super::caller::Caller;
-use super::extract::{Answer, Asked, Body, Named};
+use super::caller::{Caller, TenantAsked};
+use super::extract::{Answer, Asked, Body, Named, removed};
 use super::problem::{Problem, ProblemBody};
 use super::view::List;
 use crate::access::SealedAs;
@@ -28,15 +28,6 @@ use crate::secret_stores::{SecretSource, SourceError};
 const WRITES_MAX: usize = 5;
 /// Rows of a page of accesses.
 const PAGE: u32 = 100;
-
-/// Whose secrets.
-#[derive(Debug, Default, Deserialize, IntoParams)]
-#[serde(default, deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub(crate) struct TenantAsked {
-    /// The token's own unless it is an operator's.
-    tenant: Option<String>,
-}
 
 /// Whose, and from where on.
 #[derive(Debug, Default, Deserialize, IntoParams)]
@@ -192,18 +183,6 @@ impl ValueAsk {
     }
 }
 
-/// The tenant that was named, once the caller may do this there.
-async fn allowed(
-    api: &Api,
-    caller: &Caller,
-    tenant: Option<&str>,
-    action: Action,
-    name: &str,
-) -> Result<TenantName, Problem> {
-    let named = tenant.map(|text| parsed("tenant", text)).transpose()?;
-    caller.acting_for(api, named.as_ref(), action, name).await
-}
-
 fn missing(name: &str) -> Problem {
     Problem::not_found("secret", name)
 }
@@ -226,8 +205,9 @@ pub(crate) async fn list(
     caller: Caller,
     Asked(asked): Asked<TenantAsked>,
 ) -> Result<Answer<List<SecretView>>, Problem> {
-    let tenant = asked.tenant.as_deref();
-    let tenant = allowed(&api, &caller, tenant, Action::SecretRead, "secrets").await?;
+    let tenant = asked
+        .allowed(&api, &caller, Action::SecretRead, "secrets")
+        .await?;
     let found = api.db().secrets(&tenant).await?;
     let items = found.into_iter().map(SecretView::of).collect();
     Ok(Answer(StatusCode::OK, List { items, next: None }))
@@ -248,8 +228,9 @@ pub(crate) async fn show(
     Named(text): Named,
     Asked(asked): Asked<TenantAsked>,
 ) -> Result<Answer<SecretView>, Problem> {
-    let tenant = asked.tenant.as_deref();
-    let tenant = allowed(&api, &caller, tenant, Action::SecretRead, &text).await?;
+    let tenant = asked
+        .allowed(&api, &caller, Action::SecretRead, &text)
+        .await?;
     let view = one(&api, &tenant, &text).await?;
     Ok(Answer(StatusCode::OK, view))
 }
@@ -278,8 +259,9 @@ pub(crate) async fn set(
     Asked(asked): Asked<TenantAsked>,
     Body(body): Body<ValueAsk>,
 ) -> Result<Answer<SecretView>, Problem> {
-    let tenant = asked.tenant.as_deref();
-    let tenant = allowed(&api, &caller, tenant, Action::SecretWrite, &text).await?;
+    let tenant = asked
+        .allowed(&api, &caller, Action::SecretWrite, &text)
+        .await?;
     keep(&api, &caller, &tenant, &text, &body, true).await
 }
 
@@ -300,8 +282,9 @@ pub(crate) async fn rotate(
     Asked(asked): Asked<TenantAsked>,
     Body(body): Body<ValueAsk>,
 ) -> Result<Answer<SecretView>, Problem> {
-    let tenant = asked.tenant.as_deref();
-    let tenant = allowed(&api, &caller, tenant, Action::SecretWrite, &text).await?;
+    let tenant = asked
+        .allowed(&api, &caller, Action::SecretWrite, &text)
+        .await?;
     keep(&api, &caller, &tenant, &text, &body, false).await
 }
 
@@ -383,8 +366,9 @@ pub(crate) async fn scope(
     Asked(asked): Asked<TenantAsked>,
     Body(body): Body<ScopeView>,
 ) -> Result<Answer<SecretView>, Problem> {
-    let tenant = asked.tenant.as_deref();
-    let tenant = allowed(&api, &caller, tenant, Action::SecretWrite, &text).await?;
+    let tenant = asked
+        .allowed(&api, &caller, Action::SecretWrite, &text)
+        .await?;
     let name = name_of(&text)?;
     let scope = body.read()?;
     if !api.db().set_secret_scope(&tenant, &name, &scope).await? {
@@ -408,13 +392,12 @@ pub(crate) async fn remove(
     Named(text): Named,
     Asked(asked): Asked<TenantAsked>,
 ) -> Result<StatusCode, Problem> {
-    let tenant = asked.tenant.as_deref();
-    let tenant = allowed(&api, &caller, tenant, Action::SecretRemove, &text).await?;
+    let tenant = asked
+        .allowed(&api, &caller, Action::SecretRemove, &text)
+        .await?;
     let name = text.parse().map_err(|_| missing(&text))?;
-    match api.db().remove_secret(&tenant, &name).await? {
-        true => Ok(StatusCode::NO_CONTENT),
-        false => Err(missing(&text)),
-    }
+    let gone = api.db().remove_secret(&tenant, &name).await?;
+    removed(gone, "secret", &text)
 }
 
 /// Who had a secret, was refused it, or changed it, oldest first; `next` is the `after` of the next page. Also of one that is gone.

@@ -15,7 +15,7 @@ use kiln_core::network::{
 };
 use tokio::time::{Instant, timeout_at};
 
-use super::dial::Resolver;
+use super::dial::{Resolver, SystemResolver};
 
 /// Most places of one teller; what is beyond is told in the log and left out.
 pub const PLACES_MAX: usize = 4096;
@@ -195,6 +195,30 @@ impl Floor {
         }
         *lock(&self.prefixes) = Some((Instant::now(), found.clone()));
         Some(found)
+    }
+}
+
+/// The floor of this process's gateways, for who wants to know beforehand what a connection would find. Dials nothing.
+#[derive(Debug)]
+pub struct HostFloor(Floor);
+
+impl HostFloor {
+    /// With these exceptions of the operator's.
+    #[must_use]
+    pub fn new(exceptions: Vec<RangeException>) -> Self {
+        Self(Floor::new(exceptions, OwnPlaces::of_process()))
+    }
+
+    /// What a connection to `name` finds of each of these addresses, in order: the special range of one that is refused. Waits at most `within` for
+    /// the host's resolver, which knows whether the network translates IPv6; without its answer no IPv6 address is fine.
+    pub async fn check(
+        &self,
+        name: &str,
+        addrs: &[IpAddr],
+        within: Duration,
+    ) -> Vec<(IpAddr, Result<(), SpecialRange>)> {
+        let deadline = Instant::now() + within;
+        self.0.check(name, addrs, &SystemResolver, deadline).await
     }
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! logs/TENANT/JOB/ATTEMPT/index          preamble, sealed JSON: Index
 //! logs/TENANT/JOB/ATTEMPT/SALT-N.pack    zstd frames, each sealed
-//! expire/CLASS/DAY/TENANT/JOB/ATTEMPT    empty; DAY is days since 1970 as six digits: what retention lists
+//! expire/CLASS/DAY/TENANT/JOB/ATTEMPT    empty, DAY is days since 1970 as six digits: written by earlier builds, removed with its log
 //! ```
 //! A close that was cut short leaves packs nobody names; the next close of the same log removes them.
 
@@ -13,7 +13,7 @@ use bytes::Bytes;
 use futures_util::TryStreamExt as _;
 use kiln_core::{JobId, TenantName};
 use object_store::path::Path as Key;
-use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload};
+use object_store::{ObjectStore, ObjectStoreExt as _, PutMode, PutOptions};
 use serde::{Deserialize, Serialize};
 
 use super::retention::RetentionClass;
@@ -212,11 +212,6 @@ impl<'a> Packer<'a> {
     pub(super) async fn finish(mut self, conditional: bool) -> Result<(Index, bool), LogError> {
         self.piece().await?;
         self.flush().await?;
-        let marker = expiry_key(self.name, self.index.class, self.index.ended_unix_ms);
-        self.store
-            .put(&marker, PutPayload::new())
-            .await
-            .map_err(LogError::objects("write when a log expires"))?;
         let json = serde_json::to_vec(&self.index)
             .map_err(|_| damaged(self.name, "its index cannot be written"))?;
         let sealed = self
@@ -352,7 +347,7 @@ pub(super) async fn attempts(
     Ok(listed.common_prefixes.iter().filter_map(number).collect())
 }
 
-/// Removes an ended log, the index first, so that it is gone at once; then what says when it expires.
+/// Removes an ended log, the index first, so that it is gone at once; then what an earlier build wrote of its end.
 pub(super) async fn remove(
     store: &Arc<dyn ObjectStore>,
     name: &LogName,
@@ -378,9 +373,9 @@ pub(super) async fn remove(
 }
 
 /// Milliseconds of a day.
-pub(super) const DAY_MS: u64 = 24 * 60 * 60 * 1000;
+const DAY_MS: u64 = 24 * 60 * 60 * 1000;
 
-/// Where retention finds this log.
+/// What earlier builds wrote for each log, and nothing reads any more.
 pub(super) fn expiry_key(name: &LogName, class: RetentionClass, ended_unix_ms: u64) -> Key {
     Key::from(format!(
         "expire/{}/{:06}/{}/{}/{}",

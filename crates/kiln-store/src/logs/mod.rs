@@ -29,9 +29,7 @@ use kiln_core::{AttemptId, JobId, TenantName};
 pub use error::LogError;
 pub use objects::{ConditionalPut, ObjectTarget, S3Credentials, S3Target};
 pub(crate) use objects::{connector, open as open_objects, open_amazon};
-pub use retention::{
-    Doomed, Holds, Periods, RetentionClass, RetentionPlan, RetentionPolicy, Swept,
-};
+pub use retention::RetentionClass;
 pub use seal::{KEY_BYTES, LogKey, LogKeys};
 pub use store::LogStore;
 

@@ -123,10 +123,6 @@ impl LogStore {
         self.inner.conditional
     }
 
-    pub(super) fn objects(&self) -> &Arc<dyn ObjectStore> {
-        &self.inner.objects
-    }
-
     /// Takes bytes that start at `offset`. What is there already is ignored, so that a writer may say everything twice.
     /// When this returns, the bytes survive what [`super::Durability`] says. Dropping the future does not undo it.
     ///
@@ -370,7 +366,7 @@ impl LogStore {
         Ok(())
     }
 
-    /// Removes an ended log for good, whatever its class: for a caller who decides by rules of its own. Its absence is fine.
+    /// Removes an ended log for good. Its absence is fine.
     ///
     /// # Errors
     /// When the object store refuses.
@@ -379,7 +375,7 @@ impl LogStore {
             Ok(opened) => opened.map(|opened| {
                 archive::expiry_key(name, opened.index.class, opened.index.ended_unix_ms)
             }),
-            // What cannot be opened can be removed; retention finds the marker later, and nothing behind it.
+            // What cannot be opened can be removed.
             Err(LogError::Key { .. } | LogError::Damaged { .. }) => None,
             Err(error) => return Err(error),
         };

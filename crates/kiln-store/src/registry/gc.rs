@@ -162,7 +162,8 @@ impl Store {
     /// [`StoreError::Collecting`] while another runs; file errors.
     pub fn gc(&self, grace: Duration) -> Result<Collected, StoreError> {
         let _running = self.begin_collection()?;
-        let now = SystemTime::now();
+        // Ages are told by the clock that dates the files.
+        let now = self.uploads.now();
         let old = |path: &Path| is_old(path, now, grace);
         let mut collected = Collected {
             quarantined: self.drop_stale_quarantine(now, grace.max(QUARANTINE_KEEP))?,
@@ -374,7 +375,7 @@ fn repo_of(top: &Path, dir: &Path) -> Option<RepoName> {
     dir.strip_prefix(top).ok()?.to_str()?.parse().ok()
 }
 
-/// Whether a file was last written at least `grace` ago. One from the future (the clock jumped) is young.
+/// Whether a file was last written at least `grace` ago, by the clock that dates files. One from the future (the clock jumped) is young.
 fn is_old(path: &Path, now: SystemTime, grace: Duration) -> bool {
     match fs::metadata(path).and_then(|meta| meta.modified()) {
         Ok(modified) => now.duration_since(modified).is_ok_and(|age| age >= grace),

@@ -116,6 +116,11 @@ impl Uploads {
         })
     }
 
+    /// The time by the clock that dates the store's files.
+    pub(super) fn now(&self) -> SystemTime {
+        now_of(&self.dir)
+    }
+
     pub(super) fn data_path(&self, id: &str) -> PathBuf {
         self.dir.join(id)
     }
@@ -241,6 +246,29 @@ fn found(data: &Path, now: SystemTime) -> io::Result<Option<(Session, Instant)>>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ages_are_told_by_the_clock_that_dates_files() {
+        let dir = tempfile::tempdir().expect("dir");
+        let uploads = Uploads::open(dir.path().to_owned()).expect("opens");
+        let written = |name: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, b"x").expect("written");
+            let meta = fs::metadata(&path).expect("there");
+            meta.modified().expect("dated")
+        };
+        // This process's own clock is finer than that of most disks: it would be ahead of what is written next.
+        for _ in 0..50 {
+            let before = written("before");
+            let now = uploads.now();
+            let after = written("after");
+            assert!(
+                before <= now && now <= after,
+                "{before:?} {now:?} {after:?}"
+            );
+        }
+        assert!(!dir.path().join(CLOCK).exists());
+    }
 
     #[test]
     fn what_is_no_file_is_no_session_and_holds_up_nobody() {

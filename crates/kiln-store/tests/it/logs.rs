@@ -1,6 +1,5 @@
 //! Logs as writers, followers and operators meet them.
 
-use std::collections::BTreeSet;
 use std::io::{BufRead as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,10 +9,7 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use kiln_store::logs::load::line_to_follower;
-use kiln_store::logs::{
-    Holds, LogConfig, LogError, LogKey, LogKeys, LogName, LogStore, Periods, RetentionClass,
-    RetentionPolicy,
-};
+use kiln_store::logs::{LogConfig, LogError, LogKey, LogKeys, LogName, LogStore, RetentionClass};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
@@ -515,79 +511,20 @@ async fn a_job_that_goes_takes_the_logs_of_its_attempts_along() -> Result<()> {
 }
 
 #[tokio::test]
-async fn logs_go_when_their_time_is_over_unless_they_are_held() -> Result<()> {
+async fn what_an_earlier_build_wrote_of_a_logs_end_goes_with_it() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let store = LogStore::open(LogConfig::in_folder(dir.path())).await?;
-    let of =
-        |tenant: &str, job: &str| LogName::new(tenant.parse().unwrap(), job.parse().unwrap(), 1);
-    let ended = 20_000 * DAY_MS;
-    let logs = [
-        (of("a", "b1"), RetentionClass::Hot),
-        (of("a", "b2"), RetentionClass::Warm),
-        (of("b", "b3"), RetentionClass::Hot),
-        (of("a", "b4"), RetentionClass::Hot),
-        (of("c", "b5"), RetentionClass::Hot),
-        (of("a", "b6"), RetentionClass::Cold),
-    ];
-    for (name, class) in &logs {
-        store.append(name, 0, line(1).into()).await?;
-        store.end(name, *class, ended).await?;
-    }
-    let mut policy = RetentionPolicy::default();
-    let own = Periods {
-        hot_days: 60,
-        ..Periods::default()
-    };
-    policy.tenants.insert("b".parse()?, own);
-    let mut holds = Holds::default();
-    holds.jobs.insert("b4".parse()?);
-    holds.tenants.insert("c".parse()?);
-    let went = |plan: &[kiln_store::logs::Doomed]| -> BTreeSet<String> {
-        plan.iter()
-            .map(|doomed| doomed.name.attempt.job.to_string())
-            .collect()
-    };
-    let set =
-        |jobs: &[&str]| -> BTreeSet<String> { jobs.iter().map(|job| (*job).to_owned()).collect() };
-    let at = |days: u64| ended + days * DAY_MS;
-    assert!(
-        store
-            .retention_plan(&policy, &holds, at(30))
-            .await?
-            .go
-            .is_empty()
-    );
-    let plan = store.retention_plan(&policy, &holds, at(31)).await?;
-    assert_eq!(went(&plan.go), set(&["b1"]));
-    assert_eq!(went(&plan.held), set(&["b4", "b5"]));
-    // A dry run changes nothing.
-    assert_eq!(store.retention_plan(&policy, &holds, at(31)).await?, plan);
-    assert!(!all(&store, &logs[0].0).await?.is_empty());
-    let swept = store.retention_apply(&plan, &holds).await?;
-    assert_eq!((swept.removed, swept.held), (1, 0));
-    assert!(matches!(
-        store.read(&logs[0].0, 0, 9).await,
-        Err(LogError::NotFound { .. })
-    ));
-    assert_eq!(
-        store.retention_apply(&plan, &holds).await?.removed,
-        1,
-        "again is fine"
-    );
-    let plan = store.retention_plan(&policy, &holds, at(61)).await?;
-    assert_eq!(went(&plan.go), set(&["b3"]));
-    holds.jobs.insert("b3".parse()?);
-    assert_eq!(store.retention_apply(&plan, &holds).await?.held, 1);
-    let plan = store
-        .retention_plan(&policy, &Holds::default(), at(400))
-        .await?;
-    assert_eq!(went(&plan.go), set(&["b2", "b3", "b4", "b5"]));
-    let plan = store
-        .retention_plan(&policy, &Holds::default(), at(2600))
-        .await?;
-    assert!(went(&plan.go).contains("b6"));
-    store.retention_apply(&plan, &Holds::default()).await?;
-    assert!(files(&dir.path().join("ended")).is_empty());
+    let b1 = LogName::new("a".parse()?, "b1".parse()?, 1);
+    store.append(&b1, 0, line(1).into()).await?;
+    store.end(&b1, HOT, 20_000 * DAY_MS).await?;
+    let ended = dir.path().join("ended");
+    assert!(!ended.join("expire").exists());
+    let marker = ended.join("expire/hot/020000/a/b1/1");
+    std::fs::create_dir_all(marker.parent().unwrap())?;
+    std::fs::write(&marker, [])?;
+    store.remove(&b1).await?;
+    assert!(files(&ended).is_empty(), "{:?}", files(&ended));
+    store.remove(&b1).await?;
     Ok(())
 }
 

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use kiln_core::network::{RangeException, SpecialRange, check_address};
+use kiln_core::network::SpecialRange;
 use kiln_machine::driver::Check;
 use kiln_network::ca;
+use kiln_network::gateway::HostFloor;
 use kiln_network::gateway::proxy::ProxyConfig;
 use kiln_network::registries::{Registries, Runtime};
 
@@ -95,9 +96,10 @@ async fn names(registries: &Registries, proxy: &ProxyConfig) -> Check {
         })
     });
     let mut troubles = Vec::new();
+    let floor = HostFloor::new(registries.exceptions());
     for lookup in lookups.collect::<Vec<_>>() {
         if let Ok((host, addrs)) = lookup.await {
-            troubles.extend(trouble(host, &addrs, &registries.exceptions()));
+            troubles.extend(trouble(host, &addrs, &floor).await);
         }
     }
     verdict(count, &troubles)
@@ -111,21 +113,19 @@ async fn addresses(host: &str) -> Vec<IpAddr> {
     }
 }
 
-fn trouble(host: String, addrs: &[IpAddr], exceptions: &[RangeException]) -> Option<Trouble> {
+/// What a build's gateway would say, which knows this host's own addresses and its installation's, too.
+async fn trouble(host: String, addrs: &[IpAddr], floor: &HostFloor) -> Option<Trouble> {
     if addrs.is_empty() {
         return Some(Trouble::Unresolved(host));
     }
+    let checked = floor.check(&host, addrs, RESOLVE_TIMEOUT).await;
     // The gateway dials the first address that is fine, so one is enough.
-    let refused: Vec<_> = addrs
-        .iter()
-        .map(|addr| (*addr, check_address(&host, *addr, exceptions)))
-        .collect();
-    if refused.iter().any(|(_, checked)| checked.is_ok()) {
+    if checked.iter().any(|(_, verdict)| verdict.is_ok()) {
         return None;
     }
-    refused
+    checked
         .into_iter()
-        .find_map(|(addr, checked)| Some(Trouble::Special(host.clone(), addr, checked.err()?)))
+        .find_map(|(addr, verdict)| Some(Trouble::Special(host.clone(), addr, verdict.err()?)))
 }
 
 fn verdict(count: usize, troubles: &[Trouble]) -> Check {
@@ -148,7 +148,12 @@ fn verdict(count: usize, troubles: &[Trouble]) -> Check {
         ),
         Trouble::Special(host, addr, range) if range.may_be_excepted() => warn(
             name,
-            format!("{host} resolves to {addr}, in a special-purpose range{more}"),
+            match range {
+                SpecialRange::Own => format!(
+                    "{host} resolves to {addr}, an address of this host or its installation{more}"
+                ),
+                _ => format!("{host} resolves to {addr}, in a special-purpose range{more}"),
+            },
             format!(
                 "if that is your mirror, allow it in registries.toml: [[exception]] host = \"{host}\" range = \"{addr}/{}\"; \
                  `kiln registries discover` proposes it",
@@ -210,30 +215,64 @@ fn ca_bundle(operator: &Operator) -> Check {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use kiln_core::network::RangeException;
     use kiln_machine::driver::CheckLevel;
+    use kiln_network::OwnPlaces;
 
-    #[test]
-    fn private_addresses_need_an_exception_and_loopback_has_none() {
-        let private: IpAddr = "10.1.2.3".parse().expect("address");
-        let public: IpAddr = "8.8.8.8".parse().expect("address");
-        let host = || "mirror.example.org".to_owned();
-        let found = trouble(host(), &[private], &[]).expect("trouble");
-        let check = verdict(3, &[found]);
-        let hint = check.hint.expect("a hint");
+    use super::*;
+
+    const HOST: &str = "mirror.example.org";
+
+    async fn found(addrs: &[&str], except: &[&str]) -> Option<Trouble> {
+        let exceptions = except.iter().map(|range| RangeException {
+            host: HOST.to_owned(),
+            range: range.parse().expect("range"),
+        });
+        let floor = HostFloor::new(exceptions.collect());
+        let addrs: Vec<IpAddr> = addrs
+            .iter()
+            .map(|addr| addr.parse().expect("address"))
+            .collect();
+        trouble(HOST.to_owned(), &addrs, &floor).await
+    }
+
+    #[tokio::test]
+    async fn private_addresses_need_an_exception_and_loopback_has_none() {
+        let private = found(&["10.1.2.3"], &[]).await.expect("trouble");
+        let hint = verdict(3, &[private]).hint.expect("a hint");
         assert!(
             hint.contains("[[exception]] host = \"mirror.example.org\" range = \"10.1.2.3/32\""),
             "{hint}"
         );
-        let exception = RangeException {
-            host: host(),
-            range: "10.0.0.0/8".parse().expect("range"),
-        };
-        assert_eq!(trouble(host(), &[private], &[exception]), None);
-        assert_eq!(trouble(host(), &[private, public], &[]), None);
-        assert_eq!(trouble(host(), &[], &[]), Some(Trouble::Unresolved(host())));
-        let here = trouble(host(), &["127.0.0.1".parse().expect("address")], &[]).expect("trouble");
+        assert_eq!(found(&["10.1.2.3"], &["10.0.0.0/8"]).await, None);
+        assert_eq!(found(&["10.1.2.3", "8.8.8.8"], &[]).await, None);
+        let unresolved = Trouble::Unresolved(HOST.to_owned());
+        assert_eq!(found(&[], &[]).await, Some(unresolved));
+        let here = found(&["127.0.0.1"], &["127.0.0.0/8"])
+            .await
+            .expect("trouble");
         assert!(verdict(1, &[here]).found.contains("never reach"));
         assert_eq!(verdict(2, &[]).level, CheckLevel::Pass);
+    }
+
+    #[tokio::test]
+    async fn what_is_this_hosts_or_its_installations_is_refused_as_the_gateway_does() {
+        // As `network.own` of kiln.toml says, which is read for every command.
+        OwnPlaces::of_process().set("test of doctor", ["9.9.9.10"]);
+        let own = found(&["9.9.9.10"], &[]).await.expect("trouble");
+        let check = verdict(1, &[own]);
+        assert!(check.found.contains("this host or its"), "{}", check.found);
+        assert!(check.hint.is_some_and(|hint| hint.contains("9.9.9.10/32")));
+        assert_eq!(found(&["9.9.9.10"], &["9.9.9.10/32"]).await, None);
+        // Whatever address this host has towards others, public or not.
+        let outward = std::net::UdpSocket::bind("0.0.0.0:0").expect("socket");
+        if outward.connect("192.0.2.250:9").is_ok() {
+            let own = outward.local_addr().expect("address").ip();
+            let trouble = found(&[&own.to_string()], &[]).await;
+            assert_eq!(
+                trouble,
+                Some(Trouble::Special(HOST.to_owned(), own, SpecialRange::Own))
+            );
+        }
     }
 }

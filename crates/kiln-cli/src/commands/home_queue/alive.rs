@@ -66,7 +66,19 @@ pub(in super::super) async fn bury(folder: &Path, db: &Database) -> Never {
     }
 }
 
-/// Whether a command was killed between the making of its file and its name.
+/// The lock of a file that nobody holds; none while its command lives, and for what is no file.
+fn nobodys(path: &Path) -> Option<File> {
+    // A pipe would hold up this controller for ever, a link could lead anywhere.
+    let file = File::options()
+        .read(true)
+        .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
+        .open(path);
+    let file = file.ok()?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
+    Some(file)
+}
+
+/// Whether a command was killed between the making of its file and its name. One that was only stopped there holds the lock, but for a moment.
 fn is_left_hidden(entry: &fs::DirEntry) -> bool {
     let name = entry.file_name();
     let hidden = name.to_str().and_then(|name| name.strip_prefix('.'));
@@ -74,6 +86,7 @@ fn is_left_hidden(entry: &fs::DirEntry) -> bool {
     let age = age.and_then(|meta| meta.modified().ok()?.elapsed().ok());
     hidden.is_some_and(|name| name.parse::<WorkerId>().is_ok())
         && age.is_some_and(|age| age >= HIDDEN_FOR)
+        && nobodys(&entry.path()).is_some()
 }
 
 pub(super) async fn bury_once(folder: &Path, db: &Database) {
@@ -89,17 +102,9 @@ pub(super) async fn bury_once(folder: &Path, db: &Database) {
         let Some(worker) = name.to_str().and_then(|name| name.parse::<WorkerId>().ok()) else {
             continue;
         };
-        // A pipe would hold up this controller for ever, a link could lead anywhere.
-        let file = File::options()
-            .read(true)
-            .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
-            .open(entry.path());
-        let Ok(file) = file else {
+        let Some(_locked) = nobodys(&entry.path()) else {
             continue;
         };
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            continue;
-        }
         match db.bury_own_worker(&worker).await {
             Ok(_) => {
                 let _gone_already = fs::remove_file(entry.path());
@@ -131,6 +136,7 @@ mod tests {
             ("command-c1", false),
             (".command-c2", true),
             (".command-c3", false),
+            (".command-c4", true),
             (".Notes", true),
         ] {
             let file = File::create(at(name)).expect("made");
@@ -138,11 +144,15 @@ mod tests {
                 file.set_modified(old).expect("aged");
             }
         }
+        // One that was stopped for long, just before it has its name.
+        let stopped = File::open(at(".command-c4")).expect("there");
+        flock(&stopped, FlockOperation::NonBlockingLockExclusive).expect("locked");
         bury_once(dir.path(), &db).await;
         for (name, stays) in [
             ("command-c1", false),
             (".command-c2", false),
             (".command-c3", true),
+            (".command-c4", true),
             (".Notes", true),
             (lives.worker.as_str(), true),
         ] {
