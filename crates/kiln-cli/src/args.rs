@@ -88,7 +88,7 @@ pub(crate) enum Command {
         hide = true,
         after_help = "Examples:\n  kiln keep-machine < handover.json"
     )]
-    KeepMachine,
+    KeepMachine(machines::KeepMachineArgs),
     /// Print how a folder would be built, without building it
     Plan(PlanArgs),
     /// Write a commented policy, kiln.yaml, that fits a folder

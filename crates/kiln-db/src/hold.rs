@@ -83,31 +83,7 @@ impl Database {
     pub async fn hold(&self, what: Hold, by: &str, reason: &str) -> Result<Holding, HoldError> {
         let (asked, by, reason) = (what.clone(), by.to_owned(), reason.to_owned());
         write_tx!(self, "put on hold", [asked, by, reason], |tx| {
-            if let Some(held) = one(tx, &asked).await? {
-                return Ok(Ok(held));
-            }
-            let Some(tenant) = owner(tx, &asked).await? else {
-                return Ok(Err(HoldError::Unknown((*asked).clone())));
-            };
-            let row = tx.row("select count(*) as n from holds", args![]).await?;
-            if row.ok_or(DbError::missing("n"))?.u32("n")? >= HOLDS_MAX {
-                return Ok(Err(HoldError::TooMany));
-            }
-            let now = tx.now().await?;
-            let sql = "insert into holds (kind, name, tenant, reason, set_by, since_ms)
-                values ($1, $2, $3, $4, $5, $6)";
-            let values = args![
-                asked.kind(),
-                asked.name(),
-                tenant.as_str(),
-                reason.as_str(),
-                by.as_str(),
-                now,
-            ];
-            tx.exec(sql, values).await?;
-            mark(tx, &asked, true).await?;
-            let held = one(tx, &asked).await?;
-            Ok(Ok(held.ok_or(DbError::missing("hold"))?))
+            hold(tx, &asked, &by, &reason).await
         })?
     }
 
@@ -137,6 +113,33 @@ impl Database {
         })
         .await
     }
+}
+
+/// Puts something on hold in a transaction of its caller's.
+pub(crate) async fn hold(
+    tx: &mut Tx,
+    asked: &Hold,
+    by: &str,
+    reason: &str,
+) -> Result<Result<Holding, HoldError>, DbError> {
+    if let Some(held) = one(tx, asked).await? {
+        return Ok(Ok(held));
+    }
+    let Some(tenant) = owner(tx, asked).await? else {
+        return Ok(Err(HoldError::Unknown(asked.clone())));
+    };
+    let row = tx.row("select count(*) as n from holds", args![]).await?;
+    if row.ok_or(DbError::missing("n"))?.u32("n")? >= HOLDS_MAX {
+        return Ok(Err(HoldError::TooMany));
+    }
+    let now = tx.now().await?;
+    let sql = "insert into holds (kind, name, tenant, reason, set_by, since_ms)
+        values ($1, $2, $3, $4, $5, $6)";
+    let values = args![asked.kind(), asked.name(), tenant.as_str(), reason, by, now,];
+    tx.exec(sql, values).await?;
+    mark(tx, asked, true).await?;
+    let held = one(tx, asked).await?;
+    Ok(Ok(held.ok_or(DbError::missing("hold"))?))
 }
 
 async fn one(tx: &mut Tx, what: &Hold) -> Result<Option<Holding>, DbError> {

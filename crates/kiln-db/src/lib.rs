@@ -20,6 +20,7 @@ mod expire;
 mod hold;
 mod image;
 mod image_names;
+mod incident;
 mod job;
 mod kept;
 mod leader;
@@ -60,6 +61,7 @@ pub use expire::{Expired, Sweep, Swept};
 pub use hold::{HOLDS_MAX, Hold, HoldError, Holding};
 pub use image::{ImageContent, ImageManifest, ImageTag, NameImagesError, NewImages, NewManifest};
 pub use image_names::NamedImage;
+pub use incident::{EndedIncident, INCIDENT, Incidented, NewIncident};
 pub use job::{
     Attempt, CancelMark, Estimate, HeldJob, Idempotency, Job, NewJob, PendingJob, Tier, kind_name,
 };

@@ -226,7 +226,22 @@ pub enum LeaseAnswer {
     Gone {
         /// Why, for the worker's log.
         why: String,
+        /// Somebody ended the job as an incident: what tells of it stays on the worker's host. A worker that does not know this destroys all the same.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        incident: Option<Incident>,
     },
+}
+
+/// Why a job was ended as an incident.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Incident {
+    /// Who ended it.
+    pub by: String,
+    /// In a few words.
+    #[serde(default)]
+    pub note: String,
+    /// When, milliseconds since the Unix epoch; with the job's id it names what is kept of it.
+    pub at_unix_ms: u64,
 }
 
 /// `POST /worker/v1/poll`: held open until there is work or [`POLL_MS`] have passed.

@@ -361,6 +361,7 @@ impl Job<'_> {
         add(&mut measured.policy_ms, since);
         let attempt = Attempt::start(self.host, wanted, ticket, gateway, &self.events).await?;
         connections::allow(&attempt.session, self.connections_max(), &self.events).await;
+        self.input.log.witness().has(&attempt.machine, &self.egress);
         let done = match self.in_machine(&attempt, registry, phases).await {
             Ok(solve) => self.finish(&attempt, &head, registry, phases, solve).await,
             Err(failure) if cancel.is_cancelled() => Err(failure),

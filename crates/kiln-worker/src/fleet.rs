@@ -23,3 +23,4 @@ mod source;
 mod spans;
 pub mod spool;
 mod staying;
+pub mod witness;

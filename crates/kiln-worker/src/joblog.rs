@@ -1,11 +1,15 @@
 //! The log of a running job, shared by the tasks that write to it: masked, into the spool from which its controller is sent it.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
 
 use crate::event::Event;
 use crate::fleet::mask::{Mask, MaskedStream};
 use crate::fleet::spool::Spool;
+use crate::fleet::witness::Witness;
 
 /// Most bytes of one step's output in the log; the log as a whole is bounded by the record.
 pub const STEP_BYTES_MAX: u64 = 16 << 20;
@@ -14,6 +18,10 @@ pub const STEP_BYTES_MAX: u64 = 16 << 20;
 #[derive(Debug)]
 pub struct JobLog {
     state: Mutex<State>,
+    /// Told when something is held back.
+    held: Notify,
+    /// What the job can be remembered by.
+    witness: Witness,
 }
 
 #[derive(Debug)]
@@ -37,6 +45,17 @@ impl Sink {
             self.spool.append(&masked);
         }
     }
+
+    fn held_until(&self) -> Option<tokio::time::Instant> {
+        self.mask.as_ref().and_then(MaskedStream::held_until)
+    }
+
+    fn let_go(&mut self) {
+        let out = self.mask.as_mut().map(MaskedStream::let_go);
+        if let Some(out) = out.filter(|out| !out.is_empty()) {
+            self.spool.append(&out);
+        }
+    }
 }
 
 impl JobLog {
@@ -49,6 +68,41 @@ impl JobLog {
                 sink: Sink { spool, mask },
                 steps: HashMap::new(),
             }),
+            held: Notify::new(),
+            witness: Witness::default(),
+        }
+    }
+
+    /// Fills this one from now on.
+    #[must_use]
+    pub fn seen_by(self, witness: Witness) -> Self {
+        Self { witness, ..self }
+    }
+
+    /// What the job can be remembered by when it is ended as an incident.
+    #[must_use]
+    pub fn witness(&self) -> &Witness {
+        &self.witness
+    }
+
+    /// Lets go what could have been the beginning of a secret when it was held long enough. Never completes.
+    pub async fn let_go(&self) -> Infallible {
+        loop {
+            // Bound here, so that nothing is locked while it waits.
+            let until = self.lock().sink.held_until();
+            match until {
+                None => self.held.notified().await,
+                Some(until) => {
+                    tokio::time::sleep_until(until).await;
+                    self.lock().sink.let_go();
+                }
+            }
+        }
+    }
+
+    fn tell_held(&self, state: &State) {
+        if state.sink.held_until().is_some() {
+            self.held.notify_one();
         }
     }
 
@@ -73,11 +127,25 @@ impl JobLog {
             Event::Warning { text } => state.line(0, &format!("warning: {text}\n")),
             Event::Note { .. } | Event::Phase { .. } | Event::Progress { .. } => {}
         }
+        self.tell_held(&state);
     }
 
-    /// Keeps raw output of a command.
+    /// Keeps raw output.
     pub fn raw(&self, bytes: &[u8]) {
-        self.lock().sink.write(bytes);
+        let mut state = self.lock();
+        state.sink.write(bytes);
+        self.tell_held(&state);
+    }
+
+    /// Keeps output of a command that is masked already, and was held back where it had to be.
+    pub(crate) fn masked(&self, bytes: &[u8]) {
+        let sink = &mut self.lock().sink;
+        let Some(mask) = &mut sink.mask else { return };
+        let before = mask.finish();
+        if !before.is_empty() {
+            sink.spool.append(&before);
+        }
+        sink.spool.append(bytes);
     }
 
     /// No more comes.
@@ -113,6 +181,35 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::mask::HELD_MAX;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_could_begin_a_secret_is_soon_in_the_log() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let spool = Arc::new(Spool::create(&dir.path().join("log")).expect("a spool"));
+        let log = JobLog::new(Arc::clone(&spool), &Mask::new([&b"hunter2"[..]]));
+        let mut progress = spool.progress();
+        let mut said = async |bytes: u64| {
+            let all = progress.wait_for(|now| now.bytes >= bytes).await;
+            all.expect("a spool").bytes
+        };
+        let since = tokio::time::Instant::now();
+        let writing = async {
+            log.raw(b"your name? h");
+            assert_eq!(said(11).await, 11);
+            assert_eq!(said(12).await, 12);
+            assert_eq!(since.elapsed(), HELD_MAX);
+            log.raw(b"unter2");
+            assert_eq!(said(15).await, 15);
+        };
+        tokio::select! {
+            () = writing => {}
+            never = log.let_go() => match never {},
+        }
+        log.end();
+        let kept = spool.read(0, 100).expect("read");
+        assert_eq!(kept, b"your name? h***");
+    }
 
     #[test]
     fn a_flooding_step_is_cut_and_others_are_not() {

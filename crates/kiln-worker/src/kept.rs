@@ -8,8 +8,9 @@
 //! ```
 //!
 //! A keeper is one process for one machine: the same program, detached from any terminal. It owns the machine as every other owner does, serves
-//! its egress, answers whoever may ask, and ends it at its deadline. When the keeper dies, however it dies, its machine has no owner any more, and
-//! the next command that touches machines removes it with everything named above. Nothing else has to be remembered.
+//! its egress, answers whoever may ask, and ends it at its deadline. When the keeper dies, however it dies, its machine has no owner any more: who
+//! watches the keeper (a process that the command starts beside it) removes it with everything named above, else the next command that touches
+//! machines does. Nothing else has to be remembered.
 //! Read next: [`keeper`] (the process), [`ask`] (what it is asked), [`client`] (who asks).
 
 pub mod client;

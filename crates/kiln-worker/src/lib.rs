@@ -20,6 +20,7 @@ pub mod fork;
 pub mod home;
 pub mod host;
 pub mod image;
+pub mod incident;
 pub mod joblog;
 pub mod kept;
 pub mod measured;

@@ -4,6 +4,7 @@ mod command;
 mod forward;
 mod inside;
 mod serve;
+mod shown;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,6 +28,7 @@ use crate::collect::Collected;
 use crate::connections;
 use crate::event::Events;
 use crate::failure::Failure;
+use crate::fleet::mask::Mask;
 use crate::host::Host;
 use crate::joblog::JobLog;
 use crate::kept::{self, Handover, Keep};
@@ -72,6 +74,8 @@ pub struct RunInput {
     pub git: Option<Arc<GitUpstreams>>,
     /// The log that is kept.
     pub log: Arc<JobLog>,
+    /// Secrets that neither the log nor `output` gets.
+    pub mask: Mask,
     /// An empty folder for the files that the request wants kept; without one none is.
     pub artifacts: Option<PathBuf>,
     /// That the machine stays when the command is over.
@@ -278,6 +282,7 @@ async fn work(
     let mut handover = stays.and_then(|keep| handover(&input.request, keep, wanted.name.clone()));
     let since = Instant::now();
     // Each phase, the command's own as well, is entered when it begins.
+    let (witness, seen) = (input.log.witness().clone(), Arc::clone(&egress));
     let mut config = GatewayConfig::new(NetworkPolicy::Isolated, egress as _);
     config.exceptions.clone_from(&input.exceptions);
     config.proxy = input.proxy.clone();
@@ -296,6 +301,7 @@ async fn work(
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
     connections::allow(&attempt.session, connections, events).await;
+    witness.has(&attempt.machine, &seen);
     let ran = (events, &mut *told, &mut handover);
     let result = inside::in_machine(&attempt, input, lease, (cancel, limit), ran).await;
     let result = match result {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use kiln_core::MachineName;
 use kiln_worker::kept::STAYS_MAX;
 
 use super::parse_duration;
@@ -60,7 +61,7 @@ pub(crate) enum MachineCommand {
         /// Which
         id: Id,
     },
-    /// End a machine at once because of what it did, and keep what tells of it
+    /// End a machine, or a job that runs, at once because of what it did, and keep what tells of it
     #[command(
         after_help = "Examples:\n  kiln machine kill r0abc --incident\n  kiln machine kill r0abc --incident=\"scanned the network\"\n\nRecord, console, log and egress stay below incidents/ in kiln's data directory. Everything the machine\ncould act with ends. Exit codes: 0 it is gone and all of that is kept, 3 one of both failed."
     )]
@@ -71,6 +72,17 @@ pub(crate) enum MachineCommand {
         #[arg(long, required = true, value_name = "WHY", num_args = 0..=1, require_equals = true, default_missing_value = "")]
         incident: String,
     },
+}
+
+/// Options of `kiln keep-machine`.
+#[derive(Args, Debug)]
+pub(crate) struct KeepMachineArgs {
+    /// Remove this machine when whoever holds the other end of standard input is gone, instead of keeping one
+    #[arg(long, value_name = "MACHINE", requires = "for_ms")]
+    pub watch: Option<MachineName>,
+    /// End whoever keeps it after this many milliseconds, too
+    #[arg(long, value_name = "MS", requires = "watch")]
+    pub for_ms: Option<u64>,
 }
 
 /// Options of `kiln exec`.

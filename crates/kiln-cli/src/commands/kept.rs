@@ -2,15 +2,17 @@
 //!
 //! A machine lies on this host, or is kept by a worker of the server that is used: [`Machine`] is either, and everything else is one code.
 //!
-//! Read next: `kept::keeper` (the process that keeps one), `kept::machine` (list, show, end), `kept::exec` (commands and terminals), `kept::copy`,
+//! Read next: `kept::keeper` (the process that keeps one), `kept::watch` (the one that watches it), `kept::machine` (list, show, end), `kept::exec` (commands and terminals), `kept::copy`,
 //! `kept::forward`.
 
 pub(super) mod copy;
 pub(super) mod exec;
 pub(super) mod forward;
+mod incident;
 pub(super) mod keeper;
 pub(super) mod machine;
 mod machine_server;
+pub(super) mod watch;
 
 use futures_util::future::BoxFuture;
 use kiln_controller::api::MachineView;

@@ -83,7 +83,10 @@ pub(crate) async fn run(
         Command::Console(args) => kept::exec::console(args, server, screen, cancel).await,
         Command::Cp(args) => kept::copy::run(args, server, screen, cancel).await,
         Command::PortForward(args) => kept::forward::run(args, server, screen, cancel).await,
-        Command::KeepMachine => kept::keeper::run(screen, cancel).await,
+        Command::KeepMachine(args) => match args.watch {
+            Some(machine) => kept::watch::run(&machine, args.for_ms, cancel).await,
+            None => kept::keeper::run(screen, cancel).await,
+        },
         Command::Plan(args) => plan::run(&args, screen),
         Command::Init(args) => init::run(&args, screen),
         Command::Policy(PolicyCommand::Learn(args)) => {

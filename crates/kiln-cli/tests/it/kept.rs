@@ -160,12 +160,103 @@ fn a_machine_that_stays_takes_commands_and_whoever_dies_leaves_nothing() {
     until("its command's end", || {
         (!runs(&kiln, &id, "sleep 4321")).then_some(())
     });
-    // The keeper dies: what it held is gone with the next command.
-    kill(keeper_of(&kiln, &id), rustix::process::Signal::KILL);
-    kiln.run(&["machine", "list"]).exits(0);
-    assert!(!dir_of(&kiln, &id).exists());
-    assert!(kiln.vmms().is_empty());
-    kiln.run(&["exec", &id, "--", "true"]).exits(2);
+    who_keeps_it_dies(&kiln, &id);
+}
+
+#[test]
+fn a_job_that_runs_ends_as_an_incident() {
+    let Some(kiln) = Annex::open() else { return };
+    let mut running = kiln.start(&["run", "--", "sh", "-c", "echo evidence; exec sleep 3600"]);
+    running.until_it_prints("evidence");
+    let jobs = kiln.run(&["job", "list", "--json"]).exits(0);
+    let lines = jobs
+        .out
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok());
+    let job = lines
+        .into_iter()
+        .find(|job: &serde_json::Value| job["state"] == "running");
+    let job = job.unwrap_or_else(|| panic!("{jobs:?}"));
+    let id = job["id"].as_str().expect("an id");
+    let words = ["--json", "machine", "kill", id, "--incident=it mined"];
+    let told = kiln.run(&words).exits(0);
+    let told: serde_json::Value = serde_json::from_str(told.out.trim()).expect("JSON");
+    let ended = running.end().exits(130);
+    assert!(ended.err.contains("as an incident"), "{ended:?}");
+    let dir = Path::new(told["incident"].as_str().expect("a folder"));
+    let text = |name: &str| fs::read_to_string(dir.join(name)).expect("kept");
+    let incident: serde_json::Value = serde_json::from_str(&text("incident.json")).expect("JSON");
+    assert_eq!(incident["note"], "it mined", "{incident}");
+    assert_eq!(incident["left_behind"], serde_json::json!([]));
+    assert_eq!(text("worker.log"), "evidence\n");
+    assert!(text("record.json").contains(id) && text("job.json").contains("it mined"));
+    for name in ["job.log", "console.log", "egress.json"] {
+        let _there = text(name);
+    }
+    let audit = kiln.run(&["audit", "list", "--json"]).exits(0);
+    assert!(audit.out.contains("job.incident"), "{audit:?}");
+    let held = kiln.run(&["hold", "list"]).exits(0);
+    assert!(held.out.contains(id), "{held:?}");
+    assert_eq!(told["held"], true);
+    kiln.run(&["machine", "kill", id, "--incident"])
+        .exits(2)
+        .says("over already");
+    let incidents = fs::remove_dir_all(kiln.home.join("incidents"));
+    incidents.expect("there");
+    kiln.is_clear();
+}
+
+/// The processes that watch the keeper of a machine.
+fn watchers_of(id: &str) -> Vec<i32> {
+    let words = format!("keep-machine\0--watch\0{id}-1-run\0");
+    let all = fs::read_dir("/proc").expect("processes").flatten();
+    all.filter(|entry| {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(&words)
+    })
+    .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+    .collect()
+}
+
+/// Whoever is killed, the machine goes with nobody's help; where all of them are, with the next command.
+fn who_keeps_it_dies(kiln: &Annex, id: &str) {
+    use rustix::process::Signal;
+    let one = || watchers_of(id).first().copied();
+    let first = one().expect("a watcher");
+    kill(first, Signal::KILL);
+    until("another watcher", || one().filter(|pid| *pid != first));
+    kiln.run(&["exec", id, "--", "true"]).exits(0);
+    kill(keeper_of(kiln, id), Signal::KILL);
+    until("its end", || (!dir_of(kiln, id).exists()).then_some(()));
+    until("its watcher's end", || one().is_none().then_some(()));
+    kiln.is_clear();
+    kiln.run(&["exec", id, "--", "true"]).exits(2);
+
+    // A keeper that hangs beyond its machine's time is ended with it: here by a watcher whose time is short.
+    let id = &kept(kiln, 0, &["--keep"], &["true"]);
+    kill(keeper_of(kiln, id), Signal::STOP);
+    let machine = format!("{id}-1-run");
+    let words = ["keep-machine", "--watch", &machine, "--for-ms", "1"];
+    let mut command = kiln.command(&words);
+    let mut watcher = command.stdin(Stdio::piped()).spawn().expect("starts");
+    let _nothing_is_told = watcher.stdin.take();
+    until("its end", || (!dir_of(kiln, id).exists()).then_some(()));
+    assert!(watcher.wait().expect("ends").success());
+    until("its own watcher's end", || {
+        watchers_of(id).is_empty().then_some(())
+    });
+    kiln.is_clear();
+
+    let id = &kept(kiln, 0, &["--keep"], &["true"]);
+    kill(keeper_of(kiln, id), Signal::STOP);
+    kill(watchers_of(id)[0], Signal::KILL);
+    kill(keeper_of(kiln, id), Signal::KILL);
+    // Killed processes are seen for a moment after their kill.
+    until("a command that removes it", || {
+        kiln.run(&["machine", "list"]).exits(0);
+        (!dir_of(kiln, id).exists()).then_some(())
+    });
+    kiln.is_clear();
 }
 
 #[test]

@@ -21,7 +21,7 @@ phases:
     network: {allow: ["dep.example.org:443"]}
     commands:
       - "echo dependencies: $(getent hosts dep.example.org | wc -l) $(getent hosts run.example.org | wc -l)"
-      - [sh, -c, 'test "$KEY" = "top secret" && test -z "$OTHER" && cat made && echo two > /var/tmp/two']
+      - [sh, -c, 'test "$KEY" = "top secret" && test -z "$OTHER" && echo "<$KEY>" && cat made && echo two > /var/tmp/two']
   run:
     network: {allow: ["dep.example.org:443"]}
     commands: [["cat", "/var/tmp/two"]]
@@ -48,7 +48,7 @@ fn each_phase_has_its_own_network_and_secrets_and_the_files_of_the_one_before() 
     fs::remove_file(&value).expect("gone");
 
     let ran = here(&["run", "--secret", "phase-key:file", "--", "sh", "-c", last]).exits(3);
-    let words = "checkout reaches nothing\ndependencies: 1 0\none\ntwo\nrun: 0\n";
+    let words = "checkout reaches nothing\ndependencies: 1 0\n<***>\none\ntwo\nrun: 0\n";
     assert_eq!(ran.out, words, "{ran:?}");
     assert!(!dir.path().join("made").exists());
     let job = here(&["job", "show", "--json"]).exits(0);
@@ -134,7 +134,10 @@ fn services_are_ready_before_the_command_and_reached_by_name() {
         ),
         (
             "server.js",
-            "require('http').createServer((q, r) => { r.end(process.env.WORD + ' ' + q.url); }).listen(8123);",
+            "const fs = require('fs'); const ready = '/tmp/ready';
+             require('http').createServer((q, r) => { r.end(process.env.WORD + ' ' + q.url + ' ' + fs.existsSync(ready)); })
+             .listen(8123, () => { console.log('listening'); setTimeout(() => fs.writeFileSync(ready, ''), 2000); });
+             if (process.env.WORD !== 'served') { console.error('no table ' + process.env.WORD); process.exit(4); }",
         ),
     ]);
     let built = kiln.build(server.path(), "phase-service:v1", &[]);
@@ -146,15 +149,29 @@ fn services_are_ready_before_the_command_and_reached_by_name() {
     let dir = app(&[("kiln.yaml", &policy)]);
     let ask = "fetch('http://web:8123/asked').then(r => r.text()).then(t => console.log(t))";
     let ran = run_in(&kiln, dir.path(), &["run", "--", "node", "-e", ask]).exits(0);
-    assert_eq!(ran.out, "served /asked\n");
-    // One that ends is the run's failure, with its last words.
-    fs::write(
-        dir.path().join("kiln.yaml"),
-        policy
-            .replace("port: 8123", "port: 8124")
-            .replace("http: /up", "timeout: 5s"),
-    )
-    .expect("write");
-    let never = run_in(&kiln, dir.path(), &["run", "--", "true"]).exits(1);
-    never.says("the service web: it was not ready");
+    assert!(ran.out.starts_with("served /asked "), "{ran:?}");
+    let with = |health: &str| {
+        let text = policy.replace("http: /up", health);
+        fs::write(dir.path().join("kiln.yaml"), text).expect("write");
+    };
+    // A command in the service's own container, with its variables: it says that the file is there, and only then the run's own begins.
+    with(r#"command: 'test "$WORD" = served && test -e /tmp/ready'"#);
+    let ran = run_in(&kiln, dir.path(), &["run", "--", "node", "-e", ask]).exits(0);
+    assert_eq!(ran.out, "served /asked true\n");
+    // One that never succeeds is the run's failure, with what it said.
+    with("timeout: 20s, command: [sh, -c, 'echo no $WORD table; exit 3']");
+    let args = ["run", "--", "echo", "never"];
+    let never = run_in(&kiln, dir.path(), &args).exits(1);
+    assert_eq!(never.out, "");
+    never
+        .says("the service web: it was not ready within 20s: its health command ended with exit code 3, saying: no served table")
+        .says("services.web of the policy");
+    // So is one that ends, with its last words.
+    let text = policy.replace("WORD: served", "WORD: tables");
+    fs::write(dir.path().join("kiln.yaml"), text).expect("write");
+    let ended = run_in(&kiln, dir.path(), &args).exits(1);
+    assert_eq!(ended.out, "");
+    ended
+        .says("the service web: it ended with exit code 4\n")
+        .says("web | no table tables");
 }

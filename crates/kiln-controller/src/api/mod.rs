@@ -17,6 +17,7 @@ pub(crate) mod health;
 mod holds;
 mod hypeman;
 mod images;
+mod incidents;
 mod jobs;
 pub(crate) mod limits;
 pub mod listen;
@@ -56,6 +57,7 @@ pub use ask::{BuildAsk, Common, KeepAsk, RunAsk};
 pub use audit::AuditView;
 pub use holds::HoldView;
 pub use images::ImageView;
+pub use incidents::IncidentView;
 pub use limits::{ApiConfig, KeptBounds};
 pub use listen::{ListenConfig, ListenError, Sockets};
 pub use machines::{EndedView, MachineView, StatsView};
@@ -171,6 +173,7 @@ fn handlers() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(jobs::list))
         .routes(routes!(jobs::show, jobs::cancel))
         .routes(routes!(jobs::retry))
+        .routes(routes!(incidents::end))
         .routes(routes!(events::follow))
         .routes(routes!(logs::read))
         .routes(routes!(machines::list))

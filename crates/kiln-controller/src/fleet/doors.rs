@@ -8,11 +8,11 @@ use axum::extract::{DefaultBodyLimit, State};
 use axum::routing::{any, get, post, put};
 use axum::{Extension, Json, Router};
 use kiln_core::dispatch::{WorkerFacts, WorkerState};
-use kiln_core::{Lease, TenantName};
+use kiln_core::{JobId, Lease, TenantName};
 use kiln_db::{Door, DoorKind, LeaseAnswer as Answer, Wake};
 use kiln_proto::fleet::{
-    BODY_MAX, Heartbeat, HeartbeatAnswer, KEPT_MAX, LEASES_MAX, LeaseAnswer, Leased, POLL_MS, Poll,
-    PollAnswer,
+    BODY_MAX, Heartbeat, HeartbeatAnswer, Incident, KEPT_MAX, LEASES_MAX, LeaseAnswer, Leased,
+    POLL_MS, Poll, PollAnswer,
 };
 use tokio::sync::broadcast::error::RecvError;
 
@@ -119,15 +119,19 @@ async fn heartbeat(
     let kept: Vec<_> = kept.collect();
     let kept = controller.db.renew_kept(&worker.id, &kept).await?;
     controller.metrics.orphans(beat.orphans.min(ORPHANS_MAX));
-    let leases = answer.leases.into_iter().map(|(_, answer)| match answer {
-        Answer::Live { cancel, .. } => LeaseAnswer::Live { cancel },
-        Answer::Refused(why) => LeaseAnswer::Gone {
-            why: why.to_string(),
-        },
-    });
+    let mut leases = Vec::with_capacity(answer.leases.len());
+    for (attempt, answer) in answer.leases {
+        leases.push(match answer {
+            Answer::Live { cancel, .. } => LeaseAnswer::Live { cancel },
+            Answer::Refused(why) => LeaseAnswer::Gone {
+                why: why.to_string(),
+                incident: incident(&controller, &attempt.job).await?,
+            },
+        });
+    }
     Ok(Json(HeartbeatAnswer {
         ttl_ms: controller.db.lease_times().ttl_ms,
-        leases: leases.collect(),
+        leases,
         own: controller.own_places(&worker.id, peer.as_deref()),
         kept: kept.into_iter().map(stays).collect(),
     }))
@@ -139,8 +143,19 @@ fn stays(lives: bool) -> LeaseAnswer {
         true => LeaseAnswer::Live { cancel: false },
         false => LeaseAnswer::Gone {
             why: "nobody keeps this machine any more".to_owned(),
+            incident: None,
         },
     }
+}
+
+/// That a job was ended as an incident: its worker keeps what tells of it.
+async fn incident(controller: &Controller, job: &JobId) -> Result<Option<Incident>, Refused> {
+    let ended = controller.db.incident_of(job).await?;
+    Ok(ended.map(|ended| Incident {
+        by: ended.by,
+        note: ended.note,
+        at_unix_ms: ended.at_unix_ms,
+    }))
 }
 
 /// Refuses what no worker is: it is kept, and read whenever jobs are placed.

@@ -310,6 +310,73 @@ async fn a_log_with_gaps_and_repeats_is_kept_once_and_in_order() {
     fleet.stop().await;
 }
 
+/// A job that ends as an incident asks nobody: its lease is over before its worker knows, with all that it could be given by it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_incident_takes_the_lease_at_once() {
+    let folder = tempfile::tempdir().expect("folder");
+    let fleet = Fleet::start(folder.path(), OpenOptions::default()).await;
+    let line = joined(&fleet, "w1", 1).await;
+    let job = fleet.submit("j1", 1, 1).await;
+    let lease = leased(&line, &[]).await.remove(0).lease;
+    line.log(&lease, 0, b"evidence\n").await.expect("taken");
+    let path = format!("/v1/jobs/{job}/incident");
+    let json = [("content-type", "application/json")];
+    let note = br#"{"note": "it mined"}"#;
+    let end = || send(&fleet.socket, "POST", &path, &json, note);
+    let got = end().await.expect("answers");
+    let told: serde_json::Value = serde_json::from_str(&got.text()).expect("JSON");
+    assert_eq!(
+        (got.status, &told["worker"], &told["held"]),
+        (200, &"w1".into(), &true.into()),
+        "{told}"
+    );
+    let header = LeaseHeader::of(&lease).to_string();
+    for (method, door, body) in DOORS.iter().filter(|(_, door, _)| *door != "finish") {
+        let path = self::path(&job, door);
+        let got = line.raw(method, &path, Some(&header), body.as_bytes());
+        let got = got.await.expect("answers");
+        let code = got.code();
+        assert_eq!(
+            (got.status, code.as_str()),
+            (409, "lease_refused"),
+            "{door}"
+        );
+    }
+    // Its worker's last word comes too late: it is answered as a repeat is, and changes nothing of what is asked for below.
+    assert_eq!(line.finish(&lease).await.expect("taken"), "finished");
+    let answer = line.beat(vec![held(&lease)], 1).await.expect("answers");
+    let LeaseAnswer::Gone {
+        incident: Some(incident),
+        ..
+    } = &answer.leases[0]
+    else {
+        panic!("{answer:?}");
+    };
+    assert_eq!(incident.note, "it mined");
+    assert_eq!(told["at_unix_ms"], incident.at_unix_ms);
+    let JobState::Finished { outcome } = fleet.state(&job).await else {
+        panic!("{job} is not over");
+    };
+    let Verdict::Failed { class, message, .. } = outcome.verdict else {
+        panic!("it passed");
+    };
+    assert_eq!(class, FailureClass::Cancelled);
+    assert!(message.contains("incident") && message.contains("it mined"));
+    let holds = fleet.db().holds().await.expect("reads");
+    assert_eq!(holds.len(), 1);
+    let rows = fleet.db().audit_rows(None, 0, 500).await.expect("reads");
+    let rows = rows
+        .iter()
+        .filter(|row| row.entry.action == kiln_db::INCIDENT);
+    assert_eq!(rows.count(), 1);
+    // What it printed until then is still read.
+    let log = format!("/v1/jobs/{job}/logs");
+    let log = send(&fleet.socket, "GET", &log, &[], b"").await;
+    assert!(log.expect("answers").text().contains("evidence"));
+    assert_eq!(end().await.expect("answers").status, 409, "once");
+    fleet.stop().await;
+}
+
 /// A thousand cancels race a thousand finishes: each job is over once, as both sides were told.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cancels_race_finishes() {

@@ -377,8 +377,11 @@ impl Daemon {
                         }
                     }
                 }
-                LeaseAnswer::Gone { why } => {
+                LeaseAnswer::Gone { why, incident } => {
                     let running = state.running.get(&attempt);
+                    if let (Some(running), Some(incident)) = (running, incident) {
+                        let _told_before = running.stop.incident.set(incident);
+                    }
                     // Nothing runs for it any more, and it hears the answer to its own last word.
                     if running.is_none_or(|running| !running.stop.finishing.is_cancelled()) {
                         self.destroy(&mut state, &attempt, &why);

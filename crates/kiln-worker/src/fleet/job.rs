@@ -1,7 +1,7 @@
 //! One lease, from its source to its finish: what was a request becomes a build or a run on this host.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -11,10 +11,10 @@ use kiln_core::{
     ArtifactName, Digest, FailureClass, JobKind, JobRequest, Lease, NetworkPolicy, Outcome, Verdict,
 };
 use kiln_image::plan::{DockerfileChoice, Options};
-use kiln_proto::fleet::{AskSecrets, Finish, Leased, Secrets};
+use kiln_proto::fleet::{AskSecrets, Finish, Incident, Leased, Secrets};
 use kiln_proto::msg::Exit;
 use kiln_telemetry::otlp::Tracer;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::Instrument as _;
 
@@ -28,6 +28,7 @@ use super::report::{Reporter, Spans, To, retried};
 use super::spans::AttemptSpans;
 use super::spool::Spool;
 use super::staying::Staying;
+use super::witness::Witness;
 use crate::build::{self, BuildEnd, BuildInput, BuildReport};
 use crate::checkout::CheckoutDir;
 use crate::container;
@@ -144,6 +145,8 @@ pub struct Stop {
     /// Set by the job when its machine is gone and only its end is to be told: the controller may hear of that end, and call the lease over,
     /// before this process knows that it did.
     pub finishing: CancellationToken,
+    /// Why what tells of it is kept when its lease is over: set before [`Self::fenced`].
+    pub incident: Arc<OnceLock<Incident>>,
 }
 
 /// Runs one lease to its end and tells the controller. Nothing is left of it on this host but what it published.
@@ -154,11 +157,39 @@ pub(super) async fn run(shop: &Arc<Workshop>, staying: &Arc<Staying>, leased: Le
     let spans = Arc::new(Mutex::new(spans));
     let log = context.map_or_else(tracing::Span::none, |context| context.phase_span("attempt"));
     let here = (shop, staying);
-    let work = attempt(here, leased, stop.clone(), Arc::clone(&spans)).instrument(log);
-    tokio::select! {
-        () = work => {}
+    let (witness, lease) = (Witness::default(), leased.lease.clone());
+    let mut local = shop.local.take(&leased.request.id);
+    let done = Mutex::new(local.done.take());
+    let spans_too = Arc::clone(&spans);
+    let seen = (spans_too, &witness, &done);
+    let mut work = Box::pin(attempt(here, leased, stop.clone(), local, seen).instrument(log));
+    let evidence = tokio::select! {
+        () = &mut work => return,
+        () = stop.fenced.cancelled() => {
+            lock(&spans).end(false);
+            let why = stop.incident.get().cloned();
+            why.map(|why| (witness.take(&shop.host, &lease, why.clone()), why))
+        }
+    };
+    let Some((evidence, why)) = evidence else {
         // Dropped, the work destroys its machine.
-        () = stop.fenced.cancelled() => lock(&spans).end(false),
+        return;
+    };
+    let kept = evidence.end_and_keep(&shop.host).await;
+    drop(work);
+    if let Err(error) = kept {
+        tracing::warn!(%error, "what tells of an incident could not be kept");
+    }
+    let done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if let Some(done) = done {
+        let message = match why.note.is_empty() {
+            true => format!("ended as an incident by {}", why.by),
+            false => format!("ended as an incident by {}: {}", why.by, why.note),
+        };
+        let _nobody_waits = done.send(JobEnd::failed(Failure::new(
+            FailureClass::Cancelled,
+            message,
+        )));
     }
 }
 
@@ -166,11 +197,19 @@ fn lock(spans: &Mutex<AttemptSpans>) -> MutexGuard<'_, AttemptSpans> {
     spans.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What outlives an attempt that is dropped.
+type Seen<'a> = (
+    Spans,
+    &'a Witness,
+    &'a Mutex<Option<oneshot::Sender<JobEnd>>>,
+);
+
 async fn attempt(
     (shop, staying): (&Arc<Workshop>, &Arc<Staying>),
     leased: Leased,
     stop: Stop,
-    spans: Spans,
+    mut local: LocalJob,
+    (spans, witness, done): Seen<'_>,
 ) {
     let Leased {
         lease, mut request, ..
@@ -194,12 +233,11 @@ async fn attempt(
         lease: lease.clone(),
         fenced: stop.fenced.clone(),
     };
-    let mut local = shop.local.take(&request.id);
-    let done = local.done.take();
     let _linked = local.cancel.take().map(|asked| linked(asked, &stop.cancel));
     let (events, receiver) = Events::channel();
     let secrets = secrets(&to, &request, &mut local).await;
     let values = secrets.as_ref().map(Vec::as_slice).unwrap_or_default();
+    witness.was_given(values.iter().map(|(name, _)| name.clone()));
     let mask = Mask::new(values.iter().map(|(_, value)| &value[..]));
     let name = format!("{}-{}.log", lease.attempt.job, lease.attempt.number);
     let spool = match Spool::create(&shop.spool.join(name)) {
@@ -211,7 +249,9 @@ async fn attempt(
             return;
         }
     };
-    let log = Arc::new(JobLog::new(Arc::clone(&spool), &mask));
+    witness.prints(&spool);
+    let log = JobLog::new(Arc::clone(&spool), &mask).seen_by(witness.clone());
+    let log = Arc::new(log);
     let reporter = Reporter::start(
         &to,
         Arc::clone(&spool),
@@ -228,10 +268,17 @@ async fn attempt(
         events: &events,
         cancel: stop.cancel.clone(),
         log: &log,
+        mask: &mask,
     };
-    let (end, observed) = match secrets {
-        Ok(secrets) => work.run(request, local, secrets).await,
-        Err(failure) => (JobEnd::failed(failure), None),
+    let ran = async {
+        match secrets {
+            Ok(secrets) => work.run(request, local, secrets).await,
+            Err(failure) => (JobEnd::failed(failure), None),
+        }
+    };
+    let (end, observed) = tokio::select! {
+        ran = ran => ran,
+        never = log.let_go() => match never {},
     };
     log.end();
     drop(events);
@@ -240,6 +287,7 @@ async fn attempt(
     let end = masked(end, &mask);
     stop.finishing.cancel();
     let told = tell_finish(&to, finish_of(&end, observed)).await;
+    let done = done.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let (true, Some(done)) = (told, done) {
         let _nobody_waits = done.send(end);
     }
@@ -265,6 +313,10 @@ fn masked(mut end: JobEnd, mask: &Mask) -> JobEnd {
     }
     if let Err(failure) = &mut end.result {
         failure.message = mask.text(&failure.message);
+        failure.hint = failure.hint.take().map(|hint| mask.text(&hint));
+    }
+    if let Some(kept) = &mut end.kept {
+        kept.ended = mask.text(&kept.ended);
     }
     end
 }
@@ -378,6 +430,7 @@ pub(super) struct Work<'a> {
     pub(super) events: &'a Events,
     pub(super) cancel: CancellationToken,
     log: &'a Arc<JobLog>,
+    mask: &'a Mask,
 }
 
 impl Work<'_> {
@@ -600,6 +653,7 @@ impl Work<'_> {
             proxy: shop.site.proxy.clone(),
             git: run_git::upstreams(command, shop.site.ca_bundle.as_deref(), &values)?,
             log: Arc::clone(self.log),
+            mask: self.mask.clone(),
             artifacts: dir.as_ref().map(|dir| dir.path().to_owned()),
             keep: local.keep,
             secrets,

@@ -96,7 +96,7 @@ impl Staying {
                 LeaseAnswer::Live { .. } => {
                     state.fence.renewed(attempt, *epoch, sent_ms, ttl_ms);
                 }
-                LeaseAnswer::Gone { why } => state.end(attempt, &why),
+                LeaseAnswer::Gone { why, .. } => state.end(attempt, &why),
             }
         }
     }

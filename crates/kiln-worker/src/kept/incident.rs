@@ -1,8 +1,6 @@
-//! What tells of a machine that was ended as an incident: kept below `<home>/incidents` until somebody removes it.
+//! What tells of a kept machine that was ended as an incident.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use kiln_network::record::EgressRecord;
@@ -11,11 +9,7 @@ use serde_json::json;
 use super::keeper::Held;
 use super::{Facts, LOG_FILE, dir_of};
 use crate::host::now_unix_ms;
-
-/// Folder of incidents below a home.
-pub(super) const INCIDENTS_DIR: &str = "incidents";
-/// Most bytes of one file that is taken over.
-const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+use crate::incident::{self, bytes_of};
 
 /// Taken from a machine that still runs, without asking its guest anything.
 #[derive(Debug)]
@@ -27,14 +21,6 @@ pub(super) struct Evidence {
     journal: Vec<u8>,
     egress: EgressRecord,
     asked_unix_ms: u64,
-}
-
-fn bytes_of(path: &Path) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    if let Ok(file) = File::open(path) {
-        let _cut_short = file.take(FILE_BYTES_MAX).read_to_end(&mut bytes);
-    }
-    bytes
 }
 
 impl Evidence {
@@ -54,14 +40,6 @@ impl Evidence {
 
 /// Puts everything into a folder that appears whole, and survives a crash of the host from then on.
 pub(super) fn preserve(home: &Path, evidence: &Evidence, leaks: &[String]) -> io::Result<PathBuf> {
-    let parent = home.join(INCIDENTS_DIR);
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(&parent)?;
-    let name = format!("{}-{}", evidence.facts.id(), evidence.asked_unix_ms);
-    let hidden = parent.join(format!(".{name}"));
-    DirBuilder::new().mode(0o700).create(&hidden)?;
     let told = json!({
         "machine": evidence.facts,
         "note": evidence.note,
@@ -84,30 +62,15 @@ pub(super) fn preserve(home: &Path, evidence: &Evidence, leaks: &[String]) -> io
         (LOG_FILE, &evidence.journal),
         ("egress.json", &serde_json::to_vec_pretty(&evidence.egress)?),
     ];
-    for (name, bytes) in files {
-        let mut options = OpenOptions::new();
-        let mut file = options
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(hidden.join(name))?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-    }
-    let dir = parent.join(name);
-    fs::rename(&hidden, &dir)?;
-    File::open(&dir)?.sync_all()?;
-    File::open(&parent)?.sync_all()?;
-    Ok(dir)
+    incident::preserve(home, evidence.facts.id(), evidence.asked_unix_ms, &files)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
-    fn everything_is_there_for_its_owner_alone() {
+    fn everything_is_there() {
         let home = tempfile::tempdir().expect("dir");
         let evidence = Evidence {
             facts: super::super::sample("ra1-1-run"),
@@ -120,21 +83,13 @@ mod tests {
         };
         let dir = preserve(home.path(), &evidence, &["a file".to_owned()]).expect("kept");
         assert_eq!(dir, home.path().join("incidents/ra1-77"));
-        let mode = |path: &Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
-        assert_eq!(mode(&dir), 0o700);
-        let text = fs::read_to_string(dir.join("incident.json")).expect("reads");
+        let text = std::fs::read_to_string(dir.join("incident.json")).expect("reads");
         assert!(
             text.contains("it mined") && text.contains("a file"),
             "{text}"
         );
         for name in ["record.json", "console.log", LOG_FILE, "egress.json"] {
-            assert_eq!(mode(&dir.join(name)), 0o600, "{name}");
+            assert!(dir.join(name).exists(), "{name}");
         }
-        assert_eq!(
-            fs::read_dir(home.path().join("incidents"))
-                .expect("list")
-                .count(),
-            1
-        );
     }
 }

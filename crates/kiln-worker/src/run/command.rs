@@ -10,7 +10,9 @@ use tokio::io::AsyncRead;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::shown::Shown;
 use crate::failure::Failure;
+use crate::fleet::mask::Mask;
 use crate::joblog::JobLog;
 use crate::orders::{self, Control, ExecIo};
 
@@ -29,6 +31,8 @@ pub(super) struct ExecParts<'a> {
     pub(super) control: &'a mut mpsc::Receiver<Control>,
     /// The log that is kept.
     pub(super) log: Arc<JobLog>,
+    /// Secrets that neither of them gets.
+    pub(super) mask: &'a Mask,
 }
 
 /// Runs the command; a cancel is an interrupt to it first, and the machine's end soon after.
@@ -44,18 +48,11 @@ pub(super) async fn run_exec(
         room,
         control,
         log,
+        mask,
     } = parts;
-    let (sender, mut chunks) = mpsc::channel::<(u8, Vec<u8>)>(64);
+    let (sender, chunks) = mpsc::channel::<(u8, Vec<u8>)>(64);
     let (orders_in, orders_out) = mpsc::channel(16);
-    let relay = async {
-        while let Some((stream, mut bytes)) = chunks.recv().await {
-            let fits = room.take(&mut bytes);
-            log.raw(&bytes);
-            let _reader_gone = output.send((stream, bytes)).await;
-            fits?;
-        }
-        Ok(())
-    };
+    let relay = Shown::new(mask, output, log).relay(chunks, room);
     let pass_on = async {
         loop {
             tokio::select! {
@@ -106,7 +103,7 @@ impl Room {
     }
 
     /// Cuts off what does not fit.
-    fn take(&mut self, bytes: &mut Vec<u8>) -> Result<(), Failure> {
+    pub(super) fn take(&mut self, bytes: &mut Vec<u8>) -> Result<(), Failure> {
         let kept = usize::try_from(self.left).unwrap_or(usize::MAX);
         let over = bytes.len() > kept;
         bytes.truncate(kept);

@@ -98,6 +98,7 @@ pub(super) async fn in_machine(
         room: &mut inside.room,
         control: &mut input.control,
         log: Arc::clone(&input.log),
+        mask: &input.mask,
     };
     let result = tokio::select! {
         result = run_exec(&attempt.session, &exec, parts, cancel) => result,
@@ -166,6 +167,7 @@ impl Inside<'_> {
                 room: &mut self.room,
                 control: &mut input.control,
                 log: Arc::clone(&input.log),
+                mask: &input.mask,
             };
             let ended = run_exec(&self.attempt.session, &exec, parts, cancel).await;
             let ended = match ended {

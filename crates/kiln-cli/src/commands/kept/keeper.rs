@@ -18,6 +18,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
+use super::watch;
 use crate::commands::operator::Operator;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
 use crate::show::Screen;
@@ -27,7 +28,7 @@ const READY_TIMEOUT: Duration = Duration::from_secs(45);
 /// Most bytes of a handover, and of the answer.
 const HANDOVER_BYTES_MAX: u64 = 512 * 1024;
 /// This very program, also when its file was replaced meanwhile.
-const PROGRAM: &str = "/proc/self/exe";
+pub(super) const PROGRAM: &str = "/proc/self/exe";
 
 /// Hands a machine without an owner over to a keeper.
 ///
@@ -138,6 +139,8 @@ pub(in crate::commands) async fn run(screen: Screen, cancel: CancellationToken) 
     let operator = Operator::load()?;
     let host = operator.host().await?;
     let site = operator.site()?;
+    // Before the machine is its own: from then on nobody else answers for it.
+    let _watched = watch::begin(&handover).or_infrastructure()?;
     let kept = keep(&host, &site, handover, &cancel, |facts| {
         screen.data(facts, String::new);
         // The command that waited for it is about to go.

@@ -1,35 +1,27 @@
 //! `kiln machine`: what is kept, how it stands, and its end.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::io::Read as _;
 
-use kiln_controller::api::JobView;
 use kiln_core::{ByteSize, FailureClass};
 use kiln_worker::home::Home;
 use kiln_worker::host::now_unix_ms;
 use kiln_worker::kept::ask::{Ask, Reply, Status, Used};
 use kiln_worker::kept::client::Near;
-use kiln_worker::kept::{self, Facts, LOG_FILE};
+use kiln_worker::kept::{self, Facts, FindError, LOG_FILE};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::{ask, find, home, machine_server, reap, surprised};
+use super::{ask, find, home, incident, machine_server, reap, surprised};
 use crate::args::{MachineCommand, ServerArgs};
-use crate::commands::home_queue;
 use crate::commands::table::{self, Table, left, right, wide};
 use crate::commands::when;
 use crate::error::{CliError, OrInfrastructure as _, Result};
-use crate::server::Server;
-use crate::server::follow::{Take, read_log};
 use crate::show::{Screen, ShownPath as _};
 
 /// Most bytes of a keeper's log that are read.
 const LOG_BYTES_MAX: u64 = 4 << 20;
-/// Most bytes of a job's log that an incident keeps.
-const JOB_LOG_BYTES_MAX: u64 = 256 << 20;
 
 pub(in crate::commands) async fn run(
     verb: MachineCommand,
@@ -312,7 +304,12 @@ async fn kill(
     screen: Screen,
     cancel: CancellationToken,
 ) -> Result<u8> {
-    let facts = find(home, id).await?;
+    reap(home).await?;
+    let facts = match kept::find(&home.data, id) {
+        Ok(facts) => facts,
+        Err(FindError::Unknown(_)) => return incident::kill(home, id, note, screen, &cancel).await,
+        Err(several) => return Err(CliError::usage(several.to_string())),
+    };
     let incident = gone(home, &facts, &Ask::Incident { note }).await?;
     let Some(dir) = incident else {
         let message = format!("{id} is gone, but its keeper could not say what it knew");
@@ -323,7 +320,7 @@ async fn kill(
             )),
         );
     };
-    let job = keep_job(&facts, &dir, &cancel).await;
+    let job = incident::keep_job(facts.id(), &dir, &cancel).await;
     let told = json!({ "id": facts.id(), "gone": true, "incident": dir, "job": job.as_ref().ok() });
     screen.data(&told, || {
         format!("{} is gone; what tells of it: {}", facts.id(), dir.shown())
@@ -331,75 +328,6 @@ async fn kill(
     match job {
         Ok(_) => Ok(0),
         Err(error) => Err(error.hint(format!("everything else is in {}", dir.shown()))),
-    }
-}
-
-/// Puts the job's record and log beside the rest, and ends the job if it has not ended: no lease of it lives then.
-async fn keep_job(facts: &Facts, dir: &Path, cancel: &CancellationToken) -> Result<String> {
-    let asked = home_queue::ask(&ServerArgs::default()).await?;
-    let kept = job_files(&asked.server, facts, dir, cancel).await;
-    asked.done().await;
-    kept
-}
-
-async fn job_files(
-    server: &Server,
-    facts: &Facts,
-    dir: &Path,
-    cancel: &CancellationToken,
-) -> Result<String> {
-    let path = format!("/v1/jobs/{}", facts.id());
-    let job: JobView = server.get(&path).await?;
-    if job.line.state != "finished" {
-        server
-            .delete::<Value>(&format!("{path}?reason=incident"))
-            .await?;
-    }
-    let job: Value = server.get(&path).await?;
-    let state = job["state"].as_str().unwrap_or("unknown").to_owned();
-    let create = |name: &str| {
-        let mut options = fs::OpenOptions::new();
-        options
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(dir.join(name))
-            .or_infrastructure()
-    };
-    let mut file = create("job.json")?;
-    file.write_all(&serde_json::to_vec_pretty(&job).or_infrastructure()?)
-        .or_infrastructure()?;
-    let mut log = LogFile {
-        file: create("job.log")?,
-        left: JOB_LOG_BYTES_MAX,
-        failed: None,
-    };
-    let over = CancellationToken::new();
-    over.cancel();
-    tokio::select! {
-        read = read_log(server, facts.id(), &over, &mut log) => read?,
-        () = cancel.cancelled() => return Err(CliError::new(FailureClass::Cancelled, "cancelled")),
-    }
-    match log.failed {
-        None => log.file.sync_all().or_infrastructure().map(|()| state),
-        Some(error) => Err(CliError::infrastructure(&error)),
-    }
-}
-
-struct LogFile {
-    file: fs::File,
-    left: u64,
-    failed: Option<std::io::Error>,
-}
-
-impl Take for LogFile {
-    async fn take(&mut self, bytes: &[u8]) -> bool {
-        let most = usize::try_from(self.left)
-            .unwrap_or(usize::MAX)
-            .min(bytes.len());
-        self.left -= most as u64;
-        self.failed = self.file.write_all(&bytes[..most]).err();
-        self.failed.is_none() && self.left > 0
     }
 }
 

@@ -234,7 +234,14 @@ fn used_of(used: &StatsView) -> String {
 }
 
 async fn kill(server: &Server, id: &str, note: &str, screen: Screen) -> Result<()> {
-    let machine = find(server, id).await?;
+    let machine = match find(server, id).await {
+        Ok(machine) => machine,
+        // Not one that stays: a job that runs.
+        Err(none) if none.class == FailureClass::Usage => {
+            return super::incident::kill_there(server, id, note, screen).await;
+        }
+        Err(error) => return Err(error),
+    };
     let asked = json!({ "note": note });
     let ended: EndedView = server.post(&path(&machine.id, "/incident"), &asked).await?;
     let ended = whole(ended)?;
