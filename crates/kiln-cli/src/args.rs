@@ -1,7 +1,7 @@
 //! The command line, as clap sees it. Raw words only: nothing past `commands` sees these types.
 
 mod fleet;
-mod machines;
+pub(crate) mod machines;
 mod operators;
 mod policy;
 mod run;

@@ -116,22 +116,52 @@ fn refused_words(error: &clap::Error) -> ExitCode {
         && let Some(command) = words.iter().position(|word| word == unknown)
         && command > at
     {
-        let (before, after) = words.split_at(command);
-        let words = format!("kiln {} -- {}", before.join(" "), after.join(" "));
-        let hint = match std::path::Path::new(unknown).is_dir() {
-            true => format!(
-                "{unknown:?} is a folder: `kiln build {unknown} --tag app`, then `kiln run --image app`"
-            ),
-            false => format!("put `--` before the command: {words}"),
-        };
+        let hint = hint(words.split_at(command));
         show::Screen::new(false).note(&kiln_image::plan::shown(&format!("hint: {hint}")));
     }
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
 }
 
+/// What was meant where the first of `after` is a word that `kiln run` does not know.
+fn hint((before, after): (&[String], &[String])) -> String {
+    let unknown = after.first().map(String::as_str).unwrap_or_default();
+    if let Some((keep, before)) = before.split_last()
+        && keep == "--keep"
+        && args::machines::parse_stays(unknown).is_ok()
+    {
+        let keep = format!("--keep={unknown}");
+        let words = [&["kiln".to_owned()], before, &[keep], &after[1..]].concat();
+        return format!("a time follows `=`: {}", words.join(" "));
+    }
+    if std::path::Path::new(unknown).is_dir() {
+        return format!(
+            "{unknown:?} is a folder: `kiln build {unknown} --tag app`, then `kiln run --image app`"
+        );
+    }
+    let words = format!("kiln {} -- {}", before.join(" "), after.join(" "));
+    format!("put `--` before the command: {words}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_word_too_many_is_a_command_or_a_time() {
+        let of = |text: &str, at: usize| {
+            let words: Vec<String> = text.split(' ').map(str::to_owned).collect();
+            hint(words.split_at(at))
+        };
+        assert_eq!(
+            of("run --keep 5m -- true", 2),
+            "a time follows `=`: kiln run --keep=5m -- true"
+        );
+        assert_eq!(
+            of("run --keep npm test", 2),
+            "put `--` before the command: kiln run --keep -- npm test"
+        );
+        assert!(of("run /", 1).contains("is a folder"));
+    }
 
     #[test]
     fn help_is_a_word_too() {

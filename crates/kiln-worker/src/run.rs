@@ -40,7 +40,7 @@ use crate::run_secrets::RunSecrets;
 use crate::templates::Purpose;
 use crate::unpack::Unpacked;
 
-pub use command::{INTERRUPT_GRACE, start_failure};
+pub use command::{INTERRUPT_GRACE, Place, start_failure};
 pub use forward::FORWARDS_MAX;
 pub use inside::STOPPED_COLLECT_TIMEOUT;
 pub use serve::ServiceInput;

@@ -78,7 +78,7 @@ pub(crate) enum MachineCommand {
 #[derive(Args, Debug)]
 pub(crate) struct KeepMachineArgs {
     /// Remove this machine when whoever holds the other end of standard input is gone, instead of keeping one
-    #[arg(long, value_name = "MACHINE", requires = "for_ms")]
+    #[arg(long, value_name = "MACHINE")]
     pub watch: Option<MachineName>,
     /// End whoever keeps it after this many milliseconds, too
     #[arg(long, value_name = "MS", requires = "watch")]
@@ -152,7 +152,7 @@ pub(crate) struct ForwardArgs {
 }
 
 /// How long a machine stays: as [`parse_duration`], and not beyond the longest.
-pub(super) fn parse_stays(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_stays(text: &str) -> Result<Duration, String> {
     let asked = parse_duration(text)?;
     match asked <= STAYS_MAX {
         true => Ok(asked),

@@ -7,6 +7,7 @@
 
 pub(super) mod copy;
 pub(super) mod exec;
+mod far;
 pub(super) mod forward;
 mod incident;
 pub(super) mod keeper;
@@ -23,7 +24,7 @@ use kiln_worker::home::Home;
 use kiln_worker::kept::ask::{Ask, Reply};
 use kiln_worker::kept::client::{self, AskError, Line, Near, Reach};
 use kiln_worker::kept::{self, Facts};
-use kiln_worker::run::start_failure;
+use kiln_worker::run::{Place, start_failure};
 
 use crate::args::ServerArgs;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
@@ -176,7 +177,7 @@ impl Reach for Far {
             let path = format!("/v1/machines/{}/ways/{verb}", escaped(&self.view.id));
             let opened = self.server.upgrade(&path).await;
             let opened = opened.map_err(|error| AskError::NoWay(Box::new(error)))?;
-            Ok(Box::new(opened) as Box<dyn Line>)
+            Ok(Box::new(far::Way(opened)) as Box<dyn Line>)
         })
     }
 }
@@ -190,7 +191,9 @@ fn refused(error: AskError) -> CliError {
     match error {
         AskError::Refused(refused) if refused.usage => CliError::usage(refused.message),
         AskError::Command(error) => CliError::from_failure(match error {
-            refused @ kiln_worker::orders::CallError::Refused { .. } => start_failure(refused),
+            refused @ kiln_worker::orders::CallError::Refused { .. } => {
+                start_failure(refused, Place::Kept)
+            }
             other => Failure::from(other),
         }),
         AskError::NoWay(error) => match error.downcast::<CliError>() {

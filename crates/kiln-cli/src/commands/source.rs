@@ -82,6 +82,12 @@ pub(crate) fn folder(path: &Path) -> Result<()> {
     Err(CliError::usage(format!("{path:?} {why}")).hint("give the folder with your app"))
 }
 
+fn is_name(key: &str) -> bool {
+    let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
+    let starts = |b: &u8| b.is_ascii_alphabetic() || *b == b'_';
+    key.as_bytes().first().is_some_and(starts) && key.bytes().all(legal)
+}
+
 /// `KEY=VALUE` words; `KEY` alone takes the value from the environment and is left out when it is not set there.
 ///
 /// # Errors
@@ -93,9 +99,7 @@ pub(crate) fn pairs(words: &[String], flag: &str) -> Result<BTreeMap<String, Str
             Some((key, value)) => (key, Some(value.to_owned())),
             None => (word.as_str(), environment::var(word)),
         };
-        let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
-        let starts = |b: &u8| b.is_ascii_alphabetic() || *b == b'_';
-        if !key.as_bytes().first().is_some_and(starts) || !key.bytes().all(legal) {
+        if !is_name(key) {
             return Err(CliError::usage(format!(
                 "{flag} {word:?}: {key:?} is no name of a variable"
             ))
@@ -124,27 +128,44 @@ const ENV_FILE_BYTES_MAX: u64 = 1024 * 1024;
 /// When it cannot be read, is too large, or a line is malformed: that is named.
 pub(crate) fn env_file(path: &Path) -> Result<BTreeMap<String, String>> {
     use std::io::Read as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
     let usage = |why: String| CliError::usage(format!("--env-file {}: {why}", path.shown()));
     let unread = |error: std::io::Error| usage(format!("cannot be read: {error}"));
-    let file = std::fs::File::open(path).map_err(unread)?;
+    let mut options = std::fs::OpenOptions::new();
+    options.read(true);
+    // A pipe that nobody writes to would hold us for ever.
+    let opened = options
+        .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
+        .open(path);
+    let file = opened.map_err(unread)?;
+    if !file.metadata().map_err(unread)?.is_file() {
+        return Err(usage("it is not a file".to_owned()));
+    }
     let mut text = String::new();
     let read = file.take(ENV_FILE_BYTES_MAX + 1).read_to_string(&mut text);
     read.map_err(unread)?;
     if text.len() as u64 > ENV_FILE_BYTES_MAX {
         return Err(usage(format!("larger than {ENV_FILE_BYTES_MAX} bytes")));
     }
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let mut all = BTreeMap::new();
     for (at, line) in text.lines().enumerate() {
         let line = line.trim_start();
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
-        let flag = format!("--env-file {}:{}", path.shown(), at + 1);
-        // A value is told by its place alone: it may be one that nobody should see.
-        let key = line.split('=').next().unwrap_or_default();
-        let pair = pairs(&[line.to_owned()], &flag)
-            .map_err(|_| usage(format!("line {}: {key:?} is no name of a variable", at + 1)))?;
-        all.extend(pair);
+        // Told by its place alone: any of it may be what nobody should see.
+        let (key, value) = line.split_once('=').unwrap_or((line, ""));
+        if !is_name(key) {
+            let why = "it does not begin with the name of a variable and '='";
+            return Err(usage(format!("line {}: {why}", at + 1))
+                .hint("names are letters, digits, '_', '-' and '.'; a value is one line"));
+        }
+        if value.contains('\0') {
+            let why = format!("line {}: the value has a zero byte", at + 1);
+            return Err(usage(why));
+        }
+        all.extend(pairs(&[line.to_owned()], "--env-file")?);
     }
     Ok(all)
 }
@@ -364,13 +385,28 @@ mod tests {
         let found: Vec<_> = env_file(&path).expect("legal").into_iter().collect();
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
         assert_eq!(found, [pair("A", "1"), pair("B", "x = y")]);
-        std::fs::write(&path, "A=1\n1B=hush\n").expect("write");
-        let error = env_file(&path).expect_err("no name");
-        assert!(
-            error.message.contains("line 2") && !error.message.contains("hush"),
-            "{error:?}"
-        );
+        std::fs::write(&path, "\u{feff}A=1\r\n").expect("write");
+        let found: Vec<_> = env_file(&path).expect("legal").into_iter().collect();
+        assert_eq!(found, [pair("A", "1")]);
+        for (text, why) in [
+            ("A=1\n1hush=hush\n", "name of a variable"),
+            ("A=1\nhush hush\n", "name of a variable"),
+            ("A=1\nB=hush\0hush\n", "zero byte"),
+        ] {
+            std::fs::write(&path, text).expect("write");
+            let error = env_file(&path).expect_err("malformed");
+            let said = format!("{error:?}");
+            assert!(said.contains("line 2") && said.contains(why), "{said}");
+            assert!(!said.contains("hush"), "{said}");
+        }
         assert!(env_file(Path::new("/nowhere")).is_err());
+        let pipe = dir.path().join("pipe");
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, mode).expect("pipe");
+        for other in [&pipe, dir.path()] {
+            let error = env_file(other).expect_err("no file");
+            assert!(error.message.ends_with("it is not a file"), "{error:?}");
+        }
     }
 
     #[test]

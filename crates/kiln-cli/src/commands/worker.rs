@@ -179,6 +179,7 @@ pub(super) async fn workshop(
         local: LocalJobs::default(),
         authority: None,
         tracer: Tracer::off(),
+        watch: super::kept::watch::of_worker,
     })
 }
 

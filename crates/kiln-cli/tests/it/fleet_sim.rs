@@ -242,6 +242,8 @@ pub(crate) async fn workshop(
         spool,
         tracer: kiln_telemetry::otlp::Tracer::off(),
         authority: None,
+        // A simulated machine ends with its process.
+        watch: |_| Ok(Box::new(())),
     }
 }
 

@@ -206,8 +206,8 @@ fn a_job_that_runs_ends_as_an_incident() {
     kiln.is_clear();
 }
 
-/// The processes that watch the keeper of a machine.
-fn watchers_of(id: &str) -> Vec<i32> {
+/// The processes that watch whoever keeps a machine.
+pub(crate) fn watchers_of(id: &str) -> Vec<i32> {
     let words = format!("keep-machine\0--watch\0{id}-1-run\0");
     let all = fs::read_dir("/proc").expect("processes").flatten();
     all.filter(|entry| {

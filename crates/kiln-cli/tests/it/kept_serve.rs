@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::annex::Annex;
-use crate::kept::{kept, typed};
+use crate::kept::{kept, typed, watchers_of};
 use crate::serve::serve;
 use crate::support::{Started, app, free_port, path, until};
 
@@ -49,7 +49,12 @@ fn a_servers_machine_is_entered_copied_from_stood_in_and_ended() {
     ];
     let said = on(&words).exits(7);
     assert_eq!((said.out.as_str(), said.err.as_str()), ("hi\n", "b\n"));
-    on(&["exec", &id, "--", "no-such-program"]).exits(127);
+    let none = on(&["exec", &id, "--", "no-such-program"]).exits(127);
+    let nowhere = on(&["exec", "-w", "/nosuch", &id, "--", "pwd"]).exits(127);
+    assert!(
+        !none.err.contains("--image") && !nowhere.err.contains("no such program"),
+        "{none:?} {nowhere:?}"
+    );
     on(&["exec", "r0nobody", "--", "true"])
         .exits(2)
         .says("r0nobody");
@@ -96,7 +101,7 @@ fn a_servers_machine_is_entered_copied_from_stood_in_and_ended() {
     a_server_that_is_killed_keeps_nothing(&kiln, server, port);
 }
 
-/// With its worker: whoever is in the machine is told, and the next server finds nothing of it.
+/// With its worker: whoever is in the machine is told, it is gone with nobody's help, and the next server finds nothing of it.
 fn a_server_that_is_killed_keeps_nothing(kiln: &Annex, server: Started, port: u16) {
     let at = format!(
         "unix:{}",
@@ -116,11 +121,22 @@ fn a_server_that_is_killed_keeps_nothing(kiln: &Annex, server: Started, port: u1
     let script = "echo ready; sleep 4321; true";
     let mut inside = kiln.start(&["--server", &at, "exec", &id, "--", "sh", "-c", script]);
     inside.until_it_prints("ready");
+    let vmm = kiln.vmms()[0];
+    assert_eq!(watchers_of(&id).len(), 1);
     server.signal("KILL");
     inside.end().exits(3);
     drop(server);
+    // No command of kiln runs meanwhile.
+    let gone = |path: String| !fs::exists(path).expect("looks");
+    let dir = format!("{}/machines/{id}-1-run", path(&kiln.home));
+    until("its end", || gone(dir.clone()).then_some(()));
+    until("its VMM's end", || {
+        gone(format!("/proc/{vmm}")).then_some(())
+    });
+    until("its watcher's end", || {
+        watchers_of(&id).is_empty().then_some(())
+    });
     let (server, at) = serve(kiln, port);
-    until("its end", || kiln.vmms().is_empty().then_some(()));
     // Its worker has said that it is a new process, or will in a moment.
     until("nothing is listed", || {
         let left = kiln.run(&["--server", &at, "machine", "list", "--json"]);

@@ -8,7 +8,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use kiln_core::job::{RunKeep, RunService, SourceBuild};
 use kiln_core::{
-    ArtifactName, Digest, FailureClass, JobKind, JobRequest, Lease, NetworkPolicy, Outcome, Verdict,
+    ArtifactName, Digest, FailureClass, JobKind, JobRequest, Lease, MachineName, NetworkPolicy,
+    Outcome, Verdict,
 };
 use kiln_image::plan::{DockerfileChoice, Options};
 use kiln_proto::fleet::{AskSecrets, Finish, Incident, Leased, Secrets};
@@ -80,7 +81,18 @@ pub struct Workshop {
     pub authority: Option<Vec<u8>>,
     /// Where spans go.
     pub tracer: Tracer,
+    /// Who removes a machine that may stay, when this process is gone.
+    pub watch: Watch,
 }
+
+/// Starts somebody who removes a machine when this process is gone, however it went, also by `SIGKILL`: one that may stay does not die with it.
+///
+/// # Errors
+/// When nobody can be started.
+pub type Watch = fn(&MachineName) -> std::io::Result<Watched>;
+
+/// That somebody watches; dropped, he removes what is left of the machine and goes.
+pub type Watched = Box<dyn Send + Sync>;
 
 /// How a job ended, for the process that waits for it.
 #[derive(Debug)]
@@ -576,11 +588,19 @@ impl Work<'_> {
     }
 
     /// Keeps a machine that has no owner; what becomes of the job does not depend on it.
-    async fn stay(&self, handover: Handover) {
-        if let Err(failure) = self.staying.stay(self.shop, self.to, handover).await {
+    async fn stay(&self, handover: Handover, watched: Watched) {
+        let stayed = self.staying.stay(self.shop, self.to, handover, watched);
+        if let Err(failure) = stayed.await {
             let text = format!("the machine does not stay: {failure}");
             self.events.warn(text).await;
         }
+    }
+
+    /// Has the command's machine watched.
+    fn watched(&self) -> Result<Watched, Failure> {
+        let name = self.lease.attempt.machine_name("run");
+        let name = name.map_err(|error| Failure::infrastructure(&error))?;
+        (self.shop.watch)(&name).map_err(|error| Failure::infrastructure(&error))
     }
 
     async fn command(
@@ -662,9 +682,13 @@ impl Work<'_> {
             services: self.services(tenant, &command.services).await?,
         };
         let lease = self.lease.clone();
+        // From its start: it would outlive this process from then on.
+        let watched = keeps.map(|_| self.watched()).transpose()?;
         let mut end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;
-        if let Some(handover) = end.kept.take_if(|_| keeps.is_some()) {
-            self.stay(handover).await;
+        if let Some(watched) = watched
+            && let Some(handover) = end.kept.take()
+        {
+            self.stay(handover, watched).await;
         }
         let files = std::mem::take(&mut end.artifacts);
         let since = std::time::Instant::now();

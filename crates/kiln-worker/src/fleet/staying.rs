@@ -1,7 +1,7 @@
 //! Machines that stay on this worker when their jobs are over: each has its keeper here, a lease of its own, and ways that this worker opens to it.
 //!
 //! The controller is asked first, under the live lease of the attempt; then a keeper, the same as a command's own ([`crate::kept::keeper`]), adopts the
-//! machine, in this process: it ends with it. Heartbeats renew the machine's lease; one that is not renewed in time, or refused, ends the machine.
+//! machine, in this process: it ends with it, and where that is killed, a process that watches it removes the machine ([`super::job::Watch`]). Heartbeats renew the machine's lease; one that is not renewed in time, or refused, ends the machine.
 //! Who wants to reach a machine calls through the controller: one request is held open for that, and each call is answered with a connection of this
 //! worker's to the controller, joined to the keeper's private socket. The keeper judges what is asked as always.
 
@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 use super::client::{LinkError, REQUEST_TIMEOUT, job_path};
 use super::clock::boot_ms;
 use super::fence::Fence;
-use super::job::Workshop;
+use super::job::{Watched, Workshop};
 use super::report::To;
 use crate::failure::Failure;
 use crate::kept::{keeper, socket_of};
@@ -140,6 +140,7 @@ impl Staying {
         shop: &Arc<Workshop>,
         to: &To,
         mut handover: Handover,
+        watched: Watched,
     ) -> Result<(), Failure> {
         let machine = handover.machine.clone();
         let stays = async {
@@ -150,7 +151,7 @@ impl Staying {
             let MayStay { stays_ms } = ask(to, &handover).await?;
             handover.stays_ms = stays_ms;
             handover.worker = Some(to.lease.worker.clone());
-            self.adopt(shop, &to.lease, handover).await
+            self.adopt(shop, &to.lease, handover, watched).await
         };
         let stayed = stays.await;
         if stayed.is_err() {
@@ -164,6 +165,7 @@ impl Staying {
         shop: &Arc<Workshop>,
         lease: &Lease,
         handover: Handover,
+        watched: Watched,
     ) -> Result<(), Failure> {
         let (attempt, end) = (lease.attempt.clone(), CancellationToken::new());
         {
@@ -190,6 +192,7 @@ impl Staying {
         let runtime = tokio::runtime::Handle::current();
         // A thread of its own, as jobs have: it borrows parts of this host over its waits, and lives long.
         self.keepers.spawn_blocking(move || {
+            let _watched = watched;
             let over = Over { this: &this, held };
             runtime.block_on(async {
                 let told = |_: &kiln_proto::kept::Facts| {

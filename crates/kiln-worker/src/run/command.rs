@@ -75,7 +75,10 @@ pub(super) async fn run_exec(
     };
     let run = async {
         let exec = orders::exec(session, "run the command", exec, io);
-        tokio::try_join!(async { exec.await.map_err(start_failure) }, relay)
+        tokio::try_join!(
+            async { exec.await.map_err(|error| start_failure(error, Place::New)) },
+            relay
+        )
     };
     tokio::select! {
         exit = run => {
@@ -125,9 +128,18 @@ fn output_limit(most: u64) -> Failure {
         .hint("write less, or raise limits.output of the policy")
 }
 
+/// Where a command was to start: what can be done about one that did not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In a machine of its own.
+    New,
+    /// In one that was kept.
+    Kept,
+}
+
 /// A command that does not exist is the user's error, as in any shell: 127, and 126 where it cannot be run.
 #[must_use]
-pub fn start_failure(error: orders::CallError) -> Failure {
+pub fn start_failure(error: orders::CallError, place: Place) -> Failure {
     match error {
         orders::CallError::Refused { error, .. } => {
             let not_found = error.code == kiln_proto::msg::GuestErrorCode::NotFound;
@@ -138,11 +150,51 @@ pub fn start_failure(error: orders::CallError) -> Failure {
                     ..failure
                 };
             }
+            let of_folder = failure.message.contains("working directory");
             Failure {
                 command_code: Some(127),
-                ..failure.hint("there is no such program in the machine; `--image NAME` runs an image that has it")
+                ..failure.hint(match (of_folder, place) {
+                    (true, _) => "name a folder that is there, or make it first",
+                    (false, Place::New) => "there is no such program in the machine; `--image NAME` runs an image that has it",
+                    (false, Place::Kept) => "there is no such program in the machine",
+                })
             }
         }
         other => Failure::from(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_proto::msg::{GuestError, GuestErrorCode};
+
+    use super::*;
+
+    #[test]
+    fn what_did_not_start_gets_a_hint_that_fits() {
+        let refused = |message: &str, place| {
+            let error = GuestError {
+                code: GuestErrorCode::NotFound,
+                message: message.to_owned(),
+            };
+            let what = "run the command";
+            let failure = start_failure(orders::CallError::Refused { what, error }, place);
+            assert_eq!(failure.command_code, Some(127));
+            failure.hint.unwrap_or_default()
+        };
+        let program = "start nosuch: No such file or directory";
+        assert!(refused(program, Place::New).contains("--image"));
+        let kept = refused(program, Place::Kept);
+        assert!(
+            kept.contains("no such program") && !kept.contains("--image"),
+            "{kept}"
+        );
+        for place in [Place::New, Place::Kept] {
+            let hint = refused("the working directory \"/nosuch\" does not exist", place);
+            assert!(
+                hint.contains("folder") && !hint.contains("program"),
+                "{hint}"
+            );
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! Who watches a keeper: a process that does nothing until the keeper is gone, however it went, and then removes its machine.
+//! Who watches a keeper: a process that does nothing until the keeper is gone, however it went, and then removes its machine. The keeper is a process
+//! of its own, or a worker that keeps machines of a server's jobs: that one has a watcher for each, from the job's start on.
 //!
 //! A kept machine was started without the request to die with its owner, because owners change. The kernel cannot be asked for it later. So each keeper
 //! has a watcher: it holds the read end of a pipe whose other end the keeper alone has, and sees its end at once. A watcher that dies is replaced by
@@ -13,6 +14,7 @@ use std::time::Duration;
 use kiln_core::MachineName;
 use kiln_machine::reap::{kill_owner, reap_home};
 use kiln_worker::fleet::clock::boot_ms;
+use kiln_worker::fleet::job;
 use kiln_worker::kept::{HANDOVER_MAX, Handover, STAYS_MAX};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
@@ -37,7 +39,7 @@ const REAP_MAX: Duration = Duration::from_secs(HANDOVER_MAX.as_secs() + 30);
 
 /// That somebody watches; dropped, as by the end of this process, the watcher sees it.
 #[derive(Debug)]
-pub(super) struct Watched(JoinHandle<()>);
+pub(in crate::commands) struct Watched(JoinHandle<()>);
 
 impl Drop for Watched {
     fn drop(&mut self) {
@@ -52,7 +54,19 @@ impl Drop for Watched {
 pub(super) fn begin(handover: &Handover) -> io::Result<Watched> {
     let stays = Duration::from_millis(handover.stays_ms).min(STAYS_MAX);
     let until = boot_ms().saturating_add(ms(stays + END_GRACE));
-    let machine = handover.machine.clone();
+    follow(&handover.machine, Some(until))
+}
+
+/// Has a machine of a worker watched. The worker bounds its time itself, and is not ended for one of its machines.
+///
+/// # Errors
+/// When no watcher can be started.
+pub(in crate::commands) fn of_worker(machine: &MachineName) -> io::Result<job::Watched> {
+    Ok(Box::new(follow(machine, None)?))
+}
+
+fn follow(machine: &MachineName, until: Option<u64>) -> io::Result<Watched> {
+    let machine = machine.clone();
     let first = start(&machine, until)?;
     Ok(Watched(tokio::spawn(async move {
         let mut watcher = Some(first);
@@ -60,13 +74,13 @@ pub(super) fn begin(handover: &Handover) -> io::Result<Watched> {
             match watcher.take() {
                 Some((mut child, _held)) => {
                     let ended = child.wait().await;
-                    tracing::warn!(?ended, "the watcher of this keeper ended: there is another");
+                    tracing::warn!(%machine, ?ended, "the watcher of this machine ended: there is another");
                 }
                 None => tokio::time::sleep(AGAIN).await,
             }
             match start(&machine, until) {
                 Ok(started) => watcher = Some(started),
-                Err(error) => tracing::warn!(%error, "nobody watches this keeper"),
+                Err(error) => tracing::warn!(%machine, %error, "nobody watches this machine"),
             }
         }
     })))
@@ -77,14 +91,23 @@ fn ms(time: Duration) -> u64 {
 }
 
 /// The watcher, and what tells it that this process lives: waiting for the child would close it.
-fn start(machine: &MachineName, until_boot_ms: u64) -> io::Result<(Child, Option<ChildStdin>)> {
-    let left = until_boot_ms.saturating_sub(boot_ms());
-    let mut child = Command::new(PROGRAM)
+fn start(
+    machine: &MachineName,
+    until_boot_ms: Option<u64>,
+) -> io::Result<(Child, Option<ChildStdin>)> {
+    let mut command = Command::new(PROGRAM);
+    command
         .arg0("kiln")
-        .args(["keep-machine", "--watch", machine.as_str(), "--for-ms"])
-        .arg(left.to_string())
+        .args(["keep-machine", "--watch", machine.as_str()]);
+    if let Some(until) = until_boot_ms {
+        let left = until.saturating_sub(boot_ms());
+        command.args(["--for-ms", &left.to_string()]);
+    }
+    let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
+        // Ctrl-C in the terminal of a worker is not for it.
+        .process_group(0)
         .spawn()?;
     let held = child.stdin.take();
     Ok((child, held))
@@ -102,7 +125,7 @@ pub(in crate::commands) async fn run(
         .try_clone_to_owned()
         .or_infrastructure()?;
     let keeper = pipe::Receiver::from_owned_fd(stdin).or_infrastructure()?;
-    let until = boot_ms().saturating_add(for_ms.unwrap_or(0));
+    let until = for_ms.map(|left| boot_ms().saturating_add(left));
     tokio::select! {
         () = is_gone(keeper) => {}
         () = passed(until) => {
@@ -127,8 +150,11 @@ async fn is_gone(mut keeper: pipe::Receiver) {
     while keeper.read(&mut buffer).await.is_ok_and(|count| count > 0) {}
 }
 
-/// Completes at this time of the clock that runs while the host sleeps.
-async fn passed(until_boot_ms: u64) {
+/// Completes at this time, if there is one, of the clock that runs while the host sleeps.
+async fn passed(until_boot_ms: Option<u64>) {
+    let Some(until_boot_ms) = until_boot_ms else {
+        return std::future::pending().await;
+    };
     while boot_ms() < until_boot_ms {
         let left = Duration::from_millis(until_boot_ms.saturating_sub(boot_ms()));
         tokio::time::sleep(left.min(TICK)).await;
