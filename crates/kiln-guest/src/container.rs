@@ -13,12 +13,13 @@ use std::sync::Arc;
 use kiln_core::DiskRole;
 use kiln_proto::msg::{ContainerSpec, GuestError, GuestErrorCode};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use serde_json::{Value, json};
 
 use crate::error::{Context, SysError, failure, invalid};
 use crate::state::Guest;
-use crate::{identity, mounts, net, oci_wrapper, tree};
+use crate::{container_init, identity, mounts, net, oci_wrapper, tree};
 
 /// Where the command's container is put together; those of services lie beside it.
 const BUNDLE: &str = "/run/kiln/container";
@@ -36,6 +37,8 @@ const GROUPS_MAX: usize = 64;
 const OPEN_FILES_MAX: u64 = 1_048_576;
 /// Path of images that have none.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where a container has file systems of its own.
+const MOUNTED: [&str; 3] = ["/proc", "/dev", "/sys"];
 /// Capabilities of a container's root, as container engines usually give them.
 const CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
@@ -304,9 +307,13 @@ pub(crate) async fn prepare(
     let services = guest.services.lock().map(|names| names.clone());
     let services = services.map_err(|_| invalid("a lock is broken"))?;
     let bundle = parts.bundle.clone();
-    let work = tokio::task::spawn_blocking(move || put_together(&spec, &parts, &services));
+    let number = guest.next_exec();
+    let work = tokio::task::spawn_blocking(move || {
+        container_init::place(number)?;
+        put_together(&spec, &parts, &services)
+    });
     work.await.map_err(|error| invalid(error.to_string()))??;
-    let id = format!("container-{}", guest.next_exec());
+    let id = format!("container-{number}");
     let words = ["--root", RUNC_ROOT, "run", "--bundle", &bundle, &id];
     let mut argv = vec![runc.display().to_string()];
     argv.extend(words.map(str::to_owned));
@@ -429,6 +436,7 @@ fn put_together(
         ..spec.clone()
     };
     let mut config = config(&spec, &user, &parts.bundle);
+    container_init::add(&mut config);
     give_secrets(&spec.secrets, &user, Path::new(&parts.secrets), &mut config)?;
     if Path::new(tree::CA_OPERATOR).exists() {
         oci_wrapper::add_certificates(&mut config, tree::CA_BUNDLE);
@@ -464,6 +472,76 @@ fn give_secrets(
         mounts.push(bind(&folder.display().to_string(), tree::SECRETS_INSIDE));
     }
     Ok(())
+}
+
+/// Why what is about to be run cannot start, if it is one of these containers and its files say so; else its init tells.
+///
+/// # Errors
+/// As for a command that runs in the machine itself: that there is no such program, or that it cannot be run.
+pub(crate) fn check(argv: &[String]) -> Result<(), SysError> {
+    let [_, _, root, _, _, bundle, _] = argv else {
+        return Ok(());
+    };
+    if root != RUNC_ROOT {
+        return Ok(());
+    }
+    let bytes = fs::read(Path::new(bundle).join("config.json"));
+    let config: Option<Value> = bytes
+        .ok()
+        .and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let why = config.as_ref().and_then(|config| {
+        let program = *container_init::command(config)?.first()?;
+        Some((program, missing(config, program)?))
+    });
+    match why {
+        Some((program, error)) => Err(error).context(|| format!("run {program:?}")),
+        None => Ok(()),
+    }
+}
+
+/// Looks for a program as execvp(3) will. None: it is there, or that is not to be known from outside.
+fn missing(config: &Value, program: &str) -> Option<Errno> {
+    let text = |path: &str| config.pointer(path).and_then(Value::as_str);
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(text("/root/path")?, flags, Mode::empty()).ok()?;
+    let cwd = Path::new(text("/process/cwd")?);
+    let env = config.pointer("/process/env")?.as_array()?.iter();
+    let path = env
+        .filter_map(Value::as_str)
+        .find_map(|pair| pair.strip_prefix("PATH="))?;
+    let places: Vec<_> = match program.contains('/') {
+        true => vec![cwd.join(program)],
+        false => path
+            .split(':')
+            .map(|folder| cwd.join(folder).join(program))
+            .collect(),
+    };
+    let mut why = Errno::NOENT;
+    for place in places {
+        // The container sees other files there.
+        if MOUNTED.iter().any(|mounted| place.starts_with(mounted)) {
+            return None;
+        }
+        let look = |flags: OFlags| {
+            let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+            let flags = OFlags::PATH | OFlags::CLOEXEC | flags;
+            let found = openat2(&root, &place, flags, Mode::empty(), resolve)?;
+            rustix::fs::fstat(found)
+        };
+        match look(OFlags::empty()) {
+            Ok(stat) => {
+                let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
+                if kind == rustix::fs::FileType::RegularFile && stat.st_mode & 0o111 != 0 {
+                    return None;
+                }
+                why = Errno::ACCESS;
+            }
+            // A link may lead to what only the container sees.
+            Err(Errno::NOENT | Errno::NOTDIR) if look(OFlags::NOFOLLOW).is_err() => {}
+            Err(_) => return None,
+        }
+    }
+    Some(why)
 }
 
 #[cfg(test)]
@@ -521,6 +599,36 @@ mod tests {
                 .len(),
             14
         );
+    }
+
+    #[test]
+    fn a_program_is_looked_for_among_the_containers_files() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        for folder in ["bin", "sbin/folder", "work"] {
+            fs::create_dir_all(root.join(folder)).unwrap();
+        }
+        for (file, mode) in [("bin/sh", 0o755), ("bin/plain", 0o644), ("work/own", 0o755)] {
+            fs::write(root.join(file), "").unwrap();
+            fs::set_permissions(root.join(file), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        symlink("/bin/sh", root.join("sbin/ash")).unwrap();
+        symlink("/proc/self/exe", root.join("sbin/self")).unwrap();
+        let config = json!({
+            "process": { "cwd": "/work", "env": ["A=b", "PATH=/sbin:/bin"] },
+            "root": { "path": root.display().to_string() },
+        });
+        for there in ["sh", "ash", "/bin/sh", "./own", "self", "/dev/fd/3"] {
+            assert_eq!(missing(&config, there), None, "{there}");
+        }
+        for absent in ["own", "bash", "/bin/sh/x", "../../sh", "./none"] {
+            assert_eq!(missing(&config, absent), Some(Errno::NOENT), "{absent}");
+        }
+        for denied in ["plain", "folder", "/work"] {
+            assert_eq!(missing(&config, denied), Some(Errno::ACCESS), "{denied}");
+        }
+        assert!(check(&["runc".to_owned(), "run".to_owned()]).is_ok());
     }
 
     #[test]

@@ -254,6 +254,7 @@ fn bound(request: &ExecRequest, group: &Cgroup) -> Result<File, SysError> {
 
 fn start(guest: &Guest, request: &ExecRequest, group: &Cgroup) -> Result<Started, GuestError> {
     check(guest, request)?;
+    crate::container::check(&request.argv)?;
     let door = bound(request, group)?;
     let mut command = Command::new(&request.argv[0]);
     command.args(&request.argv[1..]).env_clear();

@@ -1,7 +1,8 @@
 //! PID 1 of a machine: mounts, commands, trees, forwards, DNS and egress.
 //!
-//! One static binary with three names: as PID 1 it boots the machine and serves its channel for ever; called as
-//! [`oci_wrapper::NAME`] it stands between BuildKit and runc, as [`solve_client::NAME`] between the host and BuildKit's client. It decides nothing about policy: it asks the host.
+//! One static binary with four names: as PID 1 it boots the machine and serves its channel for ever; called as
+//! [`oci_wrapper::NAME`] it stands between BuildKit and runc, as [`solve_client::NAME`] between the host and BuildKit's client,
+//! as [`container_init::NAME`] it is PID 1 of a container. It decides nothing about policy: it asks the host.
 //! Read next: `boot` (power-on to channel), `serve` (sessions and streams), `orders` (what the host can ask).
 
 mod boot;
@@ -9,6 +10,7 @@ mod buildkit;
 mod cgroup;
 mod channel;
 mod container;
+mod container_init;
 mod error;
 mod exec;
 mod fd;
@@ -48,6 +50,9 @@ fn main() -> ExitCode {
     }
     if called == solve_client::NAME {
         return solve_client::main(&arguments.collect::<Vec<_>>());
+    }
+    if called == container_init::NAME {
+        return container_init::main(&arguments.collect::<Vec<_>>());
     }
     if rustix::process::getpid() != Pid::INIT {
         log::raw("kiln-guest: this program is PID 1 of a machine and does nothing elsewhere");

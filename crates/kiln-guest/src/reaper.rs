@@ -26,7 +26,7 @@ pub(crate) enum Ended {
 
 impl Ended {
     /// From a status of wait(2).
-    fn from_status(status: i32) -> Option<Self> {
+    pub(crate) fn from_status(status: i32) -> Option<Self> {
         if libc::WIFEXITED(status) {
             Some(Self::Code(libc::WEXITSTATUS(status)))
         } else if libc::WIFSIGNALED(status) {

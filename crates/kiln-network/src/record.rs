@@ -207,6 +207,9 @@ pub struct ReachedHost {
     pub rules: Vec<String>,
 }
 
+/// What admits a host where no policy file holds.
+const FLAG: &str = "--allow ";
+
 /// One host and port that was refused.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct RefusedHost {
@@ -329,6 +332,25 @@ impl EgressSummary {
         }
     }
 
+    /// The same for a job of a policy file: there a flag admits nothing, so the file is named, and the phase that asked, else `phase`.
+    #[must_use]
+    pub fn under_policy(mut self, file: &str, phase: &str) -> Self {
+        for refused in &mut self.refused {
+            let Some(flag) = refused.allow.take() else {
+                continue;
+            };
+            let rule = flag.strip_prefix(FLAG).unwrap_or(&flag);
+            let asked = |flow: &&Flow| {
+                (&flow.host, flow.port) == (&refused.host, refused.port)
+                    && flow.verdict != "allowed"
+            };
+            let flow = self.flows.iter().find(asked);
+            let phase = flow.and_then(|flow| flow.phase.as_deref()).unwrap_or(phase);
+            refused.reason = format!("phases.{phase}.network.allow of {file} names no {rule}");
+        }
+        self
+    }
+
     /// The first so many hosts of each kind, where there is no room for all.
     #[must_use]
     pub fn first(&self, most: usize) -> Self {
@@ -345,7 +367,7 @@ fn explain(event: &EgressEvent) -> (String, Option<String>) {
     let internal = format!(".{}", event.host).ends_with(INTERNAL_SUFFIX);
     let flag = |text: String| {
         let legal = text.parse::<kiln_core::AllowRule>().is_ok();
-        (legal && !internal).then(|| format!("--allow {text}"))
+        (legal && !internal).then(|| format!("{FLAG}{text}"))
     };
     match &event.verdict {
         EgressVerdict::HostRefused if matches!(event.port, 0 | 80 | 443) => {
@@ -571,6 +593,21 @@ mod tests {
         assert!(
             line.starts_with(
                 "hosts reached: a.example.org; refused: b.example.org (--allow b.example.org), "
+            ),
+            "{line}"
+        );
+        // Under a policy a flag only narrows.
+        let line = summary.under_policy("kiln.yaml", "run").to_string();
+        let wanted = "b.example.org (phases.run.network.allow of kiln.yaml names no b.example.org)";
+        assert!(line.contains(wanted) && !line.contains("--allow"), "{line}");
+        let line = super::summary(&[EgressEvent {
+            phase: Some("dependencies".to_owned()),
+            ..event("b.example.org", 8080, EgressVerdict::HostRefused)
+        }]);
+        let line = line.under_policy("kiln.yaml", "run").to_string();
+        assert!(
+            line.contains(
+                "phases.dependencies.network.allow of kiln.yaml names no b.example.org:8080"
             ),
             "{line}"
         );

@@ -12,6 +12,9 @@ use crate::run_git::Repositories;
 /// How long a service may take to be ready that does not say, milliseconds.
 const READY_MS: u64 = 60_000;
 
+/// Most of a command that its failure shows, characters.
+const LINE_SHOWN_MAX: usize = 200;
+
 /// A command as words.
 pub(crate) fn words(command: &Command) -> Vec<String> {
     match command {
@@ -145,9 +148,13 @@ pub(crate) fn argv(run: Option<&PhasePolicy>, command: &[String]) -> Vec<String>
     }
     let mut script = String::new();
     for command in commands {
-        // A process of its own: what it sets does not reach the next one.
-        script.push_str(&quoted(&words(command)));
-        script.push('\n');
+        // A process of its own: what it sets does not reach the next one. The job's code is all that its end tells.
+        let told = [format!("kiln: the phase run failed: `{}`", shown(command))];
+        script.push_str(&format!(
+            "{} || {{ c=$?; printf '%s\\n' {} >&2; exit $c; }}\n",
+            quoted(&words(command)),
+            quoted(&told)
+        ));
     }
     if !command.is_empty() {
         script.push_str("exec \"$@\"\n");
@@ -157,6 +164,16 @@ pub(crate) fn argv(run: Option<&PhasePolicy>, command: &[String]) -> Vec<String>
         .to_vec();
     argv.extend_from_slice(command);
     argv
+}
+
+/// A command as it was written, in one line.
+fn shown(command: &Command) -> String {
+    let line = match command {
+        Command::Shell(line) => line.clone(),
+        Command::Words(words) => words.join(" "),
+    };
+    let line = line.chars().map(|c| if c.is_control() { ' ' } else { c });
+    line.take(LINE_SHOWN_MAX).collect()
 }
 
 /// Words as a shell reads them back.
@@ -249,6 +266,30 @@ secrets:
             String::from_utf8_lossy(&said.stdout),
             "one two\nit's\n<a b>"
         );
+        assert!(said.stderr.is_empty(), "{said:?}");
         assert_eq!(super::argv(None, &["true".to_owned()]), ["true"]);
+    }
+
+    #[test]
+    fn the_command_of_the_run_phase_that_failed_is_named() {
+        let run = PhasePolicy {
+            commands: vec![
+                Command::Shell("true".to_owned()),
+                Command::Shell(r#"echo "it's"; exit 7"#.to_owned()),
+                Command::Shell("echo never".to_owned()),
+            ],
+            ..PhasePolicy::default()
+        };
+        let argv = argv(Some(&run), &["echo".to_owned(), "never".to_owned()]);
+        let said = std::process::Command::new(&argv[0])
+            .args(&argv[1..])
+            .output()
+            .expect("sh");
+        assert_eq!(said.status.code(), Some(7));
+        assert_eq!(String::from_utf8_lossy(&said.stdout), "it's\n");
+        assert_eq!(
+            String::from_utf8_lossy(&said.stderr),
+            "kiln: the phase run failed: `echo \"it's\"; exit 7`\n"
+        );
     }
 }

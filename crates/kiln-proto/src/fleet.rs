@@ -347,6 +347,9 @@ pub struct RegistryToken {
 /// Code of the answer to [`PublishImage`] when this controller has no such image: it was pushed to another one, and is to be pushed again.
 pub const NOT_PUSHED: &str = "not_pushed";
 
+/// Code of the answer to [`Own`] when its tenant's store lacks a secret that it names.
+pub const NO_SECRET: &str = "no_secret";
+
 /// `POST /worker/v1/jobs/{job}/finish`: the end of the attempt.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Finish {

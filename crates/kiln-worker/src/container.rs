@@ -87,7 +87,10 @@ async fn find(
         .map_err(|error| Failure::new(FailureClass::Usage, format!("{full}: {error}")))?;
     let missing = || {
         Failure::new(FailureClass::Usage, format!("there is no image {full} here"))
-            .hint("`kiln registry list` shows what there is; `kiln build` makes one; images of other registries are not fetched")
+            .hint(match full.digest {
+                Some(_) => "`kiln registry list --json` shows what there is, with whole digests",
+                None => "`kiln registry list` shows what there is; `kiln build` makes one; images of other registries are not fetched",
+            })
     };
     let digest = match (full.digest, &full.tag) {
         (Some(digest), _) => digest,
@@ -109,10 +112,11 @@ async fn find(
         select: Select::LinuxAmd64,
         ..Verify::image(repo.clone(), digest)
     };
-    let image = publish::read_image(registry, &asked)
-        .await
-        .map_err(|error| broken(&error))?;
-    Ok((repo, image))
+    match publish::read_image(registry, &asked).await {
+        Ok(image) => Ok((repo, image)),
+        Err(error) if error.lacks_manifest(&digest) => Err(missing()),
+        Err(error) => Err(broken(&error)),
+    }
 }
 
 /// Entrypoint, command, environment and user as `docker run` joins them.

@@ -76,7 +76,12 @@ pub(super) async fn run(
     drop(events);
     let _screen_ended = follow.await;
     let delivered = async {
-        let report = finish(ended?, screen)?;
+        let mut end = ended?;
+        if let Some(found) = &found {
+            let file = found.compiled.file();
+            end.egress = end.egress.under_policy(file, "dependencies");
+        }
+        let report = finish(end, screen)?;
         output
             .deliver(&operator, &report, &args, screen, &cancel)
             .await

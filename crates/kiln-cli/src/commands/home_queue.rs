@@ -157,7 +157,7 @@ impl HomeQueue {
         };
         let ended = match own.submit(request, labels, local).await {
             Ok(waiting) => self.wait(waiting, events, cancel).await,
-            Err(error) => Err(worker::link(&error)),
+            Err(error) => Err(worker::own(&error)),
         };
         own.leave().await;
         flush(tracer).await;

@@ -102,6 +102,7 @@ async fn here(
     };
     screen.note(&format!("kiln: job {id} again, as {}", request.id));
     let again = InFront {
+        policy: None,
         folder: folder(&request),
         operator: &operator,
         queue,

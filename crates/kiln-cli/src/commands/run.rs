@@ -147,6 +147,7 @@ pub(super) async fn run_and_learn(
         copies: &args.copy_out,
         stay,
         lesson: Some(lesson),
+        policy: ruled.file,
     };
     let ended = in_front.run(screen, &cancel).await;
     queue.close().await;
@@ -196,6 +197,8 @@ pub(super) struct InFront<'a> {
     pub(super) stay: Stay,
     /// Gets what an open machine reached.
     pub(super) lesson: Option<&'a Lesson>,
+    /// The file that says what it reaches.
+    pub(super) policy: Option<String>,
 }
 
 impl InFront<'_> {
@@ -225,6 +228,9 @@ impl InFront<'_> {
         drop(events);
         let _screen_ended = follow.await;
         let (mut end, printed) = ended?;
+        if let Some(file) = &self.policy {
+            end.egress = std::mem::take(&mut end.egress).under_policy(file, "run");
+        }
         if let Some(lesson) = lesson {
             lesson.take(std::mem::take(&mut end.learned));
         }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kiln_core::{FailureClass, WorkerId};
-use kiln_proto::fleet::{Join, Joined};
+use kiln_proto::fleet::{Join, Joined, NO_SECRET};
 use kiln_telemetry::otlp::Tracer;
 use kiln_worker::fleet::client::{Client, LinkError, REQUEST_TIMEOUT};
 use kiln_worker::fleet::daemon::{self, Offer};
@@ -247,6 +247,28 @@ pub(super) fn link(error: &LinkError) -> CliError {
         _ => FailureClass::Infrastructure,
     };
     CliError::new(class, chain(error))
+}
+
+/// What this home's own controller says of a job: nobody on this host thinks of it as somebody else.
+pub(super) fn own(error: &LinkError) -> CliError {
+    let LinkError::Refused { code, message, .. } = error else {
+        return link(error);
+    };
+    let refused = CliError {
+        message: message.clone(),
+        ..link(error)
+    };
+    // "there is no secret NAME ..."
+    let name = message
+        .split(' ')
+        .skip_while(|word| *word != "secret")
+        .nth(1);
+    match name {
+        Some(name) if code == NO_SECRET => refused.hint(format!(
+            "`kiln secret set {name}` puts it there, from standard input"
+        )),
+        _ => refused,
+    }
 }
 
 fn ended_error(ended: &daemon::Ended) -> CliError {

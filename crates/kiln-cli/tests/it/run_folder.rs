@@ -74,6 +74,34 @@ fn the_tests_of_a_folder_run_in_the_base_of_its_runtime() {
 }
 
 #[test]
+fn a_command_in_a_base_ends_as_one_in_the_machine_does() {
+    let Some(kiln) = kiln() else { return };
+    let dir = tempfile::tempdir().expect("temp dir");
+    project(dir.path());
+    let run = |words: &[&str]| run_in(&kiln, dir.path(), &[&["--"], words].concat());
+    // No signal is lost because the command is the first of its container: nobody takes a crash for success.
+    run(&["sh", "-c", "kill -9 $$"])
+        .exits(137)
+        .says("exit code 137");
+    let crash = "process.kill(process.pid, 'SIGSEGV')";
+    run(&["node", "-e", crash]).exits(139);
+    // What it leaves behind is no concern of its end.
+    run(&["sh", "-c", "sleep 1000 & exit 5"]).exits(5);
+    let none = run(&["nosuchprogram"]).exits(127);
+    none.says("error: run \"nosuchprogram\": No such file or directory")
+        .says("`--image NAME` runs an image that has it");
+    run(&["./package.json"])
+        .exits(126)
+        .says("error: run \"./package.json\": Permission denied");
+    // Found, and yet not to be run: its init says so.
+    let text = "#!/no/such/interpreter\n";
+    fs::write(dir.path().join("run.sh"), text).expect("write");
+    run(&["./run.sh"])
+        .exits(127)
+        .says("kiln: run \"./run.sh\":");
+}
+
+#[test]
 fn a_folder_stays_out_unless_it_is_a_project_or_named() {
     let Some(annex) = Annex::open() else { return };
     let dir = tempfile::tempdir().expect("temp dir");

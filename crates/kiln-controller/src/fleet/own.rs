@@ -5,7 +5,7 @@ use axum::{Extension, Json};
 use http::StatusCode;
 use kiln_core::Action;
 use kiln_db::{NewAudit, NewJob, Opened, SubmitError};
-use kiln_proto::fleet::{AskOwn, Own, Owned};
+use kiln_proto::fleet::{AskOwn, NO_SECRET, Own, Owned};
 
 use super::refusal::Refused;
 use super::who::Worker;
@@ -53,7 +53,10 @@ pub(super) async fn submit(
                 let text = format!("this job may not have the secret {name}: {why}");
                 Refused::new(StatusCode::FORBIDDEN, "secret_refused", text)
             }
-            _ => Refused::bad(format!("there is no secret {name} in this home's store")),
+            _ => {
+                let text = format!("there is no secret {name} in this home's store");
+                Refused::new(StatusCode::BAD_REQUEST, NO_SECRET, text)
+            }
         });
     }
     match controller.db.submit(new).await {

@@ -117,6 +117,9 @@ pub struct VerifiedImage {
     pub total_size: u64,
 }
 
+/// What a failure calls the manifest.
+const MANIFEST: &str = "its manifest";
+
 /// Why an image is refused, or could not be looked at.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
@@ -178,6 +181,19 @@ impl VerifyError {
             Self::Manifest { .. } | Self::Config { .. } | Self::Refused { .. } => true,
             Self::Read { source, .. } => source.kind() == ErrorKind::NotFound,
             Self::Stream { .. } => false,
+        }
+    }
+
+    /// Whether there is no such image at all, by the digest that was asked for.
+    #[must_use]
+    pub fn lacks_manifest(&self, asked: &Digest) -> bool {
+        match self {
+            Self::Read {
+                manifest,
+                part,
+                source,
+            } => manifest == asked && part == MANIFEST && source.is_not_found(),
+            _ => false,
         }
     }
 }
@@ -245,7 +261,7 @@ async fn find_manifest(
         let stored = host
             .get_manifest(&asked.repo, &Reference::Digest(digest))
             .await
-            .map_err(|source| reader.failed("its manifest", source))?;
+            .map_err(|source| reader.failed(MANIFEST, source))?;
         let manifest =
             Manifest::parse(&stored.bytes, Some(&stored.media_type)).map_err(|source| {
                 VerifyError::Manifest {
