@@ -9,6 +9,8 @@ use kiln_policy::{
     Compiled, Diagnostics, Effective, FILE_BYTES_MAX, Format, GRANT_BYTES_MAX, GRANT_FILE, Grants,
     NotGranted, choose, compile, effective,
 };
+use rustix::fs::{Mode, OFlags, openat};
+use rustix::io::Errno;
 
 use crate::error::{CliError, Result};
 use crate::show::{ShownPath as _, printable};
@@ -23,6 +25,8 @@ pub(crate) struct Found {
     pub path: PathBuf,
     /// What it means.
     pub compiled: Compiled,
+    /// Its text, as it was compiled.
+    pub text: String,
     /// What a person should know.
     pub notes: Vec<String>,
 }
@@ -51,11 +55,11 @@ impl Found {
 /// When there is none, two, or one that is not legal: then with every line that is wrong.
 pub(crate) fn read(at: &Path) -> Result<Found> {
     match at.is_dir() {
-        false => read_file(
-            at.to_owned(),
-            Format::of_name(&at.to_string_lossy()),
-            Vec::new(),
-        ),
+        false => {
+            let text = bounded(at, FILE_BYTES_MAX)?;
+            let format = Format::of_name(&at.to_string_lossy());
+            compiled(at.to_owned(), text, format, Vec::new())
+        }
         true => in_folder(at)?.ok_or_else(|| {
             CliError::usage(format!("there is no policy in {}", at.shown()))
                 .hint("`kiln init` writes a kiln.yaml")
@@ -84,7 +88,39 @@ fn in_folder(dir: &Path) -> Result<Option<Found>> {
         .unread
         .map(|name| format!("{name} is not read: {} holds", choice.name));
     let notes = unread.into_iter().collect();
-    read_file(dir.join(choice.name), choice.format, notes).map(Some)
+    let text = text_in(dir, choice.name)?;
+    compiled(dir.join(choice.name), text, choice.format, notes).map(Some)
+}
+
+/// The text of a policy that lies in a folder. The folder may be anybody's: a link in it would have this command read, and show lines of, a
+/// file that whoever made the folder cannot read. So none is followed.
+fn text_in(dir: &Path, name: &str) -> Result<String> {
+    let path = dir.join(name);
+    let usage = |why: &str| CliError::usage(format!("{}: {why}", path.shown()));
+    let opened = |error: Errno| match error {
+        Errno::LOOP | Errno::NOTDIR => {
+            usage("it is a symbolic link, and those of a folder are not followed")
+                .hint("put the policy itself there, or name it with --policy FILE")
+        }
+        error => usage(&std::io::Error::from(error).to_string()),
+    };
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let mut at = File::open(dir).map_err(|error| usage(&error.to_string()))?;
+    let mut parts = name.split('/').peekable();
+    while let Some(part) = parts.next() {
+        let kind = match parts.peek() {
+            Some(_) => OFlags::DIRECTORY,
+            None => OFlags::empty(),
+        };
+        at = openat(&at, part, flags | kind, Mode::empty())
+            .map_err(opened)?
+            .into();
+    }
+    let meta = at.metadata().map_err(|error| usage(&error.to_string()))?;
+    if !meta.is_file() {
+        return Err(usage("it is not a file"));
+    }
+    whole(&path, at, FILE_BYTES_MAX)
 }
 
 /// The policy of the current folder, as [`of_folder`].
@@ -118,8 +154,7 @@ pub(crate) fn of_folder(dir: &Path) -> Result<Option<Found>> {
     Ok(None)
 }
 
-fn read_file(path: PathBuf, format: Format, notes: Vec<String>) -> Result<Found> {
-    let text = bounded(&path, FILE_BYTES_MAX)?;
+fn compiled(path: PathBuf, text: String, format: Format, notes: Vec<String>) -> Result<Found> {
     let name = path
         .strip_prefix("./")
         .unwrap_or(&path)
@@ -130,6 +165,7 @@ fn read_file(path: PathBuf, format: Format, notes: Vec<String>) -> Result<Found>
     Ok(Found {
         path,
         compiled,
+        text,
         notes,
     })
 }
@@ -146,12 +182,25 @@ fn short(name: &str) -> String {
     below.unwrap_or_else(|| name.to_owned())
 }
 
-/// The text of a policy file.
+/// The text of a policy file. A link is followed where a person named the file, and not where it was found in a folder.
 ///
 /// # Errors
 /// When it cannot be read, or is too large.
-pub(crate) fn text(path: &Path) -> Result<String> {
-    bounded(path, FILE_BYTES_MAX)
+pub(crate) fn text(path: &Path, named: bool) -> Result<String> {
+    let parts = (
+        path.parent(),
+        path.file_name().and_then(|name| name.to_str()),
+    );
+    match parts {
+        (Some(dir), Some(name)) if !named => text_in(
+            match dir.as_os_str().is_empty() {
+                true => Path::new("."),
+                false => dir,
+            },
+            name,
+        ),
+        _ => bounded(path, FILE_BYTES_MAX),
+    }
 }
 
 /// A text file of at most so many bytes. Devices and pipes are none.
@@ -162,6 +211,11 @@ fn bounded(path: &Path, bytes_max: usize) -> Result<String> {
         return Err(usage("it is not a file".to_owned()));
     }
     let file = File::open(path).map_err(|error| usage(error.to_string()))?;
+    whole(path, file, bytes_max)
+}
+
+fn whole(path: &Path, file: File, bytes_max: usize) -> Result<String> {
+    let usage = |why: String| CliError::usage(format!("{}: {why}", path.shown()));
     let mut bytes = Vec::new();
     file.take(bytes_max as u64 + 1)
         .read_to_end(&mut bytes)
@@ -218,4 +272,38 @@ fn not_granted(refused: &[NotGranted]) -> CliError {
     refused
         .iter()
         .fold(error, |error, one| error.hint(one.hint.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_link_of_a_folder_is_followed() {
+        let outer = tempfile::tempdir().expect("temp dir");
+        let token = outer.path().join("token");
+        std::fs::write(&token, "hunter2: [\n").expect("written");
+        let refused = |dir: &Path| {
+            for error in [
+                read(dir).expect_err("refused"),
+                of_folder(dir).expect_err("refused"),
+            ] {
+                assert!(error.message.contains("symbolic link"), "{error:?}");
+                assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+            }
+        };
+        for name in ["kiln.yaml", "cleanroom.yaml"] {
+            let dir = tempfile::tempdir_in(&outer).expect("temp dir");
+            std::os::unix::fs::symlink(&token, dir.path().join(name)).expect("link");
+            refused(dir.path());
+            // Who names a file, names it.
+            let error = read(&dir.path().join(name)).expect_err("not legal");
+            assert!(error.message.contains("hunter2"), "{error:?}");
+        }
+        let dir = tempfile::tempdir_in(&outer).expect("temp dir");
+        let elsewhere = tempfile::tempdir_in(&outer).expect("temp dir");
+        std::fs::copy(&token, elsewhere.path().join("cleanroom.yaml")).expect("written");
+        std::os::unix::fs::symlink(&elsewhere, dir.path().join(".buildkite")).expect("link");
+        refused(dir.path());
+    }
 }

@@ -17,6 +17,7 @@ const TEXT: Shape = Shape::Text {
     what: "a text",
     pattern: "",
     len_max: 8_000,
+    unit: None,
 };
 const WORDS: Shape = Shape::List {
     of: &TEXT,
@@ -29,6 +30,7 @@ const ALLOW: Shape = Shape::Either(
         what: "host:port",
         pattern: "^[^:]+:[0-9]{1,5}$",
         len_max: 300,
+        unit: None,
     },
     &Shape::Fields(&[
         Field::required(
@@ -38,6 +40,7 @@ const ALLOW: Shape = Shape::Either(
                 what: "a host name",
                 pattern: "^(\\*\\.)?[A-Za-z0-9_.-]+$",
                 len_max: 300,
+                unit: None,
             },
         ),
         Field::required(
@@ -94,6 +97,7 @@ pub(crate) const FILE: Shape = Shape::Fields(&[
                         what: "an image by digest",
                         pattern: "^.+@sha256:[0-9a-f]{64}$",
                         len_max: 500,
+                        unit: None,
                     },
                 )]),
             ),

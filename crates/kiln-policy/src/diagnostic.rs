@@ -132,7 +132,7 @@ impl Diagnostics {
             .chars()
             .skip(from)
             .take(EXCERPT_MAX)
-            .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+            .map(seen)
             .collect();
         let shown = part.chars().count();
         let len = (place.len as usize).clamp(1, shown.saturating_sub(column - from).max(1));
@@ -148,13 +148,28 @@ impl Diagnostics {
     }
 }
 
-/// A text of a file as a message may repeat it: short, without control characters.
+/// A character that drives a terminal, turns the direction of writing, or is not seen: Unicode's controls, its characters of formatting
+/// (general category `Cf`, UAX 9) and its separators of lines. A text with one reads otherwise than it is.
+#[must_use]
+pub fn unseen(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{180e}' | '\u{200b}'..='\u{200f}'
+            | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}'
+            | '\u{e0000}'..='\u{e007f}')
+}
+
+/// One column for each character, whatever it is.
+fn seen(c: char) -> char {
+    match unseen(c) {
+        true => '\u{fffd}',
+        false => c,
+    }
+}
+
+/// A text of a file as a message may repeat it: short, without what is [`unseen`].
 pub(crate) fn shown(text: &str) -> String {
-    let mut out: String = text
-        .chars()
-        .take(QUOTE_MAX)
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect();
+    let mut out: String = text.chars().take(QUOTE_MAX).map(seen).collect();
     if text.chars().count() > QUOTE_MAX {
         out.push_str("...");
     }
@@ -191,5 +206,21 @@ impl fmt::Display for Diagnostics {
             writeln!(f, "\nand more: mend these first")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_of_a_file_turns_what_is_read() {
+        let text = "version: 1\nnetwork: {alow: [x]} # \u{202e}gro\u{2066}\u{200b}\u{1b}[2J\n";
+        let name = "ki\u{202e}ln.yaml";
+        let wrong = crate::compile(crate::Format::Kiln, name, text).expect_err("not legal");
+        let told = wrong.to_string();
+        let hidden: Vec<char> = told.chars().filter(|c| *c != '\n' && unseen(*c)).collect();
+        assert!(told.contains("alow") && hidden.is_empty(), "{told:?}");
+        assert!(!"Grüße, 世界 \u{1f9f1}".chars().any(unseen));
     }
 }

@@ -16,21 +16,25 @@ const SIZE: Shape = Shape::Text {
     what: "a size such as 512M",
     pattern: "^[0-9]+ ?([kKmMgGtT]([iI]?[bB])?|[bB])?$",
     len_max: 24,
+    unit: Some("G"),
 };
 const TIME: Shape = Shape::Text {
     what: "a time such as 10m",
     pattern: "^[0-9]+(ms|s|m|h)$",
     len_max: 24,
+    unit: Some("s"),
 };
 const RATE: Shape = Shape::Text {
     what: "a rate such as 10Mbit",
     pattern: "^[0-9]+(k|M|G)?bit$",
     len_max: 24,
+    unit: Some("Mbit"),
 };
 const DESTINATION: Shape = Shape::Text {
     what: "a destination host[:port[/tls|http|raw]]",
     pattern: "^(\\*\\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?(:[0-9]{1,5}(/(tls|http|raw))?)?$",
     len_max: 300,
+    unit: None,
 };
 const DESTINATIONS: Shape = Shape::List {
     of: &DESTINATION,
@@ -42,6 +46,7 @@ const REPOSITORIES: Shape = Shape::List {
         what: "a repository host[:port]/path",
         pattern: "^(https://)?[A-Za-z0-9_.-]+(:[0-9]{1,5})?(/[A-Za-z0-9._+~-]+)+/?$",
         len_max: REPOSITORY_MAX,
+        unit: None,
     },
     least: 0,
     most: REPOSITORIES_MAX,
@@ -50,17 +55,20 @@ const IMAGE: Shape = Shape::Text {
     what: "an image by digest, or a runtime's name",
     pattern: "^([a-z][a-z0-9.-]*|.+@sha256:[0-9a-f]{64})$",
     len_max: 500,
+    unit: None,
 };
 const PINNED: Shape = Shape::Text {
     what: "an image by digest",
     pattern: "^.+@sha256:[0-9a-f]{64}$",
     len_max: 500,
+    unit: None,
 };
 const PATHS: Shape = Shape::List {
     of: &Shape::Text {
         what: "a path",
         pattern: "^[A-Za-z0-9._+@=,~/*?-]+$",
         len_max: 200,
+        unit: None,
     },
     least: 0,
     most: ENTRIES_MAX,
@@ -70,12 +78,14 @@ const COMMAND: Shape = Shape::Either(
         what: "a line for the shell",
         pattern: "\\S",
         len_max: 8_000,
+        unit: None,
     },
     &Shape::List {
         of: &Shape::Text {
             what: "a word",
             pattern: "",
             len_max: 8_000,
+            unit: None,
         },
         least: 1,
         most: 200,
@@ -159,6 +169,7 @@ const SERVICE: Shape = Shape::Fields(&[
                 what: "a value",
                 pattern: "",
                 len_max: 8_000,
+                unit: None,
             },
             most: ENTRIES_MAX,
         },
@@ -174,6 +185,7 @@ const SERVICE: Shape = Shape::Fields(&[
                     what: "a path",
                     pattern: "^/",
                     len_max: 500,
+                    unit: None,
                 },
             ),
             Field::optional(
@@ -195,6 +207,7 @@ const SECRET: Shape = Shape::Fields(&[
             what: "a name",
             pattern: "^[A-Za-z0-9][A-Za-z0-9._-]*$",
             len_max: 64,
+            unit: None,
         },
     ),
     Field::optional(
@@ -204,6 +217,7 @@ const SECRET: Shape = Shape::Fields(&[
             what: "the name of a variable",
             pattern: ENV_NAME,
             len_max: 200,
+            unit: None,
         },
     ),
     Field::optional(
@@ -213,6 +227,7 @@ const SECRET: Shape = Shape::Fields(&[
             what: "an absolute path",
             pattern: "^/",
             len_max: 200,
+            unit: None,
         },
     ),
     Field::required("phase", "The only phase that gets it.", PHASE_NAMES),
@@ -232,7 +247,7 @@ pub(crate) const FILE: Shape = Shape::Fields(&[
     ),
     Field::optional(
         "image",
-        "What the job runs in: a runtime's name, or an image by digest. Without it: the machine image itself.",
+        "What the job runs in: a runtime's name, or an image by digest. Without it: the base that fits the runtime of the folder, else the machine image itself.",
         IMAGE,
     ),
     Field::optional(

@@ -34,7 +34,7 @@ pub use compiled::{
     CLEANROOM_FALLBACK, CLEANROOM_FILE, Choice, ChoiceError, Compiled, Format, KILN_FILE,
     NEAR_MISSES, choose, compile, json_schema,
 };
-pub use diagnostic::{DIAGNOSTICS_MAX, Diagnostic, Diagnostics, Place};
+pub use diagnostic::{DIAGNOSTICS_MAX, Diagnostic, Diagnostics, Place, unseen};
 pub use effective::{
     Effective, Explanation, NotGranted, Removed, Say, effective, explain, explain_git,
 };

@@ -222,7 +222,7 @@ pub struct Service {
 /// What a file means.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Policy {
-    /// What the job runs in; none means the machine image itself.
+    /// What the job runs in; none means the base that fits the runtime of the folder, else the machine image itself.
     pub image: Option<Image>,
     /// What it may use.
     pub resources: Resources,

@@ -7,7 +7,7 @@ use kiln_core::network::{AllowRule, ParseRuleError};
 use kiln_core::secret::Repository;
 use kiln_core::{ArtifactPath, ByteSize, ImageRef};
 
-use crate::diagnostic::{Diagnostic, Place, shown};
+use crate::diagnostic::{Diagnostic, Place, shown, unseen};
 use crate::policy::{Command, Image, PhaseNetwork};
 use crate::yaml::{Node, ScalarKind, Value};
 
@@ -82,7 +82,7 @@ impl Reader {
         self.with_unit(
             node?,
             &units,
-            TIMEOUT_MS_MAX,
+            (TIMEOUT_MS_MAX, "too long: at most 720h"),
             "a time: write for example 90s, 10m or 1h",
         )
     }
@@ -98,7 +98,7 @@ impl Reader {
         self.with_unit(
             node?,
             &units,
-            RATE_BITS_MAX,
+            (RATE_BITS_MAX, "too high: at most 1000Gbit"),
             "a rate: write bits per second, for example 500kbit or 10Mbit",
         )
     }
@@ -107,21 +107,19 @@ impl Reader {
         &mut self,
         node: &Node,
         units: &[(&str, u64)],
-        most: u64,
+        (most, too_much): (u64, &str),
         what: &str,
     ) -> Option<u64> {
         let text = node.text()?;
-        let value = with_unit(text, units);
-        match value.filter(|value| (1..=most).contains(value)) {
-            Some(value) => Some(value),
-            None => {
-                self.refuse(Diagnostic::at(
-                    node.place,
-                    format!("{:?} is not {what}", shown(text)),
-                ));
-                None
-            }
-        }
+        let why = match with_unit(text, units) {
+            Some(value) if (1..=most).contains(&value) => return Some(value),
+            Some(0) => "nothing at all: leave it out, or write more".to_owned(),
+            Some(_) => too_much.to_owned(),
+            None => format!("not {what}"),
+        };
+        let message = format!("{:?} is {why}", shown(text));
+        self.refuse(Diagnostic::at(node.place, message));
+        None
     }
 
     /// A runtime's name, or an image by digest.
@@ -356,7 +354,7 @@ fn shown_error(error: &impl fmt::Display) -> String {
     error
         .to_string()
         .chars()
-        .filter(|c| !c.is_control())
+        .filter(|c| !unseen(*c))
         .take(300)
         .collect()
 }

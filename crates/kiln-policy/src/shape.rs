@@ -17,6 +17,8 @@ pub(crate) enum Shape {
         pattern: &'static str,
         /// Longest text, in characters.
         len_max: usize,
+        /// What a bare number lacks to be one, if it is a number with a unit.
+        unit: Option<&'static str>,
     },
     /// One of these words, each with what it means.
     Word(&'static [(&'static str, &'static str)]),
@@ -185,6 +187,15 @@ impl Shape {
             (Self::List { .. }, Some(ScalarKind::Text)) => {
                 wrong.hint(format!("write [{}]", shown(text)))
             }
+            (Self::Text { unit: Some(_), .. }, Some(ScalarKind::Integer(0))) => {
+                wrong.hint("leave it out, or write more")
+            }
+            (
+                Self::Text {
+                    unit: Some(unit), ..
+                },
+                Some(ScalarKind::Integer(number)),
+            ) => wrong.hint(format!("it has a unit: write {number}{unit}")),
             (_, Some(ScalarKind::Nothing)) => wrong.hint("give it a value, or remove the key"),
             (
                 Self::Text { .. },

@@ -31,7 +31,7 @@ pub fn starter(facts: &StarterFacts) -> String {
             );
         }
         (None, _) => text.push_str(
-            "# What it runs in: the base of a runtime, or an image by digest. Without it: the machine image itself.\n# image: node\n\n",
+            "# What it runs in: the base of a runtime, or an image by digest.\n# Without it: the base that fits the runtime of the folder, else the machine image itself.\n# image: node\n\n",
         ),
     }
     text.push_str("resources:\n  cpus: 1\n  memory: 512M\n  timeout: 10m\n\n");

@@ -63,7 +63,7 @@ pub(super) async fn run(
     let mut asked = asked(&args, &secrets)?;
     let source = source::parse(&args.source)?;
     let found = super::build_policy::found(&args, &source)?;
-    asked.policy = found.as_ref().map(super::run_policy::sent).transpose()?;
+    asked.policy = found.as_ref().map(super::run_policy::sent);
     let tree = match source {
         Source::Folder(dir) => Some(folder(&args, &dir, &mut asked)?),
         Source::Git { url, reference } => {

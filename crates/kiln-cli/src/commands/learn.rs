@@ -87,6 +87,7 @@ pub(super) async fn learn(
         )
         .hint("--yes writes without asking; without --write the allowlist is only printed"));
     }
+    let named = args.run.policy.is_some();
     let lesson = Lesson::default();
     let code = run::run_and_learn(args.run, server, screen, cancel, &lesson).await?;
     let learned = lesson.tell(screen);
@@ -98,7 +99,7 @@ pub(super) async fn learn(
             .note("nothing is written: the command failed, so what it reached is not all it needs");
         return Ok(code);
     }
-    write(&file, &learned, args.yes, screen).await?;
+    write((&file, named), &learned, args.yes, screen).await?;
     Ok(0)
 }
 
@@ -117,9 +118,15 @@ fn target(args: &LearnArgs) -> Result<PathBuf> {
     }
 }
 
-async fn write(file: &Path, learned: &[Learned], yes: bool, screen: Screen) -> Result<()> {
+/// Adds what was learned to the file. One that a person named may be a link.
+async fn write(
+    (file, named): (&Path, bool),
+    learned: &[Learned],
+    yes: bool,
+    screen: Screen,
+) -> Result<()> {
     let there = match file.symlink_metadata() {
-        Ok(_) => Some(policy_file::text(file)?),
+        Ok(_) => Some(policy_file::text(file, named)?),
         Err(_) => None,
     };
     let mut text = there.clone();
@@ -151,7 +158,7 @@ async fn write(file: &Path, learned: &[Learned], yes: bool, screen: Screen) -> R
     let now = file
         .symlink_metadata()
         .is_ok()
-        .then(|| policy_file::text(file))
+        .then(|| policy_file::text(file, named))
         .transpose()?;
     if now != there {
         return Err(CliError::usage(format!(

@@ -92,7 +92,7 @@ pub(crate) async fn run(
         Command::Policy(PolicyCommand::Learn(args)) => {
             learn::learn(*args, server, screen, cancel).await
         }
-        Command::Policy(verb) => policy::run(verb, screen),
+        Command::Policy(verb) => policy::run(verb, server, screen),
         Command::Doctor(args) => doctor::run(&args, screen).await,
         Command::Job(verb) => job::run(verb, server, screen, cancel).await,
         Command::Queue(verb) => queue::run(verb, server, screen).await,

@@ -7,20 +7,26 @@ use kiln_policy::{
     json_schema,
 };
 use kiln_worker::home::Home;
+use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::args::{PhaseArg, PolicyCommand};
-use crate::error::{CliError, Result};
+use crate::args::{PhaseArg, PolicyCommand, ServerArgs};
+use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::policy_file::{self, Found};
 use crate::show::{Screen, printable};
 
-pub(super) fn run(verb: PolicyCommand, screen: Screen) -> Result<u8> {
+pub(super) fn run(verb: PolicyCommand, server: &ServerArgs, screen: Screen) -> Result<u8> {
     match verb {
         PolicyCommand::Check { at } => {
             let (found, holds) = both(&policy_file::read(&at)?, screen)?;
             let hash = holds.file_hash;
-            screen.data(&json!({ "file": found, "hash": hash.to_string(), "ok": true, "removed": holds.removed }), || {
-                format!("{} is a policy\n{}\n{hash}", printable(&found), summary(&holds.policy))
+            let answer = json!({ "file": found, "hash": hash.to_string(), "ok": true, "removed": holds.removed });
+            screen.data(&beside(answer, server, screen)?, || {
+                format!(
+                    "{} is a policy\n{}\n{hash}",
+                    printable(&found),
+                    summary(&holds.policy)
+                )
             });
         }
         PolicyCommand::Show { at } => {
@@ -30,7 +36,7 @@ pub(super) fn run(verb: PolicyCommand, screen: Screen) -> Result<u8> {
                 "file": file, "file_hash": holds.file_hash.to_string(), "hash": holds.hash.to_string(),
                 "removed": holds.removed, "policy": policy,
             });
-            screen.data(&shown, || {
+            screen.data(&beside(shown, server, screen)?, || {
                 let text = serde_json::to_string_pretty(&policy).unwrap_or_default();
                 format!(
                     "# what holds of {}: {}\n{text}",
@@ -43,7 +49,7 @@ pub(super) fn run(verb: PolicyCommand, screen: Screen) -> Result<u8> {
             destination,
             phase,
             from,
-        } => return explained(&destination, phase, &from, screen),
+        } => return explained(&destination, phase, &from, server, screen),
         PolicyCommand::Learn(_) => {
             return Err(CliError::usage("learning is another verb's business"));
         }
@@ -65,6 +71,20 @@ fn both(found: &Found, screen: Screen) -> Result<(String, Effective)> {
     let holds = policy_file::holds(&found.compiled, &grants()?)?;
     tell(found, &holds, screen);
     Ok((found.compiled.file().to_owned(), holds))
+}
+
+/// An answer, which the grants of this host decided: where a server's would decide of a job, that is told beside it.
+fn beside(answer: impl Serialize, server: &ServerArgs, screen: Screen) -> Result<Value> {
+    let mut answer = serde_json::to_value(answer).or_infrastructure()?;
+    if let Some(name) = crate::server::named(server)? {
+        screen.note(&format!(
+            "the operator's part of this answer is this host's policy.toml: the server at {name} has its own, and decides of jobs sent there"
+        ));
+        if let Value::Object(fields) = &mut answer {
+            fields.insert("server".to_owned(), Value::String(name));
+        }
+    }
+    Ok(answer)
 }
 
 fn grants() -> Result<kiln_policy::Grants> {
@@ -96,10 +116,10 @@ pub(super) fn tell_removed(file: &str, removed: &[Removed], screen: Screen) {
 
 /// One line for each phase that has something to say.
 fn summary(policy: &Policy) -> String {
-    let image = policy
-        .image
-        .as_ref()
-        .map_or("the machine image itself".to_owned(), ToString::to_string);
+    let image = policy.image.as_ref().map_or(
+        "the base that fits the runtime of the folder, else the machine image itself".to_owned(),
+        ToString::to_string,
+    );
     let mut lines = vec![format!("runs in {image}")];
     for phase in Phase::ALL {
         let part = policy.phases.get(&phase);
@@ -132,10 +152,72 @@ fn summary(policy: &Policy) -> String {
     lines.join("\n")
 }
 
+/// What a person asks about: a host, a repository, or a URL that can be either.
+#[derive(Debug, PartialEq, Eq)]
+struct Subject {
+    host: Option<(String, u16)>,
+    repository: Option<Repository>,
+    /// With a scheme, as programs name what they fetch from a host.
+    url: bool,
+}
+
+impl Subject {
+    /// # Errors
+    /// When it is neither.
+    fn of(text: &str) -> Result<Self> {
+        let url = text.split_once("://");
+        let (port, rest) = match url {
+            None => (443, text),
+            Some(("https", rest)) => (443, rest),
+            Some(("http", rest)) => (80, rest),
+            Some(_) => {
+                return Err(CliError::usage(format!("{text:?} is no http or https URL"))
+                    .hint("ask for HOST[:PORT], or for a repository HOST/PATH"));
+            }
+        };
+        let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let host = host_port(authority, port);
+        if url.is_none() && !text.contains('/') {
+            return Ok(Self {
+                host: Some(host?),
+                repository: None,
+                url: false,
+            });
+        }
+        let repository: std::result::Result<Repository, ParseSecretError> = text.parse();
+        if url.is_none() {
+            let wrong = |error: ParseSecretError| CliError::usage(error.to_string());
+            return Ok(Self {
+                host: host.ok(),
+                repository: Some(repository.map_err(wrong)?),
+                url: false,
+            });
+        }
+        Ok(Self {
+            host: Some(host?),
+            repository: repository.ok().filter(|_| port == 443),
+            url: true,
+        })
+    }
+}
+
+fn host_port(text: &str, port: u16) -> Result<(String, u16)> {
+    let Some((host, said)) = text.rsplit_once(':') else {
+        return Ok((text.to_owned(), port));
+    };
+    let port = said.parse::<u16>().ok().filter(|port| *port != 0);
+    let port = port.ok_or_else(|| {
+        CliError::usage(format!("{text:?} is not HOST[:PORT]"))
+            .hint("for example api.example.org:443")
+    })?;
+    Ok((host.to_owned(), port))
+}
+
 fn explained(
     destination: &str,
     phase: PhaseArg,
     from: &std::path::Path,
+    server: &ServerArgs,
     screen: Screen,
 ) -> Result<u8> {
     let phase = match phase {
@@ -144,42 +226,44 @@ fn explained(
         PhaseArg::Services => Phase::Services,
         PhaseArg::Run => Phase::Run,
     };
-    if destination.contains('/') {
-        let repository: Repository = destination
-            .parse()
-            .map_err(|error: ParseSecretError| CliError::usage(error.to_string()))?;
-        let found = policy_file::read(from)?;
-        let grants = grants()?;
-        let tenant = TenantName::local();
-        let answer = explain_git(&found.compiled, &grants, &tenant, phase, &repository);
-        screen.data(&answer, || git_text(&answer));
-        return Ok(if answer.allowed { 0 } else { 4 });
-    }
-    let (host, port) = match destination.rsplit_once(':') {
-        Some((host, port)) => (
-            host,
-            port.parse::<u16>()
-                .ok()
-                .filter(|port| *port != 0)
-                .ok_or_else(|| {
-                    CliError::usage(format!("{destination:?} is not HOST[:PORT]"))
-                        .hint("for example api.example.org:443")
-                })?,
-        ),
-        None => (destination, 443),
-    };
+    let subject = Subject::of(destination)?;
     let found = policy_file::read(from)?;
-    let grants = grants()?;
-    let answer = explain(
-        &found.compiled,
-        &grants,
-        &TenantName::local(),
-        phase,
-        (host, port),
-    )
-    .map_err(CliError::usage)?;
-    screen.data(&answer, || text(&answer));
-    Ok(if answer.allowed { 0 } else { 4 })
+    let (grants, tenant) = (grants()?, TenantName::local());
+    let repository = subject.repository.as_ref().map(|repository| {
+        let answer = explain_git(&found.compiled, &grants, &tenant, phase, repository);
+        let told = git_text(&answer);
+        (answer, told)
+    });
+    let host = subject.host.as_ref().map(|(host, port)| {
+        let answer = explain(&found.compiled, &grants, &tenant, phase, (host, *port));
+        let answer = answer.map_err(CliError::usage)?;
+        let told = text(&answer);
+        Ok((answer, told))
+    });
+    // A path alone names a repository. A URL names whichever may be reached.
+    let (first, also) = match (repository, host) {
+        (None, None) => return Err(CliError::usage("there is nothing to explain")),
+        (None, Some(host)) => (host?, None),
+        (Some(repository), None) => (repository, None),
+        (Some(repository), Some(Err(error))) => match subject.url && !repository.0.allowed {
+            true => return Err(error),
+            false => (repository, None),
+        },
+        (Some(repository), Some(Ok(host))) => match subject.url && !repository.0.allowed {
+            true => (host, Some(repository)),
+            false => (repository, Some(host)),
+        },
+    };
+    let mut answer = serde_json::to_value(&first.0).or_infrastructure()?;
+    if let (Some((also, _)), Value::Object(fields)) = (&also, &mut answer) {
+        let also = serde_json::to_value(also).or_infrastructure()?;
+        fields.insert("also".to_owned(), also);
+    }
+    screen.data(&beside(answer, server, screen)?, || match &also {
+        None => first.1.clone(),
+        Some((_, also)) => format!("{}\n{also}", first.1),
+    });
+    Ok(if first.0.allowed { 0 } else { 4 })
 }
 
 fn text(answer: &Explanation) -> String {
@@ -216,4 +300,53 @@ fn said(head: String, answer: &Explanation) -> String {
         lines.push(printable(&format!("  {}{at}: {}", say.by, say.says)));
     }
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_subject_is_a_host_a_repository_or_a_url_of_either() {
+        let of = |text: &str| {
+            let subject = Subject::of(text).expect(text);
+            let host = subject.host.map(|(host, port)| format!("{host}:{port}"));
+            (
+                host.unwrap_or_default(),
+                subject.repository.map(|repository| repository.to_string()),
+                subject.url,
+            )
+        };
+        let here = |host: &str, repository: Option<&str>, url: bool| {
+            (host.to_owned(), repository.map(str::to_owned), url)
+        };
+        assert_eq!(of("a.example.org"), here("a.example.org:443", None, false));
+        assert_eq!(
+            of("a.example.org:22"),
+            here("a.example.org:22", None, false)
+        );
+        assert_eq!(
+            of("a.example.org/x"),
+            here("a.example.org:443", Some("a.example.org/x"), false)
+        );
+        assert_eq!(
+            of("https://a.example.org/x"),
+            here("a.example.org:443", Some("a.example.org/x"), true)
+        );
+        assert_eq!(
+            of("https://a.example.org/"),
+            here("a.example.org:443", None, true)
+        );
+        assert_eq!(
+            of("http://a.example.org/x"),
+            here("a.example.org:80", None, true)
+        );
+        for wrong in [
+            "a.example.org:x",
+            "ssh://a.example.org/x",
+            "a.example.org:0",
+        ] {
+            assert!(Subject::of(wrong).is_err(), "{wrong}");
+        }
+    }
 }

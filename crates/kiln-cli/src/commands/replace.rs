@@ -11,7 +11,7 @@ use std::path::Path;
 /// What the file system says; the old file is then still there.
 pub(crate) fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let dir = path.parent().unwrap_or(Path::new("."));
+    let dir = folder(&path);
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.new", std::process::id()));
     let beside = dir.join(name);
@@ -35,10 +35,23 @@ pub(crate) fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> 
     done
 }
 
+/// Where a file lies. The parent of a bare name is an empty path, which no system call takes.
+fn folder(path: &Path) -> &Path {
+    let parent = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+    parent.unwrap_or(Path::new("."))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn a_bare_name_lies_in_the_current_folder() {
+        assert_eq!(folder(Path::new("kiln.yaml")), Path::new("."));
+        assert_eq!(folder(Path::new("a/kiln.yaml")), Path::new("a"));
+        assert_eq!(folder(Path::new("/kiln.yaml")), Path::new("/"));
+    }
 
     #[test]
     fn links_stay_links_and_nothing_else_is_left() {

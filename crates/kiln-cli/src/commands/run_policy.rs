@@ -143,14 +143,11 @@ pub(super) fn mode_word(net: NetArg) -> &'static str {
 }
 
 /// A file as a request has it. It is compiled here as well, so that most mistakes are told at once; the server decides.
-///
-/// # Errors
-/// When it cannot be read again.
-pub(super) fn sent(found: &Found) -> Result<PolicyAsk> {
-    Ok(PolicyAsk {
+pub(super) fn sent(found: &Found) -> PolicyAsk {
+    PolicyAsk {
         file: found.compiled.file().to_owned(),
-        text: policy_file::text(&found.path)?,
-    })
+        text: found.text.clone(),
+    }
 }
 
 /// In the words of the command line.
@@ -190,21 +187,47 @@ fn image(
     }
 }
 
+/// What a run reaches, in each of its phases where there are several.
 fn summary(file: &str, held: &Held) -> String {
-    let git = match held.git.len() {
-        0 => String::new(),
-        1 => " and 1 repository".to_owned(),
-        count => format!(" and {count} repositories"),
-    };
-    let reaches = match &held.network {
-        NetworkPolicy::Isolated => "reaches nothing".to_owned(),
-        NetworkPolicy::Open => "reaches every name".to_owned(),
-        NetworkPolicy::Egress { allow } if allow.len() == 1 => "reaches 1 destination".to_owned(),
-        NetworkPolicy::Egress { allow } => format!("reaches {} destinations", allow.len()),
-    };
+    let mut parts: Vec<String> = held
+        .phases
+        .iter()
+        .map(|phase| {
+            format!(
+                "{} {}",
+                phase.name.as_str(),
+                reaches(&phase.network, &phase.git)
+            )
+        })
+        .collect();
+    let own = reaches(&held.network, &held.git);
+    parts.push(match parts.is_empty() {
+        true => own,
+        false => format!("run {own}"),
+    });
     let hash = held.applied.map(|applied| applied.hash);
     let hash = hash.map(|hash| format!(" ({hash})")).unwrap_or_default();
-    format!("policy: {file}, {reaches}{git}{hash}")
+    format!("policy: {file}, {}{hash}", parts.join(", "))
+}
+
+fn reaches(network: &NetworkPolicy, git: &[GitAccess]) -> String {
+    let repositories = match git.len() {
+        0 => None,
+        1 => Some("1 repository".to_owned()),
+        count => Some(format!("{count} repositories")),
+    };
+    let plain = match network {
+        NetworkPolicy::Isolated => "nothing".to_owned(),
+        NetworkPolicy::Open => "every name".to_owned(),
+        NetworkPolicy::Egress { allow } if allow.is_empty() => "nothing".to_owned(),
+        NetworkPolicy::Egress { allow } if allow.len() == 1 => "1 destination".to_owned(),
+        NetworkPolicy::Egress { allow } => format!("{} destinations", allow.len()),
+    };
+    match repositories {
+        None => format!("reaches {plain}"),
+        Some(repositories) if plain == "nothing" => format!("reaches {repositories}"),
+        Some(repositories) => format!("reaches {plain} and {repositories}"),
+    }
 }
 
 #[cfg(test)]
@@ -212,6 +235,36 @@ mod tests {
     use kiln_core::FailureClass;
 
     use super::*;
+
+    #[test]
+    fn every_phase_that_reaches_something_is_told() {
+        let told = |text: &str| {
+            let compiled = kiln_policy::compile(kiln_policy::Format::Kiln, "kiln.yaml", text);
+            let compiled = compiled.expect("legal");
+            let words = ["true".to_owned()];
+            let asked = Asked {
+                mode: None,
+                allow: &[],
+                git: &[],
+                resources: Resources::default(),
+                image: None,
+                secrets: &[],
+                command: &words,
+                connections_most: kiln_proto::msg::CONNECTIONS_MOST,
+            };
+            let grants = kiln_policy::Grants::default();
+            let held = hold_run(Some(&compiled), &grants, &TenantName::local(), &asked);
+            let text = summary("kiln.yaml", &held.expect("granted"));
+            text.split(" (").next().unwrap_or_default().to_owned()
+        };
+        assert_eq!(told("version: 1\n"), "policy: kiln.yaml, reaches nothing");
+        assert_eq!(
+            told(
+                "version: 1\nphases:\n  dependencies: {network: {allow: [a.example.org:443]}, commands: [npm ci]}\n"
+            ),
+            "policy: kiln.yaml, dependencies reaches 1 destination, run reaches nothing"
+        );
+    }
 
     #[test]
     fn a_refusal_names_the_flag() {

@@ -48,7 +48,7 @@ pub(super) async fn run(
         folder: inner.filter(|inner| !inner.is_empty()),
         argv: args.command.clone(),
         env,
-        policy: found.as_ref().map(run_policy::sent).transpose()?,
+        policy: found.as_ref().map(run_policy::sent),
         git: args.git.iter().map(ToString::to_string).collect(),
         net: args.net.map(|net| run_policy::mode_word(net).to_owned()),
         common: queueing::common(&args.queueing, &args.limits, &args.allow)?,

@@ -70,7 +70,10 @@ async fn start(operator: &Operator, args: ServeArgs) -> Result<Running> {
     let (mut api, retention) = (said.api(&operator.config.limits)?, said.retention()?);
     // A mistake in it is told now, and not to the first who asks for something.
     let _legal = crate::policy_file::grants(&operator.home.config)?;
-    api.grants = Some(operator.home.config.join(kiln_policy::GRANT_FILE));
+    let grants = operator.home.config.join(kiln_policy::GRANT_FILE);
+    let _used = kiln_controller::api::read_grants(&grants)
+        .map_err(|error| CliError::usage(error.to_string()))?;
+    api.grants = Some(grants);
     let database = args.database.as_deref().map(database).transpose()?;
     let sharing = sharing(&args)?;
     let tls = tls(&args);

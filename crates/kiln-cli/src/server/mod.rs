@@ -24,7 +24,7 @@ use kiln_worker::fleet::http::{Body, Http, Upgraded};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use place::configured;
+pub(crate) use place::{configured, named};
 pub(crate) use sse::Frames;
 
 use crate::error::{CliError, Result, chain};
@@ -273,6 +273,8 @@ impl Server {
                     problem.detail
                 )
             }
+            // The only flag whose name is another than the field's and that a server bounds.
+            Some(field) if field == "timeout_seconds" => format!("--timeout: {}", problem.detail),
             Some(field) => format!("{field}: {}", problem.detail),
             None => problem.detail.clone(),
         };

@@ -105,12 +105,7 @@ fn is_loopback(host: &str) -> bool {
 pub(crate) fn configured(said: &ServerArgs) -> Result<Option<Server>> {
     let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
     let config = Config::load(&home.config.join("kiln.toml"))?.server;
-    let named = said
-        .server
-        .clone()
-        .filter(|text| !text.is_empty())
-        .or(config.url);
-    let Some(text) = named else {
+    let Some(text) = address(said, config.url) else {
         return Ok(None);
     };
     let given = said.ca.clone().filter(|path| !path.as_os_str().is_empty());
@@ -132,6 +127,25 @@ pub(crate) fn configured(said: &ServerArgs) -> Result<Option<Server>> {
         token,
         name: format!("the server at {text}"),
     }))
+}
+
+fn address(said: &ServerArgs, configured: Option<String>) -> Option<String> {
+    let said = said.server.clone().filter(|text| !text.is_empty());
+    said.or(configured)
+}
+
+/// What the server is called that jobs would go to, if there is one. Nothing is asked of it.
+///
+/// # Errors
+/// When the configuration cannot be read, or the address is none.
+pub(crate) fn named(said: &ServerArgs) -> Result<Option<String>> {
+    let home = Home::from_env().map_err(|error| CliError::usage(error.to_string()))?;
+    let config = Config::load(&home.config.join("kiln.toml"))?.server;
+    let Some(text) = address(said, config.url) else {
+        return Ok(None);
+    };
+    let _legal: Place = text.parse()?;
+    Ok(Some(text))
 }
 
 impl Server {

@@ -59,6 +59,12 @@ fn what_an_install_reached_is_written_and_then_enforced() {
     here(&fails).exits(1);
     assert_eq!(file(), policy);
 
+    // A folder without a policy gets one.
+    let bare = app(&[("x", "")]);
+    let first = ["policy", "learn", "--write", "--yes", "--", "true"];
+    within(&annex, bare.path(), &first).exits(0);
+    within(&annex, bare.path(), &["policy", "check"]).exits(0);
+
     let learned = learn(&["--write", "--yes"]).exits(0);
     assert!(learned.out.contains("six.py"), "{learned:?}");
     let written = file();

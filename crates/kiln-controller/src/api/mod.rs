@@ -42,6 +42,7 @@ mod webhooks;
 mod workers;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
@@ -94,6 +95,8 @@ pub(crate) struct Api {
     pub(crate) uploads: Arc<Slots>,
     pub(crate) followers: Arc<Slots>,
     pub(crate) machine_ways: Arc<Slots>,
+    /// Whether the operator's file of grants was there when it was last looked for.
+    pub(crate) grants_there: AtomicBool,
     looks: Semaphore,
 }
 
@@ -115,6 +118,12 @@ impl Api {
             followers: Slots::new(config.followers_per_tenant),
             machine_ways: Slots::new(config.kept.ways_max),
             looks: Semaphore::new(LOOKS_MAX),
+            grants_there: AtomicBool::new(
+                config
+                    .grants
+                    .as_ref()
+                    .is_some_and(|path| path.symlink_metadata().is_ok()),
+            ),
             backend,
             config,
         })

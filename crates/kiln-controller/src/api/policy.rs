@@ -4,7 +4,11 @@
 //! The operator's grants are `policy.toml` beside the controller's `kiln.toml`. It is read for each request, so that what is withdrawn
 //! counts from then on; one that cannot be used grants nothing.
 
+use std::fs::Metadata;
 use std::io::Read as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use http::StatusCode;
 use kiln_core::git_gateway::REPOSITORIES_MAX;
@@ -18,7 +22,9 @@ use kiln_policy::policy::Resources;
 use kiln_policy::{
     BuildAsked, Compiled, Diagnostics, Format, GRANT_BYTES_MAX, Grants, Held, HeldBuild, Image,
     Maxima, Mode, Refusal, Removed, Standing, compile, hold_build, hold_run, other_image, stands,
+    unseen,
 };
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -28,6 +34,8 @@ use super::problem::{Fault, Problem};
 
 /// Longest name of a policy file.
 const FILE_NAME_MAX: usize = 200;
+/// The bit of a file's mode by which whoever has a login may write it.
+const ANYBODY_WRITES: u32 = 0o002;
 
 /// A policy file. Its name says which it is: one that ends with `cleanroom.yaml` is read by that format's keys, any other as `kiln.yaml`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
@@ -44,10 +52,10 @@ pub struct PolicyAsk {
 impl PolicyAsk {
     fn compiled(&self) -> Result<Compiled, Problem> {
         let name = &self.file;
-        if name.is_empty() || name.len() > FILE_NAME_MAX || name.chars().any(char::is_control) {
+        if name.is_empty() || name.len() > FILE_NAME_MAX || name.chars().any(unseen) {
             return Err(Problem::invalid(
                 "policy.file",
-                format!("it is a name of 1 to {FILE_NAME_MAX} bytes"),
+                format!("it is a name of 1 to {FILE_NAME_MAX} bytes that can be seen"),
             ));
         }
         compile(Format::of_name(name), name, &self.text).map_err(|wrong| faulty(&wrong))
@@ -136,7 +144,15 @@ impl Api {
         };
         let read = tokio::task::spawn_blocking(move || read_grants(&path));
         let read = read.await.map_err(|error| Problem::unavailable(&error))?;
-        read.map_err(|error| Problem::unavailable(&error))
+        let grants = read.map_err(|error| Problem::unavailable(&error))?;
+        let there = grants.file.is_some();
+        if self.grants_there.swap(there, Ordering::Relaxed) && !there {
+            tracing::warn!(
+                path = ?self.config.grants,
+                "the operator's grants are gone: kiln's defaults hold from now on"
+            );
+        }
+        Ok(grants)
     }
 }
 
@@ -147,35 +163,77 @@ pub enum GrantsError {
     #[error("read {path}")]
     Io {
         /// Which file.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// Why not.
         #[source]
         source: std::io::Error,
     },
+    /// It is no file that only the operator can change.
+    #[error("{path} is not used: {why}")]
+    Unfit {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        why: &'static str,
+    },
     /// It says nothing that is meant.
-    #[error(transparent)]
-    Wrong(#[from] Diagnostics),
+    #[error("{path} cannot be used")]
+    Wrong {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: Diagnostics,
+    },
 }
 
-/// Reads the operator's grants; without a file there are none.
+/// Reads the operator's grants; without a file there are none. A link is followed: one that leads nowhere is a file that cannot be read.
+/// Messages to tenants name the file without its folder.
 ///
 /// # Errors
-/// When the file is there and cannot be used.
-pub fn read_grants(path: &std::path::Path) -> Result<Grants, GrantsError> {
-    let unread = |source| GrantsError::Io {
+/// When the file is there and cannot be used: it is no regular file, another than root and this process's user owns it, anybody may write
+/// it, or it is not legal.
+pub fn read_grants(path: &Path) -> Result<Grants, GrantsError> {
+    let io = |source| GrantsError::Io {
         path: path.to_owned(),
         source,
     };
-    let file = match std::fs::File::open(path) {
-        Ok(file) => file,
+    match path.symlink_metadata() {
+        Ok(_) => {}
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Grants::default()),
-        Err(error) => return Err(unread(error)),
-    };
+        Err(error) => return Err(io(error)),
+    }
+    // A pipe that nobody writes to would hold whoever opens it.
+    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+    let mut open = std::fs::OpenOptions::new();
+    let file = open.read(true).custom_flags(flags).open(path);
+    let file = file.map_err(io)?;
+    if let Some(why) = unfit(&file.metadata().map_err(io)?) {
+        let path = path.to_owned();
+        return Err(GrantsError::Unfit { path, why });
+    }
     let mut text = String::new();
     // One byte more than is taken, so that a longer file is refused and not cut.
     let mut bounded = file.take(GRANT_BYTES_MAX as u64 + 1);
-    bounded.read_to_string(&mut text).map_err(unread)?;
-    Ok(Grants::parse(&path.display().to_string(), &text)?)
+    bounded.read_to_string(&mut text).map_err(io)?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    Grants::parse(&name, &text).map_err(|source| GrantsError::Wrong {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Why what is in such a file is not surely the operator's word.
+fn unfit(meta: &Metadata) -> Option<&'static str> {
+    let own = rustix::process::geteuid().as_raw();
+    match meta {
+        meta if !meta.is_file() => Some("it is not a regular file"),
+        meta if meta.uid() != 0 && meta.uid() != own => {
+            Some("neither root nor the server's user owns it")
+        }
+        meta if meta.mode() & ANYBODY_WRITES != 0 => Some("anybody may write it"),
+        _ => None,
+    }
 }
 
 fn connections_most() -> u32 {

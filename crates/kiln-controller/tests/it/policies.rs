@@ -1,6 +1,7 @@
 //! Policies over HTTP: compiled by the controller, bounded by the operator's grant of that tenant, narrowed by the request, and never given to a
 //! worker that would not hold a job to them.
 
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -135,6 +136,66 @@ fn a_policy_is_compiled_bounded_and_kept_with_the_job() {
     let broken = ask(&acme, &run("version: 1\n"));
     assert_eq!(broken.status, 503);
     assert!(!broken.text().contains("opne"), "{}", broken.text());
+}
+
+#[test]
+fn grants_that_others_may_have_written_or_that_cannot_be_read_grant_nothing() {
+    let here = Granting::start();
+    let acme = here.server.member("acme", "developer");
+    let plain = json!({"argv": ["true"], "allow": ["b.example.org:443"]});
+    assert_eq!(ask(&acme, &plain).status, 202, "without a file: defaults");
+    let refused = |why: &str| {
+        let got = ask(&acme, &plain);
+        assert_eq!(got.status, 503, "{why}: {}", got.text());
+        std::fs::remove_file(&here.grants).expect(why);
+    };
+    symlink(here.grants.with_file_name("gone"), &here.grants).expect("link");
+    refused("a link to nowhere");
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &here.grants,
+        rustix::fs::FileType::Fifo,
+        mode,
+        0,
+    )
+    .expect("pipe");
+    refused("a pipe that nobody writes to");
+    std::fs::create_dir(&here.grants).expect("folder");
+    assert_eq!(ask(&acme, &plain).status, 503, "a folder");
+    std::fs::remove_dir(&here.grants).expect("folder");
+    here.grant("[tenant.acme]\n");
+    std::fs::set_permissions(&here.grants, PermissionsExt::from_mode(0o646)).expect("mode");
+    refused("anybody may write it");
+    // Where the server keeps it is no tenant's business.
+    here.grant("[tenant.acme]\nhosts = [\"a.example.org\"]\n");
+    let got = ask(&acme, &plain);
+    let folder = here.grants.parent().expect("folder").to_string_lossy();
+    assert_eq!(got.status, 403, "{}", got.text());
+    assert!(
+        got.text().contains("policy.toml") && !got.text().contains(&*folder),
+        "{}",
+        got.text()
+    );
+    // A name that is read as another is none.
+    let turned =
+        json!({"argv": ["true"], "policy": {"file": "a\u{202e}b.yaml", "text": "version: 1\n"}});
+    let got = ask(&acme, &turned);
+    assert_eq!(
+        (got.status, &got.value()["field"]),
+        (422, &json!("policy.file"))
+    );
+    // Times are told as they are asked for.
+    let long = ask(
+        &acme,
+        &json!({"argv": ["true"], "timeout_seconds": 32_400_000}),
+    );
+    assert_eq!(long.value()["field"], "timeout_seconds");
+    assert!(
+        long.text().contains("32400000 s is outside"),
+        "{}",
+        long.text()
+    );
 }
 
 #[test]

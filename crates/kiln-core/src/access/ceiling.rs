@@ -92,6 +92,20 @@ pub struct OutsideLimits {
 }
 
 impl OutsideLimits {
+    /// Of milliseconds: told in the seconds that a request says.
+    fn in_seconds(self) -> Self {
+        let told = |ms: &str| match ms.parse::<u64>() {
+            Ok(ms) if ms % 1_000 == 0 => format!("{} s", ms / 1_000),
+            _ => format!("{ms} ms"),
+        };
+        Self {
+            field: self.field,
+            asked: told(&self.asked),
+            least: told(&self.least),
+            most: told(&self.most),
+        }
+    }
+
     /// What was asked and what may be, for where the field is named already.
     #[must_use]
     pub fn bounds(&self) -> String {
@@ -143,7 +157,8 @@ impl Ceiling {
                 default.timeout_ms,
                 TIMEOUT_MIN_MS,
                 most.timeout_ms,
-            )?,
+            )
+            .map_err(|outside| outside.in_seconds())?,
         };
         let network_bits = within(
             "network_rate",
