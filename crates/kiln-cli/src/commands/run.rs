@@ -96,10 +96,7 @@ pub(super) async fn run_and_learn(
     announce(&listeners, screen)?;
     let size = wants_terminal(&args).then(terminal::size).flatten();
     let wants_stdin = size.is_some() || args.interactive || terminal::stdin_is_piped();
-    let mut ports = Vec::new();
-    for (listener, guest) in &listeners {
-        ports.push((listener.local_addr().or_infrastructure()?.port(), *guest));
-    }
+    let ports = ports(&listeners)?;
     let request = JobRequest {
         id: new_job_id('r').map_err(CliError::from_failure)?,
         tenant: TenantName::local(),
@@ -122,11 +119,7 @@ pub(super) async fn run_and_learn(
         }),
         network: ruled.network,
         limits,
-        // What its owner gives secrets is trusted by them; whatever else is run here may be anything.
-        trust: match any_secret || logs_in {
-            true => TrustClass::Trusted,
-            false => TrustClass::Untrusted,
-        },
+        trust: trust(any_secret || logs_in),
         network_bits: None,
         dispatch: own.dispatch,
         traceparent: None,
@@ -155,6 +148,14 @@ pub(super) async fn run_and_learn(
         run_folder::hint(&args, screen);
     }
     ended
+}
+
+/// What its owner gives secrets is trusted by them; whatever else is run here may be anything.
+fn trust(is_given_secrets: bool) -> TrustClass {
+    match is_given_secrets {
+        true => TrustClass::Trusted,
+        false => TrustClass::Untrusted,
+    }
 }
 
 /// The variables of files and of words; words win.
@@ -269,6 +270,15 @@ impl InFront<'_> {
             Ok(()) => ended,
         }
     }
+}
+
+/// Ports of this host, and those of the machine that they lead to.
+fn ports(listeners: &[(TcpListener, u16)]) -> Result<Vec<(u16, u16)>> {
+    let pair = |(listener, guest): &(TcpListener, u16)| {
+        let address = listener.local_addr().or_infrastructure()?;
+        Ok((address.port(), *guest))
+    };
+    listeners.iter().map(pair).collect()
 }
 
 /// Says where ports lead, also where the system chose one.
