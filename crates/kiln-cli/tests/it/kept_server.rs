@@ -20,8 +20,13 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::fleet_sim::{self, ANSWER, LEASE, Ledgered, PATIENCE, Pace, machines, until, work_near};
+use crate::fleet_sim::{self, ANSWER, Ledgered, PATIENCE, Pace, machines, until, work_near};
 
+/// Leases of real life: a heartbeat that a busy host delays by some seconds must not end a machine that is looked at.
+const LEASES: kiln_db::LeaseTimes = kiln_db::LeaseTimes {
+    ttl_ms: 15_000,
+    grace_ms: 5_000,
+};
 /// Time between two looks whether a way into a machine may stay open.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -226,7 +231,7 @@ async fn controller(folder: &Path) -> Running {
         kept: bounds(),
         ..ApiConfig::default()
     };
-    fleet_sim::controller_with(folder, Vec::new(), Vec::new(), LEASE, api).await
+    fleet_sim::controller_with(folder, Vec::new(), Vec::new(), LEASES, api).await
 }
 
 async fn worker(running: &Running, home: &Path) -> CancellationToken {
