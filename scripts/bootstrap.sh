@@ -60,10 +60,13 @@ show_progress() {
   done
   if [ -t 2 ]; then printf '\r\033[K' >&2; fi
 }
-apt_options=(-q -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 -o APT::Status-Fd=1 -o APT::Keep-Downloaded-Packages=false)
+apt_options=(-q -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 -o APT::Status-Fd=3 -o APT::Keep-Downloaded-Packages=false)
 apt() {
   printf '\n# apt-get %s\n' "$*" >>"$log"
-  if ! root env DEBIAN_FRONTEND=noninteractive apt-get "${apt_options[@]}" "$@" 2>&1 </dev/null | show_progress; then
+  # Not descriptor 1: apt closes its status descriptor for dpkg, and scripts of packages fail without a standard output. Opened
+  # behind sudo, which closes what it does not know.
+  # shellcheck disable=SC2016
+  if ! root env DEBIAN_FRONTEND=noninteractive sh -c 'exec apt-get "$@" 3>&1 2>&1 </dev/null' apt-get "${apt_options[@]}" "$@" | show_progress; then
     tail -n 15 "$log" >&2
     return 1
   fi
