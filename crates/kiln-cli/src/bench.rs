@@ -2,7 +2,7 @@
 //!
 //! Every raw sample is kept in `<data>/bench/<unix time>.json`; the table is only a view of it. Nothing is warmed up in secret and no sample
 //! is dropped. Builds run as the user's own tenant, so its build cache moves on; their images are removed again. Read next:
-//! [`series`] (samples and promises), [`machines`] (clone, cold, many), [`room`], [`builds`] (run, build), [`registry`], [`bake`]; of a controller:
+//! [`series`] (samples and promises), [`machines`] (clone, cold, many), [`room`], [`egress`], [`builds`] (run, build), [`registry`], [`bake`]; of a controller:
 //! [`decisions`] (decision, claims), [`queue`] (serve, lease, dead, soak), [`beside`] (cancel, through).
 
 mod bake;
@@ -10,6 +10,7 @@ mod beside;
 mod builds;
 mod child;
 mod decisions;
+mod egress;
 mod machines;
 mod postgres;
 mod queue;
@@ -42,6 +43,7 @@ enum Name {
     Run,
     Many,
     Room,
+    Egress,
     Build,
     Registry,
     Bake,
@@ -56,12 +58,13 @@ enum Name {
 }
 
 impl Name {
-    const ALL: [(Self, &str); 16] = [
+    const ALL: [(Self, &str); 17] = [
         (Self::Clone, "clone"),
         (Self::Cold, "cold"),
         (Self::Run, "run"),
         (Self::Many, "many"),
         (Self::Room, "room"),
+        (Self::Egress, "egress"),
         (Self::Build, "build"),
         (Self::Registry, "registry"),
         (Self::Bake, "bake"),
@@ -180,6 +183,7 @@ async fn all(bench: &Bench<'_>, names: &[Name], report: &mut Report) -> Result<(
                 machines::first_bytes(bench, report).await?;
                 room::room(bench, report).await?;
             }
+            Name::Egress => egress::egress(bench, report).await?,
             Name::Build => builds::build(bench, report).await?,
             Name::Registry => registry::registry(bench, report).await?,
             Name::Bake => bake::from_nothing(bench, report).await?,

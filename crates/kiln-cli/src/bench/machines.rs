@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use kiln_core::{ByteSize, FailureClass, MachineName};
 use kiln_machine::bring_up::{self, Deadlines, Ready, Timings};
-use kiln_machine::driver::Start;
+use kiln_machine::driver::{Machine, Start};
 use kiln_machine::ledger::{Need, Ticket};
 use kiln_machine::template::Held;
+use kiln_proto::Session;
 use kiln_proto::msg::ExecRequest;
 use kiln_worker::attempt::{self, Wanted};
 use kiln_worker::event::Events;
@@ -34,7 +35,7 @@ const MANY_STEP_MAX: Duration = Duration::from_secs(120);
 const WHO: &str = "bench";
 
 /// The host with the template of the default run size.
-struct Machines {
+pub(super) struct Machines {
     host: Host,
     cpus: u32,
     memory: ByteSize,
@@ -44,7 +45,7 @@ struct Machines {
 }
 
 impl Machines {
-    async fn open(bench: &Bench<'_>, report: &mut Report) -> Result<Self> {
+    pub(super) async fn open(bench: &Bench<'_>, report: &mut Report) -> Result<Self> {
         let host = bench.operator.host().await?;
         report.set_host(host.driver.probe().await);
         let nothing = LimitArgs {
@@ -82,7 +83,7 @@ impl Machines {
         })
     }
 
-    async fn ticket(&self) -> Result<Ticket> {
+    pub(super) async fn ticket(&self) -> Result<Ticket> {
         self.host
             .admit(self.cpus, self.memory, WHO, &self.events)
             .await
@@ -97,7 +98,7 @@ impl Machines {
         Ok(timings)
     }
 
-    async fn start(&self, start: &Start) -> Result<Ready> {
+    pub(super) async fn start(&self, start: &Start) -> Result<Ready> {
         let disks = vec![attempt::root_disk(&self.host)];
         let spec = attempt::spec(&self.host, name("one")?, self.cpus, self.memory, disks);
         bring_up::start(&*self.host.driver, &spec, start, Deadlines::default())
@@ -106,17 +107,27 @@ impl Machines {
     }
 
     async fn end(&self, ready: Ready) {
-        ready.session.close(0, "measured");
-        for leak in ready.machine.destroy().await.leaks {
+        self.put_away(&*ready.machine, &ready.session).await;
+    }
+
+    /// Ends a machine that was taken apart.
+    pub(super) async fn put_away(&self, machine: &dyn Machine, session: &Session) {
+        session.close(0, "measured");
+        for leak in machine.destroy().await.leaks {
             self.events.warn(format!("left behind: {leak}")).await;
         }
     }
 
-    fn clone(&self) -> Start {
+    /// Where a machine's own services tell what happens.
+    pub(super) fn events(&self) -> Events {
+        self.events.clone()
+    }
+
+    pub(super) fn clone(&self) -> Start {
         Start::Template(self.template.template.clone())
     }
 
-    async fn close(self) {
+    pub(super) async fn close(self) {
         drop(self.events);
         let _screen_ended = self.follow.await;
     }

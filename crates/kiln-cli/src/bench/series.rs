@@ -16,6 +16,8 @@ pub(super) enum Unit {
     Count,
     /// Things per second.
     PerSecond,
+    /// Bytes per second.
+    BytesPerSecond,
 }
 
 impl Unit {
@@ -31,6 +33,7 @@ impl Unit {
             Self::Ratio => format!("{value:.2} x"),
             Self::Count => format!("{value:.0}"),
             Self::PerSecond => format!("{value:.0}/s"),
+            Self::BytesPerSecond => format!("{:.1} MB/s", value / 1e6),
         }
     }
 }
