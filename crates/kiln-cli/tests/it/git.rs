@@ -6,7 +6,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use crate::support::{Kiln, Said, Started, kiln, path, said, until};
+use crate::annex::Annex;
+use crate::support::{Kiln, Said, Started, free_port, kiln, path, said, until};
 
 const ADDRESS: &str = "10.77.0.1";
 /// An operator's exception names it.
@@ -25,9 +26,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path.startswith("/silent.git/"):
             open(folder + "/asked", "w").close()
             time.sleep(120)
-        if path.startswith("/private/"):
-            login = self.headers.get("Authorization", "")
+        login, private = self.headers.get("Authorization", ""), path.startswith("/private/")
+        if login or private:
             with open(folder + "/logins", "a") as log: log.write(login + "\n")
+        if private:
             if login != "Basic Y2k6dDBrZW4tb2YtdGhlLWhvc3Q=":
                 self.send_response(401)
                 self.send_header("WWW-Authenticate", 'Basic realm="private"')
@@ -117,7 +119,11 @@ fn tools_are_here() -> bool {
 
 impl World {
     fn new() -> Option<Self> {
-        let kiln = kiln()?;
+        Self::around(kiln()?)
+    }
+
+    /// With the commands of this home.
+    fn around(kiln: Kiln) -> Option<Self> {
         if !tools_are_here() {
             return None;
         }
@@ -199,6 +205,80 @@ impl World {
         let shown = self.kiln.run(&["job", "show", "--json", &job]).exits(0).out;
         let shown: serde_json::Value = serde_json::from_str(&shown).expect("JSON");
         shown["observed"]["git"].clone()
+    }
+
+    /// Two that want a login, and one that anybody reads.
+    fn repositories(&self) {
+        for name in [
+            "private/shop.git",
+            "private/other.git",
+            "public/words.git",
+            "shop.git",
+        ] {
+            std::fs::create_dir_all(self.at(name)).expect("dir");
+            self.git(name, &["init", "-q", "-b", "main"]);
+            std::fs::write(self.at(name).join("words"), "the words\n").expect("write");
+            self.git(name, &["add", "-A"]);
+            self.git(name, &["commit", "-q", "-m", "one"]);
+        }
+        std::fs::write(self.at("token"), TOKEN).expect("write");
+    }
+
+    /// A tenant may read two of them, one with the host's login; no other tenant reads any.
+    fn grants(&self, tenant: &str) {
+        let grant = format!(
+            "[tenant.{tenant}]\ngit = [{{ repository = \"{HOST}/private/*\", secret = \"IT_GIT\", user = \"ci\" }}, \"{HOST}/public/*\"]\n\
+             [tenant.\"*\"]\ngit = []\n"
+        );
+        std::fs::write(self.at("config/policy.toml"), grant).expect("write");
+    }
+
+    /// What a run of [`TRIES`] said; and every login that the server was shown is the host's own, no machine's.
+    #[track_caller]
+    fn only_what_was_granted(&self, ran: Said) {
+        // Through a server git's own words are in the same log.
+        let gits = |line: &&str| line.starts_with("remote: ") || line.starts_with("fatal: ");
+        let lines: Vec<_> = ran.out.lines().filter(|line| !gits(line)).collect();
+        assert_eq!(
+            lines,
+            [&["the words"; 4][..], &["over"]].concat(),
+            "{ran:?}"
+        );
+        let all = format!("{}{}", ran.out, ran.err);
+        for word in ["git_repository_not_allowed", "git_push_refused", "403"] {
+            assert!(all.contains(word), "{word}: {all}");
+        }
+        assert!(!all.contains(TOKEN), "{all}");
+        let logins = std::fs::read_to_string(self.at("logins")).expect("logins");
+        assert!(
+            logins.lines().count() >= 4
+                && logins.lines().all(|line| line.starts_with("Basic Y2k6")),
+            "{logins}"
+        );
+    }
+
+    /// The newest job that was given this secret has every decision in its record, and never the credential.
+    #[track_caller]
+    fn every_decision_is_told(&self, secret: &[&str]) {
+        let read = [&["secret", "access-log", "--json"], secret].concat();
+        let read = self.kiln(&read).exits(0).out;
+        let rows = read
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+        let given = rows.filter(|row| row["allowed"] == true);
+        let job = given
+            .filter_map(|row| Some(row["detail"]["job"].as_str()?.to_owned()))
+            .next_back();
+        let job = job.unwrap_or_else(|| panic!("{read}"));
+        let egress = self.kiln(&["job", "egress", &job, "--json"]).exits(0).out;
+        let rule = format!("git {HOST}/private/shop");
+        for word in ["git_push_refused", "git_repository_not_allowed", &rule] {
+            assert!(egress.contains(word), "{word}: {egress}");
+        }
+        assert!(
+            !egress.contains(TOKEN) && !egress.contains("Y2k6dDBr"),
+            "{egress}"
+        );
     }
 
     fn checkouts(&self) -> usize {
@@ -354,6 +434,8 @@ const TRIES: &str = r#"
 cd /tmp
 git clone -q https://@HOST@/private/shop.git a && cat a/words
 git clone -q --depth 1 git@@HOST@:private/shop b && cat b/words
+git -c http.extraHeader='Authorization: Basic bXk6b3du' clone -q https://@HOST@/private/shop d && cat d/words
+git -c http.extraHeader='Authorization: Basic bXk6b3du' clone -q https://@HOST@/public/words e && cat e/words
 git -C a -c user.name=t -c user.email=t@example.org commit -q --allow-empty -m mine
 git -C a push -q origin HEAD:refs/heads/mine && echo PUSHED
 git clone -q https://@HOST@/private/other.git c && echo READ
@@ -367,23 +449,16 @@ echo over
 #[test]
 fn a_run_reads_its_repositories_with_the_hosts_credential_and_nothing_else() {
     let Some(world) = World::new() else { return };
-    for name in ["private/shop.git", "private/other.git", "shop.git"] {
-        std::fs::create_dir_all(world.at(name)).expect("dir");
-        world.git(name, &["init", "-q", "-b", "main"]);
-        std::fs::write(world.at(name).join("words"), "the words\n").expect("write");
-        world.git(name, &["add", "-A"]);
-        world.git(name, &["commit", "-q", "-m", "one"]);
-    }
-    let grant = format!(
-        "[tenant.local]\ngit = [{{ repository = \"{HOST}/private/*\", secret = \"IT_GIT\", user = \"ci\" }}]\n"
-    );
-    std::fs::write(world.at("config/policy.toml"), grant).expect("write");
-    std::fs::write(world.at("token"), TOKEN).expect("write");
+    world.repositories();
+    world.grants("local");
     let token = std::fs::File::open(world.at("token")).expect("file");
     let mut set = world.command(&["secret", "set", "IT_GIT", "--for", "git"]);
     set.stdin(token);
     said(set).exits(0);
-    let shop = format!("{HOST}/private/shop");
+    let (shop, public) = (
+        format!("{HOST}/private/shop"),
+        format!("{HOST}/public/words"),
+    );
     let run = |more: &[&str], script: &str| {
         let args = [
             &["run", "--no-source"][..],
@@ -398,43 +473,80 @@ fn a_run_reads_its_repositories_with_the_hosts_credential_and_nothing_else() {
     run(&["--git", &shop, "--secret", "IT_GIT"], "true").exits(2);
     run(&["--git", &format!("{HOST}/shop")], "true").exits(4);
     run(&["--git", &shop, "--allow", HOST], "true").exits(4);
-    let policy = format!("version: 1\nnetwork: {{git: [{shop}]}}\n");
+    let policy = format!("version: 1\nnetwork: {{git: [{shop}, {public}]}}\n");
     std::fs::write(world.at("kiln.yaml"), policy).expect("write");
     let file = world.at("kiln.yaml");
     let refused = run(&["--policy", path(&file)], "true").exits(4);
     refused.says(&format!("--git {shop}"));
     let tries = TRIES.replace("@HOST@", HOST);
     let ran = run(&["--policy", path(&file), "--git", &shop], &tries).exits(0);
-    assert_eq!(ran.out, "the words\nthe words\nover\n", "{ran:?}");
-    let ran = ran.says("git_repository_not_allowed").says("403");
-    assert!(!ran.err.contains(TOKEN), "{ran:?}");
-    let logins = std::fs::read_to_string(world.at("logins")).expect("logins");
-    assert!(
-        logins.lines().count() >= 4 && logins.lines().all(|line| line.starts_with("Basic Y2k6")),
-        "{logins}"
-    );
+    world.only_what_was_granted(ran);
     // Others run jobs in this home meanwhile; this secret is this test's.
-    let read = ["secret", "access-log", "IT_GIT", "--json"];
-    let read = world.kiln(&read).exits(0).out;
-    let rows = read
-        .lines()
-        .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
-    let given = rows.filter(|row| row["allowed"] == true);
-    let job = given
-        .filter_map(|row| Some(row["detail"]["job"].as_str()?.to_owned()))
-        .next_back();
-    let job = job.unwrap_or_else(|| panic!("{read}"));
-    let egress = world.kiln(&["job", "egress", &job, "--json"]).exits(0).out;
-    for word in [
-        "git_push_refused",
-        "git_repository_not_allowed",
-        &format!("git {shop}"),
-    ] {
-        assert!(egress.contains(word), "{word}: {egress}");
-    }
-    assert!(
-        !egress.contains(TOKEN) && !egress.contains("Y2k6dDBr"),
-        "{egress}"
-    );
+    world.every_decision_is_told(&["IT_GIT"]);
     world.kiln(&["secret", "delete", "IT_GIT"]).exits(0);
+}
+
+#[test]
+fn a_server_reads_a_tenants_repositories_with_its_credential() {
+    let Some(annex) = Annex::open() else { return };
+    let Some(world) = World::around(Kiln::clone(&annex)) else {
+        return;
+    };
+    world.repositories();
+    world.grants("acme");
+    let port = free_port();
+    let listen = format!("127.0.0.1:{port}");
+    let serve = ["serve", "--with-worker", "--listen", &listen];
+    let server = Started::of(world.command(&serve));
+    until("a worker", || {
+        let listed = world.kiln(&["worker", "list", "--json"]);
+        (listed.code == 0 && listed.out.contains("\"active\"")).then_some(())
+    });
+    world.kiln(&["tenant", "create", "acme"]).exits(0);
+    let owner = ["--tenant", "acme"];
+    let set = ["secret", "set", "IT_GIT", "--for", "git"];
+    let mut set = world.command(&[&set[..], &owner].concat());
+    set.stdin(std::fs::File::open(world.at("token")).expect("file"));
+    said(set).exits(0);
+    let token = |more: &[&str]| {
+        let create = ["token", "create", "--role", "developer"];
+        let made = world.kiln(&[&create[..], &owner, more].concat());
+        made.exits(0).out
+    };
+    let (strangers, token) = (token(&[]), token(&["--trusted"]));
+    let (url, ca) = (
+        format!("https://127.0.0.1:{port}"),
+        annex.home.join("controller/authority.pem"),
+    );
+    let (shop, public) = (
+        format!("{HOST}/private/shop"),
+        format!("{HOST}/public/words"),
+    );
+    let run = |token: Option<&str>, more: &[&str], script: &str| {
+        let at = match token {
+            Some(_) => vec!["--server", &url, "--ca", path(&ca)],
+            None => vec![],
+        };
+        let args = ["run", "--no-source"];
+        let args = [&at[..], &args, more, &["--", "bash", "-c", script]].concat();
+        let mut command = world.command(&args);
+        command.envs(token.map(|token| ("KILN_TOKEN", token.trim())));
+        said(command)
+    };
+    let acme = |more: &[&str], script: &str| run(Some(&token), more, script);
+    // What is not granted is refused when it is asked for, with the reason; and a grant is one tenant's.
+    let refused = acme(&["--git", &format!("{HOST}/shop")], "true").exits(4);
+    refused.says(&format!("{HOST}/shop")).says("policy.toml");
+    run(None, &["--git", &shop], "true").exits(4).says(&shop);
+    acme(&["--secret", "IT_GIT"], "true").exits(4);
+    // A job that anybody may have written has no credential, and the host shows none for it.
+    let untrusted = run(Some(&strangers), &["--git", &shop], "true").exits(4);
+    untrusted.says("untrusted jobs get no stored secrets");
+    let tries = TRIES.replace("@HOST@", HOST);
+    let ran = acme(&["--git", &shop, "--git", &public], &tries).exits(0);
+    world.only_what_was_granted(ran);
+    world.every_decision_is_told(&["IT_GIT", "--tenant", "acme"]);
+    server.signal("INT");
+    server.end().exits(0);
+    annex.is_clear();
 }

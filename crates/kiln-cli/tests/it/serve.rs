@@ -181,10 +181,86 @@ fn a_server_builds_runs_and_explains() {
     });
     long.signal("INT");
     long.end().exits(130).says("is being cancelled");
+    ends_as_an_incident(&annex, &at);
 
     server.signal("INT");
     server.end().exits(0);
     // What it knew, any command of this home knows.
     let newest = json(&annex.run(&["job", "show", "--json"]).exits(0));
     assert_eq!(newest["outcome"]["class"], "cancelled");
+}
+
+/// A job that runs is ended because of what it did: its machine goes, what it could act with is over, and what tells of it stays.
+fn ends_as_an_incident(annex: &Annex, at: &str) {
+    let on = |args: &[&str]| annex.run(&[&["--server", at], args].concat());
+    let value = app(&[("value", "s3cret-of-the-store")]);
+    let mut set = annex.command(&["--server", at, "secret", "set", "IT_INCIDENT"]);
+    set.stdin(fs::File::open(value.path().join("value")).expect("file"));
+    crate::support::said(set).exits(0);
+    let script = "echo evidence; exec sleep 3600";
+    let run = ["--server", at, "run", "--secret", "IT_INCIDENT"];
+    let mut running = annex.start(&[&run[..], &SMALL[..], &["--", "sh", "-c", script]].concat());
+    running.until_it_prints("evidence");
+    let id = on(&["job", "list", "--state", "running", "--json"]).exits(0);
+    let id = json(&id)["id"].as_str().expect("one job").to_owned();
+    assert!(!annex.vmms().is_empty(), "its machine");
+
+    let kill = ["--json", "machine", "kill", &id, "--incident=it mined"];
+    let told = json(&on(&kill).exits(0));
+    assert_eq!(
+        (&told["worker"], &told["held"], &told["secrets"]),
+        (
+            &"here".into(),
+            &true.into(),
+            &serde_json::json!(["IT_INCIDENT"])
+        ),
+        "{told}"
+    );
+    running.end().exits(130).says("as an incident");
+    until("the end of its machine", || {
+        annex.vmms().is_empty().then_some(())
+    });
+    let kept = until("what tells of it", || {
+        let all = fs::read_dir(annex.home.join("incidents")).ok()?.flatten();
+        let name = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
+        let mut its = all.filter(|entry| name(entry).starts_with(&format!("{id}-")));
+        its.next().map(|entry| entry.path())
+    });
+    let text = |name: &str| fs::read_to_string(kept.join(name)).expect("kept");
+    let incident: Value = serde_json::from_str(&text("incident.json")).expect("JSON");
+    assert_eq!(
+        (&incident["note"], &incident["left_behind"]),
+        (&"it mined".into(), &serde_json::json!([])),
+        "{incident}"
+    );
+    assert_eq!(
+        incident["secrets_given"],
+        serde_json::json!(["IT_INCIDENT"])
+    );
+    assert!(incident["revoked"]["registry_tokens"].is_string());
+    assert_eq!(text("worker.log"), "evidence\n");
+    assert!(text("record.json").contains(&id));
+    for name in ["console.log", "egress.json"] {
+        let _there = text(name);
+    }
+    // The server has the rest: its end, its log, who did it, and that neither is thrown away.
+    let job = json(&on(&["job", "show", &id, "--json"]).exits(0));
+    assert_eq!(job["outcome"]["class"], "cancelled", "{job}");
+    assert_eq!(on(&["job", "logs", &id]).exits(0).out, "evidence\n");
+    let audit = on(&["audit", "list", "--action", "job.incident", "--json"]).exits(0);
+    assert!(
+        audit.out.contains(&id) && audit.out.contains("it mined"),
+        "{audit:?}"
+    );
+    assert!(on(&["hold", "list"]).exits(0).out.contains(&id));
+    on(&["machine", "kill", &id, "--incident"])
+        .exits(2)
+        .says("over already");
+    let left: Vec<_> = fs::read_dir(annex.home.join("machines"))
+        .expect("machines")
+        .flatten()
+        .map(|entry| entry.file_name())
+        .filter(|name| name.to_string_lossy().starts_with(&*id))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
 }
