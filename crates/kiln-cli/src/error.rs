@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use kiln_core::FailureClass;
+use kiln_core::{FailureClass, Overrun};
 
 /// An error at the edge.
 #[derive(Debug)]
@@ -15,6 +15,8 @@ pub(crate) struct CliError {
     pub hints: Vec<String>,
     /// A command's own exit code, passed through by `kiln run`.
     pub command_code: Option<u8>,
+    /// The bound that was run over.
+    pub reason: Option<Overrun>,
 }
 
 /// Result of a verb.
@@ -28,6 +30,7 @@ impl CliError {
             message: message.into(),
             hints: Vec::new(),
             command_code: None,
+            reason: None,
         }
     }
 
@@ -55,6 +58,7 @@ impl CliError {
             message,
             hint,
             command_code,
+            reason,
         } = failure;
         let command_code = command_code.and_then(|code| u8::try_from(code).ok());
         Self {
@@ -62,6 +66,7 @@ impl CliError {
             message,
             hints: hint.into_iter().collect(),
             command_code,
+            reason,
         }
     }
 

@@ -11,6 +11,7 @@ mod interrupt;
 mod neutral;
 mod open_files;
 mod policy_file;
+mod printed;
 mod server;
 mod show;
 mod terminal;

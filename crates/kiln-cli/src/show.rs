@@ -90,9 +90,12 @@ impl Screen {
     /// Shows an error with its hints.
     pub(crate) fn error(self, error: &CliError) {
         if self.json {
-            let value = serde_json::json!({
+            let mut value = serde_json::json!({
                 "event": "error", "class": error.class, "message": error.message, "hints": error.hints,
             });
+            if let Some(reason) = error.reason {
+                value["reason"] = serde_json::json!(reason);
+            }
             out(&value.to_string());
             return;
         }

@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::neutral::Neutral;
+use crate::printed::Printed;
 
 /// Whether both ends are a terminal.
 pub(crate) fn is_interactive() -> bool {
@@ -47,10 +48,59 @@ pub(crate) fn stdin() -> Box<dyn AsyncRead + Send + Unpin> {
     Box::new(tokio::io::stdin())
 }
 
+/// How a command's output is shown.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Shown {
+    /// Each stream as this process's own. A terminal is not driven by it.
+    Streams,
+    /// The command has the terminal, and drives it.
+    Terminal,
+    /// As events on standard output.
+    Events,
+}
+
 /// Writes the command's output to this process's own streams until the command ends. When that fails, `stop` ends the command, as a pipe
-/// without a reader ends any program that writes to it; gives the first error. A terminal is only driven by a command that was given
-/// one (`interactive`).
+/// without a reader ends any program that writes to it; gives the first error.
 pub(crate) async fn print(
+    chunks: mpsc::Receiver<(u8, Vec<u8>)>,
+    stop: CancellationToken,
+    shown: Shown,
+) -> io::Result<()> {
+    match shown {
+        Shown::Events => print_events(chunks, stop).await,
+        Shown::Streams | Shown::Terminal => {
+            print_bytes(chunks, stop, shown == Shown::Terminal).await
+        }
+    }
+}
+
+async fn print_events(
+    mut chunks: mpsc::Receiver<(u8, Vec<u8>)>,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let mut streams = [Printed::of("stdout"), Printed::of("stderr")];
+    let mut first = Ok(());
+    while let Some((stream, bytes)) = chunks.recv().await {
+        if first.is_err() {
+            continue;
+        }
+        first = match streams[usize::from(stream != 1)].event(&bytes) {
+            Some(event) => write(1, format!("{event}\n").as_bytes()),
+            None => Ok(()),
+        };
+        if first.is_err() {
+            stop.cancel();
+        }
+    }
+    for event in streams.iter_mut().filter_map(Printed::rest) {
+        if first.is_ok() {
+            first = write(1, format!("{event}\n").as_bytes());
+        }
+    }
+    first
+}
+
+async fn print_bytes(
     mut chunks: mpsc::Receiver<(u8, Vec<u8>)>,
     stop: CancellationToken,
     interactive: bool,

@@ -219,6 +219,7 @@ mod tests {
                 message: String::new(),
                 hint: None,
                 command_code: None,
+                reason: None,
             },
             phases_ms: vec![("machine".to_owned(), 120), ("build".to_owned(), 880)],
         };

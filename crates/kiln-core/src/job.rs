@@ -40,8 +40,11 @@ pub struct JobRequest {
 }
 
 /// The policy file a request was narrowed by, and what of it no other field of the request holds.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct AppliedPolicy {
+    /// Name of the file, without the folders above it; none where the operator's grant alone holds, or the job is older than this field.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// Hash of what the file means.
     pub file: Digest,
     /// Hash of what held: the file and the operator's grant.
@@ -250,7 +253,7 @@ pub struct RunSource {
 /// A command to run.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct RunCommand {
-    /// Container image by digest; `None` runs in the base that fits the source's runtime, else in the machine image itself.
+    /// Container image by digest; `None` runs in the base of `runtime`, else in the one that fits the source's runtime, else in the machine image itself.
     pub image: Option<ImageRef>,
     /// Instead of an image: a runtime (`node`, `python3.13`) of which the host that runs it has a base.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -598,6 +601,7 @@ mod tests {
             message: "x".to_owned(),
             hint: None,
             command_code: None,
+            reason: None,
         };
         Outcome {
             verdict,

@@ -32,6 +32,6 @@ pub use lease::{Epoch, Lease};
 pub use machine::{DiskRole, DiskSlot, MachineSpec};
 pub use network::{AllowRule, NetworkPolicy};
 pub use observed::{GitCommit, Observed, Receipt};
-pub use outcome::{FailureClass, Outcome, Verdict};
+pub use outcome::{FailureClass, Outcome, Overrun, Verdict};
 pub use secret::{RunSecret, SecretName, SecretPlace};
 pub use size::ByteSize;

@@ -48,6 +48,37 @@ impl FailureClass {
     }
 }
 
+/// A bound that was run over, by its name for programs. The class says whose fault it was; this says what there was too little of.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overrun {
+    /// Time.
+    Timeout,
+    /// Memory of the machine, or of a step.
+    OutOfMemory,
+    /// The machine's own disk.
+    DiskFull,
+    /// Bytes of output that its policy allows.
+    OutputLimit,
+    /// Processes that its policy allows.
+    ProcessLimit,
+    /// One that this kiln does not know.
+    #[serde(other)]
+    Other,
+}
+
+impl Overrun {
+    /// The one that a class says already.
+    #[must_use]
+    pub fn of_class(class: FailureClass) -> Option<Self> {
+        match class {
+            FailureClass::Timeout => Some(Self::Timeout),
+            FailureClass::OutOfMemory => Some(Self::OutOfMemory),
+            _ => None,
+        }
+    }
+}
+
 /// Final verdict of an attempt.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "verdict")]
@@ -66,6 +97,9 @@ pub enum Verdict {
         /// Exit code of the user's own command, where one ran.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         command_code: Option<i32>,
+        /// Which bound was run over, if one was.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<Overrun>,
     },
 }
 
@@ -93,6 +127,25 @@ impl Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bound_has_a_name_and_one_of_later_is_read() {
+        let failed = |reason: &str| {
+            let text = format!(
+                r#"{{"verdict":"failed","class":"user","message":"m"{reason},"phases_ms":[]}}"#
+            );
+            let outcome: Outcome = serde_json::from_str(&text).expect("an outcome");
+            match outcome.verdict {
+                Verdict::Failed { reason, .. } => reason,
+                Verdict::Passed => panic!("it failed"),
+            }
+        };
+        assert_eq!(failed(""), None);
+        assert_eq!(failed(r#","reason":"disk_full""#), Some(Overrun::DiskFull));
+        assert_eq!(failed(r#","reason":"of_later""#), Some(Overrun::Other));
+        let word = serde_json::to_string(&Overrun::ProcessLimit).expect("JSON");
+        assert_eq!(word, "\"process_limit\"");
+    }
 
     #[test]
     fn only_infrastructure_and_lost_are_retried() {

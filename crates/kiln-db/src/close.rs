@@ -50,6 +50,7 @@ pub(crate) fn cancelled(mark: &CancelMark, phases_ms: Vec<(String, u64)>) -> Out
             message,
             hint: None,
             command_code: None,
+            reason: None,
         },
         phases_ms,
     }

@@ -99,6 +99,7 @@ pub(crate) async fn give_up(
             message: format!("worker {} was not heard of any more", lease.worker),
             hint: None,
             command_code: None,
+            reason: None,
         },
         phases_ms: Vec::new(),
     };

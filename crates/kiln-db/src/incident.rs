@@ -149,6 +149,7 @@ async fn end(
                 message,
                 hint: None,
                 command_code: None,
+                reason: None,
             },
             phases_ms: Vec::new(),
         },

@@ -94,6 +94,7 @@ async fn forget(tx: &mut Tx, worker: &WorkerId) -> Result<bool, DbError> {
             message: "the kiln process that asked for it ended before it could run it".to_owned(),
             hint: None,
             command_code: None,
+            reason: None,
         },
         phases_ms: Vec::new(),
     };

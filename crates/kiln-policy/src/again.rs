@@ -10,7 +10,7 @@ use crate::policy::{Phase, PhaseNetwork, PhasePolicy, Policy};
 use crate::run::{Refusal, nothing_removed, of_network};
 
 /// What a job was granted when it was asked for first.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Standing<'a> {
     /// What its command, or the build, reaches.
     pub network: &'a NetworkPolicy,
@@ -31,7 +31,7 @@ pub fn stands(
     grants: &Grants,
     tenant: &TenantName,
 ) -> Result<(Maxima, Option<AppliedPolicy>), Refusal> {
-    let learns = job.applied.is_some_and(|applied| applied.learn);
+    let learns = job.applied.as_ref().is_some_and(|applied| applied.learn);
     let part = |network: &NetworkPolicy, git: &[GitAccess]| PhasePolicy {
         git: git.iter().map(|one| one.repository.clone()).collect(),
         network: match (network, learns) {
@@ -68,7 +68,7 @@ pub fn stands(
         });
     }
     let max = holds.max;
-    let now = job.applied.map(|applied| AppliedPolicy {
+    let now = job.applied.clone().map(|applied| AppliedPolicy {
         upload_bits: lower(applied.upload_bits, max.upload_bits),
         download_bits: lower(applied.download_bits, max.download_bits),
         connections_max: lower(applied.connections_max, max.connections),
@@ -104,6 +104,7 @@ mod tests {
             git: Vec::new(),
         };
         let applied = AppliedPolicy {
+            name: Some("kiln.yaml".to_owned()),
             file: kiln_core::Digest::of(b"file"),
             hash: kiln_core::Digest::of(b"hash"),
             upload_bits: Some(10),
@@ -117,11 +118,12 @@ mod tests {
             network: &listed,
             phases: std::slice::from_ref(&phase),
             git: &[],
-            applied: Some(applied),
+            applied: Some(applied.clone()),
         };
         let open = grants("[tenant.acme]\nopen = true\nmax = {connections = 2, cpus = 1}\n");
         let (max, now) = stands(&job, &open, &tenant).expect("granted still");
         let now = now.expect("applied");
+        assert_eq!(now.name, applied.name);
         assert_eq!(
             (max.cpus, now.connections_max, now.upload_bits),
             (Some(1), Some(2), Some(10))
@@ -138,7 +140,7 @@ mod tests {
         .expect("access");
         let reads = Standing {
             git: std::slice::from_ref(&reads),
-            ..alone
+            ..alone.clone()
         };
         let git = |entry: &str| grants(&format!("[tenant.acme]\ngit = [{entry}]\n"));
         let own = r#"{ repository = "git.example.org/a", secret = "T", user = "ci" }"#;

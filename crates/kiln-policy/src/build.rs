@@ -127,6 +127,7 @@ fn by_file(
     let said = compiled.policy().limits.disk;
     let _within = at_most("disk", asked.disk, holds.policy.limits.disk, file)?;
     let applied = AppliedPolicy {
+        name: Some(compiled.name()),
         file: compiled.hash(),
         ..applied(&bounds(&holds.policy.limits), &holds, false)
     };

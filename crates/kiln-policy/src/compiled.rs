@@ -24,6 +24,9 @@ pub const NEAR_MISSES: [&str; 4] = [
     ".buildkite/cleanroom.yml",
 ];
 
+/// Longest name that a job's record keeps of its policy, characters.
+const NAME_CHARS_MAX: usize = 200;
+
 /// The language of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Format {
@@ -154,6 +157,16 @@ impl Compiled {
     #[must_use]
     pub fn file(&self) -> &str {
         &self.file
+    }
+
+    /// The file's name as a job's record keeps it: without the folders above, which are its owner's business.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let kept = match self.file.ends_with(CLEANROOM_FALLBACK) {
+            true => CLEANROOM_FALLBACK,
+            false => self.file.rsplit('/').next().unwrap_or_default(),
+        };
+        kept.chars().take(NAME_CHARS_MAX).collect()
     }
 
     /// Its format.

@@ -221,7 +221,10 @@ fn by_file(
         services: run_parts::services(&holds.policy),
         git: git.of(Phase::Run),
         secrets: secrets.of(Phase::Run),
-        applied: Some(applied(&holds.policy.limits, &holds, learns)),
+        applied: Some(AppliedPolicy {
+            name: Some(compiled.name()),
+            ..applied(&holds.policy.limits, &holds, learns)
+        }),
         image: holds.policy.image,
         removed: holds.removed,
     })
@@ -296,6 +299,7 @@ pub(crate) fn resources(
 /// What a job's record keeps of what holds.
 pub(crate) fn applied(limits: &Limits, holds: &Effective, learns: bool) -> AppliedPolicy {
     AppliedPolicy {
+        name: None,
         file: holds.file_hash,
         hash: holds.hash,
         upload_bits: limits.upload_bits,

@@ -38,7 +38,9 @@ pub fn starter(facts: &StarterFacts) -> String {
     text.push_str(
         "# What it may reach: host[:port[/tls|http|raw]]. Without a port 443 and 80; `*.host` is every name below host.\n",
     );
-    text.push_str("network:\n  mode: isolated\n  # mode: egress\n  # allow:\n");
+    text.push_str(
+        "network:\n  mode: isolated\n  # Or, in place of that line, what it reaches:\n  # allow:\n",
+    );
     match facts.hosts.is_empty() {
         true => text.push_str("  #   - api.example.org:443\n\n"),
         false => {

@@ -378,7 +378,7 @@ impl Job<'_> {
     }
 
     fn connections_max(&self) -> Option<u32> {
-        let policy = self.input.request.policy;
+        let policy = self.input.request.policy.as_ref();
         policy.and_then(|policy| policy.connections_max)
     }
 

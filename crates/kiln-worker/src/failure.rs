@@ -1,6 +1,6 @@
 //! Why a job failed: the class decides the exit code, the message and hint are for the person.
 
-use kiln_core::{FailureClass, Verdict};
+use kiln_core::{FailureClass, Overrun, Verdict};
 use kiln_machine::driver::{LaunchError, MachineError, MachineState, StopReason};
 use kiln_proto::CloseReason;
 use kiln_proto::msg::GuestErrorCode;
@@ -23,6 +23,8 @@ pub struct Failure {
     pub hint: Option<String>,
     /// The user's command's own exit code.
     pub command_code: Option<i32>,
+    /// The bound that was run over.
+    pub reason: Option<Overrun>,
 }
 
 impl Failure {
@@ -34,7 +36,15 @@ impl Failure {
             message: message.into(),
             hint: None,
             command_code: None,
+            reason: Overrun::of_class(class),
         }
+    }
+
+    /// Names the bound that was run over.
+    #[must_use]
+    pub fn because(mut self, reason: Overrun) -> Self {
+        self.reason = Some(reason);
+        self
     }
 
     /// kiln's or the host's failure, with its causes.
@@ -69,6 +79,7 @@ impl Failure {
             message: self.message.clone(),
             hint: self.hint.clone(),
             command_code: self.command_code,
+            reason: self.reason,
         }
     }
 
@@ -106,6 +117,7 @@ impl Failure {
             message,
             hint,
             command_code: None,
+            reason: None,
         }
     }
 

@@ -80,7 +80,7 @@ pub fn prepare(dir: &Path, wishes: Wishes<'_>, site: &Site) -> Result<Prepared, 
             NetworkPolicy::from_rules(rules.chain(wishes.allow.rules().iter().cloned()))
         }
     };
-    check_lockfiles(&plan, &network)?;
+    check_lockfiles(&plan, &network, wishes.only)?;
     let bases = plan.bases.iter();
     let build = ImageBuild {
         source: packed.digest,
@@ -119,17 +119,24 @@ pub fn plan_failure(error: &PlanError) -> Failure {
     }
 }
 
-/// Why a folder cannot be a source.
+/// Why a folder cannot be the source of a build.
 pub(crate) fn source_failure(error: &ContextError) -> Failure {
-    let failure = Failure::new(error.class(), chain(error));
-    match error.hint() {
-        Some(hint) => failure.hint(hint),
-        None => failure,
+    Failure {
+        hint: error.hint(),
+        ..Failure::new(error.class(), chain(error))
+    }
+}
+
+/// Why a folder cannot be what a command works on.
+pub(crate) fn folder_failure(error: &ContextError) -> Failure {
+    Failure {
+        hint: error.hint_of_run(),
+        ..source_failure(error)
     }
 }
 
 /// A lockfile that names hosts the build may not reach is an error that lists them, before anything starts.
-fn check_lockfiles(plan: &Plan, network: &NetworkPolicy) -> Result<(), Failure> {
+fn check_lockfiles(plan: &Plan, network: &NetworkPolicy, by_policy: bool) -> Result<(), Failure> {
     let refused: Vec<_> = plan
         .hosts_named
         .iter()
@@ -149,13 +156,22 @@ fn check_lockfiles(plan: &Plan, network: &NetworkPolicy) -> Result<(), Failure> 
         .collect();
     hosts.sort_unstable();
     hosts.dedup();
-    let flags: Vec<String> = hosts.iter().map(|host| format!("--allow {host}")).collect();
+    let hint = match by_policy {
+        // A flag only narrows a policy.
+        true => format!(
+            "name them in phases.dependencies.network.allow of the policy: {}",
+            hosts.join(", ")
+        ),
+        false => {
+            let flags: Vec<String> = hosts.iter().map(|host| format!("--allow {host}")).collect();
+            format!("admit them with {}", flags.join(" "))
+        }
+    };
     let message = format!(
         "lockfiles name hosts that this build may not reach:\n{}",
         lines.join("\n")
     );
-    Err(Failure::new(FailureClass::Policy, message)
-        .hint(format!("admit them with {}", flags.join(" "))))
+    Err(Failure::new(FailureClass::Policy, message).hint(hint))
 }
 
 /// A name of an image from a folder's or repository's name, below the tenant's tree.

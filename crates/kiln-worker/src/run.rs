@@ -1,4 +1,4 @@
-//! A command in a fresh machine: in the machine image itself, or in a container image under runc.
+//! A command in a fresh machine: in the machine image itself, or under runc in a container image, which the base of a runtime is, too.
 
 mod command;
 mod forward;
@@ -290,7 +290,7 @@ async fn work(
     let [bytes_out, bytes_in] = input.request.bytes_out_and_in_per_second();
     config.limits.bytes_out_per_second = bytes_out;
     config.limits.bytes_in_per_second = bytes_in;
-    let policy = input.request.policy;
+    let policy = input.request.policy.as_ref();
     let connections = policy.and_then(|policy| policy.connections_max);
     connections::bound(&mut config.limits, connections);
     config.services = KilnNames::default();
@@ -363,7 +363,10 @@ fn handover(request: &JobRequest, keep: Keep, machine: MachineName) -> Option<Ha
         memory: crate::templates::size_class(request.limits.memory),
         network: request.network.clone(),
         bytes_out_and_in_per_second: request.bytes_out_and_in_per_second(),
-        connections_max: request.policy.and_then(|policy| policy.connections_max),
+        connections_max: request
+            .policy
+            .as_ref()
+            .and_then(|policy| policy.connections_max),
         runc: None,
         cwd: None,
         stays_ms: u64::try_from(keep.stays.as_millis()).unwrap_or(u64::MAX),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kiln_core::{Digest, FailureClass};
+use kiln_core::{Digest, FailureClass, Overrun};
 use kiln_image::context::{self, Tree};
 use kiln_proto::Session;
 use kiln_proto::msg::{Place, PutTree};
@@ -10,6 +10,7 @@ use kiln_proto::msg::{Place, PutTree};
 use crate::build::{CONTEXT_BYTES_MAX, CONTEXT_ENTRIES_MAX, SOURCE_TIMEOUT};
 use crate::failure::Failure;
 use crate::orders::{self, CallError, chain};
+use crate::prepare::folder_failure;
 
 /// Where they lie in the machine, and in a container (`WORK` of the guest's `container`).
 pub const WORK: &str = "/work";
@@ -72,13 +73,7 @@ impl RunFiles {
         match (sent.await, packed.await) {
             (Ok(_), Ok(Ok(packed))) => Ok(packed.digest),
             // The folder's own trouble, in its own words.
-            (Err(CallError::Source(_)), Ok(Err(error))) => {
-                let failure = Failure::new(error.class(), chain(&error));
-                Err(match error.hint() {
-                    Some(hint) => failure.hint(hint),
-                    None => failure,
-                })
-            }
+            (Err(CallError::Source(_)), Ok(Err(error))) => Err(folder_failure(&error)),
             (Err(error), _) => Err(disk_full(error)),
             (Ok(_), _) => {
                 let message = "the source was not read to its end";
@@ -97,6 +92,7 @@ fn disk_full(error: CallError) -> Failure {
                 FailureClass::User,
                 "disk_full: the source does not fit on the machine's disk",
             )
+            .because(Overrun::DiskFull)
             .hint("give it more with --disk, or leave files out with .kilnignore")
         }
         _ => Failure::from(error),

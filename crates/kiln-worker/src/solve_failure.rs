@@ -2,7 +2,7 @@
 //!
 //! BuildKit's words come from the guest: they choose between the user's own failures, never a verdict about the host.
 
-use kiln_core::FailureClass;
+use kiln_core::{FailureClass, Overrun};
 use kiln_proto::msg::Exit;
 
 use crate::failure::Failure;
@@ -37,6 +37,7 @@ pub fn classify(solve: &Solve, exit: &Exit, oom_kills: u64) -> Failure {
             FailureClass::User,
             step_message(solve, "filled the machine's disk"),
         )
+        .because(Overrun::DiskFull)
         .hint(
             "the disk of a build is bounded; the operator's limit is limits.disk_max in kiln.toml",
         );

@@ -76,12 +76,7 @@ pub(super) async fn run(
     drop(events);
     let _screen_ended = follow.await;
     let delivered = async {
-        let mut end = ended?;
-        if let Some(found) = &found {
-            let file = found.compiled.file();
-            end.egress = end.egress.under_policy(file, "dependencies");
-        }
-        let report = finish(end, screen)?;
+        let report = finish(ended?, screen)?;
         output
             .deliver(&operator, &report, &args, screen, &cancel)
             .await
@@ -242,6 +237,14 @@ pub(super) fn source_error(error: &ContextError) -> CliError {
     match error.hint() {
         Some(hint) => told.hint(hint),
         None => told,
+    }
+}
+
+/// A folder that a command cannot work on: whose fault, and what to do.
+pub(super) fn folder_error(error: &ContextError) -> CliError {
+    CliError {
+        hints: error.hint_of_run().into_iter().collect(),
+        ..source_error(error)
     }
 }
 

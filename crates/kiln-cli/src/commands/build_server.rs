@@ -237,10 +237,14 @@ async fn finish(
         class,
         message,
         hint,
+        reason,
         ..
     } = ended.outcome.verdict
     {
-        let mut error = CliError::new(class, message);
+        let mut error = CliError {
+            reason,
+            ..CliError::new(class, message)
+        };
         error.hints.extend(hint);
         return Err(error);
     }

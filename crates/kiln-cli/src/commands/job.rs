@@ -18,6 +18,7 @@ use super::{artifacts, home_queue, job_record, retry, timeline, when, why};
 use crate::args::{JobCommand, JobFilterArgs, ServerArgs};
 use crate::config::NO_TIMEOUT;
 use crate::error::{CliError, Result};
+use crate::printed::cut_character;
 use crate::server::follow::{Take, read_log};
 use crate::server::{Server, configured, empty, escaped, words};
 use crate::show::{Screen, printable};
@@ -303,7 +304,14 @@ fn ending(facts: &mut Facts, job: &JobView) {
         return;
     };
     if outcome.verdict != "passed" {
-        facts.add("fault", outcome.class.clone().unwrap_or_default());
+        let class = outcome.class.as_deref().unwrap_or_default();
+        facts.add(
+            "fault",
+            match outcome.reason.as_deref().filter(|reason| *reason != class) {
+                Some(reason) => format!("{class} ({reason})"),
+                None => class.to_owned(),
+            },
+        );
         facts.add(
             "reason",
             wrap(outcome.message.as_deref().unwrap_or_default(), VALUE_WIDTH).join("\n"),
@@ -349,17 +357,6 @@ struct Printer {
     /// The beginning of a character whose end has not come yet.
     begun: Vec<u8>,
     gone: bool,
-}
-
-/// Takes the beginning of a character off the end of a piece: the rest comes with the next one.
-fn cut_character(piece: &mut Vec<u8>) -> Vec<u8> {
-    let last = piece.utf8_chunks().last();
-    let begun = last.map_or(&[][..], |last| last.invalid());
-    let begins = begun.first().is_some_and(|byte| *byte >= 0xc0) && piece.ends_with(begun);
-    match begins {
-        true => piece.split_off(piece.len() - begun.len()),
-        false => Vec::new(),
-    }
 }
 
 impl Take for Printer {
@@ -483,20 +480,6 @@ async fn cancel_one(server: &Server, id: &str, reason: Option<&str>, screen: Scr
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_character_that_comes_in_two_pieces_is_whole() {
-        let text = "a\u{e9}\u{20ac}\u{1f600}z".as_bytes();
-        for at in 0..text.len() {
-            let mut first = text[..at].to_vec();
-            let mut second = cut_character(&mut first);
-            assert!(std::str::from_utf8(&first).is_ok(), "{at}");
-            second.extend_from_slice(&text[at..]);
-            assert!(std::str::from_utf8(&second).is_ok(), "{at}");
-        }
-        // What is no beginning of one is shown as what it is.
-        assert!(cut_character(&mut b"a\x80".to_vec()).is_empty());
-    }
 
     fn line(state: &str) -> JobLine {
         serde_json::from_value(json!({

@@ -40,10 +40,10 @@ impl Lesson {
     /// Says what was reached, as an allowlist.
     pub(super) fn tell(&self, screen: Screen) -> Vec<Learned> {
         let learned = self.give();
-        for line in &learned {
-            screen.data(&json!({ "event": "learned", "learned": line }), String::new);
-        }
         if screen.json() {
+            for line in &learned {
+                screen.data(&json!({ "event": "learned", "learned": line }), String::new);
+            }
             return learned;
         }
         screen.note(match learned.len() {

@@ -102,7 +102,6 @@ async fn here(
     };
     screen.note(&format!("kiln: job {id} again, as {}", request.id));
     let again = InFront {
-        policy: None,
         folder: folder(&request),
         operator: &operator,
         queue,
@@ -130,7 +129,7 @@ fn granted(request: &mut JobRequest, operator: &Operator) -> Result<()> {
         network: &request.network,
         phases,
         git,
-        applied: request.policy,
+        applied: request.policy.clone(),
     };
     let (max, applied) = stands(&standing, &grants, &request.tenant).map_err(|refusal| {
         let told = refused(refusal);

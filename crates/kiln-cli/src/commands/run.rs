@@ -32,7 +32,7 @@ use super::{source, when};
 use crate::args::{NetArg, RunArgs, ServerArgs};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
-use crate::terminal::{self, RawMode};
+use crate::terminal::{self, RawMode, Shown};
 
 /// Smallest disk that has room for a file system.
 const DISK_MIN: ByteSize = ByteSize::mib(16);
@@ -92,9 +92,14 @@ pub(super) async fn run_and_learn(
         !secrets.is_empty() || ruled.phases.iter().any(|phase| !phase.secrets.is_empty());
     let git = ruled.phases.iter().flat_map(|phase| &phase.git);
     let logs_in = git.chain(&ruled.git).any(|one| one.credential.is_some());
-    let listeners = listen(&args.publish).await?;
+    let listeners = listen(Said::Publish, &args.publish).await?;
     announce(&listeners, screen)?;
-    let size = wants_terminal(&args).then(terminal::size).flatten();
+    if args.tty && screen.json() {
+        return Err(CliError::usage("-t shows a terminal, --json prints events")
+            .hint("leave one of them out"));
+    }
+    let own_terminal = wants_terminal(&args) && !screen.json();
+    let size = own_terminal.then(terminal::size).flatten();
     let wants_stdin = size.is_some() || args.interactive || terminal::stdin_is_piped();
     let ports = ports(&listeners)?;
     let request = JobRequest {
@@ -140,7 +145,6 @@ pub(super) async fn run_and_learn(
         copies: &args.copy_out,
         stay,
         lesson: Some(lesson),
-        policy: ruled.file,
     };
     let ended = in_front.run(screen, &cancel).await;
     queue.close().await;
@@ -198,8 +202,6 @@ pub(super) struct InFront<'a> {
     pub(super) stay: Stay,
     /// Gets what an open machine reached.
     pub(super) lesson: Option<&'a Lesson>,
-    /// The file that says what it reaches.
-    pub(super) policy: Option<String>,
 }
 
 impl InFront<'_> {
@@ -223,15 +225,17 @@ impl InFront<'_> {
             listeners: self.listeners,
             size: self.size,
             wants_stdin: self.wants_stdin,
+            shown: match (screen.json(), self.size) {
+                (true, _) => Shown::Events,
+                (false, Some(_)) => Shown::Terminal,
+                (false, None) => Shown::Streams,
+            },
             keep: stay.keep(),
         };
         let ended = attached.run(&events, cancel).await;
         drop(events);
         let _screen_ended = follow.await;
         let (mut end, printed) = ended?;
-        if let Some(file) = &self.policy {
-            end.egress = std::mem::take(&mut end.egress).under_policy(file, "run");
-        }
         if let Some(lesson) = lesson {
             lesson.take(std::mem::take(&mut end.learned));
         }
@@ -246,6 +250,7 @@ impl InFront<'_> {
             false => Ok(()),
         };
         let ended = with_files(finish(end, cancel, screen), brought, screen);
+        exited(job.as_str(), &ended, screen);
         if let Some(kept) = kept {
             // The command's own end is told first, and stays what this command ends with.
             let told = match kept {
@@ -281,12 +286,12 @@ fn ports(listeners: &[(TcpListener, u16)]) -> Result<Vec<(u16, u16)>> {
     listeners.iter().map(pair).collect()
 }
 
-/// Says where ports lead, also where the system chose one.
+/// Says which ports of this host lead into the machine, also where the system chose one. Nobody listens at their other end yet.
 fn announce(listeners: &[(TcpListener, u16)], screen: Screen) -> Result<()> {
     for (listener, guest) in listeners {
         let address = listener.local_addr().or_infrastructure()?;
         screen.note(&format!(
-            "http://{address} leads to port {guest} of the machine"
+            "http://{address} leads to port {guest} of the machine, from when a program listens there"
         ));
     }
     Ok(())
@@ -301,6 +306,14 @@ pub(super) fn with_files(ended: Result<u8>, brought: Result<()>, screen: Screen)
             ended
         }
         (ended, Ok(())) => ended,
+    }
+}
+
+/// With `--json`: how the command ended. What is not the command's own end is told as an error.
+pub(super) fn exited(job: &str, ended: &Result<u8>, screen: Screen) {
+    if let (true, Ok(code)) = (screen.json(), ended) {
+        let told = serde_json::json!({ "event": "exit", "job": job, "code": code });
+        screen.data(&told, String::new);
     }
 }
 
@@ -428,6 +441,7 @@ struct Attached<'a> {
     listeners: Vec<(TcpListener, u16)>,
     size: Option<TtySize>,
     wants_stdin: bool,
+    shown: Shown,
     keep: Option<Keep>,
 }
 
@@ -445,7 +459,7 @@ impl Attached<'_> {
             .transpose()
             .or_infrastructure()?;
         let stop = cancel.child_token();
-        let printing = tokio::spawn(terminal::print(chunks, stop.clone(), self.size.is_some()));
+        let printing = tokio::spawn(terminal::print(chunks, stop.clone(), self.shown));
         let resizing = self
             .size
             .map(|_| tokio::spawn(terminal::watch_size(control_in.clone())));
@@ -513,14 +527,32 @@ fn wants_terminal(args: &RunArgs) -> bool {
     args.tty || (terminal::is_interactive() && !args.command.is_empty() && args.interactive)
 }
 
+/// Where a pair of ports stood on the command line.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Said {
+    /// After `--publish`.
+    Publish,
+    /// As a word of `kiln port-forward`.
+    Word,
+}
+
+impl std::fmt::Display for Said {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Publish => "--publish ",
+            Self::Word => "",
+        })
+    }
+}
+
 /// Binds every published port before anything starts.
-pub(super) async fn listen(words: &[String]) -> Result<Vec<(TcpListener, u16)>> {
+pub(super) async fn listen(said: Said, words: &[String]) -> Result<Vec<(TcpListener, u16)>> {
     let mut listeners = Vec::new();
     for word in words {
-        let (address, guest) = published(word)?;
+        let (address, guest) = published(said, word)?;
         let listener = TcpListener::bind(address).await.map_err(|error| {
             CliError::usage(format!(
-                "--publish {word}: could not listen on {address}: {error}"
+                "{said}{word}: could not listen on {address}: {error}"
             ))
             .hint("another program may use it: name another port before the colon, for example 8081:3000")
         })?;
@@ -530,10 +562,10 @@ pub(super) async fn listen(words: &[String]) -> Result<Vec<(TcpListener, u16)>> 
 }
 
 /// `HOST:GUEST` or `ADDRESS:HOST:GUEST`; the address is loopback unless it is given.
-fn published(word: &str) -> Result<(SocketAddr, u16)> {
+fn published(said: Said, word: &str) -> Result<(SocketAddr, u16)> {
     let usage = || {
         CliError::usage(format!(
-            "--publish {word:?}: write HOST:GUEST, for example 8080:3000"
+            "{said}{word:?}: write HOST:GUEST, for example 8080:3000"
         ))
     };
     let (front, guest) = word.rsplit_once(':').ok_or_else(usage)?;
@@ -561,15 +593,20 @@ mod tests {
 
     #[test]
     fn published_ports() {
-        let local = published("8080:3000").expect("legal");
+        let local = published(Said::Publish, "8080:3000").expect("legal");
         assert_eq!(local, ("127.0.0.1:8080".parse().expect("address"), 3000));
         assert_eq!(
-            published("0.0.0.0:80:3000").expect("legal").0.to_string(),
+            published(Said::Publish, "0.0.0.0:80:3000")
+                .expect("legal")
+                .0
+                .to_string(),
             "0.0.0.0:80"
         );
         for bad in ["8080", "a:1", "1:0", "1:70000", ":"] {
-            assert!(published(bad).is_err(), "{bad}");
+            assert!(published(Said::Publish, bad).is_err(), "{bad}");
         }
+        let told = published(Said::Word, "foo").expect_err("no ports");
+        assert!(told.message.starts_with("\"foo\": write"), "{told:?}");
     }
 
     #[test]

@@ -25,8 +25,6 @@ use crate::show::{Screen, printable};
 pub(super) struct Ruled {
     /// Top of the project that a policy found here belongs to.
     pub(super) top: Option<PathBuf>,
-    /// The policy's file.
-    pub(super) file: Option<String>,
     pub(super) image: Option<ImageRef>,
     pub(super) argv: Vec<String>,
     pub(super) network: NetworkPolicy,
@@ -78,7 +76,6 @@ pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Resul
     }
     Ok(Ruled {
         top: top(args, found.as_ref()),
-        file: compiled.map(|compiled| compiled.file().to_owned()),
         image: image(args, compiled, held.image.as_ref(), || operator.bases())?,
         argv: held.argv,
         network: held.network,
@@ -205,7 +202,7 @@ fn summary(file: &str, held: &Held) -> String {
         true => own,
         false => format!("run {own}"),
     });
-    let hash = held.applied.map(|applied| applied.hash);
+    let hash = held.applied.as_ref().map(|applied| applied.hash);
     let hash = hash.map(|hash| format!(" ({hash})")).unwrap_or_default();
     format!("policy: {file}, {}{hash}", parts.join(", "))
 }

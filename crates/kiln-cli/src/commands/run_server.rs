@@ -3,7 +3,7 @@
 use kiln_controller::api::{JobView, KeepAsk, MachineView, RunAsk};
 use kiln_core::{FailureClass, Verdict};
 use kiln_image::context::{Limits, Tree};
-use kiln_network::Learned;
+use kiln_network::{EgressSummary, Learned};
 use kiln_worker::event::Events;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::artifacts::CopyOut;
 use super::kept::Machine;
 use super::learn::Lesson;
-use super::run::{Stay, with_files};
+use super::run::{Stay, exited, with_files};
 use super::{artifacts, build, build_server, queueing, run_policy};
 use crate::args::RunArgs;
 use crate::error::{CliError, Result};
@@ -61,9 +61,9 @@ pub(super) async fn run(
         None => server.post("/v1/runs", &asked).await?,
         Some(folder) => {
             let tree = Tree::open_for_run(&folder.top, Limits::default())
-                .map_err(|error| build::source_error(&error))?;
+                .map_err(|error| build::folder_error(&error))?;
             tokio::select! {
-                job = upload::run(server, &asked, tree, build::source_error) => job?,
+                job = upload::run(server, &asked, tree, build::folder_error) => job?,
                 () = cancel.cancelled() => {
                     return Err(CliError::new(FailureClass::Cancelled, "cancelled before the files were sent"));
                 }
@@ -118,6 +118,10 @@ pub(super) async fn to_its_end(
     if let Some(lesson) = left.lesson {
         lesson.take(learned(ended.report.as_ref(), screen));
     }
+    let egress = egress(ended.report.as_ref());
+    if !egress.refused.is_empty() {
+        screen.note(&egress.to_string());
+    }
     let verdict = ended.outcome.verdict;
     let brought = match left.copies {
         None => Ok(()),
@@ -134,6 +138,7 @@ pub(super) async fn to_its_end(
     };
     let remains = remains(&verdict);
     let ended = with_files(code_of(verdict, screen, cancel), brought, screen);
+    exited(&job.line.id, &ended, screen);
     if !stay.asked().is_some_and(remains) {
         return ended;
     }
@@ -191,6 +196,14 @@ fn learned(report: Option<&Value>, screen: Screen) -> Vec<Learned> {
     serde_json::from_value(report["learned"].clone()).unwrap_or_default()
 }
 
+/// What it reached and was refused, as its worker told.
+fn egress(report: Option<&Value>) -> EgressSummary {
+    // What an older worker told has less.
+    let told = report.map(|report| report["egress"].clone());
+    told.and_then(|told| serde_json::from_value(told).ok())
+        .unwrap_or_default()
+}
+
 /// As the command ended.
 fn code_of(verdict: Verdict, screen: Screen, cancel: &CancellationToken) -> Result<u8> {
     match verdict {
@@ -211,9 +224,13 @@ fn code_of(verdict: Verdict, screen: Screen, cancel: &CancellationToken) -> Resu
             class,
             message,
             hint,
+            reason,
             ..
         } => {
-            let mut error = CliError::new(class, message);
+            let mut error = CliError {
+                reason,
+                ..CliError::new(class, message)
+            };
             error.hints.extend(hint);
             Err(error)
         }

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::sse::{Frame, Frames};
 use super::{Server, empty, words};
 use crate::error::{CliError, Result};
+use crate::printed::Printed;
 use crate::show::Screen;
 
 /// How often a job that waits is asked why.
@@ -342,6 +343,7 @@ impl Follower<'_> {
                 events,
                 screen,
                 lines: Lines::default(),
+                printed: Printed::default(),
                 gone: false,
             };
             let _lost = read_log(&server, &id, &ended, &mut sink).await;
@@ -434,12 +436,18 @@ struct Sink {
     events: Events,
     screen: Screen,
     lines: Lines,
+    /// A command's output, as events.
+    printed: Printed,
     gone: bool,
 }
 
 impl Take for Sink {
     async fn take(&mut self, bytes: &[u8]) -> bool {
         match self.kind {
+            LogKind::Raw if self.screen.json() => {
+                let event = self.printed.event(bytes);
+                self.gone |= self.tell(event).is_err();
+            }
             LogKind::Raw => self.gone |= self.screen.raw(bytes).is_err(),
             LogKind::Steps => {
                 for event in self.lines.push(bytes) {
@@ -452,7 +460,19 @@ impl Take for Sink {
 }
 
 impl Sink {
+    /// An event of the command's output, with `--json`.
+    fn tell(&self, event: Option<Value>) -> std::io::Result<()> {
+        match event {
+            Some(event) => self.screen.raw(format!("{event}\n").as_bytes()),
+            None => Ok(()),
+        }
+    }
+
     async fn end(&mut self) {
+        if self.kind == LogKind::Raw && !self.gone {
+            let rest = self.printed.rest();
+            self.gone |= self.tell(rest).is_err();
+        }
         for event in self.lines.push(b"\n") {
             self.events.tell(event).await;
         }

@@ -24,7 +24,7 @@ pub(crate) fn kept(kiln: &Kiln, code: i32, options: &[&str], command: &[&str]) -
     let mut lines = said
         .out
         .lines()
-        .filter_map(|line| serde_json::from_str(line).ok());
+        .map(|line| serde_json::from_str(line).expect("every line is JSON"));
     let told = lines.rfind(|line: &serde_json::Value| line["event"] == "kept");
     let told = told.unwrap_or_else(|| panic!("{said:?}"));
     told["id"].as_str().expect("an id").to_owned()

@@ -194,6 +194,15 @@ fn a_machine_is_held_to_the_folders_policy_and_the_operators_grant() {
         loud.err
     );
 
+    let shown = annex.run(&["job", "show", "--json"]).exits(0).out;
+    let shown: serde_json::Value = serde_json::from_str(&shown).expect("json");
+    let outcome = &shown["outcome"];
+    assert_eq!(
+        (&outcome["class"], &outcome["reason"]),
+        (&"user".into(), &"output_limit".into()),
+        "{shown}"
+    );
+
     // The operator takes away, and gives what only an operator can.
     let grants = annex.home.join("config/policy.toml");
     fs::write(&grants, "[tenant.local]\nhosts = [\"a.example.org\"]\n").expect("written");
@@ -221,6 +230,12 @@ fn commands_of_a_policy_run_before_the_command() {
     let dir = app(&[("kiln.yaml", policy)]);
     let said = within(&kiln, dir.path(), &["run"]).exits(0);
     assert_eq!(said.out, "first one\nsecond\n");
-    let said = within(&kiln, dir.path(), &["run", "--", "printf", "<%s>", "a b"]).exits(0);
-    assert_eq!(said.out, "first one\nsecond\n<a b>");
+    let script = "printf '<%s>\\377' 'a b'; echo e >&2; exit 7";
+    let loud = ["--json", "run", "--", "bash", "-c", script];
+    let said = within(&kiln, dir.path(), &loud).exits(7);
+    let (events, [out, err]) = said.events();
+    assert_eq!(out, b"first one\nsecond\n<a b>\xff");
+    assert_eq!((&*err, said.err.as_str()), (&b"e\n"[..], ""));
+    let exit = events.last().expect("events");
+    assert_eq!((&exit["event"], &exit["code"]), (&"exit".into(), &7.into()));
 }

@@ -43,6 +43,30 @@ impl Said {
         );
         self
     }
+
+    /// What `kiln --json run` said: every line is an event. Gives all of them, and the bytes that the command printed, one stream after the
+    /// other; where both are one, as in a job's log, the first has them.
+    #[track_caller]
+    pub(crate) fn events(&self) -> (Vec<serde_json::Value>, [Vec<u8>; 2]) {
+        use base64::Engine as _;
+        let parsed = self.out.lines().map(serde_json::from_str);
+        let events: Vec<serde_json::Value> = parsed
+            .collect::<Result<_, _>>()
+            .unwrap_or_else(|error| panic!("{error}: {self:?}"));
+        let mut printed = [Vec::new(), Vec::new()];
+        for event in events.iter().filter(|event| event["event"] == "output") {
+            let stream = &mut printed[usize::from(event["stream"] == "stderr")];
+            match (event["text"].as_str(), event["base64"].as_str()) {
+                (Some(text), None) => stream.extend(text.bytes()),
+                (None, Some(text)) => {
+                    let bytes = base64::engine::general_purpose::STANDARD.decode(text);
+                    stream.extend(bytes.expect("base 64"));
+                }
+                _ => panic!("{event}"),
+            }
+        }
+        (events, printed)
+    }
 }
 
 /// The program and home to test, or `None` when this run has none.

@@ -148,7 +148,7 @@ impl KeepAsk {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunAsk {
-    /// Container image; none means the base that fits the uploaded tree's runtime, else the machine image itself.
+    /// Container image; none means what the policy says, else the base that fits the uploaded tree's runtime, else the machine image itself.
     pub image: Option<String>,
     /// Folder of the uploaded tree in which the command begins; none means the topmost.
     pub folder: Option<String>,

@@ -435,7 +435,7 @@ pub(crate) fn still_stands(
         network: &request.network,
         phases,
         git,
-        applied: request.policy,
+        applied: request.policy.clone(),
     };
     stands(&standing, grants, &request.tenant).map_err(|refusal| {
         let problem = refused(refusal);

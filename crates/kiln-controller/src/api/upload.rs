@@ -298,7 +298,7 @@ fn cut(api: &Api, cause: &io::Error) -> Problem {
 fn too_large(api: &Api) -> Problem {
     let most = kiln_core::ByteSize(api.config.source_max);
     Problem::too_large(format!("a source has at most {most}")).hint(
-        "leave out what is not needed with .dockerignore, or ask the operator for a higher limit",
+        "leave out what is not needed (a build with .dockerignore, a run with .kilnignore), or ask the operator for a higher limit",
     )
 }
 

@@ -36,6 +36,9 @@ pub struct OutcomeView {
     /// Exit code of the user's command.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub command_code: Option<i32>,
+    /// The bound that was run over: `timeout`, `out_of_memory`, `disk_full`, `output_limit` or `process_limit`; there may be others some day.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// Exit code of `kiln` for it.
     pub exit_code: u8,
     /// Wall time of each phase in milliseconds, in order.
@@ -51,6 +54,7 @@ impl OutcomeView {
             message: None,
             hint: None,
             command_code: None,
+            reason: None,
             exit_code: outcome.exit_code(),
             phases_ms: outcome.phases_ms.clone(),
         };
@@ -59,6 +63,7 @@ impl OutcomeView {
             message,
             hint,
             command_code,
+            reason,
         } = &outcome.verdict
         {
             "failed".clone_into(&mut view.verdict);
@@ -66,6 +71,9 @@ impl OutcomeView {
             view.message = Some(message.clone());
             view.hint.clone_from(hint);
             view.command_code = *command_code;
+            // What an older worker told has the class alone.
+            let reason = reason.or(kiln_core::Overrun::of_class(*class));
+            view.reason = reason.as_ref().and_then(word);
         }
         view
     }
@@ -214,7 +222,7 @@ pub struct JobView {
     pub limits: LimitsView,
     /// `isolated`, `egress` with its destinations, or `open`.
     pub network: Value,
-    /// The policy file it was narrowed by: hash of the `file`, and `hash` of what held.
+    /// The policy file it was narrowed by: its `name`, hash of the `file`, and `hash` of what held.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<Value>,
     /// `trusted` or `untrusted`.

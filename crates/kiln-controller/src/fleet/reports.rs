@@ -266,6 +266,7 @@ pub(super) async fn release(
                     message: "the worker's process ended in the middle of the attempt".to_owned(),
                     hint: None,
                     command_code: None,
+                    reason: None,
                 },
                 phases_ms: Vec::new(),
             },

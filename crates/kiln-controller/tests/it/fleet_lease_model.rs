@@ -62,6 +62,7 @@ fn outcome(class: Option<FailureClass>) -> Outcome {
             message: String::new(),
             hint: None,
             command_code: None,
+            reason: None,
         },
     };
     Outcome {

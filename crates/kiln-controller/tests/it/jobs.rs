@@ -184,6 +184,7 @@ fn a_cancel_is_final_and_idempotent_and_too_late_is_said() {
             message: "stopped".to_owned(),
             hint: None,
             command_code: None,
+            reason: None,
         },
         phases_ms: Vec::new(),
     };

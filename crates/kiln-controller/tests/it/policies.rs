@@ -449,6 +449,7 @@ async fn held_to_a_policy(fleet: &Fleet, name: &str) -> kiln_core::JobId {
     let hash = Digest::of(b"policy");
     let mut new = script(name, 2, 10);
     new.request.policy = Some(kiln_core::job::AppliedPolicy {
+        name: None,
         file: hash,
         hash,
         upload_bits: None,

@@ -262,6 +262,7 @@ pub(crate) fn failed(class: FailureClass) -> Outcome {
             message: "it failed\0 <b>'\"\u{1b}[2J".to_owned(),
             hint: None,
             command_code: Some(1),
+            reason: None,
         },
         phases_ms: Vec::new(),
     }

@@ -107,8 +107,8 @@ impl std::fmt::Display for Refused {
 
 fn refused(first: &[Refused], total: usize) -> String {
     let mut text = match total {
-        1 => "1 entry cannot be sent to a build:".to_owned(),
-        _ => format!("{total} entries cannot be sent to a build:"),
+        1 => "1 entry cannot be sent to a machine:".to_owned(),
+        _ => format!("{total} entries cannot be sent to a machine:"),
     };
     for one in first {
         text.push_str("\n  ");
@@ -130,17 +130,26 @@ impl ContextError {
         }
     }
 
-    /// What to do about it, where kiln knows.
+    /// What to do about it in a build, where kiln knows.
     #[must_use]
     pub fn hint(&self) -> Option<String> {
+        self.hint_with("build", ".dockerignore")
+    }
+
+    /// What to do about it in a run, where kiln knows: there another file says first what stays behind.
+    #[must_use]
+    pub fn hint_of_run(&self) -> Option<String> {
+        self.hint_with("command", ".kilnignore")
+    }
+
+    fn hint_with(&self, who: &str, file: &str) -> Option<String> {
         match self {
-            Self::Refused { .. } => Some(
-                "rename or remove them, or name them in .dockerignore so that they stay behind"
-                    .to_owned(),
-            ),
-            Self::TooManyEntries { .. } | Self::TooLarge { .. } => {
-                Some("name folders that the build does not need in .dockerignore".to_owned())
-            }
+            Self::Refused { .. } => Some(format!(
+                "rename or remove them, or name them in {file} so that they stay behind"
+            )),
+            Self::TooManyEntries { .. } | Self::TooLarge { .. } => Some(format!(
+                "name folders that the {who} does not need in {file}"
+            )),
             Self::Changed { .. } => {
                 Some("stop what writes into the folder and start again".to_owned())
             }

@@ -145,6 +145,19 @@ fn starters_are_legal_policies() {
                 _ => format!("{line}\n"),
             })
             .collect();
+        // And so is the list in the place of the active line.
+        let listed: String = text
+            .replacen("  mode: isolated\n", "", 1)
+            .lines()
+            .map(|line| match line.strip_prefix("  # ") {
+                Some(rest) if rest.starts_with("allow:") || rest.starts_with("  - ") => {
+                    format!("  {rest}\n")
+                }
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        let network = compiled(&listed).policy().network(Phase::Run).clone();
+        assert_eq!(network.rules().len(), 1, "{listed}");
         let policy = compiled(&all);
         assert_eq!(policy.policy().limits.connections, Some(64));
         assert_eq!(policy.policy().artifacts, ["report.xml"]);

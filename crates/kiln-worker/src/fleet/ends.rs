@@ -1,10 +1,27 @@
 //! How builds and runs end, in the words of a job.
 
-use kiln_core::{FailureClass, Outcome, Verdict};
+use kiln_core::{FailureClass, JobKind, JobRequest, Outcome, Verdict};
+use kiln_network::EgressSummary;
 
 use super::job::{Ended, JobEnd};
 use crate::build::BuildEnd;
 use crate::run::{RunEnd, ending, exit_code};
+
+/// What would admit what was refused: a rule of the file that the job is held to, where one is; there a flag admits nothing.
+pub(super) fn under_policy(egress: EgressSummary, request: &JobRequest) -> EgressSummary {
+    let policy = request.policy.as_ref();
+    let Some(file) = policy.and_then(|policy| policy.name.as_deref()) else {
+        return egress;
+    };
+    match &request.kind {
+        JobKind::Run(_) => egress.under_policy(file, "run"),
+        JobKind::SourceBuild(build) if build.only_network => {
+            egress.under_policy(file, "dependencies")
+        }
+        // The file says nothing of what a build reaches.
+        _ => egress,
+    }
+}
 
 pub(super) fn built(end: BuildEnd) -> JobEnd {
     let verdict = match &end.result {
@@ -35,6 +52,7 @@ pub(super) fn ran(end: RunEnd) -> JobEnd {
             message: ending(exit),
             hint: None,
             command_code: Some(exit_code(exit)),
+            reason: None,
         },
         Err(failure) => failure.verdict(),
     };

@@ -21,7 +21,7 @@ use tracing::Instrument as _;
 
 use super::artifacts;
 use super::client::{Client, REQUEST_TIMEOUT, job_path};
-use super::ends::{built, ran};
+use super::ends::{built, ran, under_policy};
 use super::far::publish_far;
 use super::local::{LocalFolder, LocalJob, LocalJobs, LocalRun};
 use super::mask::Mask;
@@ -452,7 +452,8 @@ impl Work<'_> {
         local: LocalJob,
         secrets: Vec<(String, Vec<u8>)>,
     ) -> (JobEnd, Option<Box<kiln_core::Observed>>) {
-        match request.kind.clone() {
+        let held = JobRequest::clone(&request);
+        let (mut end, observed) = match request.kind.clone() {
             JobKind::SourceBuild(wanted) => match self.build(request, wanted, local, secrets).await
             {
                 Ok((end, observed, runtime)) => {
@@ -476,7 +477,12 @@ impl Work<'_> {
                     None,
                 )
             }
+        };
+        end.egress = under_policy(end.egress, &held);
+        if let Ok(Ended::Built(report)) = &mut end.result {
+            report.egress = under_policy(std::mem::take(&mut report.egress), &held);
         }
+        (end, observed)
     }
 
     async fn build(

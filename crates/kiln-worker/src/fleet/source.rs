@@ -56,7 +56,7 @@ impl Work<'_> {
         let opened = opened
             .await
             .map_err(|error| Failure::infrastructure(&error))?;
-        let tree = opened.map_err(|error| prepare::source_failure(&error))?;
+        let tree = opened.map_err(|error| prepare::folder_failure(&error))?;
         let files = RunFiles::new(tree, &wanted.folder)?;
         let base = match find_base {
             true => self.base(&here.dir).await?,

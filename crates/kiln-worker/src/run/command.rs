@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_core::{ByteSize, FailureClass};
+use kiln_core::{ByteSize, FailureClass, Overrun};
 use kiln_proto::Session;
 use kiln_proto::msg::{ExecRequest, Exit};
 use tokio::io::AsyncRead;
@@ -125,6 +125,7 @@ fn output_limit(most: u64) -> Failure {
         ByteSize(most)
     );
     Failure::new(FailureClass::User, message)
+        .because(Overrun::OutputLimit)
         .hint("write less, or raise limits.output of the policy")
 }
 

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use kiln_core::job::{RunCommand, RunPhase, RunPhaseName};
 use kiln_core::machine::{DiskAccess, DiskFormat};
-use kiln_core::{DiskRole, DiskSlot, FailureClass, GitAccess, JobRequest, Lease, NetworkPolicy};
+use kiln_core::{
+    DiskRole, DiskSlot, FailureClass, GitAccess, JobRequest, Lease, NetworkPolicy, Overrun,
+};
 use kiln_proto::msg::{
     ContainerSpec, ExecRequest, Exit, Order, OrderReply, Place, TtySize, feature,
 };
@@ -239,7 +241,8 @@ impl Inside<'_> {
             let hint = "give it more with --memory";
             return Err(told(FailureClass::OutOfMemory, message, hint));
         }
-        let processes = request.policy.and_then(|policy| policy.processes_max);
+        let policy = request.policy.as_ref();
+        let processes = policy.and_then(|policy| policy.processes_max);
         let bounded = processes.is_some() || has_disk(self.command);
         if exit.code == Some(0) || !bounded {
             return Ok(exit);
@@ -259,7 +262,7 @@ impl Inside<'_> {
                 ending(&exit)
             );
             let hint = "give it more with --disk, or raise limits.disk of the policy";
-            return Err(told(FailureClass::User, message, hint));
+            return Err(told(FailureClass::User, message, hint).because(Overrun::DiskFull));
         }
         if let Some(most) = processes.filter(|_| stats.processes_refused > 0) {
             let message = format!(
@@ -267,7 +270,7 @@ impl Inside<'_> {
                 ending(&exit)
             );
             let hint = "start fewer at once, or raise limits.processes of the policy";
-            return Err(told(FailureClass::User, message, hint));
+            return Err(told(FailureClass::User, message, hint).because(Overrun::ProcessLimit));
         }
         Ok(exit)
     }
@@ -355,7 +358,7 @@ async fn prepare<'a>(
         let what = "take the CA bundle";
         orders::put_file(&attempt.session, what, Place::CaBundle, bundle).await?;
     }
-    let policy = input.request.policy;
+    let policy = input.request.policy.as_ref();
     let is_new = !command.phases.is_empty() || has_disk(command);
     if is_new && !attempt.hello.has(feature::WORK) {
         return Err(too_old("work on files and in phases"));

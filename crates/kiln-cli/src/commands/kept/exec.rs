@@ -16,7 +16,7 @@ use crate::args::{ConsoleArgs, ExecArgs, ServerArgs};
 use crate::commands::source;
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
-use crate::terminal::{self, RawMode, USUAL_SIZE};
+use crate::terminal::{self, RawMode, Shown, USUAL_SIZE};
 
 /// Exit code when nobody reads the output any more: 128 and SIGPIPE, as a shell has it.
 const READER_GONE: u8 = 141;
@@ -125,7 +125,11 @@ async fn attach(
     let raw = (ask.tty.is_some() && io::stdin().is_terminal()).then(RawMode::enter);
     let raw = raw.transpose().or_infrastructure()?;
     let stop = cancel.child_token();
-    let printing = tokio::spawn(terminal::print(chunks, stop.clone(), ask.tty.is_some()));
+    let shown = match ask.tty {
+        Some(_) => Shown::Terminal,
+        None => Shown::Streams,
+    };
+    let printing = tokio::spawn(terminal::print(chunks, stop.clone(), shown));
     let resizing = ask
         .tty
         .map(|_| tokio::spawn(terminal::watch_size(control_in.clone())));

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Machine, ask, refused};
 use crate::args::{ForwardArgs, ServerArgs};
-use crate::commands::run::listen;
+use crate::commands::run::{Said, listen};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
 
@@ -25,7 +25,7 @@ pub(in crate::commands) async fn run(
     let machine = Machine::named(said, &args.id).await?;
     // One that cannot be reached is told before anybody connects.
     let _shown = ask(machine.reach(), &Ask::Show).await?;
-    let listeners = listen(&args.ports).await?;
+    let listeners = listen(Said::Word, &args.ports).await?;
     // What is over the keeper's bound waits here.
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX / 2));
     let mut tasks = tokio::task::JoinSet::new();
