@@ -286,12 +286,27 @@ pub struct RunCommand {
     /// What runs beside it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<RunService>,
-    /// What it writes lies on a disk of `limits.disk`, not in its memory. With a source it always does.
+    /// What it writes lies on a disk of `limits.disk`, not in its memory. With a source it always does, but on a root disk of its own.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub disk: bool,
     /// Its machine stays on its worker when it is over. Not of a command that runs its own job: that one keeps the machine itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep: Option<RunKeep>,
+    /// Kernel of its machine, instead of the machine image's. Only of a command that runs its own job and has the file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<GivenFile>,
+    /// Root disk of its machine, instead of the machine image's; as [`Self::kernel`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root_disk: Option<GivenFile>,
+}
+
+/// A file of whoever asks, of which a machine is made: which one it is, not where it lies.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct GivenFile {
+    /// Its name, without a folder.
+    pub name: String,
+    /// Digest of all of it.
+    pub digest: Digest,
 }
 
 /// That a machine stays when its command is over.

@@ -7,6 +7,7 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kiln_core::DiskRole;
@@ -27,6 +28,9 @@ const UPPER_SIZE: &str = "size=50%,mode=755";
 const OPEN_FILES_MAX: u64 = 1_048_576;
 /// Most CPUs brought up.
 const CPUS_MAX: u32 = 256;
+
+/// Set once the root disk is the root.
+static ROOT_DISK: AtomicBool = AtomicBool::new(false);
 
 const PLAIN: MountFlags = MountFlags::NOSUID
     .union(MountFlags::NODEV)
@@ -54,10 +58,13 @@ pub(crate) fn boot() -> Result<(), SysError> {
     log::debug("modules loaded");
     if let Some(disk) = find_root() {
         switch_root(&disk)?;
+        ROOT_DISK.store(true, Ordering::Relaxed);
         log::debug("root switched");
     }
     rest_of_mounts()?;
-    for directory in ["/work", "/scratch", "/source", "/image", "/var/tmp"] {
+    for directory in [
+        "/work", "/scratch", "/source", "/image", "/var/tmp", "/root",
+    ] {
         directory_at(directory)?;
     }
     identity::prepare(HOSTNAME)?;
@@ -65,6 +72,11 @@ pub(crate) fn boot() -> Result<(), SysError> {
     limits();
     settings();
     Ok(())
+}
+
+/// Whether the machine's root is a disk. A kernel that shows none leaves us in the initial RAM disk.
+pub(crate) fn has_root_disk() -> bool {
+    ROOT_DISK.load(Ordering::Relaxed)
 }
 
 /// Says why on the console and powers off. Never returns: PID 1 may not end.

@@ -14,7 +14,7 @@ use crate::memory::Memory;
 use crate::mounts::Mounts;
 use crate::net::Net;
 use crate::reaper::Reaper;
-use crate::{buildkit, identity, oci_wrapper};
+use crate::{boot, buildkit, identity, oci_wrapper};
 
 /// Name of the workload's cgroup.
 pub(crate) const WORKLOAD: &str = "workload";
@@ -114,6 +114,9 @@ impl Guest {
             feature::SECRET_FILES,
             feature::WORK,
         ];
+        if boot::has_root_disk() {
+            features.push(feature::ROOT_DISK);
+        }
         if Path::new(buildkit::DAEMON).exists() {
             features.push(feature::BUILDKIT);
         }

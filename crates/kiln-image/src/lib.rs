@@ -6,6 +6,7 @@ pub mod build_config;
 pub mod context;
 pub mod dockerfile;
 pub mod git_tree;
+pub mod given;
 pub mod heads;
 pub mod plan;
 pub mod sealed;

@@ -243,7 +243,11 @@ pub async fn start(
     }
 }
 
-async fn start_once(
+/// As [`start()`], without another try.
+///
+/// # Errors
+/// [`BringUpError`]; nothing is left of the machine then.
+pub async fn start_once(
     driver: &dyn Driver,
     spec: &MachineSpec,
     start: &Start,

@@ -87,6 +87,8 @@ pub mod feature {
     /// Shows the tree of [`super::Place::Work`] in containers, runs one container after the other on the same files, runs
     /// services beside them, and tells what its bounds refused.
     pub const WORK: &str = "work";
+    /// Its root is a disk, not the initial RAM disk; only a guest that knows this word says it.
+    pub const ROOT_DISK: &str = "root_disk";
 }
 
 /// Why the guest could not do what it was told.

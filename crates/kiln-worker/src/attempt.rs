@@ -17,12 +17,13 @@ use kiln_machine::driver::{
 use kiln_machine::ledger::Ticket;
 use kiln_machine::template::Held;
 use kiln_network::gateway::Gateway;
-use kiln_proto::msg::{Mount, Order};
+use kiln_proto::msg::{Mount, Order, feature};
 use kiln_proto::{Hello, Session};
 use tokio::task::JoinHandle;
 
 use crate::event::Events;
 use crate::failure::Failure;
+use crate::given::GivenBoot;
 use crate::host::{Host, now_unix_ms};
 use crate::kept::HANDOVER_MAX;
 use crate::measured::{Measured, add, ms};
@@ -140,6 +141,10 @@ async fn bring_up(
     events: &Events,
 ) -> Result<(Chosen, Ready), Failure> {
     let chosen = templates::choose(host, wanted, memory, events).await?;
+    if let Purpose::Given(given) = wanted.purpose {
+        let ready = boot_given(host, wanted, (memory, cpus), given, &chosen).await;
+        return Ok((chosen, ready?));
+    }
     let error = match start_as(host, wanted, memory, cpus, &chosen).await {
         Ok(ready) => return Ok((chosen, ready)),
         Err(error) => error,
@@ -166,6 +171,37 @@ async fn bring_up(
     Ok((cold, ready.map_err(templates::bring_up_failure)?))
 }
 
+/// Boots a machine on given files, once; only one that hung where the host is the likeliest reason is booted again.
+async fn boot_given(
+    host: &Host,
+    wanted: &Wanted<'_>,
+    (memory, cpus): (ByteSize, &[u32]),
+    given: &GivenBoot,
+    cold: &Chosen,
+) -> Result<Ready, Failure> {
+    let spec = MachineSpec {
+        boot: given.source().clone(),
+        ..spec_as(host, wanted, memory, cpus, cold)
+    };
+    let boot = || bring_up::start_once(&*host.driver, &spec, &Start::Cold, Deadlines::default());
+    let ready = match boot().await {
+        Err(error) if given.is_tried_again(&error) => {
+            let text = "a boot hung and is tried once more";
+            tracing::warn!(machine = %wanted.name, error = %orders::chain(&error), text);
+            boot().await
+        }
+        first => first,
+    };
+    let ready = ready.map_err(|error| given.failure(error, BOOT_TIMEOUT))?;
+    if ready.hello.has(feature::ROOT_DISK) {
+        return Ok(ready);
+    }
+    let failure = given.no_root(&ready.machine.console_tail());
+    ready.session.close(0, "the machine has no root disk");
+    ready.machine.destroy().await;
+    Err(failure)
+}
+
 async fn start_as(
     host: &Host,
     wanted: &Wanted<'_>,
@@ -173,23 +209,36 @@ async fn start_as(
     cpus: &[u32],
     chosen: &Chosen,
 ) -> Result<Ready, BringUpError> {
-    let mut disks = vec![root_disk(host)];
+    let spec = spec_as(host, wanted, memory, cpus, chosen);
+    let start = chosen
+        .template
+        .as_ref()
+        .map_or(Start::Cold, |held| Start::Template(held.template.clone()));
+    bring_up::start(&*host.driver, &spec, &start, Deadlines::default()).await
+}
+
+fn spec_as(
+    host: &Host,
+    wanted: &Wanted<'_>,
+    memory: ByteSize,
+    cpus: &[u32],
+    chosen: &Chosen,
+) -> MachineSpec {
+    let mut disks = match wanted.purpose {
+        Purpose::Given(given) => vec![given.root().clone()],
+        _ => vec![root_disk(host)],
+    };
     if let (Purpose::Build { head }, true) = (
         &wanted.purpose,
         chosen.holds_head || chosen.template.is_none(),
     ) {
         disks.push(state_disk(host, head));
     }
-    let spec = MachineSpec {
+    MachineSpec {
         host_cpus: cpus.to_vec(),
         keep_until_unix_ms: wanted.may_stay.then(handed_over_until),
         ..spec(host, wanted.name.clone(), wanted.cpus, memory, disks)
-    };
-    let start = chosen
-        .template
-        .as_ref()
-        .map_or(Start::Cold, |held| Start::Template(held.template.clone()));
-    bring_up::start(&*host.driver, &spec, &start, Deadlines::default()).await
+    }
 }
 
 /// The lines of a console that tell most of an end: from the kernel's panic on, else the last ones.

@@ -20,6 +20,8 @@ pub struct CurrentImage {
     pub boot: BootSource,
     /// Its root disk, read-only and shared.
     pub root: PathBuf,
+    /// Release of its kernel.
+    pub kernel_release: String,
     /// Version of BuildKit inside.
     pub buildkit: String,
 }
@@ -46,6 +48,7 @@ impl CurrentImage {
         Ok(Self {
             boot: boot_source(&dir, &manifest),
             root: dir.join("root.img"),
+            kernel_release: manifest.kernel_release,
             buildkit: manifest.buildkit_version,
             name: manifest.name,
             dir,

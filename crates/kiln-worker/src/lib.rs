@@ -17,6 +17,7 @@ pub mod event;
 pub mod failure;
 pub mod fleet;
 pub mod fork;
+pub mod given;
 pub mod home;
 pub mod host;
 pub mod image;

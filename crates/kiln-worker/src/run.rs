@@ -29,6 +29,7 @@ use crate::connections;
 use crate::event::Events;
 use crate::failure::Failure;
 use crate::fleet::mask::Mask;
+use crate::given::Given;
 use crate::host::Host;
 use crate::joblog::JobLog;
 use crate::kept::{self, Handover, Keep};
@@ -88,6 +89,8 @@ pub struct RunInput {
     pub phases: Vec<(RunPhase, RunSecrets)>,
     /// What runs beside it.
     pub services: Vec<ServiceInput>,
+    /// Files of which its machine is made.
+    pub given: Given,
 }
 
 impl std::fmt::Debug for RunInput {
@@ -251,7 +254,7 @@ impl Limit {
 
 async fn work(
     host: &Host,
-    input: RunInput,
+    mut input: RunInput,
     lease: &Lease,
     (egress, limit): (Arc<EgressLog>, Limit),
     events: &Events,
@@ -266,6 +269,8 @@ async fn work(
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
     told.phases.begin("machine").await;
+    let given = Arc::new(std::mem::take(&mut input.given));
+    let boot = given.boot(host, events).await?;
     let name = lease
         .attempt
         .machine_name("run")
@@ -274,7 +279,7 @@ async fn work(
         name,
         cpus: limits.cpus,
         memory: limits.memory,
-        purpose: Purpose::Run,
+        purpose: boot.as_ref().map_or(Purpose::Run, Purpose::Given),
         make_template: true,
         may_stay: input.keep.is_some(),
     };
@@ -306,7 +311,8 @@ async fn work(
     let result = inside::in_machine(&attempt, input, lease, (cancel, limit), ran).await;
     let result = match result {
         Err(failure) => Err(attempt.explain(failure).await),
-        ok => ok,
+        // Else nobody knows what the command saw.
+        ended => given.unchanged().and(ended),
     };
     let stays = stays.filter(|keep| remains(*keep, &result));
     let Some(mut handover) = handover.filter(|_| stays.is_some()) else {

@@ -19,6 +19,7 @@ use crate::attempt::{self, MOUNT_TIMEOUT, Wanted};
 use crate::buildkit;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
+use crate::given::GivenBoot;
 use crate::host::Host;
 use crate::orders;
 
@@ -54,6 +55,8 @@ pub fn preparations(buildkit: &str) -> [String; 3] {
 pub enum Purpose<'a> {
     /// A command or a container image.
     Run,
+    /// The same, on files that somebody gives: booted, and no template is made.
+    Given(&'a GivenBoot),
     /// An image build on this head.
     Build {
         /// The head to fork.
@@ -145,14 +148,15 @@ pub async fn choose(
     memory: ByteSize,
     events: &Events,
 ) -> Result<Chosen, Failure> {
-    if !host.driver.capabilities().templates {
+    let given = matches!(wanted.purpose, Purpose::Given(_));
+    if given || !host.driver.capabilities().templates {
         return Ok(Chosen {
             template: None,
             holds_head: false,
         });
     }
     let plain = match wanted.purpose {
-        Purpose::Run => Variant::Run,
+        Purpose::Run | Purpose::Given(_) => Variant::Run,
         Purpose::Build { head } => {
             let variant = Variant::OnHead(head);
             // The shared head's template serves everybody and is worth making on demand; a tenant's own is made ahead of time.

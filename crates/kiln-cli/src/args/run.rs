@@ -26,6 +26,12 @@ pub(crate) struct RunArgs {
     /// Container image to run; without it the base that fits the runtime of the folder, else the machine image itself
     #[arg(long, value_name = "REF")]
     pub image: Option<ImageRef>,
+    /// Kernel to boot instead of kiln's own: a bzImage, or an ELF that boots by PVH; its modules come from /lib/modules/RELEASE of this host
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Raw ext4 image whose tree is the machine's root instead of kiln's own; it is only read
+    #[arg(long, value_name = "FILE", conflicts_with = "image")]
+    pub root_disk: Option<PathBuf>,
     /// Folder to copy in and to begin in, whatever it is (default: this one, when it is a project and no --image is named)
     #[arg(long, value_name = "DIR", conflicts_with = "no_source")]
     pub source: Option<PathBuf>,

@@ -282,6 +282,11 @@ fn show(job: &JobView, record: &Record, now_unix_ms: u64) -> String {
     if job.attempts.len() > 1 {
         facts.add("attempts", job.attempts.len().to_string());
     }
+    for (name, file) in [("kernel", &job.kernel), ("root disk", &job.root_disk)] {
+        let file = file.clone().unwrap_or_default();
+        let parts = ["name", "digest"].map(|part| file[part].as_str().unwrap_or_default());
+        facts.add(name, parts.join(" ").trim());
+    }
     let observed = job.observed.clone().unwrap_or_default();
     for (name, key) in [
         ("source", "source"),

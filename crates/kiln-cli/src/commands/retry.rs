@@ -7,6 +7,7 @@ use kiln_image::context::{self, Limits, Tree};
 use kiln_policy::{Standing, stands};
 use kiln_proto::fleet::Own;
 use kiln_worker::fleet::local::LocalFolder;
+use kiln_worker::given::Given;
 use kiln_worker::host::new_job_id;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -102,6 +103,7 @@ async fn here(
     };
     screen.note(&format!("kiln: job {id} again, as {}", request.id));
     let again = InFront {
+        given: Given::default(),
         folder: folder(&request),
         operator: &operator,
         queue,
@@ -185,6 +187,9 @@ fn missing(request: &JobRequest, terminal: bool) -> Option<&'static str> {
             Some("what came on its standard input is not kept")
         }
         JobKind::Run(run) if run.tty && !terminal => Some("it had a terminal, and here is none"),
+        JobKind::Run(run) if run.kernel.is_some() || run.root_disk.is_some() => {
+            Some("its kernel or root disk was a file of the command that asked, and is not kept")
+        }
         JobKind::Run(run) if !run.ports.is_empty() => {
             Some("its ports belonged to the command that is over")
         }
@@ -218,6 +223,14 @@ mod tests {
         assert!(missing(&run(true, true, none.clone()), false).is_some());
         assert!(missing(&run(false, true, none), true).is_some());
         assert!(missing(&run(false, false, json!([[8080, 80]])), true).is_some());
+        let digest = Digest::of(b"x");
+        for file in ["kernel", "root_disk"] {
+            let given = request(&json!({
+                "kind": "run", "image": null, "argv": ["true"], "env": {}, "ports": [], "tty": false, "stdin": false,
+                file: {"name": "vmlinuz", "digest": digest},
+            }));
+            assert!(missing(&given, true).is_some_and(|why| why.contains("not kept")));
+        }
         let build = json!({"kind": "source_build", "name": "a", "source": {"from": "folder", "path": "/a"}});
         assert!(missing(&request(&build), true).is_some());
     }

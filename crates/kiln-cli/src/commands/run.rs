@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use kiln_controller::api::KeepAsk;
@@ -14,6 +13,7 @@ use kiln_proto::msg::{Exit, TtySize};
 use kiln_worker::event::Events;
 use kiln_worker::fleet::job::{Ended, JobEnd};
 use kiln_worker::fleet::local::{LocalFolder, LocalJob, LocalRun};
+use kiln_worker::given::Given;
 use kiln_worker::host::new_job_id;
 use kiln_worker::kept::{Keep, STAYS_DEFAULT};
 use kiln_worker::orders::Control;
@@ -28,7 +28,7 @@ use super::kept::{Machine, exec, keeper};
 use super::learn::Lesson;
 use super::operator::Operator;
 use super::run_folder::{self, Folder};
-use super::{source, when};
+use super::{run_given, run_ports, source, when};
 use crate::args::{NetArg, RunArgs, ServerArgs};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
@@ -73,6 +73,7 @@ pub(super) async fn run_and_learn(
         ruled.argv = vec!["true".to_owned()];
     }
     something(ruled.image.as_ref(), &ruled.argv)?;
+    let given = run_given::open(&args, &ruled, screen, &cancel).await?;
     let config = &operator.config;
     let mut limits = config.limits(&ruled.limits, false, super::host_cpus())?;
     kiln_policy::below(&mut limits, &ruled.max);
@@ -92,8 +93,8 @@ pub(super) async fn run_and_learn(
         !secrets.is_empty() || ruled.phases.iter().any(|phase| !phase.secrets.is_empty());
     let git = ruled.phases.iter().flat_map(|phase| &phase.git);
     let logs_in = git.chain(&ruled.git).any(|one| one.credential.is_some());
-    let listeners = listen(Said::Publish, &args.publish).await?;
-    announce(&listeners, screen)?;
+    let listeners = run_ports::listen(run_ports::Said::Publish, &args.publish).await?;
+    run_ports::announce(&listeners, screen)?;
     if args.tty && screen.json() {
         return Err(CliError::usage("-t shows a terminal, --json prints events")
             .hint("leave one of them out"));
@@ -101,7 +102,8 @@ pub(super) async fn run_and_learn(
     let own_terminal = wants_terminal(&args) && !screen.json();
     let size = own_terminal.then(terminal::size).flatten();
     let wants_stdin = size.is_some() || args.interactive || terminal::stdin_is_piped();
-    let ports = ports(&listeners)?;
+    let ports = run_ports::ports(&listeners)?;
+    let [kernel, root_disk] = given.asked();
     let request = JobRequest {
         id: new_job_id('r').map_err(CliError::from_failure)?,
         tenant: TenantName::local(),
@@ -121,6 +123,8 @@ pub(super) async fn run_and_learn(
             services: ruled.services,
             disk: own.disk.is_some() || ruled.disk.is_some(),
             keep: None,
+            kernel,
+            root_disk,
         }),
         network: ruled.network,
         limits,
@@ -134,6 +138,7 @@ pub(super) async fn run_and_learn(
     let queue = HomeQueue::open(&operator.home).await?;
     let in_front = InFront {
         folder: folder.as_ref().map(Folder::local),
+        given,
         operator: &operator,
         queue: &queue,
         request,
@@ -187,6 +192,8 @@ fn disk(asked: Option<ByteSize>, most: ByteSize) -> Result<ByteSize> {
 pub(super) struct InFront<'a> {
     /// What it works on.
     pub(super) folder: Option<LocalFolder>,
+    /// Files of which its machine is made.
+    pub(super) given: Given,
     pub(super) operator: &'a Operator,
     pub(super) queue: &'a HomeQueue,
     pub(super) request: JobRequest,
@@ -218,6 +225,7 @@ impl InFront<'_> {
         let (operator, stay, lesson) = (self.operator, self.stay, self.lesson);
         let attached = Attached {
             folder: self.folder,
+            given: self.given,
             operator: self.operator,
             queue,
             request: self.request,
@@ -275,26 +283,6 @@ impl InFront<'_> {
             Ok(()) => ended,
         }
     }
-}
-
-/// Ports of this host, and those of the machine that they lead to.
-fn ports(listeners: &[(TcpListener, u16)]) -> Result<Vec<(u16, u16)>> {
-    let pair = |(listener, guest): &(TcpListener, u16)| {
-        let address = listener.local_addr().or_infrastructure()?;
-        Ok((address.port(), *guest))
-    };
-    listeners.iter().map(pair).collect()
-}
-
-/// Says which ports of this host lead into the machine, also where the system chose one. Nobody listens at their other end yet.
-fn announce(listeners: &[(TcpListener, u16)], screen: Screen) -> Result<()> {
-    for (listener, guest) in listeners {
-        let address = listener.local_addr().or_infrastructure()?;
-        screen.note(&format!(
-            "http://{address} leads to port {guest} of the machine, from when a program listens there"
-        ));
-    }
-    Ok(())
 }
 
 /// A command that passed has failed all the same when what was to be copied out is not here; else its own end says more.
@@ -434,6 +422,7 @@ pub(super) fn secrets(
 /// A command whose terminal and ports are this process's.
 struct Attached<'a> {
     folder: Option<LocalFolder>,
+    given: Given,
     operator: &'a Operator,
     queue: &'a HomeQueue,
     request: JobRequest,
@@ -467,6 +456,7 @@ impl Attached<'_> {
         let _control: mpsc::Sender<Control> = control_in;
         let local = LocalJob {
             folder: self.folder,
+            given: self.given,
             run: Some(LocalRun {
                 stdin: self.wants_stdin.then(terminal::stdin),
                 tty: self.size,
@@ -527,87 +517,9 @@ fn wants_terminal(args: &RunArgs) -> bool {
     args.tty || (terminal::is_interactive() && !args.command.is_empty() && args.interactive)
 }
 
-/// Where a pair of ports stood on the command line.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Said {
-    /// After `--publish`.
-    Publish,
-    /// As a word of `kiln port-forward`.
-    Word,
-}
-
-impl std::fmt::Display for Said {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Publish => "--publish ",
-            Self::Word => "",
-        })
-    }
-}
-
-/// Binds every published port before anything starts.
-pub(super) async fn listen(said: Said, words: &[String]) -> Result<Vec<(TcpListener, u16)>> {
-    let mut listeners = Vec::new();
-    for word in words {
-        let (address, guest) = published(said, word)?;
-        let listener = TcpListener::bind(address).await.map_err(|error| {
-            CliError::usage(format!(
-                "{said}{word}: could not listen on {address}: {error}"
-            ))
-            .hint("another program may use it: name another port before the colon, for example 8081:3000")
-        })?;
-        listeners.push((listener, guest));
-    }
-    Ok(listeners)
-}
-
-/// `HOST:GUEST` or `ADDRESS:HOST:GUEST`; the address is loopback unless it is given.
-fn published(said: Said, word: &str) -> Result<(SocketAddr, u16)> {
-    let usage = || {
-        CliError::usage(format!(
-            "{said}{word:?}: write HOST:GUEST, for example 8080:3000"
-        ))
-    };
-    let (front, guest) = word.rsplit_once(':').ok_or_else(usage)?;
-    let (address, host) = match front.rsplit_once(':') {
-        Some((address, host)) => (
-            address
-                .trim_matches(['[', ']'])
-                .parse::<IpAddr>()
-                .map_err(|_| usage())?,
-            host,
-        ),
-        None => (IpAddr::V4(Ipv4Addr::LOCALHOST), front),
-    };
-    let host: u16 = host.parse().map_err(|_| usage())?;
-    let guest: u16 = guest.parse().map_err(|_| usage())?;
-    if guest == 0 {
-        return Err(usage());
-    }
-    Ok((SocketAddr::new(address, host), guest))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn published_ports() {
-        let local = published(Said::Publish, "8080:3000").expect("legal");
-        assert_eq!(local, ("127.0.0.1:8080".parse().expect("address"), 3000));
-        assert_eq!(
-            published(Said::Publish, "0.0.0.0:80:3000")
-                .expect("legal")
-                .0
-                .to_string(),
-            "0.0.0.0:80"
-        );
-        for bad in ["8080", "a:1", "1:0", "1:70000", ":"] {
-            assert!(published(Said::Publish, bad).is_err(), "{bad}");
-        }
-        let told = published(Said::Word, "foo").expect_err("no ports");
-        assert!(told.message.starts_with("\"foo\": write"), "{told:?}");
-    }
 
     #[test]
     fn exit_codes_as_a_shell_has_them() {

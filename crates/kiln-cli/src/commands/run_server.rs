@@ -251,6 +251,16 @@ fn refuse(args: &RunArgs) -> Result<()> {
             ),
         );
     }
+    let files = [
+        ("--kernel", args.kernel.is_some()),
+        ("--root-disk", args.root_disk.is_some()),
+    ];
+    if let Some((flag, _)) = files.iter().find(|(_, given)| *given) {
+        return Err(CliError::usage(format!(
+            "{flag} does not work through a server: machines there are made of files of their worker's host"
+        ))
+        .hint("without a server the machine is on this host, and it works"));
+    }
     match flags.iter().find(|(_, given)| *given) {
         None => Ok(()),
         Some((flag, _)) => Err(CliError::usage(format!(

@@ -214,6 +214,7 @@ pub(crate) async fn workshop(
                 image: Digest::of(b"image"),
             },
             root: folder.join("root.img"),
+            kernel_release: "6.0".to_owned(),
             buildkit: "v0".to_owned(),
         },
         templates: TemplateStore::open(&home.data.join("templates")).expect("templates"),

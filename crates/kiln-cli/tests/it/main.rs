@@ -40,6 +40,7 @@ mod residue;
 mod room;
 mod run;
 mod run_folder;
+mod run_given;
 mod run_phases;
 mod secret_sources;
 mod serve;

@@ -38,6 +38,11 @@ fn options_of_run(run: &RunCommand, words: &mut Vec<String>) {
     if let Some(image) = &run.image {
         words.extend(["--image".to_owned(), quoted(&image.to_string())]);
     }
+    for (flag, file) in [("--kernel", &run.kernel), ("--root-disk", &run.root_disk)] {
+        if let Some(file) = file {
+            words.extend([flag.to_owned(), quoted(&file.name)]);
+        }
+    }
     for name in run.env.keys() {
         words.extend(["-e".to_owned(), quoted(name)]);
     }
@@ -120,6 +125,15 @@ mod tests {
         assert_eq!(
             run,
             "kiln run --image shop:1.4 -e TOKEN -p 8080:3000 --artifact 'out/*.xml' -- sh -c 'echo it'\\''s; ?[2J'"
+        );
+        let given = line(&json!({
+            "kind": "run", "image": null, "argv": ["true"], "env": {}, "ports": [], "tty": false, "stdin": false,
+            "kernel": {"name": "vmlinuz", "digest": kiln_core::Digest::of(b"k")},
+            "root_disk": {"name": "my disk.img", "digest": kiln_core::Digest::of(b"d")},
+        }));
+        assert_eq!(
+            given,
+            "kiln run --kernel vmlinuz --root-disk 'my disk.img' -- true"
         );
         let build = line(&json!({
             "kind": "source_build", "source": {"from": "folder", "path": "/home/me/my app"}, "name": "app",

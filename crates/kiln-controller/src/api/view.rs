@@ -248,6 +248,12 @@ pub struct JobView {
     /// Digest of its source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Value>,
+    /// Kernel of its machine that its command gave: `name` and `digest`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<Value>,
+    /// Root disk of its machine that its command gave: `name` and `digest`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root_disk: Option<Value>,
     /// Labels.
     pub labels: BTreeMap<String, String>,
     /// Its tries.
@@ -276,6 +282,10 @@ impl JobView {
                 ([], Some(image)) => (image.to_string(), None),
                 (argv, _) => (argv.join(" "), None),
             },
+        };
+        let [kernel, root_disk] = match &request.kind {
+            JobKind::Run(run) => [&run.kernel, &run.root_disk].map(|file| json(file)),
+            _ => [None, None],
         };
         Self {
             line: JobLine {
@@ -306,6 +316,8 @@ impl JobView {
             receipt: job.receipt.as_ref().and_then(json),
             observed: job.observed.clone(),
             source,
+            kernel,
+            root_disk,
             labels: pairs(&job.labels),
             attempts: attempts.iter().map(AttemptView::of).collect(),
             last_event: job.last_event,

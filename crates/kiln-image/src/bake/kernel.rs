@@ -252,7 +252,7 @@ pub fn module_name(path: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     fn bzimage(payload: &[u8]) -> Vec<u8> {
@@ -296,7 +296,7 @@ mod tests {
     }
 
     /// The least ELF that has a `.modinfo`.
-    fn module(depends: &str) -> Vec<u8> {
+    pub(crate) fn module(depends: &str) -> Vec<u8> {
         let info = format!("license=GPL\0depends={depends}\0name=x\0");
         let names = b"\0.modinfo\0.strtab\0";
         let mut elf = vec![0_u8; 64];

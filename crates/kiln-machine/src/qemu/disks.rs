@@ -38,8 +38,14 @@ impl MachineDisk {
         let (below, size) = match (frozen, &slot.backing) {
             (Some(frozen), _) => chain(frozen, DiskFormat::Qcow2)?,
             (None, Some(backing)) => {
-                // By its real path: what is written above it names it, and links come and go.
-                let real = std::fs::canonicalize(backing).map_err(launch_error("find", backing))?;
+                let real = match is_descriptor(backing) && slot.access == DiskAccess::ReadOnly {
+                    // The very file that is open, whatever its name leads to by now.
+                    true => backing.clone(),
+                    // By its real path: what is written above it names it, and links come and go.
+                    false => {
+                        std::fs::canonicalize(backing).map_err(launch_error("find", backing))?
+                    }
+                };
                 chain(&real, slot.format)?
             }
             (None, None) => (Vec::new(), 0),
@@ -153,6 +159,11 @@ impl Sets {
             .map(|(fd, set)| (fd.as_raw_fd(), *set))
             .collect()
     }
+}
+
+/// Whether a path is that of an open descriptor of this process.
+fn is_descriptor(path: &Path) -> bool {
+    path.starts_with("/proc/self/fd")
 }
 
 /// Whether a file is there and regular.

@@ -35,6 +35,7 @@ use crate::checkout::CheckoutDir;
 use crate::container;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
+use crate::given::Given;
 use crate::host::Host;
 use crate::joblog::JobLog;
 use crate::kept::{Handover, Keep, STAYS_MAX};
@@ -466,7 +467,7 @@ impl Work<'_> {
                 Err(failure) => (JobEnd::failed(failure), None),
             },
             JobKind::Run(command) => {
-                let local = (local.folder, local.run);
+                let local = (local.folder, local.run, local.given);
                 let ran = self.command(request, &command, local, secrets).await;
                 (ran.unwrap_or_else(JobEnd::failed), None)
             }
@@ -613,10 +614,11 @@ impl Work<'_> {
         &self,
         request: JobRequest,
         command: &kiln_core::job::RunCommand,
-        (folder, local): (Option<LocalFolder>, Option<LocalRun>),
+        (folder, local, given): (Option<LocalFolder>, Option<LocalRun>, Given),
         secrets: Vec<(String, Vec<u8>)>,
     ) -> Result<JobEnd, Failure> {
         let shop = self.shop;
+        given.are_of(command)?;
         let values = secrets;
         let secrets = RunSecrets::new(&command.secrets, &values)?;
         let mut phases = Vec::new();
@@ -626,7 +628,8 @@ impl Work<'_> {
         let worked = match &command.source {
             None => None,
             Some(wanted) => {
-                let find_base = command.image.is_none() && command.runtime.is_none();
+                let elsewhere = command.runtime.is_some() || given.has_root_disk();
+                let find_base = command.image.is_none() && !elsewhere;
                 Some(self.worked(&request, wanted, folder, find_base).await?)
             }
         };
@@ -686,6 +689,7 @@ impl Work<'_> {
             files: worked.as_ref().map(|worked| worked.files.clone()),
             phases,
             services: self.services(tenant, &command.services).await?,
+            given,
         };
         let lease = self.lease.clone();
         // From its start: it would outlive this process from then on.

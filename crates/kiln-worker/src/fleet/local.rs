@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::job::JobEnd;
 use crate::event::Events;
+use crate::given::Given;
 use crate::kept::Keep;
 use crate::orders::Control;
 
@@ -59,6 +60,8 @@ pub struct LocalJob {
     pub ssh_agents: Vec<(String, PathBuf)>,
     /// Terminal and ports of a run.
     pub run: Option<LocalRun>,
+    /// Files of which the machine of a run is made.
+    pub given: Given,
     /// Shows what happens as it happens.
     pub events: Option<Events>,
     /// Stops it at once, without a word of the controller's.

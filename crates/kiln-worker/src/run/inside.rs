@@ -332,8 +332,10 @@ fn in_phase(name: &str, argv: &[String], failure: Failure) -> Failure {
     Failure { message, ..failure }
 }
 
+/// Whether what a command writes lies on a disk. A root disk that was given need not have what makes a file system: there only where it is
+/// asked for.
 fn has_disk(command: &RunCommand) -> bool {
-    command.disk || command.source.is_some()
+    command.disk || (command.source.is_some() && command.root_disk.is_none())
 }
 
 /// Whether a command ran and was ended from outside.
@@ -367,7 +369,13 @@ async fn prepare<'a>(
         bound_processes(attempt, most).await?;
     }
     if has_disk(command) {
-        scratch(attempt, input.request.limits.disk).await?;
+        let made = scratch(attempt, input.request.limits.disk).await;
+        made.map_err(|failure| match (&command.root_disk, failure.class) {
+            (Some(_), FailureClass::User) => {
+                failure.hint("--disk needs mkfs.ext4 on the root disk; without it what the command writes lies in memory")
+            }
+            _ => failure,
+        })?;
     }
     let mut cwd = None;
     if let Some(files) = &input.files {

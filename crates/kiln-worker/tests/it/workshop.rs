@@ -207,6 +207,7 @@ fn image(dir: &Path) -> CurrentImage {
             image: Digest::of(b"image"),
         },
         root: dir.join("root.img"),
+        kernel_release: "6.0".to_owned(),
         buildkit: "v0".to_owned(),
     }
 }

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Machine, ask, refused};
 use crate::args::{ForwardArgs, ServerArgs};
-use crate::commands::run::{Said, listen};
+use crate::commands::run_ports::{Said, listen};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
 
