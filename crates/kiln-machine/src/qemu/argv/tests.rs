@@ -138,10 +138,13 @@ const END: [&str; 4] = [
 const PRIVATE: &str = "memory-backend-file,id=ram,size=536870912,mem-path=/proc/self/fd/10,share=off,readonly=on,rom=off";
 const SHARED: &str = "memory-backend-file,id=ram,size=536870912,mem-path=/proc/self/fd/10,share=on";
 
+/// The CPU of a guest whose code is translated.
+const TRANSLATED: &str = "max,la57=off,erms=off,fsrm=off,fzrm=off,fsrs=off,fsrc=off";
+
 #[test]
 fn a_clone_word_for_word() {
     let tcg = lines(&small(Accel::Tcg, Wake::Incoming));
-    let mut want = expected("tcg,thread=multi,tb-size=256", "max,la57=off", PRIVATE);
+    let mut want = expected("tcg,thread=multi,tb-size=256", TRANSLATED, PRIVATE);
     want.push("-incoming defer".to_owned());
     want.extend(END.map(str::to_owned));
     assert_eq!(tcg, want);
@@ -171,7 +174,7 @@ fn a_cold_boot_word_for_word() {
         "-initrd /proc/self/fd/21",
         &append,
     ];
-    let mut want = expected("tcg,thread=multi,tb-size=256", "max,la57=off", SHARED);
+    let mut want = expected("tcg,thread=multi,tb-size=256", TRANSLATED, SHARED);
     want.extend(boots.iter().chain(&END).map(|line| (*line).to_owned()));
     assert_eq!(lines(&small(Accel::Tcg, boot())), want);
     // An older QEMU opens the device itself.
