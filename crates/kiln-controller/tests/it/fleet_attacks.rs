@@ -4,7 +4,10 @@ use std::net::SocketAddr;
 
 use kiln_core::JobKind;
 use kiln_db::OpenOptions;
-use kiln_proto::fleet::{BODY_MAX, GENERATION, HeldLease, Poll, PollAnswer};
+use kiln_proto::fleet::{
+    BODY_MAX, GENERATION, GENERATION_HEADER, HeldLease, LEASE_HEADER, LeaseHeader, Poll,
+    PollAnswer, WORKER_HEADER,
+};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -150,5 +153,105 @@ async fn a_worker_that_joined_is_in_the_audit_trail() {
     assert_eq!(statuses, [200, 403], "{} {}", one.text(), two.text());
     assert_eq!(rows(&fleet, "token:kjt-", "worker:join").await, 1);
     assert_eq!(rows(&fleet, "stranger", "worker:join").await, 1);
+    fleet.stop().await;
+}
+
+/// Every door at which a worker says its generation; `JOB` is a job that it holds. (`own-asked` and `give-way` are the home's own user's.)
+const DOORS: [(&str, &str); 16] = [
+    ("POST", "join"),
+    ("POST", "release"),
+    ("POST", "heartbeat"),
+    ("POST", "poll"),
+    ("POST", "own"),
+    ("GET", "jobs/JOB/source"),
+    ("POST", "jobs/JOB/secrets"),
+    ("POST", "jobs/JOB/event"),
+    ("POST", "jobs/JOB/log?from=0"),
+    ("POST", "jobs/JOB/registry-token"),
+    ("POST", "jobs/JOB/image"),
+    ("POST", "jobs/JOB/finish"),
+    ("POST", "jobs/JOB/keep"),
+    ("POST", "machines/gone"),
+    ("POST", "machines/calls"),
+    ("PUT", "jobs/JOB/artifacts/report"),
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_lies_about_its_generation_gets_through_no_door_and_changes_nothing() {
+    let folder = tempfile::tempdir().expect("folder");
+    let fleet = Fleet::start(folder.path(), OpenOptions::default()).await;
+    let line = Line::new(&fleet.socket, "w1");
+    line.join(2).await.expect("joins");
+    let job = fleet.submit("held", 1, 1).await;
+    let leased = line.poll(Vec::new()).await.expect("answers");
+    let [leased] = leased.as_slice() else {
+        panic!("one lease: {leased:?}")
+    };
+    let held = LeaseHeader::of(&leased.lease).to_string();
+    let (later, long) = ((GENERATION + 1).to_string(), "2".repeat(5000));
+    let none = [
+        "",
+        "0",
+        "-1",
+        "1.0",
+        "2,1",
+        "2;q=1",
+        "0x2",
+        "two",
+        "\u{662}",
+        "4294967298",
+        "18446744073709551618",
+        &later,
+        &long,
+    ];
+    for (method, path) in DOORS {
+        let path = format!("/worker/v1/{}", path.replace("JOB", job.as_str()));
+        // One is not even said.
+        for said in none.into_iter().map(Some).chain([None]) {
+            let mut headers = vec![
+                (WORKER_HEADER, "w1"),
+                (LEASE_HEADER, held.as_str()),
+                ("content-type", "application/json"),
+            ];
+            headers.extend(said.map(|said| (GENERATION_HEADER, said)));
+            let got = send(&fleet.socket, method, &path, &headers, b"{}").await;
+            let got = got.expect("answers");
+            let shown = said.map(|said| &said[..said.len().min(20)]);
+            let refused = matches!(
+                (got.status, got.code().as_str()),
+                (400, "bad_request") | (426, "generation")
+            );
+            assert!(refused, "{path}, {shown:?}: {} {}", got.status, got.text());
+            assert!(
+                got.body.len() < 1000,
+                "what was said is not said back: {}",
+                got.text()
+            );
+        }
+    }
+    // What it says in a body counts nowhere: its next heartbeat is of the generation that the request speaks.
+    let mut lie = facts(2);
+    lie.generation = u32::MAX;
+    let held = serde_json::json!({ "attempt": leased.lease.attempt, "epoch": leased.lease.epoch });
+    let beat = serde_json::json!({ "facts": lie, "held": [held] }).to_string();
+    let got = line.raw("POST", "/worker/v1/heartbeat", None, beat.as_bytes());
+    assert_eq!(got.await.expect("answers").status, 200);
+    let id = "w1".parse().expect("a name");
+    let known = fleet
+        .db()
+        .worker(&id)
+        .await
+        .expect("reads")
+        .expect("is there");
+    assert_eq!(
+        (known.facts.generation, known.infra_failures),
+        (GENERATION, 0)
+    );
+    let attempts = fleet.db().attempts(&job).await.expect("reads");
+    assert_eq!(attempts.len(), 1, "{attempts:?}");
+    assert_eq!(
+        line.finish(&leased.lease).await.expect("answers"),
+        "finished"
+    );
     fleet.stop().await;
 }
