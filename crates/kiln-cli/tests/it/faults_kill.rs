@@ -1,10 +1,12 @@
 //! kill -9 of kiln and of QEMU, and the death of a guest, on real machines. All phases are killed on `sim` in kiln-machine and
-//! kiln-worker; here is one of each.
+//! kiln-worker; here is one of each, and runs that are killed or interrupted at random moments: one in the suite, 20 with `KILN_TEST_LONG`,
+//! and `KILN_FAULT_SEED` repeats them.
 
 use std::io::Read as _;
 use std::process::{Command, Stdio};
 
 use crate::annex::Annex;
+use crate::fleet_kill::{Rng, asked};
 use crate::support::{Started, app, path, until};
 
 /// A run that has said it started.
@@ -116,6 +118,70 @@ fn a_guest_that_powers_off_by_itself_is_a_guest_fault() {
         .exits(5)
         .says("powered itself off");
     annex.is_well();
+}
+
+/// Rounds of the long version.
+const ROUNDS: u64 = 20;
+/// The latest moment of a kill: past the end of a run that nothing stopped.
+const MOMENT_MAX_MS: u64 = 4_000;
+
+#[test]
+fn runs_that_are_stopped_at_random_moments_leave_nothing() {
+    let Some(annex) = Annex::open() else { return };
+    let rounds = match asked("KILN_TEST_LONG") {
+        Some(_) => ROUNDS,
+        None => 1,
+    };
+    let seed = asked("KILN_FAULT_SEED").unwrap_or(7);
+    println!("KILN_FAULT_SEED={seed}");
+    let folder = app(&[("package.json", "{}"), ("a/b", "b"), (".git/HEAD", "")]);
+    let out = tempfile::tempdir().expect("temp dir");
+    let back = format!("c:{}/", path(out.path()));
+    let script = "echo c > c; sleep 1";
+    let (mut rng, mut ended) = (Rng(seed), std::collections::BTreeMap::new());
+    for round in 0..rounds {
+        // In the machine itself, in a base with a folder and files that come back, and one that stays a while.
+        let more = match rng.below(3) {
+            0 => &["--no-source"][..],
+            1 => &["--source", path(folder.path()), "--copy-out", &back],
+            _ => &["--no-source", "--keep=1m"],
+        };
+        let words = [&["run"], more, &["--", "sh", "-c", script]].concat();
+        let running = annex.start(&words);
+        let moment = rng.below(MOMENT_MAX_MS);
+        std::thread::sleep(std::time::Duration::from_millis(moment));
+        let signal = ["KILL", "INT", "TERM"][usize::try_from(rng.below(3)).expect("small")];
+        running.signal(signal);
+        let said = running.end();
+        println!(
+            "{round}: {signal} after {moment} ms of {more:?}: {}",
+            said.code
+        );
+        let fits = match said.code {
+            // Too late: it was over.
+            0 => true,
+            130 => signal != "KILL",
+            -1 => signal == "KILL",
+            _ => false,
+        };
+        assert!(fits, "{signal} after {moment} ms: {said:?}");
+        *ended.entry((signal, said.code)).or_insert(0) += 1;
+        for machine in kept(&annex) {
+            annex.run(&["machine", "rm", &machine]).exits(0);
+        }
+        annex.is_well();
+    }
+    println!("{rounds} runs ended as {ended:?}");
+}
+
+/// Machines that stay.
+fn kept(annex: &Annex) -> Vec<String> {
+    let listed = annex.run(&["machine", "list", "--json"]).exits(0);
+    let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok();
+    let machines = listed.out.lines().filter_map(line);
+    machines
+        .filter_map(|machine| machine["id"].as_str().map(str::to_owned))
+        .collect()
 }
 
 /// A build that is in the middle of its step.

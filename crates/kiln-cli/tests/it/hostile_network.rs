@@ -8,7 +8,8 @@ use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
 use crate::annex::Annex;
-use crate::support::{Said, path, said};
+use crate::serve::{SMALL, serve};
+use crate::support::{Said, free_port, path, said};
 
 use internet::Internet;
 
@@ -69,6 +70,37 @@ try web.test 80 'CONNECT evil.test:443 HTTP/1.1\r\nHost: web.test\r\n\r\n'
 try web.test 80 'GET http://evil.test/ HTTP/1.1\r\nHost: web.test\r\n\r\n'
 try web.test 443 'not a TLS client hello'
 try web.test 80 'GET / HTTP/1.1\r\nHost: web.test\r\n\r\n'
+echo over
+"#;
+
+/// A machine that is looked for: it says who it is, greets whoever comes to any address it has, and itself once.
+const SOUGHT: &str = r#"
+perl -MSocket -e '
+  socket(my $s, PF_INET, SOCK_STREAM, 6); setsockopt($s, SOL_SOCKET, SO_REUSEADDR, 1);
+  bind($s, sockaddr_in(8080, INADDR_ANY)) or die; listen($s, 9); $| = 1; print "listening\n";
+  while (accept(my $c, $s)) { print "VISITED\n"; syswrite($c, "hello\n"); close($c) }' &
+until exec 3<>/dev/tcp/127.0.0.1/8080; do sleep 0.1; done 2>/dev/null
+read -r word <&3
+echo "found $word $(hostname) $(getent ahostsv4 good.test | { read -r at _; echo "$at"; })"
+wait
+"#;
+
+/// Another machine's root looks for it: by every name, at its made-up address, with cards and sockets of its own.
+const SEEKING: &str = r#"
+tcp() { (timeout 2 bash -c "exec 3<>/dev/tcp/$1/$2 && head -c 5 <&3" 2>/dev/null | grep -q hello && echo "tcp $1:$2 REACHED") || true; }
+exec 2>/dev/null; id=${1%-*-run}
+for name in "$1" "$id" "kiln-$1" "$1.kiln.internal" "$id.kiln.internal" machine.kiln.internal host.kiln.internal worker.kiln.internal; do
+  getent hosts "$name" && echo "$name KNOWN"
+  tcp "$name" 8080
+done
+ip link add up0 type dummy; ip link set up0 up; ip addr add 198.18.0.9/15 dev up0; ip route replace default dev up0; nft flush ruleset
+for at in "$2" 198.18.0.1 198.18.0.2 198.18.0.3 198.18.0.9 10.0.2.2 10.0.2.15 169.254.0.1 255.255.255.255; do tcp "$at" 8080; done
+# What hypervisors have for guests to talk, or to share memory (ivshmem).
+modprobe vsock; modprobe vmw_vsock_virtio_transport; modprobe vsock_loopback
+perl -MSocket -e 'for my $cid (0 .. 64) { socket(my $v, 40, SOCK_STREAM, 0) or last;
+  connect($v, pack("SSLLx4", 40, 0, 8080, $cid)) and print "vsock $cid REACHED\n" }'
+cat /sys/class/virtio-ports/*/name | grep -vx kiln.channel | sed 's/$/ PORT/'
+grep -lx 0x1110 /sys/bus/pci/devices/*/device | sed 's/$/ SHARED/'
 echo over
 "#;
 
@@ -206,5 +238,51 @@ fn names_lead_only_where_the_policy_and_the_floor_let_them() {
             .any(|line| line.contains(row) && line.contains(&format!("\"{name}\"")));
         assert!(found, "{name}: {told}");
     }
+    annex.is_clear();
+}
+
+#[test]
+fn two_machines_of_one_worker_do_not_find_each_other() {
+    let Some(annex) = Annex::open() else { return };
+    let (server, at) = serve(&annex, free_port());
+    let run = [&["--server", at.as_str(), "run", "--no-source"], &SMALL[..]].concat();
+    let bash = |more: &[&str], script: &str| {
+        let words = ["--", "bash", "-c", script, "bash"];
+        [&run[..], more, &words[..]]
+            .concat()
+            .into_iter()
+            .map(str::to_owned)
+            .collect::<Vec<String>>()
+    };
+    let start = |words: &[String]| {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        annex.start(&words)
+    };
+    let mut sought = start(&bash(&["--allow", "good.test:8080/raw"], SOUGHT));
+    let mut said = sought.until_it_prints("found ");
+    said += &sought.until_it_prints("\n");
+    let who: Vec<&str> = said
+        .rsplit("found ")
+        .next()
+        .expect("a line")
+        .split_whitespace()
+        .collect();
+    let ["hello", name, address] = who[..] else {
+        panic!("{said}")
+    };
+    assert!(address.starts_with("198.1"), "{said}");
+    // Both live at once, with and without a network of its own.
+    for more in [&[][..], &["--allow", "other.test:8080/raw"]] {
+        let mut words = bash(more, SEEKING);
+        words.extend([name.to_owned(), address.to_owned()]);
+        let found = start(&words).end().exits(0);
+        assert_eq!(found.out, "over\n", "{found:?}");
+    }
+    sought.signal("INT");
+    let after = sought.end().exits(130);
+    let visits = (said + &after.out).matches("VISITED").count();
+    assert_eq!(visits, 1, "its own: {after:?}");
+    server.signal("INT");
+    server.end().exits(0);
     annex.is_clear();
 }

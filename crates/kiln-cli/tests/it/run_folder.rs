@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::annex::Annex;
-use crate::support::{Kiln, Said, kiln, path, said};
+use crate::support::{Kiln, Said, Started, kiln, path, said};
 
 /// Files of a small Node project, some of which stay behind.
 fn project(dir: &Path) {
@@ -99,6 +99,45 @@ fn a_command_in_a_base_ends_as_one_in_the_machine_does() {
     run(&["./run.sh"])
         .exits(127)
         .says("kiln: run \"./run.sh\":");
+}
+
+#[test]
+fn signals_from_outside_reach_a_command_in_a_base() {
+    let Some(kiln) = kiln() else { return };
+    let dir = tempfile::tempdir().expect("temp dir");
+    project(dir.path());
+    let begun = |traps: &str| {
+        // A shell waits for its own child before it sees a signal: that child gets it too, as with a terminal.
+        let script = format!("{traps}; echo begun; while :; do sleep 600; done");
+        let mut command = kiln.command(&["run", "--", "sh", "-c", &script]);
+        command.current_dir(dir.path());
+        let mut running = Started::of(command);
+        running.until_it_prints("begun\n");
+        running
+    };
+    // Whichever of the two kiln gets, the command is interrupted first, and told to end when that was not enough.
+    for (sent, traps, told) in [
+        (
+            "INT",
+            "trap 'echo interrupted; exit 9' INT",
+            "interrupted\n",
+        ),
+        (
+            "TERM",
+            "trap 'echo interrupted; exit 9' INT",
+            "interrupted\n",
+        ),
+        (
+            "TERM",
+            "trap '' INT; trap 'echo told to end; exit 9' TERM",
+            "told to end\n",
+        ),
+    ] {
+        let running = begun(traps);
+        running.signal(sent);
+        let said = running.end().exits(130).says("cancelling");
+        assert_eq!(said.out, told, "{sent}, {traps}");
+    }
 }
 
 #[test]

@@ -182,9 +182,9 @@ impl Started {
         kill_process(Pid::from_raw(pid).expect("a pid"), signal).expect("kill");
     }
 
-    /// Reads its standard output until it contains this; what comes after stays for the end.
+    /// Reads its standard output until it contains this, and gives what was read; what comes after stays for the end.
     #[track_caller]
-    pub(crate) fn until_it_prints(&mut self, text: &str) {
+    pub(crate) fn until_it_prints(&mut self, text: &str) -> String {
         let stdout = self.child.stdout.as_mut().expect("piped");
         let mut printed = Vec::new();
         while !String::from_utf8_lossy(&printed).contains(text) {
@@ -193,6 +193,7 @@ impl Started {
             assert!(read.is_ok(), "{}", String::from_utf8_lossy(&printed));
             printed.extend(byte);
         }
+        String::from_utf8_lossy(&printed).into_owned()
     }
 
     pub(crate) fn end(mut self) -> Said {
