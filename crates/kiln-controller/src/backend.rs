@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _};
-use kiln_core::{Digest, JobId, TenantName};
+use kiln_core::{Digest, JobId, Lease, TenantName};
 use kiln_db::{Artifact, Database, Job, Kept, NamedImage};
 use kiln_store::artifacts::{ArtifactError, Stored};
 use kiln_store::logs::{LogError, LogName};
@@ -246,6 +246,10 @@ impl Backend for Controller {
 
     fn way_to<'a>(&'a self, kept: &'a Kept) -> BoxFuture<'a, Result<Way, NoWay>> {
         Controller::way_to(self, kept).boxed()
+    }
+
+    fn way_to_attempt<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Way, NoWay>> {
+        Controller::way_to_attempt(self, lease).boxed()
     }
 
     fn closing(&self) -> BoxFuture<'static, ()> {

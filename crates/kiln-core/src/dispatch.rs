@@ -24,6 +24,8 @@ pub const OWN_LABEL: &str = "kiln/own";
 pub const POLICY_GENERATION: u32 = 2;
 /// First generation whose workers keep a machine when its job is over.
 pub const KEEP_GENERATION: u32 = 2;
+/// First generation whose workers let somebody hold a command's streams while it runs.
+pub const ATTEND_GENERATION: u32 = 3;
 
 /// Why a text is not a label.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

@@ -298,6 +298,9 @@ pub struct RunCommand {
     /// Root disk of its machine, instead of the machine image's; as [`Self::kernel`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root_disk: Option<GivenFile>,
+    /// Somebody holds its streams while it runs, through the controller. Not of a command that runs its own job: that one holds them itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attend: Option<RunAttend>,
 }
 
 /// A file of whoever asks, of which a machine is made: which one it is, not where it lies.
@@ -307,6 +310,20 @@ pub struct GivenFile {
     pub name: String,
     /// Digest of all of it.
     pub digest: Digest,
+}
+
+/// That a command does not begin before somebody holds its streams, and ends with whoever does. Whether it has a terminal and a standard input is
+/// said by [`RunCommand::tty`] and [`RunCommand::stdin`].
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct RunAttend {
+    /// Ports of the machine that whoever holds the streams may connect to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<u16>,
+}
+
+impl RunAttend {
+    /// Most ports of one command.
+    pub const PORTS_MAX: usize = 16;
 }
 
 /// That a machine stays when its command is over.
@@ -404,10 +421,20 @@ impl JobRequest {
             JobKind::ImageBuild(_) => false,
         };
         let stays = matches!(&self.kind, JobKind::Run(run) if run.keep.is_some());
+        let attended = self.attend().map(|_| crate::dispatch::ATTEND_GENERATION);
         let policy =
             (narrowed || self.policy.is_some()).then_some(crate::dispatch::POLICY_GENERATION);
         let keep = stays.then_some(crate::dispatch::KEEP_GENERATION);
-        policy.max(keep).unwrap_or(1)
+        policy.max(keep).max(attended).unwrap_or(1)
+    }
+
+    /// What somebody holds of it while it runs, if anybody does.
+    #[must_use]
+    pub fn attend(&self) -> Option<&RunAttend> {
+        match &self.kind {
+            JobKind::Run(run) => run.attend.as_ref(),
+            _ => None,
+        }
     }
 
     /// Asks for a worker that holds it to everything it says.

@@ -5,6 +5,7 @@
 //! Next: [`Database`], then the module named after what you want to change.
 
 mod announce;
+mod attend;
 mod audit;
 mod cancel;
 mod claim;

@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 /// Generation of these messages. A controller serves its own and the one before.
 ///
 /// 2: workers hold a job to its policy (`kiln_core::dispatch::POLICY_GENERATION`); a job with one goes to no older worker.
-pub const GENERATION: u32 = 2;
+/// 3: workers let somebody hold a command's streams while it runs (`kiln_core::dispatch::ATTEND_GENERATION`).
+pub const GENERATION: u32 = 3;
 /// What workers, and controllers among themselves, offer in a handshake besides HTTP/1.1 (ALPN, RFC 7301), so that they are shown the certificate of the authority they
 /// pinned, whatever the operator shows to people. It is never chosen.
 pub const ALPN: &[u8] = b"kiln-worker";
@@ -371,7 +372,7 @@ pub struct Finish {
 
 /// Most machines that one worker keeps.
 pub const KEPT_MAX: usize = 64;
-/// What a request names in `Upgrade` (RFC 9110 §7.8) for a way to a kept machine, person to controller and worker to controller.
+/// What a request names in `Upgrade` (RFC 9110 §7.8) for a way to a machine, person to controller and worker to controller.
 pub const MACHINE_UPGRADE: &str = "kiln-machine";
 
 /// `POST /worker/v1/jobs/{job}/keep`, before the attempt ends: its machine is to stay.
@@ -395,7 +396,8 @@ pub struct MachinesGone {
     pub gone: Vec<HeldLease>,
 }
 
-/// `POST /worker/v1/machines/calls`: held open until somebody wants to reach one of the machines that this worker keeps, or [`POLL_MS`] have passed.
+/// `POST /worker/v1/machines/calls`: held open until somebody wants to reach one of the machines that this worker keeps, or one whose command is
+/// attended, or [`POLL_MS`] have passed.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct AwaitCalls {}
 
@@ -406,7 +408,7 @@ pub struct Calls {
     pub calls: Vec<MachineCall>,
 }
 
-/// Somebody wants to reach a kept machine.
+/// Somebody wants to reach a machine.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct MachineCall {
     /// The way's name: good once.

@@ -8,7 +8,11 @@
 //!   exec     chunks of [`crate::msg::chunk`], both ways, as the guest and a host exchange them
 //!   tree     keeper to asker: chunks DATA, then one END or FAILED
 //!   forward  raw bytes, both ways, each direction to its own end
+//!   attend   chunks of [`attend`], both ways
 //! ```
+//!
+//! `attend`, and `forward` beside it, are asked of a machine whose command has not ended, by whoever submitted its job; everything else of one
+//! that is kept.
 
 use kiln_core::{ByteSize, ImageRef, JobId, MachineName, NetworkPolicy, TenantName, WorkerId};
 use serde::{Deserialize, Serialize};
@@ -26,6 +30,36 @@ pub mod tree {
     pub const END: u8 = 2;
     /// It is not: why, as text.
     pub const FAILED: u8 = 3;
+}
+
+/// Chunks between whoever attends a command and its worker. The attender never waits for the command: it sends no more of standard input than it
+/// was given room for, so its signals, and its end, are always heard.
+pub mod attend {
+    /// Bytes of standard input that may be on their way before the worker gave room for more.
+    pub const STDIN_ROOM: usize = 256 * 1024;
+    /// How often an attender says that it is there.
+    pub const ALIVE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
+    /// An attender that said nothing for so long is gone.
+    pub const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(60);
+
+    /// To the worker: bytes for standard input (or the terminal).
+    pub const STDIN: u8 = 1;
+    /// To the worker: standard input ends.
+    pub const STDIN_END: u8 = 2;
+    /// To the worker: JSON [`crate::msg::Signal`], for the process group.
+    pub const SIGNAL: u8 = 3;
+    /// To the worker: JSON [`crate::msg::TtySize`].
+    pub const RESIZE: u8 = 4;
+    /// To the worker: the attender is there.
+    pub const ALIVE: u8 = 5;
+    /// To the attender: bytes of standard output (or the terminal).
+    pub const STDOUT: u8 = 16;
+    /// To the attender: bytes of standard error.
+    pub const STDERR: u8 = 17;
+    /// To the attender: so many more bytes of standard input may be sent, 4 bytes little-endian.
+    pub const ROOM: u8 = 18;
+    /// To the attender: nothing more comes. How the command ended is the job's to say.
+    pub const OVER: u8 = 19;
 }
 
 /// A question.
@@ -49,6 +83,11 @@ pub enum Ask {
     Forward {
         /// Which.
         port: u16,
+    },
+    /// Hold the streams of its command, which begins then.
+    Attend {
+        /// Size of the terminal, where the command gets one.
+        tty: Option<TtySize>,
     },
     /// Let its guest power off, then remove it.
     Stop,

@@ -188,7 +188,13 @@ fn narrow(fleet: &Fleet<'_>, class: &mut Class, requires: &Requirements) -> Opti
     if generation > 0 {
         let missing = must(index.speaking(generation).as_ref(), &|| {
             format!(
-                "generation {generation} of the workers' protocol, which holds a job to its policy and keeps machines: update the workers"
+                "generation {generation} of the workers' protocol, which {}: update the workers",
+                match generation {
+                    ..kiln_core::dispatch::ATTEND_GENERATION => {
+                        "holds a job to its policy and keeps machines"
+                    }
+                    _ => "lets a command be attended: input, terminal, ports",
+                }
             )
         });
         if missing.is_some() {

@@ -25,6 +25,8 @@ pub mod span {
     pub const VERIFY: &str = "verify";
     /// Committing the cache head.
     pub const COMMIT: &str = "commit";
+    /// Waiting for whoever attends a command, and what comes before that command.
+    pub const ATTEND: &str = "attend";
     /// A user's command.
     pub const RUN: &str = "run";
     /// Reading the files that a command left.

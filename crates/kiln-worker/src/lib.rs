@@ -6,6 +6,7 @@
 
 pub mod ask;
 pub mod attempt;
+pub mod attend;
 pub mod build;
 pub mod buildkit;
 pub mod checkout;

@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::attempt::{Attempt, Wanted};
+use crate::attend::door::Attend;
 use crate::collect::Collected;
 use crate::connections;
 use crate::event::Events;
@@ -43,6 +44,7 @@ use crate::unpack::Unpacked;
 
 pub use command::{INTERRUPT_GRACE, Place, start_failure};
 pub use forward::FORWARDS_MAX;
+pub(crate) use forward::connect;
 pub use inside::STOPPED_COLLECT_TIMEOUT;
 pub use serve::ServiceInput;
 
@@ -91,6 +93,8 @@ pub struct RunInput {
     pub services: Vec<ServiceInput>,
     /// Files of which its machine is made.
     pub given: Given,
+    /// Somebody attends it, who brings standard input, terminal and what else is its own above.
+    pub attend: Option<Attend>,
 }
 
 impl std::fmt::Debug for RunInput {

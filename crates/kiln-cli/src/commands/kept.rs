@@ -182,12 +182,41 @@ impl Reach for Far {
     }
 }
 
+/// A command of a server's job, while it runs.
+#[derive(Clone, Debug)]
+pub(super) struct Running {
+    /// Whose job it is.
+    pub(super) server: Server,
+    /// The job.
+    pub(super) id: String,
+}
+
+impl Reach for Running {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn dial<'a>(&'a self, ask: &'a Ask) -> BoxFuture<'a, Result<Box<dyn Line>, AskError>> {
+        Box::pin(async move {
+            let verb = match ask {
+                Ask::Forward { .. } => "forward",
+                // Nothing else is asked of one.
+                _ => "attend",
+            };
+            let path = format!("/v1/jobs/{}/ways/{verb}", escaped(&self.id));
+            let opened = self.server.upgrade(&path).await;
+            let opened = opened.map_err(|error| AskError::NoWay(Box::new(error)))?;
+            Ok(Box::new(far::Way(opened)) as Box<dyn Line>)
+        })
+    }
+}
+
 /// Asks for something that is answered at once.
 async fn ask(reach: &dyn Reach, what: &Ask) -> Result<Reply> {
     client::answer(reach, what).await.map_err(refused)
 }
 
-fn refused(error: AskError) -> CliError {
+pub(super) fn refused(error: AskError) -> CliError {
     match error {
         AskError::Refused(refused) if refused.usage => CliError::usage(refused.message),
         AskError::Command(error) => CliError::from_failure(match error {

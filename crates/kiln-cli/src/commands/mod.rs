@@ -37,6 +37,7 @@ mod replace;
 mod retention;
 mod retry;
 mod run;
+mod run_attend;
 mod run_folder;
 mod run_given;
 mod run_policy;

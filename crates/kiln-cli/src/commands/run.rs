@@ -37,7 +37,7 @@ use crate::terminal::{self, RawMode, Shown};
 /// Smallest disk that has room for a file system.
 const DISK_MIN: ByteSize = ByteSize::mib(16);
 /// Exit code when nobody reads the output any more: 128 and SIGPIPE, as a shell has it.
-const READER_GONE: u8 = 141;
+pub(super) const READER_GONE: u8 = 141;
 
 pub(super) async fn run(
     args: RunArgs,
@@ -125,6 +125,7 @@ pub(super) async fn run_and_learn(
             keep: None,
             kernel,
             root_disk,
+            attend: None,
         }),
         network: ruled.network,
         limits,
@@ -513,7 +514,7 @@ fn exit_code(exit: &Exit) -> u8 {
     u8::try_from(kiln_worker::run::exit_code(exit)).unwrap_or(1)
 }
 
-fn wants_terminal(args: &RunArgs) -> bool {
+pub(super) fn wants_terminal(args: &RunArgs) -> bool {
     args.tty || (terminal::is_interactive() && !args.command.is_empty() && args.interactive)
 }
 

@@ -12,13 +12,13 @@ use super::artifacts::CopyOut;
 use super::kept::Machine;
 use super::learn::Lesson;
 use super::run::{Stay, exited, with_files};
+use super::run_attend::Held;
 use super::{artifacts, build, build_server, queueing, run_policy};
 use crate::args::RunArgs;
 use crate::error::{CliError, Result};
-use crate::server::follow::{LogKind, follow};
+use crate::server::follow::{Ended, LogKind, follow};
 use crate::server::{Server, upload};
 use crate::show::Screen;
-use crate::terminal;
 
 pub(super) async fn run(
     server: &Server,
@@ -40,8 +40,10 @@ pub(super) async fn run(
     let secrets = super::run::secrets(&args.secrets, &env)?;
     let inner = folder.as_ref().map(|folder| folder.inner.clone());
     let stay = Stay::of(&args, screen);
+    let held = Held::of(&args, screen).await?;
     let asked = RunAsk {
         keep: stay.asked(),
+        attend: held.as_ref().map(Held::asked),
         secrets: secrets.iter().map(ToString::to_string).collect(),
         artifacts: wanted.iter().map(ToString::to_string).collect(),
         image: args.image.as_ref().map(ToString::to_string),
@@ -54,9 +56,6 @@ pub(super) async fn run(
         common: queueing::common(&args.queueing, &args.limits, &args.allow)?,
     };
     let keeps = !wanted.is_empty() || found.is_some_and(|found| found.keeps());
-    if terminal::stdin_is_piped() {
-        screen.note("standard input stays here: a command on a server has none yet");
-    }
     let job: JobView = match &folder {
         None => server.post("/v1/runs", &asked).await?,
         Some(folder) => {
@@ -82,7 +81,10 @@ pub(super) async fn run(
         copies: Some(args.copy_out.as_slice()).filter(|_| keeps),
         lesson: Some(lesson),
     };
-    to_its_end(server, &job, left, screen, &cancel).await
+    match held {
+        None => to_its_end(server, &job, left, screen, &cancel).await,
+        Some(held) => held.to_its_end(server, &job, left, screen, &cancel).await,
+    }
 }
 
 /// What is to be left of a run here.
@@ -107,14 +109,28 @@ pub(super) async fn to_its_end(
     screen: Screen,
     cancel: &CancellationToken,
 ) -> Result<u8> {
-    let stay = left.stay;
     let (events, receiver) = Events::channel();
     // A command's own output is what its user wants to see: progress is shown only while it waits.
     let drawing = tokio::spawn(screen.follow_quietly(receiver));
     let ended = follow(server, &job.line.id, LogKind::Raw, &events, screen, cancel).await;
     drop(events);
     let _screen_ended = drawing.await;
-    let ended = ended?;
+    finish(server, job, left, ended?, screen, cancel).await
+}
+
+/// What becomes of what a run left, and its exit code.
+///
+/// # Errors
+/// As [`to_its_end`].
+pub(super) async fn finish(
+    server: &Server,
+    job: &JobView,
+    left: Left<'_>,
+    ended: Ended,
+    screen: Screen,
+    cancel: &CancellationToken,
+) -> Result<u8> {
+    let stay = left.stay;
     if let Some(lesson) = left.lesson {
         lesson.take(learned(ended.report.as_ref(), screen));
     }
@@ -237,13 +253,8 @@ fn code_of(verdict: Verdict, screen: Screen, cancel: &CancellationToken) -> Resu
     }
 }
 
-/// What only works where the machine is.
+/// What nobody would be there for.
 fn refuse(args: &RunArgs) -> Result<()> {
-    let flags = [
-        ("--publish", !args.publish.is_empty()),
-        ("--tty", args.tty),
-        ("--interactive", args.interactive),
-    ];
     if args.queueing.detach && !args.copy_out.is_empty() {
         return Err(
             CliError::usage("--copy-out needs somebody who waits: --detach does not").hint(
@@ -255,16 +266,10 @@ fn refuse(args: &RunArgs) -> Result<()> {
         ("--kernel", args.kernel.is_some()),
         ("--root-disk", args.root_disk.is_some()),
     ];
-    if let Some((flag, _)) = files.iter().find(|(_, given)| *given) {
-        return Err(CliError::usage(format!(
-            "{flag} does not work through a server: machines there are made of files of their worker's host"
-        ))
-        .hint("without a server the machine is on this host, and it works"));
-    }
-    match flags.iter().find(|(_, given)| *given) {
+    match files.iter().find(|(_, given)| *given) {
         None => Ok(()),
         Some((flag, _)) => Err(CliError::usage(format!(
-            "{flag} does not work through a server yet"
+            "{flag} does not work through a server: machines there are made of files of their worker's host"
         ))
         .hint("without a server the machine is on this host, and it works")),
     }

@@ -12,6 +12,7 @@ use kiln_core::{FailureClass, Outcome};
 use kiln_worker::event::{Event, Events, StepState};
 use kiln_worker::host::now_unix_ms;
 use serde_json::Value;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -42,7 +43,12 @@ pub(crate) enum LogKind {
     Steps,
     /// A command's own output, as it is.
     Raw,
+    /// Not at all: its command's streams are held.
+    Held,
 }
+
+/// The phase in which a command waits for whoever attends it.
+const ATTEND: &str = "attend";
 
 /// How a job ended.
 #[derive(Debug)]
@@ -65,12 +71,29 @@ pub(crate) async fn follow(
     screen: Screen,
     cancel: &CancellationToken,
 ) -> Result<Ended> {
+    let ready = watch::Sender::new(false);
+    follow_held(server, id, kind, events, screen, (cancel, &ready)).await
+}
+
+/// As [`follow`]; `ready` hears when the job's command may be attended.
+///
+/// # Errors
+/// As [`follow`].
+pub(crate) async fn follow_held(
+    server: &Server,
+    id: &str,
+    kind: LogKind,
+    events: &Events,
+    screen: Screen,
+    (cancel, ready): (&CancellationToken, &watch::Sender<bool>),
+) -> Result<Ended> {
     let mut follower = Follower {
         server,
         id,
         kind,
         events,
         screen,
+        ready,
         seen: 0,
         waiting: true,
         log: None,
@@ -111,6 +134,7 @@ struct Follower<'a> {
     kind: LogKind,
     events: &'a Events,
     screen: Screen,
+    ready: &'a watch::Sender<bool>,
     /// Number of the last event that was shown.
     seen: u64,
     /// No worker has it yet.
@@ -291,7 +315,11 @@ impl Follower<'_> {
                 }
             }
             "phase" => {
-                let name = phase(data["phase"].as_str().unwrap_or_default());
+                let name = data["phase"].as_str().unwrap_or_default();
+                if name == ATTEND {
+                    self.ready.send_replace(true);
+                }
+                let name = phase(name);
                 self.events.tell(Event::Phase { name }).await;
             }
             "note" | "warning" => {
@@ -327,7 +355,8 @@ impl Follower<'_> {
     }
 
     fn show_log(&mut self, attempt: u64) {
-        if self.log.as_ref().is_some_and(|log| log.attempt == attempt) {
+        let shown = self.log.as_ref().is_some_and(|log| log.attempt == attempt);
+        if shown || self.kind == LogKind::Held {
             return;
         }
         if let Some(old) = self.log.take() {
@@ -449,6 +478,7 @@ impl Take for Sink {
                 self.gone |= self.tell(event).is_err();
             }
             LogKind::Raw => self.gone |= self.screen.raw(bytes).is_err(),
+            LogKind::Held => {}
             LogKind::Steps => {
                 for event in self.lines.push(bytes) {
                     self.events.tell(event).await;

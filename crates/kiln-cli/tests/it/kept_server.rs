@@ -28,17 +28,22 @@ const LEASES: kiln_db::LeaseTimes = kiln_db::LeaseTimes {
     grace_ms: 5_000,
 };
 /// Time between two looks whether a way into a machine may stay open.
-const LOOK: Duration = Duration::from_millis(200);
+pub(crate) const LOOK: Duration = Duration::from_millis(200);
 
 /// Somebody with a token.
 #[derive(Clone)]
-struct Person {
-    http: Http,
-    token: Option<String>,
+pub(crate) struct Person {
+    pub(crate) http: Http,
+    pub(crate) token: Option<String>,
 }
 
 impl Person {
-    async fn ask(&self, method: Method, path: &str, body: &Value) -> (StatusCode, Value) {
+    pub(crate) async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        body: &Value,
+    ) -> (StatusCode, Value) {
         let mut request = Request::builder()
             .method(method)
             .uri(self.http.uri(path))
@@ -56,11 +61,11 @@ impl Person {
         (status, value)
     }
 
-    async fn get(&self, path: &str) -> (StatusCode, Value) {
+    pub(crate) async fn get(&self, path: &str) -> (StatusCode, Value) {
         self.ask(Method::GET, path, &Value::Null).await
     }
 
-    async fn post(&self, path: &str, body: &Value) -> (StatusCode, Value) {
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> (StatusCode, Value) {
         self.ask(Method::POST, path, body).await
     }
 
@@ -73,7 +78,7 @@ impl Person {
         }
     }
 
-    async fn token(&self, tenant: &str, role: &str) -> (Self, String) {
+    pub(crate) async fn token(&self, tenant: &str, role: &str) -> (Self, String) {
         let asked = json!({ "role": role, "tenant": tenant });
         let (status, made) = self.post("/v1/tokens", &asked).await;
         assert_eq!(status, StatusCode::CREATED, "{made}");
@@ -95,6 +100,27 @@ impl Person {
             assert!(std::time::Instant::now() < deadline, "{job}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Turns a connection into a way.
+    pub(crate) async fn upgrade(&self, path: &str) -> Result<Box<dyn Line>, (StatusCode, Value)> {
+        let mut request = Request::get(self.http.uri(path))
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, MACHINE_UPGRADE);
+        if let Some(token) = &self.token {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+        }
+        let empty = Full::default().map_err(|never| match never {});
+        let request = request.body(empty.boxed()).expect("legal");
+        let answered = tokio::time::timeout(PATIENCE, self.http.request(request)).await;
+        let response = answered.expect("in time").expect("an answer");
+        let status = response.status();
+        if status == StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(Box::new(upgraded(response).await.expect("upgraded")));
+        }
+        let bytes = response.into_body().collect().await.expect("read");
+        let value = serde_json::from_slice(&bytes.to_bytes()).unwrap_or_default();
+        Err((status, value))
     }
 
     fn at(&self, id: &str) -> At {
@@ -122,25 +148,8 @@ struct At {
 
 impl At {
     async fn way(&self, verb: &str) -> Result<Box<dyn Line>, (StatusCode, Value)> {
-        let http = &self.person.http;
         let path = format!("/v1/machines/{}/ways/{verb}", self.id);
-        let mut request = Request::get(http.uri(&path))
-            .header(header::CONNECTION, "upgrade")
-            .header(header::UPGRADE, MACHINE_UPGRADE);
-        if let Some(token) = &self.person.token {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
-        }
-        let empty = Full::default().map_err(|never| match never {});
-        let request = request.body(empty.boxed()).expect("legal");
-        let answered = tokio::time::timeout(PATIENCE, http.request(request)).await;
-        let response = answered.expect("in time").expect("an answer");
-        let status = response.status();
-        if status == StatusCode::SWITCHING_PROTOCOLS {
-            return Ok(Box::new(upgraded(response).await.expect("upgraded")));
-        }
-        let bytes = response.into_body().collect().await.expect("read");
-        let value = serde_json::from_slice(&bytes.to_bytes()).unwrap_or_default();
-        Err((status, value))
+        self.person.upgrade(&path).await
     }
 
     /// Runs a command to its end; gives its code and output.
@@ -202,17 +211,17 @@ impl Reach for At {
 }
 
 /// Waits for the end of a way, which must come without being asked for.
-async fn ends(line: &mut Box<dyn Line>) {
+pub(crate) async fn ends(line: &mut Box<dyn Line>) {
     let mut all = Vec::new();
     let ended = tokio::time::timeout(PATIENCE, line.read_to_end(&mut all)).await;
     let _how = ended.expect("the way ends");
 }
 
 /// A controller with a worker that has room for eight machines.
-struct Fleet {
-    running: Running,
-    owner: Person,
-    stop: CancellationToken,
+pub(crate) struct Fleet {
+    pub(crate) running: Running,
+    pub(crate) owner: Person,
+    pub(crate) stop: CancellationToken,
     folder: tempfile::TempDir,
     home: tempfile::TempDir,
 }
@@ -245,7 +254,7 @@ async fn worker(running: &Running, home: &Path) -> CancellationToken {
 }
 
 impl Fleet {
-    async fn open() -> Self {
+    pub(crate) async fn open() -> Self {
         let (folder, home) = (
             tempfile::tempdir().expect("folder"),
             tempfile::tempdir().expect("folder"),
@@ -270,12 +279,12 @@ impl Fleet {
         }
     }
 
-    async fn no_machines(&self) {
+    pub(crate) async fn no_machines(&self) {
         let home = self.home.path();
         until("no machine", || machines(home).is_empty()).await;
     }
 
-    async fn close(self) {
+    pub(crate) async fn close(self) {
         self.stop.cancel();
         self.no_machines().await;
         self.running.stop().await;

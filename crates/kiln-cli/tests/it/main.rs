@@ -6,6 +6,8 @@
 mod annex;
 mod apps;
 mod artifacts;
+mod attend_serve;
+mod attend_sim;
 mod build;
 mod confinement;
 mod e2e_script;

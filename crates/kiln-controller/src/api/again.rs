@@ -49,11 +49,16 @@ fn options_of_run(run: &RunCommand, words: &mut Vec<String>) {
     for (host, guest) in &run.ports {
         words.extend(["-p".to_owned(), format!("{host}:{guest}")]);
     }
+    for port in run.attend.iter().flat_map(|attend| &attend.ports) {
+        words.extend(["-p".to_owned(), format!("{port}:{port}")]);
+    }
     for path in &run.artifacts {
         words.extend(["--artifact".to_owned(), quoted(&path.to_string())]);
     }
     if run.tty {
         words.push("-t".to_owned());
+    } else if run.stdin {
+        words.push("-i".to_owned());
     }
 }
 

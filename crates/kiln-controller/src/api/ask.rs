@@ -6,7 +6,7 @@ use http::HeaderMap;
 use kiln_core::access::{Asked, Granted};
 use kiln_core::artifact::ARTIFACT_PATHS_MAX;
 use kiln_core::dispatch::{LABELS_MAX, RESERVED_PREFIX, Requirements, TAGS_MAX};
-use kiln_core::job::{RunCommand, RunKeep, RunSource, Source, SourceBuild};
+use kiln_core::job::{RunAttend, RunCommand, RunKeep, RunSource, Source, SourceBuild};
 use kiln_core::secret::JOB_SECRETS_MAX;
 use kiln_core::{
     AllowRule, ByteSize, Digest, Dispatch, ImageRef, JobId, JobKind, JobRequest, Label, Priority,
@@ -144,6 +144,32 @@ impl KeepAsk {
     }
 }
 
+/// That whoever submits a command holds its streams while it runs: see `/v1/jobs/{id}/ways/{verb}`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct AttendAsk {
+    /// Give it a terminal.
+    pub tty: bool,
+    /// Connect its standard input.
+    pub stdin: bool,
+    /// Ports of the machine that may be connected to. At most 16.
+    #[schema(max_items = 16)]
+    pub ports: Vec<u16>,
+}
+
+impl AttendAsk {
+    fn attend(&self) -> Result<RunAttend, Problem> {
+        if self.ports.len() > RunAttend::PORTS_MAX || self.ports.contains(&0) {
+            let most = RunAttend::PORTS_MAX;
+            let text = format!("at most {most} ports, from 1 to 65535");
+            return Err(Problem::invalid("attend", text));
+        }
+        Ok(RunAttend {
+            ports: self.ports.clone(),
+        })
+    }
+}
+
 /// A command in a fresh machine. With an uploaded tree it begins there.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -175,6 +201,9 @@ pub struct RunAsk {
     /// Its machine stays on its worker when it is over: see `/v1/machines`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep: Option<KeepAsk>,
+    /// It does not begin before whoever submits it holds its streams, and ends with that connection. Given to workers that can do that alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attend: Option<AttendAsk>,
     /// What every submission may say.
     #[serde(flatten)]
     pub common: Common,
@@ -497,6 +526,7 @@ impl RunAsk {
     ) -> Result<JobKind, Problem> {
         let keep = self.keep.as_ref().map(|keep| keep.keep(bounds));
         let keep = keep.transpose()?;
+        let attend = self.attend.as_ref();
         if let Some(folder) = &self.folder {
             inner_path("folder", folder)?;
             if uploaded.is_none() {
@@ -534,11 +564,12 @@ impl RunAsk {
             argv: self.argv.clone(),
             env: self.env.clone(),
             ports: Vec::new(),
-            tty: false,
-            stdin: false,
+            tty: attend.is_some_and(|attend| attend.tty),
+            stdin: attend.is_some_and(|attend| attend.stdin || attend.tty),
             source,
             disk: self.common.disk.is_some(),
             keep,
+            attend: attend.map(AttendAsk::attend).transpose()?,
             ..RunCommand::default()
         }))
     }

@@ -385,6 +385,11 @@ async fn can_be_retried(api: &Api, request: &JobRequest) -> Result<(), Problem> 
         let line = super::command_line(request);
         return Err(Problem::conflict("own", why).hint(format!("type it again: {line}")));
     }
+    if request.attend().is_some() {
+        let why = "whoever submitted this job held its command's streams, and what came on them is not kept";
+        let line = super::command_line(request);
+        return Err(Problem::conflict("attended", why).hint(format!("type it again: {line}")));
+    }
     let Some(Source::Tree { digest, .. }) = request.kind.source() else {
         return Ok(());
     };

@@ -15,8 +15,8 @@ use axum::response::Response;
 use http::StatusCode;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use kiln_core::Action;
-use kiln_db::Kept;
+use kiln_core::{Action, JobId, Lease};
+use kiln_db::{DbError, Kept};
 use kiln_proto::codec;
 use kiln_proto::fleet::MACHINE_UPGRADE;
 use kiln_proto::kept::{Answer, Ask, MESSAGE_BYTES_MAX, Refused};
@@ -37,11 +37,47 @@ const BUFFER: usize = 64 * 1024;
 
 /// What a way is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Verb {
+pub(super) enum Verb {
     Exec,
     Tree,
     Forward,
     Show,
+    Attend,
+}
+
+/// Where a way leads.
+#[derive(Debug)]
+pub(super) enum End {
+    /// Into a machine that is kept.
+    Kept(Box<Kept>),
+    /// To a command that runs, under the lease of its attempt.
+    Running(Lease),
+}
+
+impl End {
+    fn job(&self) -> &JobId {
+        match self {
+            Self::Kept(kept) => &kept.attempt.job,
+            Self::Running(lease) => &lease.attempt.job,
+        }
+    }
+
+    /// Why it is there no more, if so.
+    async fn over(&self, api: &Api) -> Result<Option<&'static str>, DbError> {
+        Ok(match self {
+            Self::Kept(kept) => {
+                let row = api.db().kept(&kept.attempt.job).await?;
+                let over = row.is_none_or(|row| row.epoch != kept.epoch);
+                over.then_some("the machine is not kept any more")
+            }
+            Self::Running(lease) => {
+                let job = api.db().job(&lease.attempt.job).await?;
+                let live = job.and_then(|job| job.lease);
+                let over = live.is_none_or(|live| live.epoch != lease.epoch);
+                over.then_some("the attempt is over")
+            }
+        })
+    }
 }
 
 impl Verb {
@@ -63,6 +99,7 @@ impl Verb {
                 | (Self::Tree, Ask::Tree { .. })
                 | (Self::Forward, Ask::Forward { .. })
                 | (Self::Show, Ask::Show)
+                | (Self::Attend, Ask::Attend { .. })
         )
     }
 }
@@ -105,23 +142,16 @@ pub(crate) async fn open(
         ));
     };
     let way = api.backend().way_to(&kept).await.map_err(no_way)?;
-    let joined = Joined {
-        api,
-        caller,
-        kept,
-        verb,
-        began: Instant::now(),
-        moved_ms: AtomicU64::new(0),
-        _slot: slot,
-    };
+    let joined = Joined::new((api, caller), End::Kept(Box::new(kept)), verb, slot);
     tokio::spawn(joined.run(upgrade, way));
     Ok(switching())
 }
 
-struct Joined {
+/// A person's connection and a worker's, joined.
+pub(super) struct Joined {
     api: Arc<Api>,
     caller: Caller,
-    kept: Kept,
+    end: End,
     verb: Verb,
     began: Instant,
     /// When a byte went either way, milliseconds from `began`.
@@ -130,7 +160,20 @@ struct Joined {
 }
 
 impl Joined {
-    async fn run(self, upgrade: OnUpgrade, mut way: Way) {
+    pub(super) fn new((api, caller): (Arc<Api>, Caller), end: End, verb: Verb, slot: Slot) -> Self {
+        Self {
+            api,
+            caller,
+            end,
+            verb,
+            began: Instant::now(),
+            moved_ms: AtomicU64::new(0),
+            _slot: slot,
+        }
+    }
+
+    /// Until either is over, or may not be open any more.
+    pub(super) async fn run(self, upgrade: OnUpgrade, mut way: Way) {
         let Ok(Ok(person)) = tokio::time::timeout(ASK_TIMEOUT, upgrade).await else {
             return;
         };
@@ -153,7 +196,7 @@ impl Joined {
         tokio::select! {
             () = self.pass(person, way) => {}
             why = self.over() => {
-                tracing::info!(machine = %self.kept.attempt.job, who = self.caller.actor(), why, "a way into a machine is closed");
+                tracing::info!(machine = %self.end.job(), who = self.caller.actor(), why, "a way into a machine is closed");
             }
         }
     }
@@ -216,10 +259,8 @@ impl Joined {
                 return "the token is not good any more";
             }
             // A database that does not answer for a moment ends nothing: the machine's worker ends it when that lasts.
-            if let Ok(row) = self.api.db().kept(&self.kept.attempt.job).await
-                && row.is_none_or(|row| row.epoch != self.kept.epoch)
-            {
-                return "the machine is not kept any more";
+            if let Ok(Some(why)) = self.end.over(&self.api).await {
+                return why;
             }
         }
     }
@@ -239,7 +280,9 @@ mod tests {
             let verb = Verb::named(verb).expect("known");
             assert!(!verb.asks(&exec) && !verb.asks(&Ask::Remove), "{verb:?}");
         }
-        for verb in ["stop", "remove", "incident", "console", "stats", "", "Exec"] {
+        for verb in [
+            "stop", "remove", "incident", "console", "stats", "attend", "", "Exec",
+        ] {
             assert_eq!(Verb::named(verb), None, "{verb}");
         }
     }

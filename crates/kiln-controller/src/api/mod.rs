@@ -18,6 +18,7 @@ mod holds;
 mod hypeman;
 mod images;
 mod incidents;
+mod job_ways;
 mod jobs;
 pub(crate) mod limits;
 pub mod listen;
@@ -54,7 +55,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub use again::command_line;
-pub use ask::{BuildAsk, Common, KeepAsk, RunAsk};
+pub use ask::{AttendAsk, BuildAsk, Common, KeepAsk, RunAsk};
 pub use audit::AuditView;
 pub use holds::HoldView;
 pub use images::ImageView;
@@ -191,6 +192,7 @@ fn handlers() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(machines::console))
         .routes(routes!(machines::incident))
         .routes(routes!(machine_ways::open))
+        .routes(routes!(job_ways::open))
         .routes(routes!(artifacts::list))
         .routes(routes!(artifacts::fetch))
         .routes(routes!(workers::list))

@@ -7,7 +7,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
-use kiln_core::{Digest, JobId, TenantName};
+use kiln_core::{Digest, JobId, Lease, TenantName};
 use kiln_db::{Artifact, Database, Job, Kept, NamedImage};
 
 use crate::access::{Access, Door};
@@ -131,6 +131,12 @@ pub trait Backend: Send + Sync {
     /// Opens a way to a machine that a worker keeps. What goes over it is `kiln_proto::kept`.
     fn way_to<'a>(&'a self, kept: &'a Kept) -> BoxFuture<'a, Result<Way, NoWay>> {
         let _it = kept;
+        Box::pin(std::future::ready(Err(NoWay::Silent)))
+    }
+
+    /// Opens a way to a command that runs and is attended, under its attempt's lease.
+    fn way_to_attempt<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<Way, NoWay>> {
+        let _it = lease;
         Box::pin(std::future::ready(Err(NoWay::Silent)))
     }
 

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
+use kiln_core::Action;
+use kiln_core::access::Target;
 use utoipa::ToSchema;
 
 use super::Api;
@@ -60,6 +62,11 @@ pub(crate) async fn create(
     let got = read::<RunAsk>(&api, &caller, request).await?;
     let mut kind = got.ask.kind(got.source, api.config.kept)?;
     let (tenant, common) = (&got.tenant, &got.ask.common);
+    if got.ask.attend.is_some() && !caller.could(Action::MachineUse, Target::Tenant(tenant)) {
+        let why = "whoever submits a command that is attended has to be allowed `machine:use` in its tenant";
+        return Err(Problem::forbidden(why)
+            .hint("ask an admin for a token with the role and scopes for this"));
+    }
     let rule = got.ask.rule(&mut kind, &api.grants().await?, tenant)?;
     let work = (kind, rule);
     submit(&api, &caller, tenant, work, common, key, HashMap::new()).await

@@ -13,7 +13,7 @@ use axum::{Extension, Json};
 use http::{HeaderValue, StatusCode, header};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
-use kiln_core::{AttemptId, Epoch, WorkerId};
+use kiln_core::{AttemptId, Epoch, Lease, WorkerId};
 use kiln_db::{KeepError, Kept, NewKept};
 use kiln_proto::fleet::{
     AwaitCalls, Calls, KEPT_MAX, KeepMachine, MACHINE_UPGRADE, MachineCall, MachinesGone, MayStay,
@@ -29,6 +29,10 @@ use crate::state::Controller;
 
 /// Longest wait for a worker to open a way.
 pub(crate) const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
+/// How often it is looked which controller hears a worker.
+const HEARD_LOOKS: u32 = 20;
+/// Time between two of these looks.
+const HEARD_AGAIN: Duration = Duration::from_millis(250);
 /// Calls of one worker that wait.
 const WAITING_MAX: usize = 256;
 /// Most bytes of what is kept of a machine for lists.
@@ -127,6 +131,13 @@ impl Ways {
         let mut waiting = self.lock();
         let (calls, told) = waiting.calls.entry(worker.clone()).or_default();
         (calls.drain(..).collect(), Arc::clone(told))
+    }
+
+    /// Whether the worker has a request held open here just now.
+    pub(crate) fn hears(&self, worker: &WorkerId) -> bool {
+        let waiting = self.lock();
+        let told = waiting.calls.get(worker);
+        told.is_some_and(|(_, told)| Arc::strong_count(told) > 1)
     }
 
     /// Who waits for this way, if this worker may open it. Good once.
@@ -276,6 +287,30 @@ impl Controller {
             }),
             Home::Away => Err(NoWay::Away),
         }
+    }
+
+    /// Opens a way to a command that runs and is attended.
+    ///
+    /// # Errors
+    /// See [`NoWay`].
+    pub async fn way_to_attempt(&self, lease: &Lease) -> Result<Way, NoWay> {
+        // A worker asks again at once when its request was answered: between two of them nobody hears it.
+        for _ in 0..HEARD_LOOKS {
+            if self.peers.others().is_empty() || self.ways.hears(&lease.worker) {
+                return self.near_way_to_attempt(lease).await;
+            }
+            if let Some(way) = self.far_way_to_attempt(lease).await {
+                return Ok(way);
+            }
+            tokio::time::sleep(HEARD_AGAIN).await;
+        }
+        Err(NoWay::Silent)
+    }
+
+    /// As [`Controller::way_to_attempt`], of a worker that speaks to this controller.
+    pub(crate) async fn near_way_to_attempt(&self, lease: &Lease) -> Result<Way, NoWay> {
+        let ways = &self.ways;
+        ways.open(&lease.worker, &lease.attempt, lease.epoch).await
     }
 
     /// As [`Controller::way_to`], of a worker that speaks to this controller.

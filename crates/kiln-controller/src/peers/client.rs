@@ -244,12 +244,12 @@ impl Client {
         Ok(answer.map(Body::new))
     }
 
-    /// A way to a kept machine.
+    /// A way to a machine.
     pub(super) async fn way(
         &self,
         controller: &Controller,
         url: &str,
-        job: &JobId,
+        path: &str,
     ) -> Result<Way, PeerError> {
         let lost = |source: Box<dyn std::error::Error + Send + Sync>| PeerError::Unreachable {
             url: url.to_owned(),
@@ -257,7 +257,7 @@ impl Client {
         };
         let access = &controller.access;
         let token = access.issue_controller(controller.peers.id(), now_unix_ms())?;
-        let request = Request::get(format!("{url}/peer/v1/machines/{job}/way"))
+        let request = Request::get(format!("{url}{path}"))
             .header(header::AUTHORIZATION, format!("Bearer {token}"))
             .header(header::CONNECTION, "upgrade")
             .header(header::UPGRADE, MACHINE_UPGRADE)

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use kiln_core::{AttemptId, JobId};
+use kiln_core::{AttemptId, JobId, Lease};
 use kiln_db::{DbError, Kept};
 use kiln_store::logs::LogName;
 use tokio_util::sync::CancellationToken;
@@ -251,7 +251,26 @@ impl Controller {
     /// A way to a machine whose worker speaks to another controller.
     pub(crate) async fn far_way(&self, url: &str, kept: &Kept) -> Result<Way, PeerError> {
         let job = &kept.attempt.job;
-        self.peers.client.way(self, url, job).await
+        let path = format!("/peer/v1/machines/{job}/way");
+        self.peers.client.way(self, url, &path).await
+    }
+
+    /// A way to a command that is attended, whose worker has a request held open at another controller.
+    pub(crate) async fn far_way_to_attempt(&self, lease: &Lease) -> Option<Way> {
+        let path = format!("/peer/v1/jobs/{}/way", lease.attempt.job);
+        for url in self.peers.others() {
+            match self.peers.client.way(self, &url, &path).await {
+                Ok(way) => return Some(way),
+                Err(error) => {
+                    tracing::debug!(
+                        url,
+                        error = &error as &dyn std::error::Error,
+                        "no way there"
+                    );
+                }
+            }
+        }
+        None
     }
 
     /// A secret that came with a job, from whichever controller took the job.

@@ -17,7 +17,7 @@ use kiln_store::logs::{LogError, LogName, READ_MAX};
 use serde::Deserialize;
 
 use crate::access::Door;
-use crate::fleet::machines;
+use crate::fleet::machines::{self, Way};
 use crate::fleet::refusal::Refused;
 use crate::fleet::reports;
 use crate::fleet::who::now_unix_ms;
@@ -39,6 +39,7 @@ pub fn router(controller: Controller) -> Router {
         .route("/peer/v1/logs/{tenant}/{job}/{attempt}/end", post(end))
         .route("/peer/v1/secrets/{job}/{name}", get(secret))
         .route("/peer/v1/machines/{job}/way", get(way))
+        .route("/peer/v1/jobs/{job}/way", get(way_to_attempt))
         .with_state(controller)
 }
 
@@ -184,19 +185,43 @@ async fn way(
     };
     let job: JobId = job.parse().map_err(|_| missing())?;
     let kept = controller.db.kept(&job).await?.ok_or_else(missing)?;
-    let mut near = controller
-        .near_way(&kept)
-        .await
-        .map_err(|why| Refused::unavailable(why.to_string()))?;
+    let near = controller.near_way(&kept).await;
+    let near = near.map_err(|why| Refused::unavailable(why.to_string()))?;
+    Ok(joined(&controller, upgrade, near))
+}
+
+/// Opens a way to a command that is attended, where its worker has a request held open here.
+async fn way_to_attempt(
+    State(controller): State<Controller>,
+    _: Peer,
+    Path(job): Path<String>,
+    upgrade: Option<Extension<OnUpgrade>>,
+) -> Result<Response, Refused> {
+    let missing = || Refused::missing("there is no way to such a command here");
+    let Some(Extension(upgrade)) = upgrade else {
+        return Err(Refused::bad("a way to a command is an upgraded connection"));
+    };
+    let job: JobId = job.parse().map_err(|_| missing())?;
+    let lease = controller.db.job(&job).await?.and_then(|job| job.lease);
+    let lease = lease.ok_or_else(missing)?;
+    if !controller.ways.hears(&lease.worker) {
+        return Err(missing());
+    }
+    let near = controller.near_way_to_attempt(&lease).await;
+    let near = near.map_err(|why| Refused::unavailable(why.to_string()))?;
+    Ok(joined(&controller, upgrade, near))
+}
+
+/// Whoever asked for it bounds it.
+fn joined(controller: &Controller, upgrade: OnUpgrade, mut near: Way) -> Response {
     let closing = controller.closing().clone();
     tokio::spawn(async move {
         let Ok(upgraded) = upgrade.await else { return };
         let mut far = TokioIo::new(upgraded);
-        // Whoever asked for it bounds it.
         tokio::select! {
             _ended = tokio::io::copy_bidirectional(&mut far, &mut near) => {}
             () = closing.cancelled() => {}
         }
     });
-    Ok(machines::switching())
+    machines::switching()
 }

@@ -211,7 +211,7 @@ async fn an_artifact_that_is_cut_or_too_large_leaves_nothing() {
     let head = |length: u64| {
         format!(
             "PUT /worker/v1/jobs/{job}/artifacts/a HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
-             kiln-generation: 1\r\nkiln-worker: w1\r\nkiln-lease: {}\r\ncontent-length: {length}\r\n\r\n",
+             kiln-generation: 2\r\nkiln-worker: w1\r\nkiln-lease: {}\r\ncontent-length: {length}\r\n\r\n",
             LeaseHeader::of(&lease)
         )
     };

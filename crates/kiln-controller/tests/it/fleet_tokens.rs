@@ -16,7 +16,7 @@ async fn ask(to: SocketAddr, method: &str, path: &str, token: &str, body: &str) 
     let mut line = TcpStream::connect(to).await.expect("connects");
     let length = body.len();
     let request = format!(
-        "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nkiln-generation: 1\r\nkiln-worker: w1\r\n\
+        "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nkiln-generation: 2\r\nkiln-worker: w1\r\n\
          authorization: Bearer {token}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
     );
     line.write_all(request.as_bytes()).await.expect("writes");

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kiln_controller::api::{Backend as _, ListenConfig};
+use kiln_core::dispatch::POLICY_GENERATION;
 use kiln_core::{Digest, JobKind, JobRequest, NetworkPolicy, PendingReason};
 use kiln_db::OpenOptions;
 use kiln_proto::fleet::GENERATION;
@@ -86,7 +87,7 @@ fn a_policy_is_compiled_bounded_and_kept_with_the_job() {
         (&json!(2), &Value::Null)
     );
     let request = here.request(&job);
-    assert_eq!(request.dispatch.requires.generation, GENERATION);
+    assert_eq!(request.dispatch.requires.generation, POLICY_GENERATION);
     let JobKind::Run(command) = &request.kind else {
         panic!("{request:?}")
     };
@@ -229,7 +230,10 @@ fn open_and_learn_are_granted_to_the_tenant_or_refused() {
         (&job["network"]["mode"], &job["policy"]["learn"]),
         (&json!("open"), &json!(true))
     );
-    assert_eq!(here.request(&job).dispatch.requires.generation, GENERATION);
+    assert_eq!(
+        here.request(&job).dispatch.requires.generation,
+        POLICY_GENERATION
+    );
     let secret = json!({"argv": ["true"], "net": "learn", "secrets": ["TOKEN"]});
     let got = ask(&acme, &secret);
     assert_eq!(
@@ -382,7 +386,7 @@ fn a_build_is_held_to_what_means_something_for_one() {
         panic!("{job}")
     };
     assert!(wanted.only_network);
-    assert_eq!(request.dispatch.requires.generation, GENERATION);
+    assert_eq!(request.dispatch.requires.generation, POLICY_GENERATION);
     let wider = build(PHASES, &json!({"allow": ["c.example.org"]}));
     assert_eq!(
         (wider.status, wider.code().as_str()),
@@ -444,28 +448,19 @@ fn a_retry_is_judged_by_the_grants_of_today() {
     assert_eq!(retry(&listed).status, 202, "any host may be named again");
 }
 
-/// A job of a sim worker, held to a policy.
-async fn held_to_a_policy(fleet: &Fleet, name: &str) -> kiln_core::JobId {
-    let hash = Digest::of(b"policy");
+/// A job of a sim worker, whose command is attended.
+async fn attended(fleet: &Fleet, name: &str) -> kiln_core::JobId {
     let mut new = script(name, 2, 10);
-    new.request.policy = Some(kiln_core::job::AppliedPolicy {
-        name: None,
-        file: hash,
-        hash,
-        upload_bits: None,
-        download_bits: None,
-        connections_max: None,
-        output_bytes_max: None,
-        processes_max: None,
-        learn: false,
-    });
+    if let kiln_core::JobKind::Run(run) = &mut new.request.kind {
+        run.attend = Some(kiln_core::job::RunAttend::default());
+    }
     new.request.needs_its_generation();
     let submitted = fleet.db().submit(new).await.expect("submits");
     submitted.job.request.id
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_job_with_a_policy_waits_for_a_worker_that_holds_it_to_it() {
+async fn a_job_waits_for_a_worker_that_knows_all_of_it() {
     let folder = tempfile::tempdir().expect("folder");
     let ledger = Arc::new(Ledger::default());
     let fleet = Fleet::start(folder.path(), OpenOptions::default()).await;
@@ -476,7 +471,7 @@ async fn a_job_with_a_policy_waits_for_a_worker_that_holds_it_to_it() {
     };
     // It says of itself what it likes: what its requests speak is what counts.
     let old = worker("old", GENERATION - 1);
-    let held = held_to_a_policy(&fleet, "held").await;
+    let held = attended(&fleet, "held").await;
     let plain = fleet.submit("plain", 2, 10).await;
     fleet.all_over(std::slice::from_ref(&plain)).await;
     let end = tokio::time::Instant::now() + PATIENCE;
@@ -484,7 +479,10 @@ async fn a_job_with_a_policy_waits_for_a_worker_that_holds_it_to_it() {
         let job = fleet.db().job(&held).await.expect("answers");
         let reason = job.and_then(|job| job.reason);
         if let Some(PendingReason::NoWorkerMatches { missing, .. }) = &reason {
-            assert!(missing.contains("generation 2"), "{missing}");
+            assert!(
+                missing.contains("generation 3") && missing.contains("attended"),
+                "{missing}"
+            );
             break;
         }
         assert!(

@@ -16,6 +16,7 @@ on_both!(
     a_cancel_wins_only_when_it_came_first,
     logs_go_on_where_they_ended,
     bounds_of_events_and_artifacts_hold,
+    an_attempt_that_somebody_attends_is_the_last,
 );
 
 fn artifact() -> Artifact {
@@ -57,6 +58,7 @@ async fn every_door(w: &World, lease: &Lease) -> Vec<LeaseRefused> {
             .map(drop),
         db.artifact(lease, &artifact()).await,
         db.log_mark(lease, "c1", 0, 5).await.map(drop),
+        db.attend(lease).await.map(drop),
         db.finish(lease, end(passed())).await.map(drop),
     ];
     for kind in KINDS {
@@ -357,4 +359,40 @@ async fn bounds_of_events_and_artifacts_hold(w: World) {
     assert!(nothing.is_none());
     let unknown: Result<_, DbError> = w.db.job(&id("nothing")).await;
     assert!(unknown.expect("reads").is_none());
+}
+
+async fn an_attempt_that_somebody_attends_is_the_last(w: World) {
+    let one = w.worker("w1").await;
+    let first = w.leased("b1", &one).await;
+    assert!(!w.db.attend(&first).await.expect("asked"), "not ready yet");
+    // Nothing was given yet: what fails is tried again.
+    let lost =
+        w.db.finish(&first, end(failed(FailureClass::Infrastructure)))
+            .await;
+    assert!(!lost.expect("fails").state.is_terminal());
+    w.advance(10_000);
+    let second = w.claim("b1", 2, &one).await;
+    w.db.started(&second).await.expect("starts");
+    assert!(w.db.attend(&second).await.expect("attends"));
+    assert!(w.db.attend(&second).await.expect("again is no error"));
+    w.advance(25_000);
+    let swept = w.sweep().await;
+    let states: Vec<_> = swept
+        .expired
+        .iter()
+        .map(|one| one.state.is_terminal())
+        .collect();
+    assert_eq!(states, [true], "it is never tried again");
+    let refused = w.db.attend(&second).await;
+    assert!(matches!(refused, Err(DoorError::Lease(_))), "{refused:?}");
+    // One that should stop is attended by nobody.
+    let back = w.db.heartbeat(&one, &crate::support::facts(), &[]).await;
+    back.expect("is there");
+    let lease = w.leased("b2", &one).await;
+    w.db.started(&lease).await.expect("starts");
+    w.db.cancel(&id("b2"), "somebody", None)
+        .await
+        .expect("cancels");
+    let refused = w.db.attend(&lease).await;
+    assert!(matches!(refused, Err(DoorError::Cancelled)), "{refused:?}");
 }

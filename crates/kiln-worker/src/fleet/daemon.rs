@@ -566,7 +566,7 @@ pub fn facts(shop: &Workshop, machines_max: u32) -> WorkerFacts {
             .ok()
             .and_then(|cpus| u32::try_from(cpus.len()).ok()),
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        generation: kiln_core::dispatch::POLICY_GENERATION,
+        generation: kiln_core::dispatch::ATTEND_GENERATION,
         warm,
     }
 }

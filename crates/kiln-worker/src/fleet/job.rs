@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use kiln_core::job::{RunKeep, RunService, SourceBuild};
+use kiln_core::job::{RunAttend, RunCommand, RunKeep, RunService, SourceBuild};
 use kiln_core::{
     ArtifactName, Digest, FailureClass, JobKind, JobRequest, Lease, MachineName, NetworkPolicy,
     Outcome, Verdict,
@@ -28,8 +28,9 @@ use super::mask::Mask;
 use super::report::{Reporter, Spans, To, retried};
 use super::spans::AttemptSpans;
 use super::spool::Spool;
-use super::staying::Staying;
+use super::staying::{AtDoor, Staying};
 use super::witness::Witness;
+use crate::attend::door::{Attend, Door};
 use crate::build::{self, BuildEnd, BuildInput, BuildReport};
 use crate::checkout::CheckoutDir;
 use crate::container;
@@ -610,10 +611,28 @@ impl Work<'_> {
         (self.shop.watch)(&name).map_err(|error| Failure::infrastructure(&error))
     }
 
+    /// Where whoever attends the command arrives.
+    fn attended(&self, wanted: &RunAttend) -> (AtDoor, Attend) {
+        let (door, attend) = Door::of(wanted);
+        (self.staying.attended(self.lease, door), attend)
+    }
+
+    /// A folder for the files that the command leaves, if any are wanted.
+    fn artifacts_dir(&self, command: &RunCommand) -> Result<Option<CheckoutDir>, Failure> {
+        if command.artifacts.is_empty() {
+            return Ok(None);
+        }
+        let parent = self.shop.host.home.cache.join("checkouts");
+        let name = format!("{}-artifacts", self.lease.attempt.job);
+        let made = CheckoutDir::fresh(&parent, &name);
+        made.map(Some)
+            .map_err(|error| Failure::infrastructure(&error))
+    }
+
     async fn command(
         &self,
         request: JobRequest,
-        command: &kiln_core::job::RunCommand,
+        command: &RunCommand,
         (folder, local, given): (Option<LocalFolder>, Option<LocalRun>, Given),
         secrets: Vec<(String, Vec<u8>)>,
     ) -> Result<JobEnd, Failure> {
@@ -655,17 +674,11 @@ impl Work<'_> {
                 Some(prepared.await?)
             }
         };
-        let dir = match command.artifacts.is_empty() {
-            true => None,
-            false => {
-                let parent = shop.host.home.cache.join("checkouts");
-                let name = format!("{}-artifacts", request.id);
-                let made = CheckoutDir::fresh(&parent, &name);
-                Some(made.map_err(|error| Failure::infrastructure(&error))?)
-            }
-        };
-        // A command's own machine is kept by that command.
+        let dir = self.artifacts_dir(command)?;
+        // A command's own machine is kept by that command, and its streams are that command's.
         let keeps = local.is_none().then_some(command.keep).flatten();
+        let wanted = command.attend.as_ref().filter(|_| local.is_none());
+        let (at_door, attend) = wanted.map(|wanted| self.attended(wanted)).unzip();
         let mut local = local.unwrap_or_else(nobody_watches);
         local.keep = keeps.map(keep_of).or(local.keep);
         let tenant = &request.tenant.clone();
@@ -690,11 +703,14 @@ impl Work<'_> {
             phases,
             services: self.services(tenant, &command.services).await?,
             given,
+            attend,
         };
         let lease = self.lease.clone();
         // From its start: it would outlive this process from then on.
         let watched = keeps.map(|_| self.watched()).transpose()?;
         let mut end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;
+        // Calls lead to the machine that stays from now on.
+        drop(at_door);
         if let Some(watched) = watched
             && let Some(handover) = end.kept.take()
         {

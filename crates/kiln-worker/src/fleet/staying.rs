@@ -4,6 +4,9 @@
 //! machine, in this process: it ends with it, and where that is killed, a process that watches it removes the machine ([`super::job::Watch`]). Heartbeats renew the machine's lease; one that is not renewed in time, or refused, ends the machine.
 //! Who wants to reach a machine calls through the controller: one request is held open for that, and each call is answered with a connection of this
 //! worker's to the controller, joined to the keeper's private socket. The keeper judges what is asked as always.
+//!
+//! A machine whose command is attended while it runs is reached by the same calls: until its attempt is over, they lead to that command's door
+//! ([`crate::attend::door`]).
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,6 +28,7 @@ use super::clock::boot_ms;
 use super::fence::Fence;
 use super::job::{Watched, Workshop};
 use super::report::To;
+use crate::attend::door::Door;
 use crate::failure::Failure;
 use crate::kept::{keeper, socket_of};
 
@@ -58,6 +62,8 @@ pub(super) struct Staying {
 struct State {
     fence: Fence,
     kept: HashMap<AttemptId, Here>,
+    /// Attempts that run, and whose commands are attended.
+    attended: HashMap<AttemptId, (Epoch, Arc<Door>)>,
 }
 
 #[derive(Debug)]
@@ -104,6 +110,22 @@ impl Staying {
     /// Ends what is kept of an attempt that lost its lease before it was over.
     pub(super) fn lost(&self, attempt: &AttemptId) {
         self.lock().end(attempt, "its attempt's lease is over");
+    }
+
+    /// From now on calls lead to this door, until what is given is dropped.
+    pub(super) fn attended(self: &Arc<Self>, lease: &Lease, door: Arc<Door>) -> AtDoor {
+        let attempt = lease.attempt.clone();
+        let mut state = self.lock();
+        state
+            .attended
+            .insert(attempt.clone(), (lease.epoch, Arc::clone(&door)));
+        drop(state);
+        self.changed.notify_waiters();
+        AtDoor {
+            staying: Arc::clone(self),
+            attempt,
+            door,
+        }
     }
 
     /// Ends machines whose leases nothing renewed in time; runs for ever.
@@ -215,14 +237,14 @@ impl Staying {
         }
     }
 
-    /// Answers calls while a machine is kept here; runs for ever.
+    /// Answers calls while a machine is kept here, or a command attended; runs for ever.
     pub(super) async fn calls(self: &Arc<Self>, shop: &Arc<Workshop>) {
         let ways = Arc::new(Semaphore::new(WAYS_MAX));
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            if self.lock().kept.is_empty() {
+            if self.lock().calls_nobody() {
                 changed.await;
                 continue;
             }
@@ -263,6 +285,18 @@ impl Staying {
         if !legal || !way.bytes().all(|b| b.is_ascii_hexdigit()) {
             return;
         }
+        let door = self.lock().door(&attempt, epoch);
+        if let Some(door) = door {
+            let path = format!("/worker/v1/machines/ways/{way}");
+            match tokio::time::timeout(WAY_TIMEOUT, shop.client.upgrade(&path)).await {
+                Ok(Ok(far)) => door.serve(Box::new(far)).await,
+                Ok(Err(error)) => {
+                    tracing::debug!(%attempt, error = crate::orders::chain(&error), "no way");
+                }
+                Err(_) => {}
+            }
+            return;
+        }
         let (machine, end) = {
             let state = self.lock();
             let Some(here) = state.kept.get(&attempt).filter(|here| here.epoch == epoch) else {
@@ -292,6 +326,16 @@ impl Staying {
 }
 
 impl State {
+    fn calls_nobody(&self) -> bool {
+        self.kept.is_empty() && self.attended.is_empty()
+    }
+
+    /// Where calls for an attempt that runs lead, under its own claim alone.
+    fn door(&self, attempt: &AttemptId, epoch: Epoch) -> Option<Arc<Door>> {
+        let (claim, door) = self.attended.get(attempt)?;
+        (*claim == epoch).then(|| Arc::clone(door))
+    }
+
     fn end(&mut self, attempt: &AttemptId, why: &str) {
         self.fence.ended(attempt);
         if let Some(here) = self.kept.get(attempt)
@@ -300,6 +344,21 @@ impl State {
             tracing::warn!(%attempt, why, "a kept machine is destroyed");
             here.end.cancel();
         }
+    }
+}
+
+/// That a command is attended.
+#[derive(Debug)]
+pub(super) struct AtDoor {
+    staying: Arc<Staying>,
+    attempt: AttemptId,
+    door: Arc<Door>,
+}
+
+impl Drop for AtDoor {
+    fn drop(&mut self) {
+        self.staying.lock().attended.remove(&self.attempt);
+        self.door.close();
     }
 }
 

@@ -4,9 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kiln_network::record;
-use kiln_proto::msg::{
-    ConnectReply, ExecRequest, Forward, GetTree, MachineStats, Order, OrderReply, kind,
-};
+use kiln_proto::msg::{ExecRequest, GetTree, MachineStats, Order, OrderReply, kind};
 use kiln_proto::{Stream, codec, relay, reset_of};
 use serde::Serialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, split};
@@ -18,13 +16,12 @@ use super::copy::{BYTES_MAX, ENTRIES_MAX};
 use super::keeper::{CONNECTIONS_MAX, Held, Wish, Wished};
 use crate::collect::CONTAINER_ROOT;
 use crate::orders;
+use crate::run;
 
 /// How long a question may take to arrive.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the guest may take to say what it uses.
 const STATS_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest wait for a port's connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The environment every command starts from.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where commands start in a machine without an image.
@@ -67,6 +64,10 @@ pub(super) async fn serve(held: &Held, mut asker: UnixStream) {
         Ask::Exec(ask) => exec(held, ask, asker).await,
         Ask::Tree { path } => send_tree(held, path, asker).await,
         Ask::Forward { port } => forward(held, port, asker).await,
+        Ask::Attend { .. } => {
+            let refused = Refused::usage("the command of this machine is over: nobody attends it");
+            say(&mut asker, Err(refused)).await;
+        }
         Ask::Stop => end(held, Wish::Stop, asker).await,
         Ask::Remove => end(held, Wish::Remove, asker).await,
         Ask::Incident { note } => end(held, Wish::Incident(note), asker).await,
@@ -291,27 +292,9 @@ fn reason(error: &std::io::Error) -> String {
 }
 
 async fn forward(held: &Held, port: u16, mut asker: UnixStream) {
-    let connected = async {
-        let mut stream = open(held, kind::FORWARD, &Forward { port }).await?;
-        let reply = codec::read_msg::<ConnectReply, _>(&mut stream, orders::REPLY_BYTES_MAX).await;
-        match reply.map_err(|error| Refused::failed(orders::chain(&error)))? {
-            ConnectReply::Connected => Ok(stream),
-            ConnectReply::Refused { reason } => {
-                let reason: String = reason.chars().take(REASON_CHARS_MAX).collect();
-                Err(Refused::failed(format!(
-                    "port {port} of the machine: {reason}"
-                )))
-            }
-        }
-    };
-    let connected = tokio::time::timeout(CONNECT_TIMEOUT, connected).await;
-    let mut stream = match connected {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(refused)) => return say(&mut asker, Err(refused)).await,
-        Err(_) => {
-            let message = format!("port {port} of the machine does not answer");
-            return say(&mut asker, Err(Refused::failed(message))).await;
-        }
+    let mut stream = match run::connect(&held.session, port).await {
+        Ok(stream) => stream,
+        Err(refused) => return say(&mut asker, Err(refused)).await,
     };
     say(&mut asker, Ok(Reply::Begins)).await;
     // A broken connection is its two ends' to see.

@@ -63,6 +63,10 @@ pub(super) async fn run_exec(
                 () = cancel.cancelled() => break,
             }
         }
+        // What was asked for before, above all a hang-up, comes first; more than the queue holds does not.
+        while let Ok(order) = control.try_recv() {
+            let _ended = orders_in.send(order).await;
+        }
         let _ended = orders_in.send(Control::Signal(2)).await;
         tokio::time::sleep(INTERRUPT_GRACE / 2).await;
         let _ended = orders_in.send(Control::Signal(15)).await;

@@ -33,6 +33,8 @@ use crate::unpack::Unpacked;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where a command begins that works on no files.
 const HOME: &str = "/root";
+/// Size of a terminal whose attender did not say.
+const TTY_USUAL: TtySize = TtySize { rows: 24, cols: 80 };
 /// Longest wait for the guest to say what it uses.
 const STATS_TIMEOUT: Duration = Duration::from_secs(10);
 /// A disk with less room than this is full, bytes; a small one with less than a 64th of it.
@@ -67,63 +69,90 @@ pub(super) async fn in_machine(
     };
     let prepared = prepare(attempt, &input, &command, lease, told);
     let mut inside = limit.unless_stopped(cancel, prepared).await?;
-    // Ends what runs beside the command when this is over.
-    let mut serving = Vec::new();
-    for phase in std::mem::take(&mut input.phases) {
-        let begun = inside.phase(&mut input, &phase, &mut serving, (cancel, events, told));
-        limit.unless_stopped(cancel, begun).await?;
-    }
-    let (secrets, tty, stdin) = (&input.secrets, input.tty, input.stdin.is_some());
-    let (network, services) = (&input.request.network, &input.services);
-    let started = async {
-        inside
-            .enter("run", (network, &command.git), services)
-            .await?;
-        put_secrets(attempt, secrets).await?;
-        inside.exec(None, secrets, (tty, stdin)).await
+    let Some(attend) = input.attend.take() else {
+        let told = (events, told, handover);
+        return inside.commands(input, (cancel, cancel, limit), told).await;
     };
-    let exec = limit.unless_stopped(cancel, started).await?;
-    if let Some(handover) = handover {
-        handover.cwd = Some(inside.cwd.clone());
-        if inside.container.is_some() {
-            handover.runc = exec.argv.first().cloned();
-        }
+    told.phases.begin("attend").await;
+    // An attender who goes ends it as a cancel does.
+    let stopped = cancel.child_token();
+    let waits = attend.wait(&attempt.session, command.stdin, stopped.clone());
+    let (attended, streams) = limit.unless_stopped(cancel, waits).await?;
+    input.stdin = command.stdin.then_some(streams.stdin);
+    input.tty = command.tty.then_some(streams.tty.unwrap_or(TTY_USUAL));
+    (input.output, input.control) = (streams.output, streams.control);
+    let told = (events, told, handover);
+    let ended = inside.commands(input, (cancel, &stopped, limit), told);
+    let ended = ended.await;
+    match (attended.end().await, &ended) {
+        (Some(gone), Err(failure)) if failure.class == FailureClass::Cancelled => Err(gone),
+        _ => ended,
     }
-    let forwards: Vec<_> = std::mem::take(&mut input.listeners)
-        .into_iter()
-        .map(|(listener, port)| tokio::spawn(forward(attempt.session.clone(), listener, port)))
-        .collect();
-    told.phases.begin("run").await;
-    let parts = ExecParts {
-        stdin: input.stdin.take(),
-        output: input.output.clone(),
-        room: &mut inside.room,
-        control: &mut input.control,
-        log: Arc::clone(&input.log),
-        mask: &input.mask,
-    };
-    let result = tokio::select! {
-        result = run_exec(&attempt.session, &exec, parts, cancel) => result,
-        // Dropped, the command is ended; its machine may stay.
-        () = limit.passed() => Err(limit.over()),
-    };
-    for task in forwards {
-        task.abort();
-    }
-    let result = match result {
-        Ok(exit) => inside.of_its_own(exit, &input.request).await,
-        stopped => stopped,
-    };
-    if let Some(dir) = &input.artifacts {
-        inside
-            .kept_files(dir, &result, (cancel, events, told))
-            .await;
-    }
-    drop(serving);
-    result
 }
 
 impl Inside<'_> {
+    /// Everything before the command, the command, and the files that it leaves. A cancel is asked for; whoever attends the command may stop it too.
+    async fn commands(
+        &mut self,
+        mut input: RunInput,
+        (cancel, stopped, limit): (&CancellationToken, &CancellationToken, Limit),
+        (events, told, handover): (&Events, &mut Told, &mut Option<Handover>),
+    ) -> Result<Exit, Failure> {
+        let command = self.command;
+        // Ends what runs beside the command when this is over.
+        let mut serving = Vec::new();
+        for phase in std::mem::take(&mut input.phases) {
+            let begun = self.phase(&mut input, &phase, &mut serving, (stopped, events, told));
+            limit.unless_stopped(stopped, begun).await?;
+        }
+        let (secrets, tty, stdin) = (&input.secrets, input.tty, input.stdin.is_some());
+        let (network, services) = (&input.request.network, &input.services);
+        let started = async {
+            self.enter("run", (network, &command.git), services).await?;
+            put_secrets(self.attempt, secrets).await?;
+            self.exec(None, secrets, (tty, stdin)).await
+        };
+        let exec = limit.unless_stopped(stopped, started).await?;
+        if let Some(handover) = handover {
+            handover.cwd = Some(self.cwd.clone());
+            if self.container.is_some() {
+                handover.runc = exec.argv.first().cloned();
+            }
+        }
+        let forwards: Vec<_> = std::mem::take(&mut input.listeners)
+            .into_iter()
+            .map(|(listener, port)| {
+                tokio::spawn(forward(self.attempt.session.clone(), listener, port))
+            })
+            .collect();
+        told.phases.begin("run").await;
+        let parts = ExecParts {
+            stdin: input.stdin.take(),
+            output: input.output.clone(),
+            room: &mut self.room,
+            control: &mut input.control,
+            log: Arc::clone(&input.log),
+            mask: &input.mask,
+        };
+        let result = tokio::select! {
+            result = run_exec(&self.attempt.session, &exec, parts, stopped) => result,
+            // Dropped, the command is ended; its machine may stay.
+            () = limit.passed() => Err(limit.over()),
+        };
+        for task in forwards {
+            task.abort();
+        }
+        let result = match result {
+            Ok(exit) => self.of_its_own(exit, &input.request).await,
+            stopped => stopped,
+        };
+        if let Some(dir) = &input.artifacts {
+            self.kept_files(dir, &result, (cancel, events, told)).await;
+        }
+        drop(serving);
+        result
+    }
+
     /// From now on a phase's network holds, and nothing of the one before.
     async fn enter(
         &self,
