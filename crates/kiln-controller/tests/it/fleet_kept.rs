@@ -1,8 +1,9 @@
-//! Kept machines and two controllers: whoever is asked leads to the machine, through the one that its worker speaks to.
+//! Kept machines, attended commands and two controllers: whoever is asked leads to the machine, through the one that its worker speaks to.
 
 use std::path::Path;
 
-use kiln_core::job::RunKeep;
+use kiln_controller::fleet::machines::NoWay;
+use kiln_core::job::{RunAttend, RunKeep};
 use kiln_core::{JobKind, Lease};
 use kiln_proto::fleet::{Calls, GENERATION, GENERATION_HEADER, MACHINE_UPGRADE, WORKER_HEADER};
 use serde_json::{Value, json};
@@ -98,6 +99,48 @@ async fn a_way_leads_through_the_controller_that_has_the_worker() {
     read.expect("in time").expect("reads");
     assert_eq!(back, "hello");
     answering.await.expect("ends");
+    first.stop().await;
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_way_to_a_command_leads_through_the_controller_that_hears_its_worker() {
+    let Some(common) = Common::new() else { return };
+    let (a, b) = (
+        tempfile::tempdir().expect("folder"),
+        tempfile::tempdir().expect("folder"),
+    );
+    let [first, second] = common.two(a.path(), b.path()).await;
+    let line = Line::new(&second.socket, "w-b");
+    line.join(1).await.expect("joins");
+    let mut new = script("j1", 1, 1);
+    if let JobKind::Run(run) = &mut new.request.kind {
+        run.attend = Some(RunAttend::default());
+    }
+    first.db().submit(new).await.expect("submits");
+    let leased = line.poll(Vec::new()).await.expect("answers").remove(0);
+    let (socket, asking) = (second.socket.clone(), line.clone());
+    let answering = tokio::spawn(async move {
+        let path = "/worker/v1/machines/calls";
+        let nothing = json!({});
+        let told = asking.call::<Calls>(path, None, &nothing, PATIENCE);
+        let told = told.await.expect("answers");
+        echoes(&socket, &asking.worker, &told.calls[0].way).await;
+    });
+    let way = first.running.controller.way_to_attempt(&leased.lease);
+    let way = tokio::time::timeout(PATIENCE, way).await.expect("in time");
+    let mut way = way.expect("a way");
+    way.write_all(b"hello").await.expect("says");
+    way.shutdown().await.expect("half-closes");
+    let mut back = String::new();
+    let read = tokio::time::timeout(PATIENCE, way.read_to_string(&mut back)).await;
+    read.expect("in time").expect("reads");
+    assert_eq!(back, "hello");
+    answering.await.expect("ends");
+    // Nobody hears it any more: that is told, and soon.
+    let way = first.running.controller.way_to_attempt(&leased.lease);
+    let none = tokio::time::timeout(PATIENCE, way).await.expect("in time");
+    assert!(matches!(none, Err(NoWay::Silent)), "{none:?}");
     first.stop().await;
     second.stop().await;
 }

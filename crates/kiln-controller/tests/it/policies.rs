@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kiln_controller::api::{Backend as _, ListenConfig};
 use kiln_core::dispatch::POLICY_GENERATION;
-use kiln_core::{Digest, JobKind, JobRequest, NetworkPolicy, PendingReason};
+use kiln_core::{JobKind, JobRequest, NetworkPolicy, PendingReason};
 use kiln_db::OpenOptions;
 use kiln_proto::fleet::GENERATION;
 use serde_json::{Value, json};
