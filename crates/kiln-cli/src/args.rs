@@ -227,10 +227,10 @@ pub(crate) struct BuildArgs {
     /// Also let the build reach this host; `*.HOST` is every name below it
     #[arg(long = "allow", value_name = "HOST[:PORTS[/tls|http|raw]]")]
     pub allow: Vec<AllowRule>,
-    /// Policy to hold it to, instead of the one in the folder
+    /// Policy to hold it to, instead of the one in the folder or repository
     #[arg(long, value_name = "FILE", conflicts_with = "no_policy")]
     pub policy: Option<PathBuf>,
-    /// Do not read the folder's policy: the command line alone decides
+    /// Do not read the policy of the folder or repository: the command line alone decides
     #[arg(long)]
     pub no_policy: bool,
     /// Neither use nor feed the cache

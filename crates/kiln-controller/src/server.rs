@@ -300,6 +300,8 @@ async fn opened(
             registry_address: config.registry_address.clone(),
             generation: config.generation,
             kept: config.api.kept,
+            grants: config.api.grants.clone(),
+            ceiling: config.api.ceiling.clone(),
         },
         ways: crate::fleet::machines::Ways::default(),
         holder: process,

@@ -1,8 +1,10 @@
 //! What a controller is made of: the database, keys, stores, and what it remembers only while it runs.
 
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use kiln_core::PoolName;
+use kiln_core::access::Ceiling;
 use kiln_db::Database;
 use kiln_store::HostRegistry;
 use kiln_store::artifacts::ArtifactStore;
@@ -79,6 +81,10 @@ pub struct Settings {
     pub generation: u32,
     /// Machines that stay when their jobs are over.
     pub kept: KeptBounds,
+    /// The operator's grants, `policy.toml`; none: kiln's defaults.
+    pub grants: Option<PathBuf>,
+    /// What the operator allows any job.
+    pub ceiling: Ceiling,
 }
 
 impl Controller {

@@ -39,6 +39,20 @@ pub struct JobRequest {
     pub policy: Option<AppliedPolicy>,
 }
 
+/// Names at the top of a tree that are, or nearly are, those of a policy.
+pub const POLICY_NAMES: [&str; 7] = [
+    "kiln.yaml",
+    "cleanroom.yaml",
+    ".buildkite/cleanroom.yaml",
+    "kiln.yml",
+    "cleanroom.yml",
+    ".kiln.yaml",
+    ".buildkite/cleanroom.yml",
+];
+
+/// Longest text of a policy, bytes.
+pub const POLICY_BYTES_MAX: usize = 256 * 1024;
+
 /// The policy file a request was narrowed by, and what of it no other field of the request holds.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct AppliedPolicy {
@@ -217,6 +231,9 @@ pub struct SourceBuild {
     /// It reaches what the request's network says and nothing else: not the registries of its runtime either.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub only_network: bool,
+    /// It is held to the policy that lies at the top of the commit it is built from, if one does: known when the host has the commit.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub repository_policy: bool,
 }
 
 /// A source-to-image job.
@@ -417,7 +434,7 @@ impl JobRequest {
             JobKind::Run(run) => {
                 run.runtime.is_some() || !run.phases.is_empty() || !run.services.is_empty()
             }
-            JobKind::SourceBuild(build) => build.only_network,
+            JobKind::SourceBuild(build) => build.only_network || build.repository_policy,
             JobKind::ImageBuild(_) => false,
         };
         let stays = matches!(&self.kind, JobKind::Run(run) if run.keep.is_some());

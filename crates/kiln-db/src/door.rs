@@ -48,6 +48,8 @@ pub enum DoorKind {
     Source,
     /// A secret is handed out.
     Secret,
+    /// The policy in the commit of a build is judged.
+    Policy,
     /// A registry token is made.
     RegistryToken,
     /// A registry upload or manifest of this attempt.
@@ -69,6 +71,7 @@ impl DoorKind {
         match self {
             Self::Source => "source",
             Self::Secret => "secret",
+            Self::Policy => "policy",
             Self::RegistryToken => "registry_token",
             Self::RegistryPush => "registry_push",
             Self::Tag => "tag",

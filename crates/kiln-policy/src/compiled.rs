@@ -234,3 +234,27 @@ pub fn json_schema(format: Format) -> Value {
     }
     schema
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_that_counts_is_looked_for_in_a_commit() {
+        let mut counts = vec![KILN_FILE, CLEANROOM_FILE, CLEANROOM_FALLBACK];
+        counts.extend(NEAR_MISSES);
+        assert_eq!(counts, kiln_core::job::POLICY_NAMES);
+        assert_eq!(crate::FILE_BYTES_MAX, kiln_core::job::POLICY_BYTES_MAX);
+    }
+
+    #[test]
+    fn a_record_keeps_the_name_alone() {
+        let named = |file: &str| {
+            let compiled = compile(Format::Kiln, file, "version: 1\n");
+            compiled.expect("legal").name()
+        };
+        assert_eq!(named("/home/somebody/shop/kiln.yaml"), "kiln.yaml");
+        assert_eq!(named("ci/shop.yaml"), "shop.yaml");
+        assert_eq!(named("../.buildkite/cleanroom.yaml"), CLEANROOM_FALLBACK);
+    }
+}

@@ -8,9 +8,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use kiln_core::dispatch::WorkerFacts;
+use kiln_core::job::{AppliedPolicy, Limits};
 use kiln_core::{
-    AttemptId, Digest, Epoch, ImageRef, JobId, JobRequest, Label, Lease, Observed, Outcome,
-    PoolName, Receipt, WorkerId,
+    AttemptId, Digest, Epoch, FailureClass, ImageRef, JobId, JobRequest, Label, Lease,
+    NetworkPolicy, Observed, Outcome, PoolName, Receipt, WorkerId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -440,6 +441,50 @@ impl fmt::Debug for Secrets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.values.keys()).finish()
     }
+}
+
+/// `POST /worker/v1/jobs/{job}/policy`: what the policy in the commit that a build is made from means for it. The worker read the files from
+/// the tree that it proved; the controller compiles the one that counts and bounds it by what the operator grants.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct AskPolicy {
+    /// Every file whose name counts, [`kiln_core::job::POLICY_NAMES`], and its text.
+    pub files: BTreeMap<String, String>,
+}
+
+/// Answer to [`AskPolicy`].
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "answer")]
+pub enum PolicyAnswer {
+    /// No policy is there: the build is what its request says.
+    None,
+    /// What it is held to.
+    Held(Box<HeldPolicy>),
+    /// It cannot be run so.
+    Refused {
+        /// Whose fault.
+        class: FailureClass,
+        /// Why, with lines where there are some.
+        message: String,
+        /// What to try.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hint: Option<String>,
+    },
+}
+
+/// What a build is held to by the policy in its commit.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct HeldPolicy {
+    /// What it may reach.
+    pub network: NetworkPolicy,
+    /// That and nothing else: not the registries of its runtime either.
+    pub only_network: bool,
+    /// What it may use: at most what was asked for.
+    pub limits: Limits,
+    /// For its record.
+    pub applied: AppliedPolicy,
+    /// What a person should know.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// Body of every refusal on these routes.

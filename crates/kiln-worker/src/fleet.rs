@@ -6,6 +6,7 @@
 mod artifacts;
 pub mod client;
 pub mod clock;
+mod commit_policy;
 pub mod daemon;
 mod ends;
 mod far;

@@ -180,6 +180,7 @@ fn wanted(
         tags: args.tags.clone(),
         no_cache: args.no_cache,
         only_network: false,
+        repository_policy: super::build_policy::of_repository(args),
     };
     Ok((wanted, folder))
 }

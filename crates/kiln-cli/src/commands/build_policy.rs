@@ -7,14 +7,14 @@ use kiln_policy::{BuildAsked, HeldBuild, hold_build};
 use super::operator::Operator;
 use super::policy::tell_removed;
 use super::run_policy::refused;
-use super::source::{Secrets, Source};
+use super::source::{self, Secrets, Source};
 use crate::args::BuildArgs;
 use crate::error::Result;
 use crate::policy_file::{self, Found};
 use crate::show::Screen;
 
-/// The policy that a build is held to, if there is one: the folder's own. That of a repository is not known before it is fetched; a machine
-/// that fetched it is none that decides what it may do, so there only `--policy` counts.
+/// The policy that a build is held to, as far as it is known here: the folder's own, or the one that is named. That of a repository is
+/// known when the host has proven the commit ([`of_repository`]).
 ///
 /// # Errors
 /// When it cannot be used.
@@ -24,6 +24,12 @@ pub(super) fn found(args: &BuildArgs, source: &Source) -> Result<Option<Found>> 
         (None, false, Source::Folder(dir)) => policy_file::of_folder(dir),
         (None, _, _) => Ok(None),
     }
+}
+
+/// Whether a build of a repository is held to the policy in the commit that is built.
+pub(super) fn of_repository(args: &BuildArgs) -> bool {
+    let fetched = matches!(source::parse(&args.source), Ok(Source::Git { .. }));
+    fetched && args.policy.is_none() && !args.no_policy
 }
 
 /// What holds of a build on this host.

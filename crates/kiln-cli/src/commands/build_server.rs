@@ -64,6 +64,7 @@ pub(super) async fn run(
     let source = source::parse(&args.source)?;
     let found = super::build_policy::found(&args, &source)?;
     asked.policy = found.as_ref().map(super::run_policy::sent);
+    asked.no_policy = args.no_policy;
     let tree = match source {
         Source::Folder(dir) => Some(folder(&args, &dir, &mut asked)?),
         Source::Git { url, reference } => {

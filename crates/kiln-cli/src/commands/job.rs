@@ -66,8 +66,12 @@ async fn answer(
     match verb {
         JobCommand::List { limit, filter } => list(server, limit, &filter, screen).await?,
         JobCommand::Show { id } => {
-            let job = server.job(id.as_deref()).await?;
+            let mut job = server.job(id.as_deref()).await?;
             let record = Record::of(server, &job).await?;
+            // What held was known when the commit was.
+            job.policy = job
+                .policy
+                .or_else(|| record.policy.as_ref().map(|held| json!(held)));
             let mut value = json!(job);
             value["record"] = record.value();
             screen.data(&value, || show(&job, &record, now_unix_ms()));

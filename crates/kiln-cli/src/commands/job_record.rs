@@ -1,6 +1,7 @@
 //! What the host recorded of a job that is over: what it reached and was refused, how long each part took, how much memory it came to.
 
 use kiln_controller::api::JobView;
+use kiln_core::job::AppliedPolicy;
 use kiln_core::{ByteSize, Digest};
 use kiln_network::Flow;
 use kiln_network::record::{EgressSummary, EgressTotals};
@@ -26,6 +27,8 @@ pub(super) struct Record {
     pub(super) egress: EgressSummary,
     /// Digest of the files that its command was given.
     pub(super) source: Option<Digest>,
+    /// The policy in its commit that it was held to.
+    pub(super) policy: Option<AppliedPolicy>,
 }
 
 impl Record {
@@ -51,6 +54,7 @@ impl Record {
             measured: serde_json::from_value(report["measured"].clone()).ok(),
             egress: serde_json::from_value(report["egress"].clone()).unwrap_or_default(),
             source: serde_json::from_value(report["source"].clone()).unwrap_or_default(),
+            policy: serde_json::from_value(report["policy"].clone()).unwrap_or_default(),
         }
     }
 

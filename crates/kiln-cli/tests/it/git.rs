@@ -218,6 +218,8 @@ impl World {
             std::fs::create_dir_all(self.at(name)).expect("dir");
             self.git(name, &["init", "-q", "-b", "main"]);
             std::fs::write(self.at(name).join("words"), "the words\n").expect("write");
+            let open = "version: 1\nphases:\n  dependencies:\n    network: {mode: open}\n";
+            std::fs::write(self.at(name).join("kiln.yaml"), open).expect("write");
             self.git(name, &["add", "-A"]);
             self.git(name, &["commit", "-q", "-m", "one"]);
         }
@@ -337,6 +339,9 @@ fn a_commit_becomes_an_image() {
         "Dockerfile",
         &format!("FROM {base}\nWORKDIR /shop\nCOPY . .\nCMD [\"cat\", \"words\"]\n"),
     );
+    // The commit says what its build reaches.
+    let policy = "version: 1\nphases:\n  dependencies:\n    network: {mode: isolated}\n";
+    file("kiln.yaml", policy);
     world.git("shop.git", &["add", "-A"]);
     world.git("shop.git", &["commit", "-q", "-m", "two"]);
     let second = world.git("shop.git", &["rev-parse", "HEAD"]);
@@ -361,7 +366,8 @@ fn a_commit_becomes_an_image() {
     world
         .kiln(&args)
         .exits(0)
-        .says(&format!("is commit {second}"));
+        .says(&format!("is commit {second}"))
+        .says(&format!("policy: kiln.yaml of commit {second}"));
     let observed = world.observed(&result);
     assert_eq!(
         (&observed["url"], &observed["reference"]),
@@ -376,6 +382,15 @@ fn a_commit_becomes_an_image() {
     );
     let ran = world.kiln(&["run", "--image", "it-git"]).exits(0);
     assert_eq!(ran.out, "the words\n");
+
+    // What it may not have is refused before its machine starts.
+    file(
+        "kiln.yaml",
+        "version: 1\nphases:\n  dependencies:\n    network: {mode: open}\n",
+    );
+    world.git("shop.git", &["commit", "-q", "-a", "-m", "three"]);
+    let refused = world.kiln(&["build", &url]).exits(4);
+    refused.says("kiln.yaml:4").says("not grant");
     assert_eq!(world.checkouts(), 0, "nothing is left behind");
 }
 
@@ -546,6 +561,20 @@ fn a_server_reads_a_tenants_repositories_with_its_credential() {
     let ran = acme(&["--git", &shop, "--git", &public], &tries).exits(0);
     world.only_what_was_granted(ran);
     world.every_decision_is_told(&["IT_GIT", "--tenant", "acme"]);
+    // A build of a commit is held to the policy in it, as without a server.
+    let build = [
+        "--server",
+        &url,
+        "--ca",
+        path(&ca),
+        "build",
+        &format!("https://{HOST}/shop.git"),
+        "--disk",
+        "1G",
+    ];
+    let mut build = world.command(&build);
+    build.env("KILN_TOKEN", token.trim());
+    said(build).exits(4).says("kiln.yaml:4").says("not grant");
     server.signal("INT");
     server.end().exits(0);
     annex.is_clear();

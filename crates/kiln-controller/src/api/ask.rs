@@ -111,6 +111,9 @@ pub struct BuildAsk {
     pub no_cache: bool,
     /// The project's policy file: of it, its phase `dependencies`, `resources` and `limits` hold for a build.
     pub policy: Option<PolicyAsk>,
+    /// Leave out the policy file in the commit of `git_url`. Without this, and without a `policy`, the file there holds.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub no_policy: bool,
     /// What every submission may say.
     #[serde(flatten)]
     pub common: Common,
@@ -484,6 +487,7 @@ impl BuildAsk {
                 .collect::<Result<_, _>>()?,
             no_cache: self.no_cache,
             only_network: false,
+            repository_policy: self.git_url.is_some() && self.policy.is_none() && !self.no_policy,
         }))
     }
 }

@@ -63,6 +63,7 @@ pub use incidents::IncidentView;
 pub use limits::{ApiConfig, KeptBounds};
 pub use listen::{ListenConfig, ListenError, Sockets};
 pub use machines::{EndedView, MachineView, StatsView};
+pub(crate) use policy::policy_notes;
 pub use policy::{GrantsError, PolicyAsk, read_grants};
 pub use ports::{Backend, LogPiece, Pieces, SecretsUnheld, SourceRefused, Trouble};
 pub use problem::{Fault, Problem, ProblemBody};

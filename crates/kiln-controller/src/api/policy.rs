@@ -120,6 +120,11 @@ pub(crate) struct Rule {
     pub(crate) notes: Vec<String>,
 }
 
+/// What the grant took away of a file, in words.
+pub(crate) fn policy_notes(file: &Compiled, removed: &[Removed]) -> Vec<String> {
+    notes(Some(file), removed)
+}
+
 fn notes(file: Option<&Compiled>, removed: &[Removed]) -> Vec<String> {
     let file = file.map(Compiled::file).unwrap_or_default();
     let told = removed.iter().map(|gone| {

@@ -20,7 +20,9 @@ use super::refusal::Refused;
 use super::reports::EventNumbers;
 use super::shield::{self, DoorLimits};
 use super::who::Worker;
-use super::{enrol, inputs, machines, own, registry_door, registry_login, reports, results};
+use super::{
+    enrol, inputs, machines, own, policy, registry_door, registry_login, reports, results,
+};
 use crate::access::Peer;
 use crate::state::Controller;
 
@@ -49,6 +51,7 @@ pub fn router(controller: Controller, body_stall: Duration) -> Router {
         .route("/worker/v1/give-way", post(own::give_way))
         .route("/worker/v1/jobs/{job}/source", get(inputs::source))
         .route("/worker/v1/jobs/{job}/secrets", post(inputs::secrets))
+        .route("/worker/v1/jobs/{job}/policy", post(policy::judge))
         .route("/worker/v1/jobs/{job}/event", post(reports::event))
         .route("/worker/v1/jobs/{job}/log", post(reports::log))
         .route(

@@ -9,6 +9,7 @@ mod inputs;
 pub mod machines;
 pub mod neighbours;
 mod own;
+mod policy;
 pub mod refusal;
 pub mod registry_door;
 mod registry_login;

@@ -351,6 +351,7 @@ mod tests {
                 .collect(),
             no_cache: false,
             only_network: false,
+            repository_policy: false,
         };
         let may = |build: &SourceBuild, tag: &str| {
             is_asked_for(build, "t/acme/", &tag.parse().expect("a name"))

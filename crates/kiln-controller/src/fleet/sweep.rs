@@ -296,6 +296,7 @@ mod tests {
             tags: Vec::new(),
             no_cache: false,
             only_network: false,
+            repository_policy: false,
         });
         let limits = Limits {
             cpus: 1,

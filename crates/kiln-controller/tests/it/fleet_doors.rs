@@ -14,9 +14,10 @@ use crate::fleet_worker::{Line, NoAnswer, facts, send};
 use crate::server::{FORM, Got, archive, multipart};
 
 /// Every request about a job: method, what, and a body that makes sense there.
-const DOORS: [(&str, &str, &str); 9] = [
+const DOORS: [(&str, &str, &str); 10] = [
     ("GET", "source", ""),
     ("POST", "secrets", r#"{"names": []}"#),
+    ("POST", "policy", r#"{"files": {}}"#),
     ("POST", "event", r#"{"from": 0, "events": []}"#),
     ("POST", "log", "hello\n"),
     ("POST", "registry-token", "{}"),

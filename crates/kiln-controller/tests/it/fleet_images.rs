@@ -290,6 +290,7 @@ async fn build(fleet: &Fleet, id: &str) -> JobId {
             .collect(),
         no_cache: false,
         only_network: false,
+        repository_policy: false,
     });
     let submitted = fleet.db().submit(new).await.expect("submits");
     submitted.job.request.id

@@ -186,7 +186,11 @@ impl Ceiling {
         })
     }
 
-    fn check_network(&self, asked: &NetworkPolicy) -> Result<(), OutsideLimits> {
+    /// Whether a job may have this network.
+    ///
+    /// # Errors
+    /// The first destination that is outside.
+    pub fn check_network(&self, asked: &NetworkPolicy) -> Result<(), OutsideLimits> {
         let beyond = |rule: &&AllowRule| match &self.network {
             NetworkCeiling::Isolated => true,
             NetworkCeiling::AnyNamed => false,

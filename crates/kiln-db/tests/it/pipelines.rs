@@ -31,6 +31,7 @@ fn build(id: &str, name: &str) -> NewJob {
         tags: Vec::new(),
         no_cache: false,
         only_network: false,
+        repository_policy: false,
     });
     new
 }

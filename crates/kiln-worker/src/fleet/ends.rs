@@ -1,6 +1,7 @@
 //! How builds and runs end, in the words of a job.
 
-use kiln_core::{FailureClass, JobKind, JobRequest, Outcome, Verdict};
+use kiln_core::job::AppliedPolicy;
+use kiln_core::{FailureClass, Outcome, Verdict};
 use kiln_network::EgressSummary;
 
 use super::job::{Ended, JobEnd};
@@ -8,18 +9,14 @@ use crate::build::BuildEnd;
 use crate::run::{RunEnd, ending, exit_code};
 
 /// What would admit what was refused: a rule of the file that the job is held to, where one is; there a flag admits nothing.
-pub(super) fn under_policy(egress: EgressSummary, request: &JobRequest) -> EgressSummary {
-    let policy = request.policy.as_ref();
-    let Some(file) = policy.and_then(|policy| policy.name.as_deref()) else {
-        return egress;
-    };
-    match &request.kind {
-        JobKind::Run(_) => egress.under_policy(file, "run"),
-        JobKind::SourceBuild(build) if build.only_network => {
-            egress.under_policy(file, "dependencies")
-        }
-        // The file says nothing of what a build reaches.
-        _ => egress,
+pub(super) fn under_policy(
+    egress: EgressSummary,
+    policy: Option<&AppliedPolicy>,
+    phase: &str,
+) -> EgressSummary {
+    match policy.and_then(|policy| policy.name.as_deref()) {
+        Some(file) => egress.under_policy(file, phase),
+        None => egress,
     }
 }
 
@@ -40,6 +37,7 @@ pub(super) fn built(end: BuildEnd) -> JobEnd {
         artifacts: Vec::new(),
         measured: end.measured,
         source: None,
+        policy: None,
         kept: None,
     }
 }
@@ -68,6 +66,7 @@ pub(super) fn ran(end: RunEnd) -> JobEnd {
         artifacts: Vec::new(),
         measured: end.measured,
         source: end.source,
+        policy: None,
         kept: end.kept.map(Box::new),
     }
 }

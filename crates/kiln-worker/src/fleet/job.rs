@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use kiln_core::job::{RunAttend, RunCommand, RunKeep, RunService, SourceBuild};
+use kiln_core::job::{AppliedPolicy, RunAttend, RunCommand, RunKeep, RunService, SourceBuild};
 use kiln_core::{
     ArtifactName, Digest, FailureClass, JobKind, JobRequest, Lease, MachineName, NetworkPolicy,
     Outcome, Verdict,
@@ -31,7 +31,7 @@ use super::spool::Spool;
 use super::staying::{AtDoor, Staying};
 use super::witness::Witness;
 use crate::attend::door::{Attend, Door};
-use crate::build::{self, BuildEnd, BuildInput, BuildReport};
+use crate::build::{self, BuildInput, BuildReport};
 use crate::checkout::CheckoutDir;
 use crate::container;
 use crate::event::{Event, Events};
@@ -115,6 +115,8 @@ pub struct JobEnd {
     pub measured: Measured,
     /// Digest of the files that a command was given.
     pub source: Option<Digest>,
+    /// The policy in its commit that it was held to.
+    pub policy: Option<AppliedPolicy>,
     /// The machine, when it stays: without an owner, for [`crate::kept::HANDOVER_MAX`] at most.
     pub kept: Option<Box<Handover>>,
 }
@@ -135,6 +137,7 @@ impl JobEnd {
             artifacts: Vec::new(),
             measured: Measured::default(),
             source: None,
+            policy: None,
             kept: None,
         }
     }
@@ -351,6 +354,9 @@ fn finish_of(end: &JobEnd, observed: Option<Box<kiln_core::Observed>>) -> Finish
     if let Some(source) = &end.source {
         details["source"] = serde_json::json!(source);
     }
+    if let Some(policy) = &end.policy {
+        details["policy"] = serde_json::json!(policy);
+    }
     match &end.result {
         Ok(Ended::Built(report)) => details["build"] = serde_json::json!(report),
         Ok(Ended::Ran(exit)) => details["exit"] = serde_json::json!(exit),
@@ -454,17 +460,10 @@ impl Work<'_> {
         local: LocalJob,
         secrets: Vec<(String, Vec<u8>)>,
     ) -> (JobEnd, Option<Box<kiln_core::Observed>>) {
-        let held = JobRequest::clone(&request);
-        let (mut end, observed) = match request.kind.clone() {
+        match request.kind.clone() {
             JobKind::SourceBuild(wanted) => match self.build(request, wanted, local, secrets).await
             {
-                Ok((end, observed, runtime)) => {
-                    let end = JobEnd {
-                        runtime: Some(runtime),
-                        ..built(end)
-                    };
-                    (end, observed.map(Box::new))
-                }
+                Ok((end, observed)) => (end, observed.map(Box::new)),
                 Err(failure) => (JobEnd::failed(failure), None),
             },
             JobKind::Run(command) => {
@@ -479,12 +478,7 @@ impl Work<'_> {
                     None,
                 )
             }
-        };
-        end.egress = under_policy(end.egress, &held);
-        if let Ok(Ended::Built(report)) = &mut end.result {
-            report.egress = under_policy(std::mem::take(&mut report.egress), &held);
         }
-        (end, observed)
     }
 
     async fn build(
@@ -493,8 +487,11 @@ impl Work<'_> {
         wanted: SourceBuild,
         local: LocalJob,
         secrets: Vec<(String, Vec<u8>)>,
-    ) -> Result<(BuildEnd, Option<kiln_core::Observed>, String), Failure> {
+    ) -> Result<(JobEnd, Option<kiln_core::Observed>), Failure> {
         let here = self.source(&request, &wanted.source, local.folder).await?;
+        let (request, wanted) = self.ruled(&here, request, wanted).await?;
+        let (policy, only) = (request.policy.clone(), wanted.only_network);
+        let of_commit = wanted.repository_policy;
         self.events.tell(Event::Phase { name: "plan" }).await;
         let tags = match wanted.tags.is_empty() {
             true => vec![prepare::image_of(&request.tenant, &wanted.name)],
@@ -566,7 +563,18 @@ impl Work<'_> {
                 Err(failure) => end.result = Err(failure),
             }
         }
-        Ok((end, observed, runtime))
+        // A file without that phase says nothing of what a build reaches.
+        let said = policy.as_ref().filter(|_| only);
+        end.egress = under_policy(end.egress, said, "dependencies");
+        if let Ok(report) = &mut end.result {
+            report.egress = under_policy(std::mem::take(&mut report.egress), said, "dependencies");
+        }
+        let end = JobEnd {
+            runtime: Some(runtime),
+            policy: policy.filter(|_| of_commit),
+            ..built(end)
+        };
+        Ok((end, observed))
     }
 
     /// The services of a run, their images unpacked.
@@ -681,7 +689,7 @@ impl Work<'_> {
         let (at_door, attend) = wanted.map(|wanted| self.attended(wanted)).unzip();
         let mut local = local.unwrap_or_else(nobody_watches);
         local.keep = keeps.map(keep_of).or(local.keep);
-        let tenant = &request.tenant.clone();
+        let (tenant, policy) = (&request.tenant.clone(), request.policy.clone());
         let input = RunInput {
             request,
             image,
@@ -711,6 +719,7 @@ impl Work<'_> {
         let mut end = crate::run::run(&shop.host, input, lease, self.events, &self.cancel).await;
         // Calls lead to the machine that stays from now on.
         drop(at_door);
+        end.egress = under_policy(end.egress, policy.as_ref(), "run");
         if let Some(watched) = watched
             && let Some(handover) = end.kept.take()
         {
