@@ -7,10 +7,15 @@ use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kiln_core::Digest;
 use serde::{Deserialize, Serialize};
 
+/// Most notes of files that are not kiln's.
+const NOTES_MAX: usize = 64;
+/// How long ago such a file must have changed, for its times to tell the next change.
+const SETTLED: Duration = Duration::from_secs(2);
 /// Largest note that is read, bytes.
 const NOTE_BYTES_MAX: u64 = 4096;
 
@@ -103,9 +108,89 @@ pub fn remember(file: &Path, digest: Digest, note: &Path) {
     }
 }
 
+/// Digest of a file that is not kiln's and may change: read once per boot of the host for as long as its identity stays. Notes lie in a
+/// folder, at most [`NOTES_MAX`] of them.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn digest_of(file: &File, notes: &Path) -> io::Result<Digest> {
+    digest_settled(file, notes, SETTLED)
+}
+
+fn digest_settled(file: &File, notes: &Path, settled: Duration) -> io::Result<Digest> {
+    let meta = file.metadata()?;
+    let note = notes.join(format!("{:x}-{:x}.json", meta.dev(), meta.ino()));
+    if let Some(seen) = Note::read(&note)
+        && seen == Note::of(&meta, seen.digest)?
+    {
+        return Ok(seen.digest);
+    }
+    let (digest, _) = Digest::of_reader(file)?;
+    // Two changes within one tick of the file system's clock have the same time.
+    let changed = UNIX_EPOCH + Duration::from_secs(u64::try_from(meta.ctime()).unwrap_or(0));
+    let since = SystemTime::now().duration_since(changed);
+    if since.is_ok_and(|since| since > settled) && make_room(notes).is_ok() {
+        Note::of(&meta, digest)?.write(&note);
+    }
+    Ok(digest)
+}
+
+/// Makes the folder, and room in it for one more note: the oldest go.
+fn make_room(notes: &Path) -> io::Result<()> {
+    fs::create_dir_all(notes)?;
+    let mut found = Vec::new();
+    for entry in fs::read_dir(notes)? {
+        let entry = entry?;
+        // One that another process removed just now takes no room.
+        if let Ok(modified) = entry.metadata().and_then(|meta| meta.modified()) {
+            found.push((modified, entry.path()));
+        }
+    }
+    found.sort();
+    for (_, path) in found
+        .iter()
+        .take((found.len() + 1).saturating_sub(NOTES_MAX))
+    {
+        let _gone_already = fs::remove_file(path);
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_is_not_ours_is_read_again_when_it_changed() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let (file, notes) = (dir.path().join("disk"), dir.path().join("notes"));
+        let after = |settled: Duration| {
+            let file = File::open(&file).expect("open");
+            digest_settled(&file, &notes, settled).expect("readable")
+        };
+        let digest = || after(Duration::ZERO);
+        let count = || fs::read_dir(&notes).map_or(0, Iterator::count);
+        fs::write(&file, "one").expect("write");
+        assert_eq!(after(Duration::from_secs(600)), Digest::of(b"one"));
+        assert_eq!(count(), 0, "its times tell nothing yet");
+        assert_eq!(digest(), Digest::of(b"one"));
+        assert_eq!(count(), 1);
+        // What a note says is believed as long as the identity is the same.
+        let note = fs::read_dir(&notes).expect("notes").flatten().next();
+        let note = note.expect("a note").path();
+        let text = fs::read_to_string(&note).expect("note");
+        let other = Digest::of(b"other");
+        fs::write(&note, text.replace(&Digest::of(b"one").hex(), &other.hex())).expect("write");
+        assert_eq!(digest(), other);
+        // Of another size: a file system's clock may not have ticked.
+        fs::write(&file, "twofold").expect("write");
+        assert_eq!(digest(), Digest::of(b"twofold"));
+        for number in 0..NOTES_MAX * 2 {
+            fs::write(notes.join(format!("{number}.json")), "{}").expect("write");
+        }
+        make_room(&notes).expect("room");
+        assert_eq!(count(), NOTES_MAX - 1);
+    }
 
     #[test]
     fn bytes_that_change_are_found_and_those_that_do_not_are_read_once() {

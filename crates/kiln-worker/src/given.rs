@@ -54,14 +54,22 @@ pub struct GivenBoot {
 }
 
 impl Given {
-    /// Opens the files, looks at them and computes their digests. Blocks for as long as reading them takes.
+    /// Opens the files, looks at them and computes their digests. Blocks for as long as reading them takes; `notes` is a folder that remembers
+    /// digests of disks.
     ///
     /// # Errors
     /// Usage, for a file that no machine can be made of.
-    pub fn open(kernel: Option<&Path>, root_disk: Option<&Path>) -> Result<Self, Failure> {
+    pub fn open(
+        kernel: Option<&Path>,
+        root_disk: Option<&Path>,
+        notes: &Path,
+    ) -> Result<Self, Failure> {
         Ok(Self {
             kernel: kernel.map(Kernel::open).transpose().map_err(refused)?,
-            root_disk: root_disk.map(RootDisk::open).transpose().map_err(refused)?,
+            root_disk: root_disk
+                .map(|path| RootDisk::open(path, notes))
+                .transpose()
+                .map_err(refused)?,
         })
     }
 
@@ -251,15 +259,17 @@ impl GivenBoot {
 
     /// The machine came up, but not on its root disk.
     pub(crate) fn no_root(&self, console: &str) -> Failure {
-        let message = format!(
-            "{} came up without a root disk: the kernel lacks virtio-blk, ext4 or overlayfs, or the machine image is older than this kiln",
-            self.files()
-        );
-        let failure = at_fault(&message, console);
-        match self.given.kernel {
-            Some(_) => failure,
-            None => failure.hint("`kiln setup` makes a machine image that knows"),
+        let files = self.files();
+        if self.given.kernel.is_some() {
+            let message = format!(
+                "a machine on {files} came up without its root disk: the kernel lacks virtio-blk, or the machine image is older than this kiln"
+            );
+            return at_fault(&message, console);
         }
+        let message = format!(
+            "{files} did not become the machine's root: the machine image is older than this kiln"
+        );
+        Failure::new(FailureClass::Usage, message).hint("`kiln setup` makes a new one")
     }
 }
 

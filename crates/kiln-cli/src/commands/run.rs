@@ -73,7 +73,7 @@ pub(super) async fn run_and_learn(
         ruled.argv = vec!["true".to_owned()];
     }
     something(ruled.image.as_ref(), &ruled.argv)?;
-    let given = run_given::open(&args, &ruled, screen, &cancel).await?;
+    let given = run_given::open(&args, (&ruled, &operator.home), screen, &cancel).await?;
     let config = &operator.config;
     let mut limits = config.limits(&ruled.limits, false, super::host_cpus())?;
     kiln_policy::below(&mut limits, &ruled.max);

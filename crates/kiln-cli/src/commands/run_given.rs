@@ -4,6 +4,7 @@ use std::path::Path;
 
 use kiln_core::{ByteSize, FailureClass};
 use kiln_worker::given::Given;
+use kiln_worker::home::Home;
 use tokio_util::sync::CancellationToken;
 
 use super::run_policy::Ruled;
@@ -11,6 +12,8 @@ use crate::args::RunArgs;
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::{Screen, ShownPath as _};
 
+/// Folder below the cache that remembers digests of disks.
+const NOTES: &str = "given";
 /// From this size on it takes a moment to read a file, and that is said.
 const LARGE: ByteSize = ByteSize::gib(1);
 
@@ -20,7 +23,7 @@ const LARGE: ByteSize = ByteSize::gib(1);
 /// Usage, for a file that no machine can be made of, and beside a policy that needs another root.
 pub(super) async fn open(
     args: &RunArgs,
-    ruled: &Ruled,
+    (ruled, home): (&Ruled, &Home),
     screen: Screen,
     cancel: &CancellationToken,
 ) -> Result<Given> {
@@ -31,8 +34,10 @@ pub(super) async fn open(
     if let Some(path) = &root_disk {
         tell_large(path, screen);
     }
-    let opening =
-        tokio::task::spawn_blocking(move || Given::open(kernel.as_deref(), root_disk.as_deref()));
+    let notes = home.cache.join(NOTES);
+    let opening = tokio::task::spawn_blocking(move || {
+        Given::open(kernel.as_deref(), root_disk.as_deref(), &notes)
+    });
     tokio::select! {
         opened = opening => opened.or_infrastructure()?.map_err(CliError::from_failure),
         () = cancel.cancelled() => Err(CliError::new(FailureClass::Cancelled, "cancelled")),
@@ -43,7 +48,7 @@ fn tell_large(path: &Path, screen: Screen) {
     let size = std::fs::metadata(path).map_or(0, |meta| meta.len());
     if size >= LARGE.0 {
         screen.note(&format!(
-            "reading {} ({}) for its digest",
+            "looking at {} ({}): its digest takes a moment when it is new or has changed",
             path.shown(),
             ByteSize(size)
         ));

@@ -4,11 +4,13 @@
 //! never writes to it. Machines have it read-only.
 
 use std::fs::File;
-use std::io::{self, Read as _, Seek as _};
+use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use kiln_core::{ByteSize, Digest};
+
+use crate::sealed::digest_of;
 
 use super::{Opened, Refused, Stamp, half, known, open, shown, word};
 
@@ -49,11 +51,12 @@ pub struct RootDisk {
 }
 
 impl RootDisk {
-    /// Opens a disk, checks what can be checked without mounting it, and computes its digest. Blocks for as long as reading all of it takes.
+    /// Opens a disk, checks what can be checked without mounting it, and computes its digest. Blocks for as long as reading all of it takes;
+    /// one that did not change since it was read last in this boot of the host is known by its note in `notes`.
     ///
     /// # Errors
     /// [`Refused`].
-    pub fn open(path: &Path) -> Result<Self, Refused> {
+    pub fn open(path: &Path, notes: &Path) -> Result<Self, Refused> {
         let opened = open(path, "root disk")?;
         let shown = shown(path);
         let failed = |error: io::Error| {
@@ -61,13 +64,10 @@ impl RootDisk {
             Refused::new(message, "see that the file can be read")
         };
         check(&opened, &shown, failed)?;
-        let mut file = opened.file;
-        let (digest, _) = Digest::of_reader((&file).take(ROOT_DISK_MAX.0)).map_err(failed)?;
-        file.rewind().map_err(failed)?;
         let disk = Self {
             name: opened.name,
-            digest,
-            file,
+            digest: digest_of(&opened.file, notes).map_err(failed)?,
+            file: opened.file,
             stamp: opened.stamp,
         };
         disk.unchanged()?;
@@ -325,7 +325,7 @@ mod tests {
         let mut whole = ext4();
         whole.resize(usize::try_from(SIZE).expect("small"), 0);
         std::fs::write(&path, &whole).expect("write");
-        let disk = RootDisk::open(&path).expect("a disk");
+        let disk = RootDisk::open(&path, dir.path()).expect("a disk");
         assert_eq!(disk.digest, Digest::of(&whole));
         disk.unchanged().expect("as it was");
         let file = File::options().write(true).open(&path).expect("open");
@@ -333,7 +333,7 @@ mod tests {
         let refused = disk.unchanged().expect_err("changed");
         assert!(refused.message.contains("disk.img changed"), "{refused}");
         file.set_len(ROOT_DISK_MAX.0 + SECTOR).expect("sparse");
-        let refused = RootDisk::open(&path).expect_err("too large");
+        let refused = RootDisk::open(&path, dir.path()).expect_err("too large");
         assert!(refused.message.contains("larger than"), "{refused}");
     }
 

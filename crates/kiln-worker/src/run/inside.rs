@@ -144,7 +144,7 @@ impl Inside<'_> {
         }
         let result = match result {
             Ok(exit) => self.of_its_own(exit, &input.request).await,
-            stopped => stopped,
+            Err(failure) => Err(on_its_root(self.command, failure)),
         };
         if let Some(dir) = &input.artifacts {
             self.kept_files(dir, &result, (cancel, events, told)).await;
@@ -340,6 +340,21 @@ impl Inside<'_> {
             events.warn(text).await;
         }
         told.artifacts = found.files;
+    }
+}
+
+/// What to do about a program that a given root disk does not have: an image is no way then.
+fn on_its_root(command: &RunCommand, failure: Failure) -> Failure {
+    let named = failure
+        .hint
+        .as_ref()
+        .is_some_and(|hint| hint.contains("--image"));
+    match &command.root_disk {
+        Some(disk) if named => {
+            let hint = format!("there is no such program on {}", disk.name);
+            failure.hint(hint)
+        }
+        _ => failure,
     }
 }
 
