@@ -95,12 +95,7 @@ pub(super) async fn run_and_learn(
     let logs_in = git.chain(&ruled.git).any(|one| one.credential.is_some());
     let listeners = run_ports::listen(run_ports::Said::Publish, &args.publish).await?;
     run_ports::announce(&listeners, screen)?;
-    if args.tty && screen.json() {
-        return Err(CliError::usage("-t shows a terminal, --json prints events")
-            .hint("leave one of them out"));
-    }
-    let own_terminal = wants_terminal(&args) && !screen.json();
-    let size = own_terminal.then(terminal::size).flatten();
+    let size = own_terminal(&args, screen)?;
     let wants_stdin = size.is_some() || args.interactive || terminal::stdin_is_piped();
     let ports = run_ports::ports(&listeners)?;
     let [kernel, root_disk] = given.asked();
@@ -514,7 +509,17 @@ fn exit_code(exit: &Exit) -> u8 {
     u8::try_from(kiln_worker::run::exit_code(exit)).unwrap_or(1)
 }
 
-pub(super) fn wants_terminal(args: &RunArgs) -> bool {
+/// Size of the terminal that the command gets, if it gets one. Events of `--json` leave no place for a screen.
+pub(super) fn own_terminal(args: &RunArgs, screen: Screen) -> Result<Option<TtySize>> {
+    match (screen.json(), args.tty) {
+        (true, true) => Err(CliError::usage("-t shows a terminal, --json prints events")
+            .hint("leave one of them out")),
+        (true, false) => Ok(None),
+        (false, _) => Ok(wants_terminal(args).then(terminal::size).flatten()),
+    }
+}
+
+fn wants_terminal(args: &RunArgs) -> bool {
     args.tty || (terminal::is_interactive() && !args.command.is_empty() && args.interactive)
 }
 

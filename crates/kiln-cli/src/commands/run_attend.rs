@@ -18,7 +18,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::kept::{Running, refused};
-use super::run::{READER_GONE, wants_terminal};
+use super::run::{READER_GONE, own_terminal};
 use super::run_ports::{Said, announce, listen};
 use super::run_server::{Left, finish};
 use crate::args::RunArgs;
@@ -68,12 +68,7 @@ impl Held {
         }
         let listeners = listen(Said::Publish, &args.publish).await?;
         announce(&listeners, screen)?;
-        if args.tty && screen.json() {
-            return Err(CliError::usage("-t shows a terminal, --json prints events")
-                .hint("leave one of them out"));
-        }
-        let own_terminal = wants_terminal(args) && !screen.json();
-        let size = own_terminal.then(terminal::size).flatten();
+        let size = own_terminal(args, screen)?;
         let stdin = size.is_some() || args.interactive || terminal::stdin_is_piped();
         let held = Self {
             size,

@@ -406,9 +406,11 @@ async fn a_kept_machine_is_its_tenants_alone() {
     );
 
     let (status, gone) = dev.ask(Method::DELETE, &path, &Value::Null).await;
-    assert_eq!(
-        (status, &gone["result"]),
-        (StatusCode::OK, &json!("gone")),
+    // A busy host's worker may not be reached in time: it ends the machine with its next heartbeat.
+    let answer = (status, gone["result"].as_str().unwrap_or_default());
+    let ended = (StatusCode::OK, "gone");
+    assert!(
+        answer == ended || answer == (StatusCode::ACCEPTED, "ending"),
         "{gone}"
     );
     assert!(dev.machines().await.is_empty());
