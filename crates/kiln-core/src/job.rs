@@ -168,8 +168,8 @@ pub enum JobKind {
     SourceBuild(SourceBuild),
     /// Source to container image.
     ImageBuild(ImageBuild),
-    /// A command, in the machine image or in a container image.
-    Run(RunCommand),
+    /// A command, in the machine image or in a container image. Boxed: it says much more than the others.
+    Run(Box<RunCommand>),
 }
 
 /// Where a source comes from.

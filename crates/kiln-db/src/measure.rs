@@ -239,11 +239,11 @@ fn job(id: JobId) -> NewJob {
     let request = JobRequest {
         id,
         tenant: TenantName::local(),
-        kind: JobKind::Run(RunCommand {
+        kind: JobKind::Run(Box::new(RunCommand {
             argv: vec!["npm".to_owned(), "test".to_owned()],
             env: [("CI".to_owned(), "true".to_owned())].into(),
             ..RunCommand::default()
-        }),
+        })),
         network: NetworkPolicy::Isolated,
         limits: Limits {
             cpus: 4,

@@ -218,12 +218,10 @@ impl GivenBoot {
     pub(crate) fn failure(&self, error: BringUpError, within: Duration) -> Failure {
         let files = self.files();
         match &error {
-            BringUpError::Stopped { reason, console }
-                if matches!(
-                    reason,
-                    StopReason::PoweredOff | StopReason::GuestPanic | StopReason::Reset
-                ) =>
-            {
+            BringUpError::Stopped {
+                reason: StopReason::PoweredOff | StopReason::GuestPanic | StopReason::Reset,
+                console,
+            } => {
                 let message = format!("no machine comes up on {files}: it ended by itself");
                 at_fault(&message, console)
             }

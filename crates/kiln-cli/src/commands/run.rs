@@ -102,7 +102,7 @@ pub(super) async fn run_and_learn(
     let request = JobRequest {
         id: new_job_id('r').map_err(CliError::from_failure)?,
         tenant: TenantName::local(),
-        kind: JobKind::Run(RunCommand {
+        kind: JobKind::Run(Box::new(RunCommand {
             image: ruled.image,
             runtime: None,
             argv: ruled.argv,
@@ -121,7 +121,7 @@ pub(super) async fn run_and_learn(
             kernel,
             root_disk,
             attend: None,
-        }),
+        })),
         network: ruled.network,
         limits,
         trust: trust(any_secret || logs_in),

@@ -94,7 +94,7 @@ impl Held {
     ///
     /// # Errors
     /// When it did not run, or was not held to its end.
-    pub(super) async fn to_its_end(
+    pub(super) async fn followed(
         self,
         server: &Server,
         job: &JobView,

@@ -83,7 +83,7 @@ pub(super) async fn run(
     };
     match held {
         None => to_its_end(server, &job, left, screen, &cancel).await,
-        Some(held) => held.to_its_end(server, &job, left, screen, &cancel).await,
+        Some(held) => held.followed(server, &job, left, screen, &cancel).await,
     }
 }
 

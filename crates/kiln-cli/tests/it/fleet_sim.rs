@@ -277,7 +277,7 @@ pub(crate) fn job(id: &str) -> NewJob {
         request: JobRequest {
             id,
             tenant: TenantName::local(),
-            kind: JobKind::Run(run),
+            kind: JobKind::Run(Box::new(run)),
             network: NetworkPolicy::Isolated,
             limits: Limits {
                 cpus: 1,

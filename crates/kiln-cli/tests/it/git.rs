@@ -237,7 +237,7 @@ impl World {
 
     /// What a run of [`TRIES`] said; and every login that the server was shown is the host's own, no machine's.
     #[track_caller]
-    fn only_what_was_granted(&self, ran: Said) {
+    fn only_what_was_granted(&self, ran: &Said) {
         // Through a server git's own words are in the same log.
         let gits = |line: &&str| line.starts_with("remote: ") || line.starts_with("fatal: ");
         let lines: Vec<_> = ran.out.lines().filter(|line| !gits(line)).collect();
@@ -495,7 +495,7 @@ fn a_run_reads_its_repositories_with_the_hosts_credential_and_nothing_else() {
     refused.says(&format!("--git {shop}"));
     let tries = TRIES.replace("@HOST@", HOST);
     let ran = run(&["--policy", path(&file), "--git", &shop], &tries).exits(0);
-    world.only_what_was_granted(ran);
+    world.only_what_was_granted(&ran);
     // Others run jobs in this home meanwhile; this secret is this test's.
     world.every_decision_is_told(&["IT_GIT"]);
     world.kiln(&["secret", "delete", "IT_GIT"]).exits(0);
@@ -559,7 +559,7 @@ fn a_server_reads_a_tenants_repositories_with_its_credential() {
     untrusted.says("untrusted jobs get no stored secrets");
     let tries = TRIES.replace("@HOST@", HOST);
     let ran = acme(&["--git", &shop, "--git", &public], &tries).exits(0);
-    world.only_what_was_granted(ran);
+    world.only_what_was_granted(&ran);
     world.every_decision_is_told(&["IT_GIT", "--tenant", "acme"]);
     // A build of a commit is held to the policy in it, as without a server.
     let build = [

@@ -561,7 +561,7 @@ impl RunAsk {
             return Err(Problem::invalid("artifacts", text));
         }
         let artifacts = self.artifacts.iter().map(|path| parsed("artifacts", path));
-        Ok(JobKind::Run(RunCommand {
+        Ok(JobKind::Run(Box::new(RunCommand {
             secrets: self.run_secrets()?,
             artifacts: artifacts.collect::<Result<_, _>>()?,
             image,
@@ -575,7 +575,7 @@ impl RunAsk {
             keep,
             attend: attend.map(AttendAsk::attend).transpose()?,
             ..RunCommand::default()
-        }))
+        })))
     }
 }
 

@@ -284,7 +284,7 @@ impl JobView {
             },
         };
         let [kernel, root_disk] = match &request.kind {
-            JobKind::Run(run) => [&run.kernel, &run.root_disk].map(|file| json(file)),
+            JobKind::Run(run) => [&run.kernel, &run.root_disk].map(json),
             _ => [None, None],
         };
         Self {

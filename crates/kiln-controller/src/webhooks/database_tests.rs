@@ -16,10 +16,10 @@ pub(crate) fn job(id: &str, notify_url: Option<String>) -> NewJob {
     let request = JobRequest {
         id: id.parse().unwrap(),
         tenant: TenantName::local(),
-        kind: JobKind::Run(RunCommand {
+        kind: JobKind::Run(Box::new(RunCommand {
             argv: vec!["true".to_owned()],
             ..RunCommand::default()
-        }),
+        })),
         network: NetworkPolicy::Isolated,
         limits: Limits {
             cpus: 1,

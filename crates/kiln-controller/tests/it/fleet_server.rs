@@ -249,7 +249,7 @@ pub(crate) fn script(id: &str, lines: u64, pause_ms: u64) -> NewJob {
         request: JobRequest {
             id: id.parse().expect("job id"),
             tenant: TenantName::local(),
-            kind: JobKind::Run(run),
+            kind: JobKind::Run(Box::new(run)),
             network: NetworkPolicy::Isolated,
             limits: Limits {
                 cpus: 1,

@@ -194,10 +194,10 @@ pub(crate) fn request(id: &str) -> JobRequest {
     JobRequest {
         id: id.parse().expect("job id"),
         tenant: TenantName::local(),
-        kind: JobKind::Run(RunCommand {
+        kind: JobKind::Run(Box::new(RunCommand {
             argv: vec!["true".to_owned()],
             ..RunCommand::default()
-        }),
+        })),
         network: NetworkPolicy::Isolated,
         limits: Limits {
             cpus: 1,
