@@ -35,6 +35,11 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes on their way in one direction. Who does not read holds up who sends: nothing else is kept.
 const BUFFER: usize = 64 * 1024;
 
+/// How long the last of what a command said may take to arrive when its attempt is over.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+/// Why a way to a command ends that is over.
+const ATTEMPT_OVER: &str = "the attempt is over";
+
 /// What a way is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Verb {
@@ -74,7 +79,7 @@ impl End {
                 let job = api.db().job(&lease.attempt.job).await?;
                 let live = job.and_then(|job| job.lease);
                 let over = live.is_none_or(|live| live.epoch != lease.epoch);
-                over.then_some("the attempt is over")
+                over.then_some(ATTEMPT_OVER)
             }
         })
     }
@@ -193,12 +198,18 @@ impl Joined {
         let Ok(Ok(())) = tokio::time::timeout(ASK_TIMEOUT, told).await else {
             return;
         };
-        tokio::select! {
-            () = self.pass(person, way) => {}
-            why = self.over() => {
-                tracing::info!(machine = %self.end.job(), who = self.caller.actor(), why, "a way into a machine is closed");
-            }
+        let pass = self.pass(person, way);
+        tokio::pin!(pass);
+        let why = tokio::select! {
+            () = &mut pass => return,
+            why = self.over() => why,
+        };
+        if why == ATTEMPT_OVER {
+            // Its worker said everything before it said so, and closes the way: what is still between us arrives.
+            let _cut_off = tokio::time::timeout(LAST_WORDS, pass).await;
+            return;
         }
+        tracing::info!(machine = %self.end.job(), who = self.caller.actor(), why, "a way into a machine is closed");
     }
 
     /// Each direction to its own end.

@@ -39,7 +39,7 @@ const LAST_WORDS: Duration = Duration::from_secs(10);
 /// Highest number of a signal.
 const SIGNAL_MAX: i32 = 64;
 /// What a terminal that hangs up sends.
-const HANGUP: i32 = 1;
+pub(crate) const HANGUP: i32 = 1;
 
 /// Where whoever attends a command arrives.
 #[derive(Debug)]

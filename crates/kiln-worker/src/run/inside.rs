@@ -20,6 +20,7 @@ use super::forward::forward;
 use super::serve::{self, ServiceInput, Serving};
 use super::{Limit, RunInput, Told, ending, exit_code};
 use crate::attempt::Attempt;
+use crate::attend::door::HANGUP;
 use crate::collect;
 use crate::event::Events;
 use crate::failure::Failure;
@@ -86,8 +87,15 @@ pub(super) async fn in_machine(
     let ended = ended.await;
     match (attended.end().await, &ended) {
         (Some(gone), Err(failure)) if failure.class == FailureClass::Cancelled => Err(gone),
+        // The hangup was quicker than the cancel that follows it.
+        (Some(gone), Ok(exit)) if hung_up(exit) => Err(gone),
         _ => ended,
     }
+}
+
+/// Whether a command was ended by the signal of a terminal that hangs up, or says so as a shell has it.
+fn hung_up(exit: &Exit) -> bool {
+    exit.signal == Some(HANGUP) || exit.code == Some(128 + HANGUP)
 }
 
 impl Inside<'_> {
