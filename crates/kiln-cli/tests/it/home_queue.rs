@@ -204,7 +204,7 @@ fn a_commands_own_job_is_run_again_or_refused() {
     let said = crate::support::said(piped).exits(0);
     assert_eq!(said.out, "FROM no-such-base\n");
     let refused = annex.run(&["job", "retry", &newest(&annex)]).exits(2);
-    refused.says("type it again: kiln run -- cat");
+    refused.says("type it again: kiln run -i -- cat");
     annex.is_well();
 }
 

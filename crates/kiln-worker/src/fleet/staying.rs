@@ -44,6 +44,8 @@ const TICK: Duration = Duration::from_millis(500);
 const RETRY: Duration = Duration::from_millis(500);
 /// Ways that are open at a time, to all machines here.
 const WAYS_MAX: usize = 512;
+/// How long a way may take to carry the last of what was said when its machine is gone.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Longest time in which a way must be open.
 const WAY_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long keepers get to end their machines when this worker stops.
@@ -318,10 +320,14 @@ impl Staying {
             }
             Err(_) => return,
         };
+        let joined = tokio::io::copy_bidirectional(&mut far, &mut near);
+        tokio::pin!(joined);
         tokio::select! {
-            _ended = tokio::io::copy_bidirectional(&mut far, &mut near) => {}
+            _ended = &mut joined => return,
             () = end.cancelled() => {}
         }
+        // What its keeper said last, how it ended above all, is on its way still; the keeper's end closes the rest.
+        let _cut_off = tokio::time::timeout(LAST_WORDS, joined).await;
     }
 }
 
