@@ -48,7 +48,7 @@ soak: build ## The long versions of the fault tests: more schedules, seeds, foll
 	KILN_FOLLOWERS=5000 cargo test --locked -p kiln-controller --test it fleet_followers -- --nocapture
 	KILN_HOME=$(TARGET)/test-home $(KILN) setup --recipe machine-image --guest $(GUEST)
 	KILN_TEST_BIN=$(KILN) KILN_TEST_HOME=$(TARGET)/test-home KILN_KILL_BUILDS=10 KILN_TEST_LONG=1 \
-	  cargo test --locked -p kiln-cli --test it -- fleet_kill flood_of_log --nocapture
+	  cargo test --locked -p kiln-cli --test it -- fleet_kill flood_of_log signals_from_outside runs_that_are_stopped --nocapture
 	KILN_HOME=$(TARGET)/test-home $(KILN) bench soak --soak 600
 
 .PHONY: bench

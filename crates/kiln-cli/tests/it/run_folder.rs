@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::annex::Annex;
+use crate::fleet_kill::asked;
 use crate::support::{Kiln, Said, Started, kiln, path, said};
 
 /// Files of a small Node project, some of which stay behind.
@@ -104,7 +105,7 @@ fn a_command_in_a_base_ends_as_one_in_the_machine_does() {
 /// Only with `KILN_TEST_LONG`: kiln gives a command one second for each signal, and an emulated guest of a busy host may need longer.
 #[test]
 fn signals_from_outside_reach_a_command_in_a_base() {
-    if std::env::var_os("KILN_TEST_LONG").is_none() {
+    if asked("KILN_TEST_LONG").is_none() {
         return;
     }
     let Some(kiln) = kiln() else { return };

@@ -14,11 +14,10 @@ use http::StatusCode;
 use hyper::upgrade::OnUpgrade;
 use kiln_core::{Action, JobState, Lease};
 use kiln_db::{DoorError, Job};
-use kiln_proto::fleet::MACHINE_UPGRADE;
 
 use super::Api;
 use super::caller::Caller;
-use super::machine_ways::{End, Joined, Verb};
+use super::machine_ways::{End, Joined, Verb, entry};
 use super::problem::{Problem, ProblemBody};
 use crate::fleet::machines::{NoWay, switching};
 
@@ -51,20 +50,7 @@ pub(crate) async fn open(
     };
     let job = caller.job(&api, &id, Action::MachineUse).await?;
     let lease = running(&caller, &job)?;
-    let Some(Extension(upgrade)) = upgrade else {
-        return Err(Problem::new(
-            StatusCode::UPGRADE_REQUIRED,
-            "upgrade",
-            format!("a way to a command is an upgraded connection: `Upgrade: {MACHINE_UPGRADE}`"),
-        ));
-    };
-    let Some(slot) = api.machine_ways.take(&id) else {
-        let most = api.config.kept.ways_max;
-        return Err(Problem::too_many(
-            "machine_ways",
-            format!("{most} connections lead to this command already"),
-        ));
-    };
+    let (upgrade, slot) = entry(&api, upgrade, &id)?;
     if verb == Verb::Attend {
         begins(&api, lease).await?;
     }

@@ -37,9 +37,6 @@ const BUFFER: usize = 64 * 1024;
 
 /// How long the last of what a command said may take to arrive when its attempt is over.
 const LAST_WORDS: Duration = Duration::from_secs(10);
-/// Why a way to a command ends that is over.
-const ATTEMPT_OVER: &str = "the attempt is over";
-
 /// What a way is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Verb {
@@ -59,6 +56,15 @@ pub(super) enum End {
     Running(Lease),
 }
 
+/// How a way ends whose two ends are still open.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Over {
+    /// The attempt is over: its worker said everything before it said so, and closes the way.
+    Said,
+    /// At once, for this reason.
+    Cut(&'static str),
+}
+
 impl End {
     fn job(&self) -> &JobId {
         match self {
@@ -68,18 +74,18 @@ impl End {
     }
 
     /// Why it is there no more, if so.
-    async fn over(&self, api: &Api) -> Result<Option<&'static str>, DbError> {
+    async fn over(&self, api: &Api) -> Result<Option<Over>, DbError> {
         Ok(match self {
             Self::Kept(kept) => {
                 let row = api.db().kept(&kept.attempt.job).await?;
                 let over = row.is_none_or(|row| row.epoch != kept.epoch);
-                over.then_some("the machine is not kept any more")
+                over.then_some(Over::Cut("the machine is not kept any more"))
             }
             Self::Running(lease) => {
                 let job = api.db().job(&lease.attempt.job).await?;
                 let live = job.and_then(|job| job.lease);
                 let over = live.is_none_or(|live| live.epoch != lease.epoch);
-                over.then_some(ATTEMPT_OVER)
+                over.then_some(Over::Said)
             }
         })
     }
@@ -132,6 +138,19 @@ pub(crate) async fn open(
     let Path((id, verb)) = path.map_err(|_| Problem::not_found("thing", "of this name"))?;
     let verb = Verb::named(&verb).ok_or_else(|| Problem::not_found("way", &verb))?;
     let kept = caller.machine(&api, &id, Action::MachineUse).await?;
+    let (upgrade, slot) = entry(&api, upgrade, &id)?;
+    let way = api.backend().way_to(&kept).await.map_err(no_way)?;
+    let joined = Joined::new((api, caller), End::Kept(Box::new(kept)), verb, slot);
+    tokio::spawn(joined.run(upgrade, way));
+    Ok(switching())
+}
+
+/// What whoever opens a way has to bring, and a place among the ways to that job's machine.
+pub(super) fn entry(
+    api: &Api,
+    upgrade: Option<Extension<OnUpgrade>>,
+    job: &str,
+) -> Result<(OnUpgrade, Slot), Problem> {
     let Some(Extension(upgrade)) = upgrade else {
         return Err(Problem::new(
             StatusCode::UPGRADE_REQUIRED,
@@ -139,17 +158,14 @@ pub(crate) async fn open(
             format!("a way into a machine is an upgraded connection: `Upgrade: {MACHINE_UPGRADE}`"),
         ));
     };
-    let Some(slot) = api.machine_ways.take(&id) else {
+    let Some(slot) = api.machine_ways.take(job) else {
         let most = api.config.kept.ways_max;
         return Err(Problem::too_many(
             "machine_ways",
             format!("{most} commands, copies and connections use this machine already"),
         ));
     };
-    let way = api.backend().way_to(&kept).await.map_err(no_way)?;
-    let joined = Joined::new((api, caller), End::Kept(Box::new(kept)), verb, slot);
-    tokio::spawn(joined.run(upgrade, way));
-    Ok(switching())
+    Ok((upgrade, slot))
 }
 
 /// A person's connection and a worker's, joined.
@@ -204,12 +220,15 @@ impl Joined {
             () = &mut pass => return,
             why = self.over() => why,
         };
-        if why == ATTEMPT_OVER {
-            // Its worker said everything before it said so, and closes the way: what is still between us arrives.
-            let _cut_off = tokio::time::timeout(LAST_WORDS, pass).await;
-            return;
+        match why {
+            // What is still between us arrives.
+            Over::Said => {
+                let _cut_off = tokio::time::timeout(LAST_WORDS, pass).await;
+            }
+            Over::Cut(why) => {
+                tracing::info!(machine = %self.end.job(), who = self.caller.actor(), why, "a way into a machine is closed");
+            }
         }
-        tracing::info!(machine = %self.end.job(), who = self.caller.actor(), why, "a way into a machine is closed");
     }
 
     /// Each direction to its own end.
@@ -253,21 +272,21 @@ impl Joined {
     }
 
     /// Completes when the way must end, with the reason.
-    async fn over(&self) -> &'static str {
+    async fn over(&self) -> Over {
         let closing = self.api.backend().closing();
         tokio::pin!(closing);
         loop {
             tokio::select! {
                 () = tokio::time::sleep(self.api.config.heartbeat) => {}
-                () = &mut closing => return "this controller stops",
+                () = &mut closing => return Over::Cut("this controller stops"),
             }
             let moved = Duration::from_millis(self.moved_ms.load(Ordering::Relaxed));
             if self.began.elapsed().saturating_sub(moved) > self.api.config.kept.idle {
-                return "nothing was said for too long";
+                return Over::Cut("nothing was said for too long");
             }
             let _turn = self.api.look().await;
             if !self.caller.is_still_good(&self.api).await {
-                return "the token is not good any more";
+                return Over::Cut("the token is not good any more");
             }
             // A database that does not answer for a moment ends nothing: the machine's worker ends it when that lasts.
             if let Ok(Some(why)) = self.end.over(&self.api).await {

@@ -29,8 +29,8 @@ use crate::state::Controller;
 
 /// Longest wait for a worker to open a way.
 pub(crate) const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
-/// How often it is looked which controller hears a worker.
-const HEARD_LOOKS: u32 = 20;
+/// Longest time in which it is looked which controller hears a worker.
+const HEARD_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between two of these looks.
 const HEARD_AGAIN: Duration = Duration::from_millis(250);
 /// Calls of one worker that wait.
@@ -295,7 +295,8 @@ impl Controller {
     /// See [`NoWay`].
     pub async fn way_to_attempt(&self, lease: &Lease) -> Result<Way, NoWay> {
         // A worker asks again at once when its request was answered: between two of them nobody hears it.
-        for _ in 0..HEARD_LOOKS {
+        let deadline = tokio::time::Instant::now() + HEARD_TIMEOUT;
+        while tokio::time::Instant::now() < deadline {
             if self.peers.others().is_empty() || self.ways.hears(&lease.worker) {
                 return self.near_way_to_attempt(lease).await;
             }
