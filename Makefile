@@ -31,14 +31,14 @@ demo: setup ## Do everything: set up, build two apps in microVMs, run them, chan
 .PHONY: test
 test: ## Set up, then run every check and test
 	@scripts/bootstrap.sh --test
-	@$(MAKE) --no-print-directory build
-	cargo xtask test --kiln $(KILN) --guest $(GUEST)
+	@$(MAKE) --no-print-directory guest
+	cargo xtask test --guest $(GUEST)
 
 .PHONY: test-hostile
 test-hostile: ## Tests with a hostile guest, user or file, in their long form
 	@scripts/bootstrap.sh --test
-	@$(MAKE) --no-print-directory build
-	cargo xtask hostile --kiln $(KILN) --guest $(GUEST)
+	@$(MAKE) --no-print-directory guest
+	cargo xtask hostile --guest $(GUEST)
 
 .PHONY: soak
 soak: build ## The long versions of the fault tests: more schedules, seeds, followers and killed builds, about an hour

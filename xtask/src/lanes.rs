@@ -1,7 +1,6 @@
 //! Runs test programs in two lanes: the one whose builds compute in machines all the time, and beside it all others, one after another.
 //!
-//! A program's output stays whole: the first lane prints as it goes, and what ended in the second lane meanwhile is printed between two
-//! programs of the first. It knows libtest's lines, and nothing of what a test does.
+//! The first lane prints as it goes; what a program of the second lane said is printed in one piece, between two lines of the first. It knows libtest's lines, and nothing of what a test does.
 
 use std::io::{BufRead as _, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -26,12 +25,29 @@ const MACHINES: [&str; 4] = ["kiln-guest", "kiln-machine", "kiln-image", "kiln-w
 /// A compiled test program.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Program {
-    package: String,
+    pub(crate) package: String,
     /// `lib`, `it`, ...
     target: String,
     path: PathBuf,
     /// Where it expects to be run.
     folder: PathBuf,
+    /// Which of its tests are run, by parts of their names; none named is all.
+    pub(crate) names: &'static [&'static str],
+}
+
+/// What cargo built for the tests.
+#[derive(Debug)]
+pub(crate) struct Compiled {
+    pub(crate) programs: Vec<Program>,
+    /// The `kiln` that end-to-end tests start.
+    pub(crate) kiln: PathBuf,
+}
+
+/// What a line of cargo's messages names.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Named {
+    Test(Program),
+    Kiln(PathBuf),
 }
 
 /// What became of test programs.
@@ -73,46 +89,50 @@ impl Counts {
     }
 }
 
-/// Compiles the tests that this `cargo test` would run; gives their programs.
-pub(crate) fn compile(cargo: &mut Command) -> Result<Vec<Program>> {
+/// Compiles the tests that this `cargo test` would run, and the program that they start.
+pub(crate) fn compile(cargo: &mut Command) -> Result<Compiled> {
     let listed = run::output(cargo.args([
         "--no-run",
         "--quiet",
         "--message-format=json-render-diagnostics",
     ]))?;
     run::go_on()?;
-    let programs: Vec<Program> = listed
-        .lines()
-        .map(program_of)
-        .collect::<Result<Vec<_>>>()?
-        .into_iter()
-        .flatten()
-        .collect();
+    let mut programs = Vec::new();
+    let mut kiln = None;
+    for line in listed.lines() {
+        match named_by(line)? {
+            Some(Named::Test(program)) => programs.push(program),
+            Some(Named::Kiln(path)) => kiln = Some(path),
+            None => {}
+        }
+    }
     if programs.is_empty() {
         bail!("cargo named no test program");
     }
-    Ok(programs)
+    let kiln = kiln.context("cargo built no `kiln` with the tests")?;
+    Ok(Compiled { programs, kiln })
 }
 
-/// The test program that a line of cargo's messages names, if it names one.
-fn program_of(line: &str) -> Result<Option<Program>> {
+/// The program that a line of cargo's messages names, if it names one that is asked for here.
+fn named_by(line: &str) -> Result<Option<Named>> {
     let message: serde_json::Value = serde_json::from_str(line).context("a message of cargo")?;
-    let test = message["profile"]["test"].as_bool() == Some(true);
-    let (true, Some(path)) = (test, message["executable"].as_str()) else {
+    let Some(path) = message["executable"].as_str() else {
         return Ok(None);
     };
+    let target = message["target"]["name"].as_str().context("a target")?;
+    if message["profile"]["test"].as_bool() != Some(true) {
+        return Ok((target == "kiln").then(|| Named::Kiln(path.into())));
+    }
     let manifest = Path::new(message["manifest_path"].as_str().context("a manifest")?);
     let folder = manifest.parent().context("a manifest's folder")?;
     let package = folder.file_name().context("a package's folder")?;
-    Ok(Some(Program {
+    Ok(Some(Named::Test(Program {
         package: package.to_string_lossy().into_owned(),
-        target: message["target"]["name"]
-            .as_str()
-            .context("a target")?
-            .to_owned(),
+        target: target.to_owned(),
         path: path.into(),
         folder: folder.to_owned(),
-    }))
+        names: &[],
+    })))
 }
 
 /// Splits programs into the two lanes, each in the order in which it is run.
@@ -148,8 +168,12 @@ pub(crate) fn run(
         let beside = scope.spawn(move || quietly(&second, settings, &sender));
         let done = first.iter().try_for_each(|program| {
             run::say(&heading(program));
-            counts.add(counted(command(program, THREADS_MACHINES, settings))?);
-            show(&ended, &mut counts, false);
+            let mut beside = Counts::default();
+            let own = counted(command(program, THREADS_MACHINES, settings), || {
+                show(&ended, &mut beside, false);
+            });
+            counts.add(beside);
+            counts.add(own?);
             Ok(())
         });
         // What is left of the second lane, as it ends.
@@ -211,19 +235,23 @@ fn command(program: &Program, threads: usize, settings: &(dyn Fn(&mut Command) +
     command
         .current_dir(&program.folder)
         .env("CARGO_MANIFEST_DIR", &program.folder)
+        .args(program.names)
         .env("RUST_TEST_THREADS", threads.to_string());
     command
 }
 
-/// Runs tests, passes their lines on as they come, and sums up.
-pub(crate) fn counted(mut command: Command) -> Result<Counts> {
+/// Runs tests, passes their lines on as they come, and sums up. `between` may say something of its own between two lines.
+pub(crate) fn counted(mut command: Command, mut between: impl FnMut()) -> Result<Counts> {
     let shown = format!("{:?}", command.get_program());
     let mut child = command
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("could not start {shown}"))?;
     let stdout = child.stdout.take().context("a pipe")?;
-    let counts = followed(child, stdout, run::say)?;
+    let counts = followed(child, stdout, |line| {
+        between();
+        run::say(line);
+    })?;
     run::go_on()?;
     Ok(counts)
 }
@@ -295,8 +323,17 @@ mod tests {
             message("kiln-cli", "it", true),
             r#"{"reason":"build-finished","success":true}"#.to_owned(),
         ];
-        let programs = lines.iter().map(|line| program_of(line).expect("read"));
-        let (first, second) = split(programs.flatten().collect());
+        let mut programs = Vec::new();
+        let mut kiln = None;
+        for line in &lines {
+            match named_by(line).expect("read") {
+                Some(Named::Test(program)) => programs.push(program),
+                Some(Named::Kiln(path)) => kiln = Some(path),
+                None => {}
+            }
+        }
+        assert_eq!(kiln, Some("/t/kiln-cli-kiln".into()));
+        let (first, second) = split(programs);
         let names = |programs: &[Program]| -> Vec<String> {
             let names = programs
                 .iter()
@@ -342,6 +379,7 @@ mod tests {
             target: "it".to_owned(),
             path: path.into(),
             folder: folder.clone(),
+            names: &[],
         };
         let both = vec![
             program("kiln-cli", "/bin/true"),

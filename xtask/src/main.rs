@@ -19,10 +19,12 @@ const HELP: &str = "cargo xtask <verb>
   tidy      file and function budgets, module headers, banned names, registry hosts
   layers    dependency arrows between the rooms
   docs      generated reference is fresh (--write makes it so)
-  test      every check and test; --kiln PATH --guest PATH name the built binaries
-  e2e       the end-to-end builds alone; --kiln PATH --guest PATH
-  hostile   tests with a hostile guest alone, in their long form; --kiln PATH --guest PATH
+  test      every check and test; --guest PATH names the built guest
+  e2e       the end-to-end tests of `kiln` alone; --guest PATH
+  hostile   tests with a hostile guest alone, in their long form; --guest PATH
   demo      two apps from source to answering HTTP; --kiln PATH --guest PATH
+
+test, e2e and hostile use the `kiln` that cargo builds with the tests.
 ";
 
 /// Exit code after Ctrl-C.
@@ -54,9 +56,9 @@ fn verb() -> Result<()> {
             &Binaries::from_args(&rest)?,
             rest.iter().any(|arg| arg == "--write"),
         ),
-        "test" => test::all(&Binaries::from_args(&rest)?),
-        "e2e" => test::end_to_end(&Binaries::from_args(&rest)?),
-        "hostile" => test::hostile(&Binaries::from_args(&rest)?),
+        "test" => test::all(&guest(&rest)?),
+        "e2e" => test::end_to_end(&guest(&rest)?),
+        "hostile" => test::hostile(&guest(&rest)?),
         "demo" => demo::run(&Binaries::from_args(&rest)?),
         "" | "help" | "--help" => {
             run::say(HELP);
@@ -80,21 +82,24 @@ struct Binaries {
 
 impl Binaries {
     fn from_args(args: &[String]) -> Result<Self> {
-        let value = |flag: &str, fallback: &str| -> Result<PathBuf> {
-            let given = args
-                .iter()
-                .position(|arg| arg == flag)
-                .and_then(|at| args.get(at + 1));
-            let path = given.map_or_else(|| root().join(fallback), PathBuf::from);
-            path.canonicalize()
-                .with_context(|| format!("{} is missing: run `make build` first", path.display()))
-        };
         Ok(Self {
-            kiln: value("--kiln", "target/release/kiln")?,
-            guest: value(
-                "--guest",
-                "target/guest/x86_64-unknown-linux-gnu/guest/kiln-guest",
-            )?,
+            kiln: built(args, "--kiln", "target/release/kiln")?,
+            guest: guest(args)?,
         })
     }
+}
+
+fn guest(args: &[String]) -> Result<PathBuf> {
+    let fallback = "target/guest/x86_64-unknown-linux-gnu/guest/kiln-guest";
+    built(args, "--guest", fallback)
+}
+
+fn built(args: &[String], flag: &str, fallback: &str) -> Result<PathBuf> {
+    let given = args
+        .iter()
+        .position(|arg| arg == flag)
+        .and_then(|at| args.get(at + 1));
+    let path = given.map_or_else(|| root().join(fallback), PathBuf::from);
+    path.canonicalize()
+        .with_context(|| format!("{} is missing: run `make build` first", path.display()))
 }

@@ -1,12 +1,12 @@
 //! `make test`: format, lints, arrows, budgets, docs, then set-up and every test, the real machines included.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use crate::lanes::{self, Counts};
+use crate::lanes::{self, Counts, Program};
 use crate::{Binaries, docs, layers, root, run, tidy};
 
 /// Where the test suite keeps its machine image, bases and templates.
@@ -41,43 +41,68 @@ impl Times {
 }
 
 /// Every check and test.
-pub(crate) fn all(binaries: &Binaries) -> Result<()> {
+pub(crate) fn all(guest: &Path) -> Result<()> {
     run::wait_on_interrupt()?;
     let mut times = Times::default();
     times.part("formatting, lints, arrows, budgets", || {
         run::must(run::cargo().args(["fmt", "--all", "--check"]))?;
         lint()?;
         layers::check()?;
-        tidy::check()?;
-        docs::check(binaries, false)
+        tidy::check()
     })?;
-    let programs = times.part("compiling the tests", || {
-        lanes::compile(tests(binaries).args(["--workspace"]))
-    })?;
-    times.part(SET_UP, || prepare(binaries))?;
+    let (binaries, programs) = compiled(&mut times, guest, &["--workspace"])?;
+    docs::check(&binaries, false)?;
+    times.part(SET_UP, || prepare(&binaries))?;
     let counts = times.part("tests", || {
-        let mut counts = lanes::run(programs, &|command| settings(binaries, command))?;
-        let mut docs = tests(binaries);
+        let mut counts = lanes::run(programs, &|command| settings(&binaries, command))?;
+        let mut docs = cargo_test();
+        settings(&binaries, &mut docs);
         docs.args(["--workspace", "--doc", "--no-fail-fast"]);
-        counts.add(lanes::counted(docs)?);
+        counts.add(lanes::counted(docs, || ())?);
         Ok(counts)
     })?;
     times.show();
     close(&counts)
 }
 
-/// The end-to-end builds alone.
-pub(crate) fn end_to_end(binaries: &Binaries) -> Result<()> {
+/// The end-to-end tests of `kiln` alone.
+pub(crate) fn end_to_end(guest: &Path) -> Result<()> {
+    chosen(guest, |program| program.package == "kiln-cli", |_| ())
+}
+
+/// Set-up, and the integration tests of some packages.
+fn chosen(
+    guest: &Path,
+    wanted: impl Fn(&mut Program) -> bool,
+    more: impl Fn(&mut Command) + Sync,
+) -> Result<()> {
     run::wait_on_interrupt()?;
     let mut times = Times::default();
-    times.part(SET_UP, || prepare(binaries))?;
+    // All packages, whichever are wanted: cargo compiles each dependency with the features that the named ones need together.
+    let only = ["--workspace", "--test", "it"];
+    let (binaries, mut programs) = compiled(&mut times, guest, &only)?;
+    programs = programs.extract_if(.., wanted).collect();
+    times.part(SET_UP, || prepare(&binaries))?;
     let counts = times.part("tests", || {
-        let mut command = tests(binaries);
-        command.args(["--package", "kiln-cli", "--test", "it"]);
-        lanes::counted(command)
+        lanes::run(programs, &|command| {
+            settings(&binaries, command);
+            more(command);
+        })
     })?;
     times.show();
     close(&counts)
+}
+
+/// Compiles tests, and the `kiln` that they start: no other is built for them.
+fn compiled(times: &mut Times, guest: &Path, which: &[&str]) -> Result<(Binaries, Vec<Program>)> {
+    let compiled = times.part("compiling kiln and the tests", || {
+        lanes::compile(cargo_test().args(which))
+    })?;
+    let binaries = Binaries {
+        kiln: compiled.kiln,
+        guest: guest.to_owned(),
+    };
+    Ok((binaries, compiled.programs))
 }
 
 /// Suites with somebody hostile in them, and which of their tests those are; none named is all.
@@ -100,29 +125,17 @@ const HOSTILE: [(&str, &[&str]); 5] = [
 ];
 
 /// Tests with a hostile guest, user or file, in their long form.
-pub(crate) fn hostile(binaries: &Binaries) -> Result<()> {
-    run::wait_on_interrupt()?;
-    let mut times = Times::default();
-    times.part(SET_UP, || prepare(binaries))?;
-    times.part("compiling the tests", || {
-        let mut command = tests(binaries);
-        for (package, _) in HOSTILE {
-            command.args(["--package", package]);
-        }
-        run::must(command.args(["--test", "it", "--no-run"]))
-    })?;
-    let counts = times.part("tests", || {
-        let mut counts = Counts::default();
-        for (package, names) in HOSTILE {
-            let mut command = tests(binaries);
-            command.args(["--package", package, "--test", "it", "--"]);
-            command.args(names).env("KILN_TEST_LONG", "1");
-            counts.add(lanes::counted(command)?);
-        }
-        Ok(counts)
-    })?;
-    times.show();
-    close(&counts)
+pub(crate) fn hostile(guest: &Path) -> Result<()> {
+    let wanted = |program: &mut Program| {
+        let suite = HOSTILE
+            .iter()
+            .find(|(package, _)| *package == program.package);
+        program.names = suite.map_or(&[], |(_, names)| names);
+        suite.is_some()
+    };
+    chosen(guest, wanted, |command| {
+        command.env("KILN_TEST_LONG", "1");
+    })
 }
 
 /// The last lines: what failed, and the sum.
@@ -189,12 +202,9 @@ fn python_tool(folder: &str, packages: &[&str], program: &str) -> Result<()> {
     run::must(install.args(["install", "--quiet"]).args(packages))
 }
 
-/// `cargo test` with everything the tests are told.
-fn tests(binaries: &Binaries) -> Command {
+fn cargo_test() -> Command {
     let mut command = run::cargo();
     command.args(["test", "--locked"]);
-    settings(binaries, &mut command);
-    command.env("RUST_TEST_THREADS", lanes::THREADS_MACHINES.to_string());
     command
 }
 

@@ -2,8 +2,10 @@
 //!
 //! The clock is virtual: a deadline of a minute costs nothing.
 
+use std::time::Duration;
+
 use kiln_core::FailureClass;
-use kiln_machine::bring_up::{self, BringUpError};
+use kiln_machine::bring_up::{self, BringUpError, CLOCK_TOLERANCE};
 use kiln_machine::driver::{
     Driver as _, LaunchError, MachineState, Start, StopReason, TemplateRef,
 };
@@ -221,6 +223,26 @@ async fn a_slow_guest_is_waited_for() {
     let ended = whole_life(&sim, &sim.spec("m")).await;
     assert!(matches!(ended, Ended::BringUp(_)));
     sim.assert_nothing_left();
+}
+
+/// Its clock was set to the time at which it was asked, and is late by what the answer took.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_takes_its_identity_slowly_is_told_the_time_again() {
+    let mut took = Vec::new();
+    for per_step in [
+        CLOCK_TOLERANCE,
+        CLOCK_TOLERANCE + Duration::from_millis(100),
+    ] {
+        let sim = Sim::new();
+        sim.driver.inject(Fault::Slow { per_step });
+        let asked = tokio::time::Instant::now();
+        let spec = sim.spec("m");
+        let ready = bring_up::start(&sim.driver, &spec, &Start::Cold, DEADLINES).await;
+        let ready = ready.expect("slow is not dead");
+        took.push(asked.elapsed().div_duration_f32(per_step).round());
+        assert!(ready.machine.destroy().await.leaks.is_empty());
+    }
+    assert_eq!(took[0] + 2.0, took[1], "two more of its steps");
 }
 
 #[tokio::test(start_paused = true)]

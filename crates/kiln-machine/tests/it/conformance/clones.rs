@@ -11,13 +11,11 @@ use kiln_machine::driver::{LaunchError, SpecRefused, Start};
 use kiln_machine::template::{Progress, PrunePolicy};
 use kiln_proto::msg::Order;
 
-use super::under_test::UnderTest;
+use super::under_test::{CLOCK_SLACK, UnderTest};
 use crate::host::{Failed, Host, identity, request};
 
 /// Siblings of one template.
 const SIBLINGS: usize = 8;
-/// How far a clone's clock may be off right after it was set.
-const CLOCK_SLACK: Duration = Duration::from_secs(1);
 
 /// What a machine shows of its identity.
 #[derive(Debug)]
