@@ -59,6 +59,39 @@ fn runs(kiln: &Kiln, id: &str, word: &str) -> bool {
     kiln.run(&["exec", id, "--", "sh", "-c", &script]).code == 0
 }
 
+/// With `--json`, a command's output is events, its last is how it ended, and nothing else is on the streams.
+fn told_as_events(kiln: &Kiln, id: &str) {
+    let words = ["--json", "exec", id, "--"];
+    let script = ["sh", "-c", "echo out; echo err >&2; exit 3"];
+    let said = kiln.run(&[&words[..], &script].concat()).exits(3);
+    let events: Vec<serde_json::Value> = said
+        .out
+        .lines()
+        .map(|line| serde_json::from_str(line).expect(line))
+        .collect();
+    let of = |stream: &str| {
+        let texts = events.iter().filter(|event| event["stream"] == stream);
+        texts
+            .filter_map(|event| event["text"].as_str())
+            .collect::<String>()
+    };
+    assert_eq!(
+        (of("stdout"), of("stderr")),
+        ("out\n".to_owned(), "err\n".to_owned()),
+        "{said:?}"
+    );
+    let last = events.last().expect("events");
+    assert_eq!(
+        (&last["event"], &last["code"]),
+        (&"exit".into(), &3.into()),
+        "{said:?}"
+    );
+    assert!(said.err.is_empty(), "{said:?}");
+    kiln.run(&["--json", "exec", "-t", id, "--", "true"])
+        .exits(2);
+    kiln.run(&["--json", "console", id]).exits(2);
+}
+
 #[test]
 fn a_machine_that_stays_takes_commands_and_whoever_dies_leaves_nothing() {
     let Some(kiln) = Annex::open() else { return };
@@ -132,6 +165,7 @@ fn a_machine_that_stays_takes_commands_and_whoever_dies_leaves_nothing() {
         kiln.run(&words).exits(2).says("r0nobody");
     }
     kiln.run(&["exec", &id, "--", "no-such-program"]).exits(127);
+    told_as_events(&kiln, &id);
     // Ctrl-C reaches the command; one that is killed takes its command with it.
     let mut interrupted = kiln.start(&[
         "exec",

@@ -37,9 +37,12 @@ const SHELL: [&str; 3] = [
 pub(in crate::commands) async fn run(
     args: ExecArgs,
     said: &ServerArgs,
-    _screen: Screen,
+    screen: Screen,
     cancel: CancellationToken,
 ) -> Result<u8> {
+    if args.tty && screen.json() {
+        return Err(no_screen("-t"));
+    }
     let env = source::pairs(&args.env, "--env")?;
     let machine = Machine::named(said, &args.id).await?;
     let tty = args.tty.then(|| terminal::size().unwrap_or(USUAL_SIZE));
@@ -51,7 +54,18 @@ pub(in crate::commands) async fn run(
         tty,
         in_machine: false,
     };
-    attach(&machine, ask, None, &cancel).await
+    let code = attach(&machine, ask, screen, None, &cancel).await?;
+    if screen.json() {
+        let told = serde_json::json!({ "event": "exit", "machine": machine.id(), "code": code });
+        screen.data(&told, String::new);
+    }
+    Ok(code)
+}
+
+/// Events of `--json` leave no place for a screen.
+fn no_screen(what: &str) -> CliError {
+    let error = CliError::usage(format!("{what} shows a terminal, --json prints events"));
+    error.hint("leave one of them out")
 }
 
 /// `kiln console`.
@@ -61,6 +75,11 @@ pub(in crate::commands) async fn console(
     screen: Screen,
     cancel: CancellationToken,
 ) -> Result<u8> {
+    if screen.json() {
+        return Err(
+            no_screen("a console").hint("kiln exec runs a command and tells its output as events")
+        );
+    }
     let env = source::pairs(&args.env, "--env")?;
     let machine = Machine::named(said, &args.id).await?;
     stand_in(
@@ -106,7 +125,7 @@ pub(in crate::commands) async fn stand_in(
         ..ExecAsk::default()
     };
     let left = CancellationToken::new();
-    let code = attach(machine, ask, Some(&left), cancel).await?;
+    let code = attach(machine, ask, screen, Some(&left), cancel).await?;
     if left.is_cancelled() {
         screen.note(&format!("left {}", machine.shown()));
     }
@@ -117,6 +136,7 @@ pub(in crate::commands) async fn stand_in(
 async fn attach(
     machine: &Machine,
     ask: ExecAsk,
+    screen: Screen,
     left: Option<&CancellationToken>,
     cancel: &CancellationToken,
 ) -> Result<u8> {
@@ -125,9 +145,10 @@ async fn attach(
     let raw = (ask.tty.is_some() && io::stdin().is_terminal()).then(RawMode::enter);
     let raw = raw.transpose().or_infrastructure()?;
     let stop = cancel.child_token();
-    let shown = match ask.tty {
-        Some(_) => Shown::Terminal,
-        None => Shown::Streams,
+    let shown = match (screen.json(), ask.tty) {
+        (true, _) => Shown::Events,
+        (false, Some(_)) => Shown::Terminal,
+        (false, None) => Shown::Streams,
     };
     let printing = tokio::spawn(terminal::print(chunks, stop.clone(), shown));
     let resizing = ask
