@@ -28,6 +28,24 @@ pub(crate) struct Screen {
     color: bool,
 }
 
+/// A value as one line that drives no terminal: JSON may hold the control characters beyond ASCII as they are, here they are escaped.
+pub(crate) fn json_line(value: &impl Serialize) -> String {
+    let line = serde_json::to_string(value)
+        .unwrap_or_else(|error| serde_json::json!({ "error": error.to_string() }).to_string());
+    let drives = |c: char| ('\u{7f}'..='\u{9f}').contains(&c);
+    if !line.contains(drives) {
+        return line;
+    }
+    let mut escaped = String::with_capacity(line.len() + 16);
+    for c in line.chars() {
+        match drives(c) {
+            true => escaped.push_str(&format!("\\u{:04x}", u32::from(c))),
+            false => escaped.push(c),
+        }
+    }
+    escaped
+}
+
 impl Screen {
     /// From the command line and what standard error is.
     pub(crate) fn new(json: bool) -> Self {
@@ -48,12 +66,7 @@ impl Screen {
 
     /// Prints one object: a JSON line with `--json`, else what `text` gives.
     pub(crate) fn data(self, value: &impl Serialize, text: impl FnOnce() -> String) {
-        let line = if self.json {
-            serde_json::to_string(value)
-                .unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
-        } else {
-            text()
-        };
+        let line = if self.json { json_line(value) } else { text() };
         out(&line);
     }
 
@@ -96,7 +109,7 @@ impl Screen {
             if let Some(reason) = error.reason {
                 value["reason"] = serde_json::json!(reason);
             }
-            out(&value.to_string());
+            out(&json_line(&value));
             return;
         }
         let (red, bold, off) = self.paint("31", "1");
@@ -172,9 +185,7 @@ impl Screen {
 
     fn event(self, event: &Event, running: &mut Running) {
         if self.json {
-            if let Ok(line) = serde_json::to_string(event) {
-                out(&line);
-            }
+            out(&json_line(event));
             return;
         }
         self.wipe(running);
@@ -424,6 +435,11 @@ mod tests {
 
     #[test]
     fn guest_text_cannot_drive_the_terminal() {
+        let text = "a\u{9b}2J\u{7f}\u{1b}[2J\u{e9}";
+        let line = json_line(&serde_json::json!({ "text": text }));
+        assert_eq!(line, "{\"text\":\"a\\u009b2J\\u007f\\u001b[2J\u{e9}\"}");
+        let read: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+        assert_eq!(read["text"], text);
         assert_eq!(printable("a\x1b[2Jb\tc\r"), "a\u{fffd}[2Jb\tc\u{fffd}");
         assert_eq!(one_line("RUN a\nb"), "RUN a ...");
     }

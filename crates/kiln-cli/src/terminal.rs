@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::neutral::Neutral;
 use crate::printed::Printed;
+use crate::show::json_line;
 
 /// Whether both ends are a terminal.
 pub(crate) fn is_interactive() -> bool {
@@ -85,7 +86,7 @@ async fn print_events(
             continue;
         }
         first = match streams[usize::from(stream != 1)].event(&bytes) {
-            Some(event) => write(1, format!("{event}\n").as_bytes()),
+            Some(event) => write(1, format!("{}\n", json_line(&event)).as_bytes()),
             None => Ok(()),
         };
         if first.is_err() {
@@ -94,7 +95,7 @@ async fn print_events(
     }
     for event in streams.iter_mut().filter_map(Printed::rest) {
         if first.is_ok() {
-            first = write(1, format!("{event}\n").as_bytes());
+            first = write(1, format!("{}\n", json_line(&event)).as_bytes());
         }
     }
     first

@@ -1,5 +1,6 @@
 //! A job on a server, followed to its end: its events and its log, over connections that may break and go on where they were.
 
+use std::io::IsTerminal as _;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -20,8 +21,9 @@ use tokio_util::sync::CancellationToken;
 use super::sse::{Frame, Frames};
 use super::{Server, empty, words};
 use crate::error::{CliError, Result};
+use crate::neutral::Neutral;
 use crate::printed::Printed;
-use crate::show::Screen;
+use crate::show::{Screen, json_line};
 
 /// How often a job that waits is asked why.
 const WHY_EVERY: Duration = Duration::from_secs(2);
@@ -373,10 +375,16 @@ impl Follower<'_> {
                 screen,
                 lines: Lines::default(),
                 printed: Printed::default(),
+                neutral: std::io::stdout().is_terminal().then(Neutral::default),
                 gone: false,
             };
-            let _lost = read_log(&server, &id, &ended, &mut sink).await;
+            let read = read_log(&server, &id, &ended, &mut sink).await;
             sink.end().await;
+            if let Err(error) = read
+                && error.class == FailureClass::Infrastructure
+            {
+                sink.events.warn(error.message).await;
+            }
         });
         self.log = Some(Log {
             attempt,
@@ -467,6 +475,8 @@ struct Sink {
     lines: Lines,
     /// A command's output, as events.
     printed: Printed,
+    /// Where a terminal shows it: nobody asked for the command to have that terminal.
+    neutral: Option<Neutral>,
     gone: bool,
 }
 
@@ -477,7 +487,13 @@ impl Take for Sink {
                 let event = self.printed.event(bytes);
                 self.gone |= self.tell(event).is_err();
             }
-            LogKind::Raw => self.gone |= self.screen.raw(bytes).is_err(),
+            LogKind::Raw => {
+                let shown = match &mut self.neutral {
+                    Some(neutral) => self.screen.raw(neutral.text(bytes).as_bytes()),
+                    None => self.screen.raw(bytes),
+                };
+                self.gone |= shown.is_err();
+            }
             LogKind::Held => {}
             LogKind::Steps => {
                 for event in self.lines.push(bytes) {
@@ -493,7 +509,10 @@ impl Sink {
     /// An event of the command's output, with `--json`.
     fn tell(&self, event: Option<Value>) -> std::io::Result<()> {
         match event {
-            Some(event) => self.screen.raw(format!("{event}\n").as_bytes()),
+            Some(event) => {
+                let line = format!("{}\n", json_line(&event));
+                self.screen.raw(line.as_bytes())
+            }
             None => Ok(()),
         }
     }
@@ -502,6 +521,8 @@ impl Sink {
         if self.kind == LogKind::Raw && !self.gone {
             let rest = self.printed.rest();
             self.gone |= self.tell(rest).is_err();
+            let rest = self.neutral.as_mut().map(Neutral::rest).unwrap_or_default();
+            self.gone |= self.screen.raw(rest.as_bytes()).is_err();
         }
         for event in self.lines.push(b"\n") {
             self.events.tell(event).await;

@@ -9,7 +9,7 @@ const EVIL: &str =
     r"printf 'a\033]0;evil\007b\033[2J\033[6nc\rd\302\2330m\n'; printf 'e\033[2Jf\n' >&2";
 
 /// Runs kiln on a terminal of its own (script(1)).
-fn on_a_terminal(home: &std::path::Path, program: &std::path::Path, args: &str) -> Said {
+pub(crate) fn on_a_terminal(home: &std::path::Path, program: &std::path::Path, args: &str) -> Said {
     let mut command = Command::new("script");
     let line = format!("{} {args}", path(program));
     command

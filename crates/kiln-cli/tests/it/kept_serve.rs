@@ -3,6 +3,7 @@
 use std::fs;
 
 use crate::annex::Annex;
+use crate::hostile_output::on_a_terminal;
 use crate::kept::{kept, typed, watchers_of};
 use crate::serve::serve;
 use crate::support::{Started, app, free_port, path, until};
@@ -84,6 +85,14 @@ fn a_servers_machine_is_entered_copied_from_stood_in_and_ended() {
     until("its end", || kiln.vmms().is_empty().then_some(()));
     let left = on(&["machine", "list", "--json"]).exits(0);
     assert!(left.out.is_empty(), "{left:?}");
+
+    // What a command prints through a server drives no terminal either.
+    let words = format!("--server {at} run --no-source -- printf 'a\\033[2Jb'");
+    let shown = on_a_terminal(&kiln.home, &kiln.program, &words)
+        .exits(0)
+        .out;
+    let evil = shown.contains("\u{1b}[2J");
+    assert!(shown.contains("a\u{fffd}[2Jb") && !evil, "{shown:?}");
 
     // Where a command failed, its user stands in its machine; then it is gone.
     let failing = "run --no-source --shell-on-failure --cpus 1 --memory 512M -- sh -c 'echo left-behind > /root/f; exit 5'";

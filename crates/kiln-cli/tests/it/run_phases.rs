@@ -144,18 +144,18 @@ fn services_are_ready_before_the_command_and_reached_by_name() {
     let digest = built["digest"].as_str().expect("a digest");
     let image = format!("phase-service@{digest}");
     let policy = format!(
-        "version: 1\nimage: node\nservices:\n  web:\n    image: {image}\n    port: 8123\n    env: {{WORD: served}}\n    health: {{http: /up}}\n"
+        "version: 1\nimage: node\nservices:\n  web:\n    image: {image}\n    port: 8123\n    env: {{WORD: served}}\n    health: {{timeout: 5m, http: /up}}\n"
     );
     let dir = app(&[("kiln.yaml", &policy)]);
     let ask = "fetch('http://web:8123/asked').then(r => r.text()).then(t => console.log(t))";
     let ran = run_in(&kiln, dir.path(), &["run", "--", "node", "-e", ask]).exits(0);
     assert!(ran.out.starts_with("served /asked "), "{ran:?}");
     let with = |health: &str| {
-        let text = policy.replace("http: /up", health);
+        let text = policy.replace("timeout: 5m, http: /up", health);
         fs::write(dir.path().join("kiln.yaml"), text).expect("write");
     };
     // A command in the service's own container, with its variables: it says that the file is there, and only then the run's own begins.
-    with(r#"command: 'test "$WORD" = served && test -e /tmp/ready'"#);
+    with(r#"timeout: 5m, command: 'test "$WORD" = served && test -e /tmp/ready'"#);
     let ran = run_in(&kiln, dir.path(), &["run", "--", "node", "-e", ask]).exits(0);
     assert_eq!(ran.out, "served /asked true\n");
     // One that never succeeds is the run's failure, with what it said.

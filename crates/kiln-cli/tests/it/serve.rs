@@ -19,12 +19,14 @@ fn json(said: &Said) -> Value {
 pub(crate) fn serve(annex: &Annex, port: u16) -> (Started, String) {
     let listen = format!("127.0.0.1:{port}");
     let server = annex.start(&["serve", "--with-worker", "--listen", &listen]);
+    let socket = annex.home.join("controller/controller.sock");
+    let at = format!("unix:{}", path(&socket));
     until("a worker", || {
-        let listed = annex.run(&["worker", "list", "--json"]);
+        // The server itself is asked: without it, the home's database would tell of a worker that another one had.
+        let listed = annex.run(&["--server", &at, "worker", "list", "--json"]);
         (listed.code == 0 && listed.out.contains("\"active\"")).then_some(())
     });
-    let socket = annex.home.join("controller/controller.sock");
-    (server, format!("unix:{}", path(&socket)))
+    (server, at)
 }
 
 #[test]
