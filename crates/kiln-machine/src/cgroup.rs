@@ -227,7 +227,34 @@ impl CgroupHost {
                     hint,
                 }
             })
+            .chain([self.swap_check(&fs::read_to_string("/proc/swaps").unwrap_or_default())])
             .collect()
+    }
+
+    fn swap_check(&self, swaps: &str) -> Check {
+        let areas = disk_swaps(swaps).join(", ");
+        let held = self
+            .parents
+            .iter()
+            .any(|(has, _)| *has == Controller::Memory);
+        let (level, found, hint) = match (areas.is_empty(), held) {
+            (true, _) => (CheckLevel::Pass, "none on a disk".to_owned(), None),
+            (false, true) => {
+                let found = format!("{areas}, and machines are kept out of it");
+                (CheckLevel::Pass, found, None)
+            }
+            (false, false) => (
+                CheckLevel::Warn,
+                format!("{areas}: a machine's memory, its secrets too, may be written there"),
+                Some("encrypt it, turn it off (swapoff -a), or run kiln where it may limit memory: see cgroup-memory".to_owned()),
+            ),
+        };
+        Check {
+            name: "swap".to_owned(),
+            level,
+            found,
+            hint,
+        }
     }
 
     /// The directories that [`Self::create`] would make, to be written to the machine's record *before* they are made.
@@ -318,12 +345,37 @@ impl CgroupHost {
             make_dir(dir)?;
         }
         for (controller, parent) in &self.parents {
+            let dir = parent.join(name);
             for (file, value) in settings(version, *controller, limits) {
-                write_file(&parent.join(name).join(file), &value)?;
+                write_file(&dir.join(file), &value)?;
+            }
+            if *controller == Controller::Memory {
+                keep_from_swap(version, &dir)?;
             }
         }
         Ok(())
     }
+}
+
+/// Keeps a machine's memory, and with it every secret in it, out of the host's swap. A kernel without swap has no such file.
+fn keep_from_swap(version: Version, dir: &Path) -> Result<(), CgroupError> {
+    let file = dir.join(match version {
+        Version::V2 => "memory.swap.max",
+        Version::V1 => "memory.swappiness",
+    });
+    match file.exists() {
+        true => write_file(&file, "0"),
+        false => Ok(()),
+    }
+}
+
+/// Swap areas of `/proc/swaps` that lie on a disk: compressed memory is none.
+fn disk_swaps(swaps: &str) -> Vec<&str> {
+    let areas = swaps.lines().skip(1);
+    let names = areas.filter_map(|line| line.split_whitespace().next());
+    names
+        .filter(|name| !name.starts_with("/dev/zram"))
+        .collect()
 }
 
 /// What to write where, in this order.

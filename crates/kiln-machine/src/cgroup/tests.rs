@@ -129,11 +129,35 @@ fn a_host_without_cgroups_says_so() {
         host.create(NAME, &limits),
         Err(CgroupError::Unavailable(_))
     ));
-    assert!(
-        host.checks()
-            .iter()
-            .all(|check| check.level == CheckLevel::Warn)
-    );
+    let checks = host.checks();
+    let mut groups = checks.iter().filter(|check| check.name != "swap");
+    assert!(groups.all(|check| check.level == CheckLevel::Warn));
+}
+
+#[test]
+fn memory_with_secrets_is_kept_out_of_swap_or_it_is_told() {
+    let text = "Filename\tType\tSize\tUsed\tPriority\n/dev/zram0 partition 4 0 100\n/swap\\040file file 8 0 -2\n";
+    assert_eq!(disk_swaps(text), ["/swap\\040file"]);
+    assert!(disk_swaps("Filename\n").is_empty() && disk_swaps("").is_empty());
+    let without = CgroupHost::detect_from("", "");
+    assert_eq!(without.swap_check(text).level, CheckLevel::Warn);
+    assert_eq!(without.swap_check("").level, CheckLevel::Pass);
+    let mut with = without;
+    with.parents.push((Controller::Memory, PathBuf::new()));
+    assert_eq!(with.swap_check(text).level, CheckLevel::Pass);
+
+    let dir = tempfile::tempdir().expect("temp");
+    for (version, name) in [
+        (Version::V2, "memory.swap.max"),
+        (Version::V1, "memory.swappiness"),
+    ] {
+        keep_from_swap(version, dir.path()).expect("a kernel without swap");
+        let file = dir.path().join(name);
+        assert!(!file.exists());
+        fs::write(&file, "").expect("write");
+        keep_from_swap(version, dir.path()).expect("written");
+        assert_eq!(fs::read_to_string(&file).expect("read"), "0");
+    }
 }
 
 #[test]

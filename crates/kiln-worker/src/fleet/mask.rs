@@ -25,10 +25,19 @@ pub struct Mask {
 
 #[derive(Default)]
 struct Forms {
-    /// The longest first.
+    /// In the order of their bytes; no pattern is longer than twice [`forms::PIECE_BYTES`].
     patterns: Vec<Vec<u8>>,
     /// Whether a pattern begins with this byte; empty when there is none.
     first: Vec<bool>,
+}
+
+/// What the patterns say of the bytes at one place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Look {
+    /// Length of the longest pattern that stands there.
+    found: Option<usize>,
+    /// Whether more bytes could make a longer one of it.
+    may_grow: bool,
 }
 
 impl std::fmt::Debug for Mask {
@@ -60,6 +69,7 @@ impl Mask {
             kept: Vec::new(),
             told: 0,
             since: None,
+            in_long: false,
         }
     }
 
@@ -76,16 +86,36 @@ impl Mask {
 }
 
 impl Forms {
-    fn at(&self, bytes: &[u8]) -> Option<usize> {
-        let found = self.patterns.iter().find(|p| bytes.starts_with(p));
-        found.map(Vec::len)
-    }
-
-    /// Whether more bytes could make this beginning a secret.
-    fn may_begin(&self, bytes: &[u8]) -> bool {
-        self.patterns
-            .iter()
-            .any(|p| p.len() > bytes.len() && p.starts_with(bytes))
+    /// Looks at the beginning of these bytes. A step for each byte that some pattern goes on with, so what it costs is bounded by the longest
+    /// pattern and grows with the logarithm of their number, whatever a tenant chose them to be.
+    fn look(&self, bytes: &[u8]) -> Look {
+        let mut found = None;
+        let mut left = self.patterns.as_slice();
+        for (depth, byte) in bytes.iter().enumerate() {
+            if left.first().is_some_and(|pattern| pattern.len() == depth) {
+                found = Some(depth);
+                left = &left[1..];
+            }
+            let (Some(first), Some(last)) = (left.first(), left.last()) else {
+                break;
+            };
+            // Most often all of them go on in the same way.
+            if first[depth] != *byte || last[depth] != *byte {
+                let begin = left.partition_point(|pattern| pattern[depth] < *byte);
+                let end = left.partition_point(|pattern| pattern[depth] <= *byte);
+                left = &left[begin..end];
+            }
+        }
+        let whole = |pattern: &Vec<u8>| pattern.len() == bytes.len();
+        if left.first().is_some_and(whole) {
+            found = Some(bytes.len());
+            left = &left[1..];
+        }
+        Look {
+            // Nothing stands where no byte is.
+            found: found.filter(|length| *length > 0),
+            may_grow: !left.is_empty(),
+        }
     }
 
     fn begins_with(&self, byte: u8) -> bool {
@@ -103,6 +133,8 @@ pub struct MaskedStream {
     told: usize,
     /// When the oldest byte came that is held back.
     since: Option<Instant>,
+    /// Whether the last thing that went out stands for a piece of a long value: the next piece needs no word of its own.
+    in_long: bool,
 }
 
 impl std::fmt::Debug for MaskedStream {
@@ -143,10 +175,10 @@ impl MaskedStream {
         if self.held_until().is_none_or(|until| until > Instant::now()) {
             return Vec::new();
         }
-        let kept = self.kept.clone();
+        let (kept, in_long) = (self.kept.clone(), self.in_long);
         let out = self.take(true);
         self.told = kept.len();
-        self.kept = kept;
+        (self.kept, self.in_long) = (kept, in_long);
         self.since = None;
         out
     }
@@ -164,21 +196,26 @@ impl MaskedStream {
         let mut at = 0;
         while at < kept.len() {
             let rest = &kept[at..];
-            let begins = self.forms.begins_with(rest[0]);
-            if begins && !last && self.forms.may_begin(rest) {
+            let look = match self.forms.begins_with(rest[0]) {
+                true => self.forms.look(rest),
+                false => Look::default(),
+            };
+            if look.may_grow && !last {
                 // The longest that could still match is waited for, even when a shorter one matches already.
                 self.told = told.saturating_sub(at);
                 self.kept = rest.to_vec();
                 return out;
             }
-            if let Some(length) = begins.then(|| self.forms.at(rest)).flatten() {
+            if let Some(length) = look.found {
                 // One that was let go as a whole was replaced then.
-                if at + length > told {
+                if at + length > told && !self.in_long {
                     out.extend_from_slice(MASK);
                 }
+                self.in_long = length >= forms::PIECE_BYTES;
                 at += length;
                 continue;
             }
+            self.in_long = false;
             if at >= told {
                 out.push(rest[0]);
             }

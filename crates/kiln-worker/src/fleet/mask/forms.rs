@@ -7,13 +7,17 @@ use super::SECRET_BYTES_MIN;
 
 /// Shorter lines of a longer value are not taken for it: they are likely words.
 const LINE_BYTES_MIN: usize = 12;
+/// Longer forms are looked for in pieces of this length, the last one up to twice as long: what a look at a log costs does not grow with the value.
+pub(super) const PIECE_BYTES: usize = 64;
+/// Of longer values only the commonest forms are looked for, so that they take a few times their size and no more.
+const EVERY_FORM_MAX: usize = 64 * 1024;
 /// Shorter pieces of base 64 are not taken for a value in the middle of something longer.
 const INNER_BYTES_MIN: usize = 6;
 /// What programs leave as it is when they write a value into a URL, beside letters and digits: RFC 3986 (section 2.3), JavaScript's own function,
 /// Python's.
 const URL_PLAIN: [&[u8]; 3] = [b"-_.~", b"-_.!~*'()", b"-_.~/"];
 
-/// Every form of these values; the longest first: it may hold another.
+/// Every form of these values, in pieces where it is long, in the order of their bytes and none twice.
 pub(super) fn of<'a>(secrets: impl IntoIterator<Item = &'a [u8]>) -> Vec<Vec<u8>> {
     let mut forms: Vec<Vec<u8>> = Vec::new();
     for secret in secrets {
@@ -30,9 +34,22 @@ pub(super) fn of<'a>(secrets: impl IntoIterator<Item = &'a [u8]>) -> Vec<Vec<u8>
         );
     }
     forms.retain(|form| form.len() >= SECRET_BYTES_MIN);
-    forms.sort_by(|a, b| b.len().cmp(&a.len()).then(a.cmp(b)));
-    forms.dedup();
-    forms
+    let mut pieces: Vec<Vec<u8>> = forms.into_iter().flat_map(pieces_of).collect();
+    pieces.sort_unstable();
+    pieces.dedup();
+    pieces
+}
+
+/// A form in pieces: all of [`PIECE_BYTES`] but the last, which has what is left too.
+fn pieces_of(form: Vec<u8>) -> Vec<Vec<u8>> {
+    if form.len() < 2 * PIECE_BYTES {
+        return vec![form];
+    }
+    let count = form.len() / PIECE_BYTES;
+    let (even, last) = form.split_at((count - 1) * PIECE_BYTES);
+    let mut pieces: Vec<Vec<u8>> = even.chunks(PIECE_BYTES).map(<[u8]>::to_vec).collect();
+    pieces.push(last.to_vec());
+    pieces
 }
 
 fn written(value: &[u8], forms: &mut Vec<Vec<u8>>) {
@@ -41,6 +58,11 @@ fn written(value: &[u8], forms: &mut Vec<Vec<u8>>) {
         return;
     }
     forms.push(value.to_vec());
+    if value.len() > EVERY_FORM_MAX {
+        forms.push(STANDARD.encode(value).into_bytes());
+        forms.push(hex::encode(value).into_bytes());
+        return;
+    }
     for engine in [&STANDARD, &STANDARD_NO_PAD, &URL_SAFE, &URL_SAFE_NO_PAD] {
         forms.push(engine.encode(value).into_bytes());
     }

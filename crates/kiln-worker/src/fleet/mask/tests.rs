@@ -62,6 +62,56 @@ fn a_key_of_many_lines_is_masked_line_by_line() {
     assert!(!mask.text("| AAAABBBBCCCCDDDD |").contains("AAAA"));
 }
 
+/// Neither long values nor many that begin alike make a log expensive, and each is one word in it.
+#[test]
+fn long_values_are_replaced_piece_by_piece() {
+    let alike: Vec<Vec<u8>> = (0..100_u32)
+        .map(|n| [&[b'a'; 8192][..], n.to_string().as_bytes()].concat())
+        .collect();
+    let mask = Mask::new(alike.iter().map(Vec::as_slice));
+    assert!(mask.forms.patterns.len() < 2_000, "{mask:?}");
+    let long = |pattern: &Vec<u8>| pattern.len() >= 2 * forms::PIECE_BYTES;
+    assert!(!mask.forms.patterns.iter().any(long));
+    let line = [b"<", &alike[7][..], b">"].concat();
+    assert_eq!(mask.text(&String::from_utf8_lossy(&line)), "<***>");
+    let mut steps = 0;
+    for at in 0..line.len() {
+        steps += mask.forms.look(&line[at..]).found.unwrap_or(1);
+    }
+    assert!(steps <= line.len() * 2 * forms::PIECE_BYTES);
+
+    let large: Vec<u8> = (0..300_000_u32)
+        .flat_map(|n| (n * 7).to_le_bytes())
+        .collect();
+    let mask = Mask::new([&large[..]]);
+    let kept: usize = mask.forms.patterns.iter().map(Vec::len).sum();
+    assert!(kept < 6 * large.len(), "{kept}");
+    let encoded = STANDARD.encode(&large);
+    assert_eq!(mask.text(&format!("<{encoded}>")), "<***>");
+}
+
+#[test]
+fn a_look_finds_the_longest_and_knows_whether_it_may_grow() {
+    let patterns = ["abcd", "abcdef", "abce", "b"];
+    let forms = Forms {
+        patterns: patterns.iter().map(|p| p.as_bytes().to_vec()).collect(),
+        first: vec![true; 256],
+    };
+    let look = |text: &str| {
+        let look = forms.look(text.as_bytes());
+        (look.found, look.may_grow)
+    };
+    assert_eq!(look("abcdefg"), (Some(6), false));
+    assert_eq!(look("abcdef"), (Some(6), false));
+    assert_eq!(look("abcde"), (Some(4), true));
+    assert_eq!(look("abcdx"), (Some(4), false));
+    assert_eq!(look("abcd"), (Some(4), true));
+    assert_eq!(look("ab"), (None, true));
+    assert_eq!(look("abx"), (None, false));
+    assert_eq!(look("bb"), (Some(1), false));
+    assert_eq!(look("x"), (None, false));
+}
+
 #[test]
 fn short_values_and_none_change_nothing() {
     assert_eq!(
@@ -141,6 +191,19 @@ proptest! {
         let text = format!("{before}{secret}{after}");
         let out = masked(&mask, &cut(&text, &cuts));
         let out = String::from_utf8(out).expect("text");
+        prop_assert!(!out.contains(&secret), "{out}");
+    }
+
+    #[test]
+    fn where_a_long_secret_is_cut_changes_nothing(
+        cuts in prop::collection::vec(0_usize..150, 0..12),
+        before in "[ab]{0,80}", after in "[ab]{0,80}", secret in "[ab]{120,400}",
+    ) {
+        let mask = Mask::new([secret.as_bytes()]);
+        let text = format!("{before}{secret}{after}");
+        let out = masked(&mask, &cut(&text, &cuts));
+        let out = String::from_utf8(out).expect("text");
+        prop_assert_eq!(&out, &mask.text(&text));
         prop_assert!(!out.contains(&secret), "{out}");
     }
 
