@@ -67,7 +67,7 @@ pub(crate) fn all(guest: &Path) -> Result<()> {
 
 /// The end-to-end tests of `kiln` alone.
 pub(crate) fn end_to_end(guest: &Path) -> Result<()> {
-    chosen(guest, |program| program.package == "kiln-cli", |_| ())
+    chosen(guest, |program| program.package == "kiln-cli", |_| (), None)
 }
 
 /// Set-up, and the integration tests of some packages.
@@ -75,6 +75,7 @@ fn chosen(
     guest: &Path,
     wanted: impl Fn(&mut Program) -> bool,
     more: impl Fn(&mut Command) + Sync,
+    promised: Option<Duration>,
 ) -> Result<()> {
     run::wait_on_interrupt()?;
     let mut times = Times::default();
@@ -90,6 +91,9 @@ fn chosen(
         })
     })?;
     times.show();
+    if let (Some(promised), Some((_, took))) = (promised, times.0.last()) {
+        run::say(&against(*took, promised));
+    }
     close(&counts)
 }
 
@@ -133,9 +137,26 @@ pub(crate) fn hostile(guest: &Path) -> Result<()> {
         program.names = suite.map_or(&[], |(_, names)| names);
         suite.is_some()
     };
-    chosen(guest, wanted, |command| {
+    let long = |command: &mut Command| {
         command.env("KILN_TEST_LONG", "1");
-    })
+    };
+    chosen(guest, wanted, long, Some(HOSTILE_PROMISED))
+}
+
+/// How long the hostile tests may take in their long form (PROMISES.md).
+const HOSTILE_PROMISED: Duration = Duration::from_secs(6 * 60);
+
+/// A time beside the one that was promised.
+fn against(took: Duration, promised: Duration) -> String {
+    let word = match took <= promised {
+        true => "within",
+        false => "NOT within",
+    };
+    format!(
+        "hostile tests: {:.0} s, {word} the promised {:.0} s",
+        took.as_secs_f64(),
+        promised.as_secs_f64()
+    )
 }
 
 /// The last lines: what failed, and the sum.

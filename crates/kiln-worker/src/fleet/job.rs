@@ -298,6 +298,10 @@ async fn attempt(
         never = log.let_go() => match never {},
     };
     log.end();
+    if let Some(cut) = spool.cut() {
+        tracing::warn!(job = %lease.attempt.job, cut, "a log is not whole");
+        events.warn(cut).await;
+    }
     drop(events);
     reporter.drain(DRAIN_TIMEOUT).await;
     lock(&spans).end(end.outcome.verdict == Verdict::Passed);
