@@ -12,6 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use kiln_core::ByteSize;
+use kiln_core::access::{MEMORY_MIN, TIMEOUT_MIN_MS};
 use kiln_core::job::Limits;
 use rustix::fs::OFlags;
 use serde::Deserialize;
@@ -25,6 +26,8 @@ use crate::show::ShownPath as _;
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// Time a build may take when nobody says otherwise.
 pub(crate) const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
+/// Shortest time that a command may be given.
+const TIMEOUT_MIN: Duration = Duration::from_millis(TIMEOUT_MIN_MS);
 /// Time that stands for "no limit": thirty days.
 pub(crate) const NO_TIMEOUT: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -204,17 +207,15 @@ impl Config {
             self.limits.run_memory.0
         };
         let memory = asked.memory.unwrap_or(default);
-        let least = ByteSize::mib(128);
-        if memory < least || memory > self.limits.memory_max.0 {
-            return Err(CliError::usage(format!(
-                "--memory {memory}: at least {least} and at most {}",
-                self.limits.memory_max.0
-            ))
-            .hint("the operator's maximum is limits.memory_max in kiln.toml"));
-        }
+        within("memory", memory, (MEMORY_MIN, self.limits.memory_max.0))?;
         let timeout = asked
             .timeout
             .unwrap_or(if build { BUILD_TIMEOUT } else { NO_TIMEOUT });
+        if timeout < TIMEOUT_MIN {
+            return Err(CliError::usage(format!(
+                "--timeout {timeout:?}: at least {TIMEOUT_MIN:?}"
+            )));
+        }
         let timeout_ms = u64::try_from(timeout.min(NO_TIMEOUT).as_millis()).unwrap_or(u64::MAX);
         Ok(Limits {
             cpus,
@@ -222,6 +223,29 @@ impl Config {
             disk: self.limits.disk_max.0,
             timeout_ms,
         })
+    }
+}
+
+/// An amount of memory or disk, by the name that its flag and `limits.NAME_max` in kiln.toml have.
+///
+/// # Errors
+/// When it is less than a machine works with, or more than the operator's maximum.
+pub(crate) fn within(
+    name: &str,
+    asked: ByteSize,
+    (least, most): (ByteSize, ByteSize),
+) -> Result<()> {
+    let wrong = || {
+        CliError::usage(format!(
+            "--{name} {asked}: at least {least} and at most {most}"
+        ))
+    };
+    match asked {
+        asked if asked > most => Err(wrong().hint(format!(
+            "the operator's maximum is limits.{name}_max in kiln.toml"
+        ))),
+        asked if asked < least => Err(wrong().hint(format!("a machine needs {least} at least"))),
+        _ => Ok(()),
     }
 }
 

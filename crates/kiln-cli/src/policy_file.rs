@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use kiln_core::{FailureClass, TenantName};
 use kiln_policy::{
-    Compiled, Diagnostics, Effective, FILE_BYTES_MAX, Format, GRANT_BYTES_MAX, GRANT_FILE, Grants,
-    NotGranted, choose, compile, effective,
+    Choice, Compiled, Diagnostics, Effective, FILE_BYTES_MAX, Format, GRANT_BYTES_MAX, GRANT_FILE,
+    Grants, NotGranted, choose, compile, effective,
 };
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
@@ -29,6 +30,21 @@ pub(crate) struct Found {
     pub text: String,
     /// What a person should know.
     pub notes: Vec<String>,
+    /// How long it took to find and compile it.
+    pub took: Duration,
+}
+
+/// Looks for a policy, and counts the time.
+///
+/// # Errors
+/// As `look`.
+pub(crate) fn timed(look: impl FnOnce() -> Result<Option<Found>>) -> Result<Option<Found>> {
+    let since = Instant::now();
+    let found = look()?;
+    Ok(found.map(|found| Found {
+        took: since.elapsed(),
+        ..found
+    }))
 }
 
 impl Found {
@@ -67,21 +83,43 @@ pub(crate) fn read(at: &Path) -> Result<Found> {
     }
 }
 
+/// Reads the policy that `at` is, or that holds in the folder `at`: that of a folder above it, too, as [`of_folder`] looks.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn holding(at: &Path) -> Result<Found> {
+    if !at.is_dir() {
+        return read(at);
+    }
+    // As it was named, where it lies there: a path that a person knows.
+    if let Some(found) = in_folder(at)? {
+        return Ok(found);
+    }
+    of_folder(at)?.ok_or_else(|| {
+        CliError::usage(format!(
+            "there is no policy in {}, nor above it in the same git repository",
+            at.shown()
+        ))
+        .hint("`kiln init` writes a kiln.yaml")
+    })
+}
+
+/// The file above this folder that holds in it, if there is one; it is not read.
+///
+/// # Errors
+/// When a folder above has two, or one whose name is nearly right.
+pub(crate) fn above(dir: &Path) -> Result<Option<PathBuf>> {
+    for dir in up_to_the_top(dir)?.iter().skip(1) {
+        if let Some(choice) = chosen(dir)? {
+            return Ok(Some(dir.join(choice.name)));
+        }
+    }
+    Ok(None)
+}
+
 /// The policy of the folder, if it has one.
 fn in_folder(dir: &Path) -> Result<Option<Found>> {
-    // A name that cannot be looked at is there: it is not to be passed over.
-    let exists = |name: &str| match dir.join(name).symlink_metadata() {
-        Ok(_) => true,
-        Err(error) => !matches!(
-            error.kind(),
-            std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
-        ),
-    };
-    let choice = choose(exists).map_err(|error| {
-        CliError::usage(format!("{}: {error}", dir.shown()))
-            .hint("keep one policy, called kiln.yaml or cleanroom.yaml")
-    })?;
-    let Some(choice) = choice else {
+    let Some(choice) = chosen(dir)? else {
         return Ok(None);
     };
     let unread = choice
@@ -90,6 +128,22 @@ fn in_folder(dir: &Path) -> Result<Option<Found>> {
     let notes = unread.into_iter().collect();
     let text = text_in(dir, choice.name)?;
     compiled(dir.join(choice.name), text, choice.format, notes).map(Some)
+}
+
+/// Which file of the folder is its policy.
+fn chosen(dir: &Path) -> Result<Option<Choice>> {
+    // A name that cannot be looked at is there: it is not to be passed over.
+    let exists = |name: &str| match dir.join(name).symlink_metadata() {
+        Ok(_) => true,
+        Err(error) => !matches!(
+            error.kind(),
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+        ),
+    };
+    choose(exists).map_err(|error| {
+        CliError::usage(format!("{}: {error}", dir.shown()))
+            .hint("keep one policy, called kiln.yaml or cleanroom.yaml")
+    })
 }
 
 /// The text of a policy that lies in a folder. The folder may be anybody's: a link in it would have this command read, and show lines of, a
@@ -138,20 +192,30 @@ pub(crate) fn of_here() -> Result<Option<Found>> {
 /// # Errors
 /// As [`read`].
 pub(crate) fn of_folder(dir: &Path) -> Result<Option<Found>> {
-    let here = dir
-        .canonicalize()
-        .map_err(|error| CliError::usage(format!("{} cannot be found: {error}", dir.shown())))?;
-    let dirs: Vec<&Path> = here.ancestors().take(PARENTS_MAX).collect();
-    let top = dirs
-        .iter()
-        .position(|dir| dir.join(".git").exists())
-        .unwrap_or(0);
-    for dir in &dirs[..=top] {
+    for dir in &up_to_the_top(dir)? {
         if let Some(found) = in_folder(dir)? {
             return Ok(Some(found));
         }
     }
     Ok(None)
+}
+
+/// The folder and, inside a git repository, those above it up to the repository's own.
+fn up_to_the_top(dir: &Path) -> Result<Vec<PathBuf>> {
+    let here = dir
+        .canonicalize()
+        .map_err(|error| CliError::usage(format!("{} cannot be found: {error}", dir.shown())))?;
+    let mut dirs: Vec<PathBuf> = here
+        .ancestors()
+        .take(PARENTS_MAX)
+        .map(Path::to_owned)
+        .collect();
+    let top = dirs
+        .iter()
+        .position(|dir| dir.join(".git").exists())
+        .unwrap_or(0);
+    dirs.truncate(top + 1);
+    Ok(dirs)
 }
 
 fn compiled(path: PathBuf, text: String, format: Format, notes: Vec<String>) -> Result<Found> {
@@ -167,6 +231,7 @@ fn compiled(path: PathBuf, text: String, format: Format, notes: Vec<String>) -> 
         compiled,
         text,
         notes,
+        took: Duration::ZERO,
     })
 }
 
@@ -305,5 +370,25 @@ mod tests {
         std::fs::copy(&token, elsewhere.path().join("cleanroom.yaml")).expect("written");
         std::os::unix::fs::symlink(&elsewhere, dir.path().join(".buildkite")).expect("link");
         refused(dir.path());
+    }
+
+    #[test]
+    fn what_is_checked_is_what_a_run_would_find() {
+        let outer = tempfile::tempdir().expect("temp dir");
+        let top = outer.path().canonicalize().expect("path");
+        let web = top.join("web/app");
+        std::fs::create_dir_all(&web).expect("folder");
+        std::fs::write(top.join("kiln.yaml"), "version: 1\nimage: node\n").expect("written");
+        // Without a repository nothing above counts.
+        assert!(holding(&web).is_err() && above(&web).expect("looks").is_none());
+        std::fs::create_dir(top.join(".git")).expect("folder");
+        let found = holding(&web).expect("found");
+        assert_eq!(found.path, top.join("kiln.yaml"));
+        let runs = of_folder(&web).expect("looks").expect("found");
+        assert_eq!(found.path, runs.path);
+        assert_eq!(above(&web).expect("looks"), Some(top.join("kiln.yaml")));
+        assert_eq!(above(&top).expect("looks"), None, "it is its own");
+        std::fs::write(web.join("kiln.yaml"), "version: 1\n").expect("written");
+        assert_eq!(holding(&web).expect("found").path, web.join("kiln.yaml"));
     }
 }

@@ -81,6 +81,16 @@ pub struct AppliedPolicy {
     /// Its machine is open to learn what a list must name. It has no secrets.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub learn: bool,
+    /// Microseconds that it took to find, read and bound it; none where the job is older than this field. A measurement: it decides nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decided_us: Option<u64>,
+}
+
+impl AppliedPolicy {
+    /// Says how long it took to come to it.
+    pub fn took(&mut self, time: std::time::Duration) {
+        self.decided_us = Some(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+    }
 }
 
 /// A part of a run before its command. The host drives them one after the other in the same machine; nothing of one is the next one's but

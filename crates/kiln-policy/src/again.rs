@@ -113,6 +113,7 @@ mod tests {
             output_bytes_max: None,
             processes_max: None,
             learn: false,
+            decided_us: None,
         };
         let job = Standing {
             network: &listed,

@@ -3,7 +3,8 @@
 //! What it means there holds here: everything is denied but the listed hosts and ports, in every phase alike. kiln is stricter in one way:
 //! a destination on port 443 must be TLS to that name, one on port 80 HTTP to it. What kiln has no counterpart for is refused, not dropped.
 
-use kiln_core::AllowRule;
+use kiln_core::access::{DISK_MIN, MEMORY_MIN};
+use kiln_core::{AllowRule, ByteSize};
 
 use crate::compiled::{Draft, Origin};
 use crate::diagnostic::{Diagnostic, Place, shown};
@@ -69,7 +70,11 @@ pub(crate) const FILE: Shape = Shape::Fields(&[
         "repository",
         "Where the source lies.",
         Shape::Fields(&[
-            Field::optional("enabled", "Whether the repository is fetched.", Shape::Flag),
+            Field::optional(
+                "enabled",
+                "Whether the repository is in the sandbox.",
+                Shape::Flag,
+            ),
             Field::optional(
                 "mode",
                 "current-repo or none.",
@@ -79,7 +84,7 @@ pub(crate) const FILE: Shape = Shape::Fields(&[
                 ]),
             ),
             Field::optional("remote", "Its remote.", TEXT),
-            Field::optional("path", "Where it lies in the machine.", TEXT),
+            Field::optional("path", "Where it lies in the machine: /work.", TEXT),
             Field::optional("submodules", "Whether submodules are fetched.", Shape::Flag),
         ]),
     ),
@@ -164,7 +169,7 @@ pub(crate) const FILE: Shape = Shape::Fields(&[
                     Field::optional("command", "A program and its arguments.", WORDS),
                     Field::optional(
                         "key",
-                        "What decides whether the result can be used again.",
+                        "What the result depends on: a part of the hash. No result is used again today.",
                         Shape::Fields(&[Field::optional(
                             "files",
                             "Files by their content.",
@@ -221,8 +226,15 @@ pub(crate) fn compile(root: &Node, reader: &mut Reader) -> Draft {
     draft.policy.image = reader.pinned(image).map(Image::Pinned);
     let resource = |name| sandbox.get("resources").and_then(|r| r.get(name));
     draft.policy.resources.cpus = reader.number(resource("vcpus"));
-    draft.policy.resources.memory = size(resource("memory"), reader);
-    draft.policy.limits.disk = size(resource("disk"), reader);
+    draft.policy.resources.memory = size(resource("memory"), MEMORY_MIN, reader);
+    draft.policy.limits.disk = size(resource("disk"), DISK_MIN, reader);
+    draft.policy.no_source = has_no_repository(root);
+    draft.amounts_at([
+        ("image", image),
+        ("resources.cpus", resource("vcpus")),
+        ("resources.memory", resource("memory")),
+        ("limits.disk", resource("disk")),
+    ]);
     let network = sandbox.get("network");
     let allow = network.and_then(|network| network.get("allow"));
     let rules = allow.map(|list| rules(list, reader)).unwrap_or_default();
@@ -297,7 +309,7 @@ fn script(node: &Node, reader: &mut Reader) -> Vec<Command> {
 }
 
 /// Mebibytes as a number, or a text with a unit.
-fn size(node: Option<&Node>, reader: &mut Reader) -> Option<kiln_core::ByteSize> {
+fn size(node: Option<&Node>, least: ByteSize, reader: &mut Reader) -> Option<ByteSize> {
     match node?.scalar_kind()? {
         ScalarKind::Integer(_) => {
             let place = node?.place;
@@ -307,7 +319,7 @@ fn size(node: Option<&Node>, reader: &mut Reader) -> Option<kiln_core::ByteSize>
             );
             None
         }
-        _ => reader.size(node),
+        _ => reader.size_from(node, least),
     }
 }
 
@@ -343,6 +355,13 @@ fn rules(list: &Node, reader: &mut Reader) -> Vec<Sited> {
     found
 }
 
+/// No repository is in the sandbox.
+fn has_no_repository(root: &Node) -> bool {
+    let said = |name| root.get("repository").and_then(|said| said.get(name));
+    said("mode").and_then(Node::text) == Some("none")
+        || said("enabled").and_then(Node::scalar_kind) == Some(ScalarKind::Flag(false))
+}
+
 fn refuse_what_has_no_counterpart(root: &Node, reader: &mut Reader) {
     let flag =
         |node: Option<&Node>| node.and_then(Node::scalar_kind) == Some(ScalarKind::Flag(true));
@@ -357,19 +376,20 @@ fn refuse_what_has_no_counterpart(root: &Node, reader: &mut Reader) {
     let dependencies = sandbox.and_then(|s| s.get("dependencies"));
     let reuse = dependencies.and_then(|d| d.get("reuse"));
     if let Some(reuse) = reuse.filter(|reuse| reuse.text() == Some("portable")) {
-        let wrong = Diagnostic::at(
-            reuse.place,
-            "kiln uses a phase's result again only where every key is the same",
-        );
+        let wrong = Diagnostic::at(reuse.place, "kiln takes no phase's result to another host");
         reader.refuse(wrong.hint("write reuse: exact, or leave it out"));
     }
-    let Some(repository) = root.get("repository") else {
+    let Some(repository) = root.get("repository").filter(|_| !has_no_repository(root)) else {
         return;
     };
-    if repository.get("mode").and_then(Node::text) == Some("none") {
-        return;
-    }
-    for (name, usual) in [("remote", "origin"), ("path", "/workspace")] {
+    for (name, usual, hint) in [
+        ("remote", "origin", "leave it out"),
+        (
+            "path",
+            "/work",
+            "leave it out: the folder lies at /work, and every command begins in it, so name files relative to it",
+        ),
+    ] {
         if let Some(node) = repository
             .get(name)
             .filter(|node| node.text() != Some(usual))
@@ -378,7 +398,7 @@ fn refuse_what_has_no_counterpart(root: &Node, reader: &mut Reader) {
                 node.place,
                 format!("kiln has no other `{name}` than {usual}"),
             );
-            reader.refuse(wrong.hint("leave it out"));
+            reader.refuse(wrong.hint(hint));
         }
     }
     if let Some(node) = repository.get("submodules").filter(|node| flag(Some(node))) {

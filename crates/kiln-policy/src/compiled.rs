@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::diagnostic::{Diagnostic, Diagnostics, Place};
 use crate::policy::{Phase, Policy};
 use crate::read::{Reader, Sited, SitedRepository};
+use crate::yaml::Node;
 use crate::{cleanroom_file, kiln_file, kiln_keys, yaml};
 
 /// kiln's own file.
@@ -116,6 +117,20 @@ pub(crate) struct Origin {
 pub(crate) struct Draft {
     pub(crate) policy: Policy,
     pub(crate) origins: BTreeMap<Phase, Origin>,
+    /// Where what a grant bounds is said, by the name that kiln's own file has for it.
+    pub(crate) amounts: BTreeMap<&'static str, Place>,
+}
+
+impl Draft {
+    /// Keeps where amounts are said: each by its name, with the value that says it.
+    pub(crate) fn amounts_at<'a>(
+        &mut self,
+        said: impl IntoIterator<Item = (&'static str, Option<&'a Node>)>,
+    ) {
+        let said = said.into_iter();
+        self.amounts
+            .extend(said.filter_map(|(name, node)| Some((name, node?.place))));
+    }
 }
 
 /// A compiled policy, and which line says what.
@@ -125,6 +140,7 @@ pub struct Compiled {
     file: String,
     format: Format,
     origins: BTreeMap<Phase, Origin>,
+    amounts: BTreeMap<&'static str, Place>,
 }
 
 impl Compiled {
@@ -136,6 +152,7 @@ impl Compiled {
             file: "the command line".to_owned(),
             format: Format::Kiln,
             origins: BTreeMap::new(),
+            amounts: BTreeMap::new(),
         }
     }
 
@@ -181,6 +198,11 @@ impl Compiled {
         self.policy.hash()
     }
 
+    /// The line that says an amount; 0 where none does.
+    pub(crate) fn line_of_amount(&self, name: &str) -> u32 {
+        self.amounts.get(name).map_or(0, |place| place.line)
+    }
+
     pub(crate) fn origin(&self, phase: Phase) -> Option<&Origin> {
         self.origins.get(&phase)
     }
@@ -214,6 +236,7 @@ pub fn compile(format: Format, file: &str, text: &str) -> Result<Compiled, Diagn
         file: file.to_owned(),
         format,
         origins: draft.origins,
+        amounts: draft.amounts,
     })
 }
 

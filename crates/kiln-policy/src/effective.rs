@@ -245,7 +245,7 @@ fn bound_all(
     let mut refuse = |what: &str, asked: String, most: String| {
         refused.push(NotGranted {
             file: compiled.file().to_owned(),
-            line: 0,
+            line: compiled.line_of_amount(what),
             message: format!("`{what}` is {asked}: at most {most} is granted ({source})"),
             hint: format!("ask for at most {most}"),
         });
@@ -390,9 +390,7 @@ pub fn explain(
         }
         PhaseNetwork::Egress(_) => answer.egress(compiled, phase, grants, &grant),
     }
-    if answer.allowed {
-        answer.public_address();
-    }
+    answer.unless_refused(compiled, grants, tenant);
     Ok(answer)
 }
 
@@ -451,13 +449,29 @@ pub fn explain_git(
         at,
         says,
     });
-    if answer.allowed {
-        answer.public_address();
-    }
+    answer.unless_refused(compiled, grants, tenant);
     answer
 }
 
 impl Explanation {
+    /// What is allowed by itself is reached by nobody where the whole file is refused.
+    fn unless_refused(&mut self, compiled: &Compiled, grants: &Grants, tenant: &TenantName) {
+        if !self.allowed {
+            return;
+        }
+        let Err(refused) = effective(compiled, grants, tenant) else {
+            return self.public_address();
+        };
+        self.allowed = false;
+        self.protocol = None;
+        let at = grants.file.clone();
+        self.said.extend(refused.into_iter().map(|one| Say {
+            by: "operator",
+            at: at.clone(),
+            says: format!("nothing runs with this file: {one}"),
+        }));
+    }
+
     fn public_address(&mut self) {
         self.said.push(Say {
             by: "kiln",
@@ -504,14 +518,14 @@ impl Explanation {
     ) {
         let line = compiled.origin(phase).map_or(1, |origin| origin.place.line);
         self.file_says(compiled, line, format!("the phase {phase} is `{mode}`"));
-        let given = match mode {
-            "learn" => grant.learn,
-            _ => grant.open,
+        let (given, line) = match mode {
+            "learn" => (grant.learn, grant.learn_line),
+            _ => (grant.open, grant.open_line),
         };
-        let at = grants
-            .file
-            .as_ref()
-            .map(|file| format!("{file}:{}", grant.open_line.unwrap_or(1)));
+        let at = grants.file.as_ref().map(|file| match line {
+            Some(line) => format!("{file}:{line}"),
+            None => file.clone(),
+        });
         let says = match given {
             true => format!("`{mode}` is granted"),
             false => format!("`{mode}` is not granted"),

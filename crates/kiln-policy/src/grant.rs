@@ -149,6 +149,7 @@ pub struct Grant {
     /// The most of everything countable.
     pub max: Maxima,
     pub(crate) open_line: Option<u32>,
+    pub(crate) learn_line: Option<u32>,
     pub(crate) hosts_line: Option<u32>,
     pub(crate) git_line: Option<u32>,
 }
@@ -310,7 +311,9 @@ impl GrantReader<'_> {
             .hosts
             .as_ref()
             .map(|hosts| self.place(hosts.span()).line);
-        let open_line = raw.open.as_ref().map(|open| self.place(open.span()).line);
+        let line = |said: &Spanned<bool>| self.place(said.span()).line;
+        let open_line = raw.open.as_ref().map(line);
+        let learn_line = raw.learn.as_ref().map(line);
         let hosts = raw.hosts.map(|hosts| {
             let hosts = hosts.into_inner();
             hosts
@@ -345,6 +348,7 @@ impl GrantReader<'_> {
             git,
             max,
             open_line,
+            learn_line,
             hosts_line,
             git_line,
         }

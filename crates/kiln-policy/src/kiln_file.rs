@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 
 use kiln_core::AllowRule;
+use kiln_core::access::{DISK_MIN, MEMORY_MIN, TIMEOUT_MIN_MS};
 use kiln_core::network::Protocol;
 use kiln_core::secret::Repository;
 
 use crate::compiled::{Draft, Origin};
 use crate::diagnostic::{Diagnostic, Place, shown};
 use crate::policy::{
-    Health, Limits, Phase, PhaseNetwork, PhasePolicy, Policy, Resources, Secret, SecretPlace,
-    Service,
+    Health, Limits, Phase, PhaseNetwork, PhasePolicy, Policy, Resources, SOURCE_NONE, Secret,
+    SecretPlace, Service,
 };
 use crate::read::{Reader, Sited};
 use crate::yaml::Node;
@@ -25,10 +26,11 @@ pub(crate) fn compile(root: &Node, reader: &mut Reader) -> Draft {
     let resource = |name| resources.and_then(|resources| resources.get(name));
     draft.policy = Policy {
         image: reader.image(root.get("image")),
+        no_source: root.get("source").and_then(Node::text) == Some(SOURCE_NONE),
         resources: Resources {
             cpus: reader.number(resource("cpus")),
-            memory: reader.size(resource("memory")),
-            timeout_ms: reader.time_ms(resource("timeout")),
+            memory: reader.size_from(resource("memory"), MEMORY_MIN),
+            timeout_ms: reader.time_ms_from(resource("timeout"), TIMEOUT_MIN_MS),
         },
         phases,
         secrets: Vec::new(),
@@ -37,12 +39,24 @@ pub(crate) fn compile(root: &Node, reader: &mut Reader) -> Draft {
             upload_bits: reader.rate_bits(limit("upload")),
             download_bits: reader.rate_bits(limit("download")),
             connections: reader.number(limit("connections")),
-            disk: reader.size(limit("disk")),
+            disk: reader.size_from(limit("disk"), DISK_MIN),
             processes: reader.number(limit("processes")),
             output: reader.size(limit("output")),
         },
         artifacts: reader.paths(root.get("artifacts")),
     };
+    draft.amounts_at([
+        ("image", root.get("image")),
+        ("resources.cpus", resource("cpus")),
+        ("resources.memory", resource("memory")),
+        ("resources.timeout", resource("timeout")),
+        ("limits.upload", limit("upload")),
+        ("limits.download", limit("download")),
+        ("limits.connections", limit("connections")),
+        ("limits.disk", limit("disk")),
+        ("limits.processes", limit("processes")),
+        ("limits.output", limit("output")),
+    ]);
     draft.check_git(reader);
     draft.policy.secrets = secrets(root, reader, &draft);
     draft
@@ -167,6 +181,7 @@ fn secrets(root: &Node, reader: &mut Reader, draft: &Draft) -> Vec<Secret> {
             reader.refuse(Diagnostic::at(node.place, message).also(*first, "first here"));
         }
         check_secret(&secret, node, reader, draft);
+        check_phase(&secret, node, reader, &draft.policy);
         found.push((secret, node.place));
     }
     let mut secrets: Vec<Secret> = found.into_iter().map(|(secret, _)| secret).collect();
@@ -289,6 +304,30 @@ fn check_secret(secret: &Secret, node: &Node, reader: &mut Reader, draft: &Draft
         );
         return;
     }
+}
+
+/// A secret that its phase cannot use would be asked of its owner and given to nobody. What `dependencies` has is a build's, too, which has no
+/// commands: a run refuses it there, when it is named.
+fn check_phase(secret: &Secret, node: &Node, reader: &mut Reader, policy: &Policy) {
+    let phase = secret.phase;
+    let part = policy.phases.get(&phase);
+    let does = part.is_some_and(|part| !part.commands.is_empty())
+        || (phase == Phase::Services && !policy.services.is_empty());
+    if does || matches!(phase, Phase::Run | Phase::Dependencies) {
+        return;
+    }
+    let place = node.get("phase").map_or(node.place, |phase| phase.place);
+    let message = format!(
+        "nothing would get the secret {:?}: the phase {phase} has no commands",
+        shown(&secret.name)
+    );
+    let hint = match phase {
+        Phase::Services => {
+            "give the phase commands or the file `services`, or name the phase that uses it"
+        }
+        _ => "give the phase commands, or name the phase that uses it",
+    };
+    reader.refuse(Diagnostic::at(place, message).hint(hint));
 }
 
 fn first_beyond(origin: &Origin, hosts: &[AllowRule]) -> Option<(Place, String)> {

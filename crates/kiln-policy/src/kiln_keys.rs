@@ -3,6 +3,7 @@
 use kiln_core::git_gateway::REPOSITORIES_MAX;
 use kiln_core::secret::REPOSITORY_MAX;
 
+use crate::policy::SOURCE_NONE;
 use crate::shape::{Field, Shape};
 
 /// Most destinations of one list.
@@ -146,7 +147,7 @@ const PHASE: Shape = Shape::Fields(&[
     ),
     Field::optional(
         "key",
-        "Files whose content decides whether the phase's result can be used again.",
+        "Files that the phase's result depends on: a part of the hash. No result of a phase is used again today.",
         PATHS,
     ),
 ]);
@@ -249,6 +250,14 @@ pub(crate) const FILE: Shape = Shape::Fields(&[
         "image",
         "What the job runs in: a runtime's name, or an image by digest. Without it: the base that fits the runtime of the folder, else the machine image itself.",
         IMAGE,
+    ),
+    Field::optional(
+        "source",
+        "Whether the project's folder is copied into the machine of a run. Without it: folder.",
+        Shape::Word(&[
+            ("folder", "the folder is copied in, as `kiln run` does"),
+            (SOURCE_NONE, "nothing is copied in"),
+        ]),
     ),
     Field::optional(
         "resources",

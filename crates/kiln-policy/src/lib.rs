@@ -42,6 +42,6 @@ pub use grant::{GRANT_BYTES_MAX, GRANT_FILE, Grant, GrantedGit, GrantedHost, Gra
 pub use kiln_keys::RULES_MAX;
 pub use learned::{CannotWrite, with_learned};
 pub use policy::{Image, Phase, PhaseNetwork, Policy};
-pub use run::{Asked, Held, Mode, Refusal, below, hold_run, other_image};
+pub use run::{Asked, Held, Mode, Refusal, below, hold_run, other_image, runnable};
 pub use starter::{StarterFacts, starter};
 pub use yaml::{DEPTH_MAX, FILE_BYTES_MAX, NODES_MAX};

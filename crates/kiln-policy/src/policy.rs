@@ -11,6 +11,9 @@ use kiln_core::secret::Repository;
 use kiln_core::{AllowRule, ByteSize, Digest, ImageRef, NetworkPolicy};
 use serde_json::{Map, Value, json};
 
+/// What `source` says where nothing of the folder is copied in.
+pub(crate) const SOURCE_NONE: &str = "none";
+
 /// A part of a job's life that the host drives, in this order.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Phase {
@@ -139,7 +142,7 @@ pub struct PhasePolicy {
     pub git: Vec<Repository>,
     /// What it does, in order.
     pub commands: Vec<Command>,
-    /// Files whose content decides whether its result can be used again.
+    /// Files that its result depends on. A part of what the file means, and so of its hash; no result of a phase is used again today.
     pub key: Vec<String>,
 }
 
@@ -224,6 +227,8 @@ pub struct Service {
 pub struct Policy {
     /// What the job runs in; none means the base that fits the runtime of the folder, else the machine image itself.
     pub image: Option<Image>,
+    /// Nothing of the project's folder is in the machine.
+    pub no_source: bool,
     /// What it may use.
     pub resources: Resources,
     /// Its phases; one that is not here has no network and no commands.
@@ -273,6 +278,11 @@ impl Policy {
             &mut file,
             "image",
             self.image.as_ref().map(|image| json!(image.to_string())),
+        );
+        put(
+            &mut file,
+            "source",
+            self.no_source.then(|| json!(SOURCE_NONE)),
         );
         put(&mut file, "resources", self.resources.json());
         let phases: Map<String, Value> = self

@@ -76,6 +76,31 @@ impl Reader {
         Some(size)
     }
 
+    /// A size of at least so much.
+    pub(crate) fn size_from(&mut self, node: Option<&Node>, least: ByteSize) -> Option<ByteSize> {
+        let size = self.size(node)?;
+        if size < least {
+            let message = format!("{size} is too little: at least {least}");
+            let hint = format!("write {}M or more", least.0 >> 20);
+            self.refuse(Diagnostic::at(node?.place, message).hint(hint));
+            return None;
+        }
+        Some(size)
+    }
+
+    /// Milliseconds, at least so many.
+    pub(crate) fn time_ms_from(&mut self, node: Option<&Node>, least: u64) -> Option<u64> {
+        let ms = self.time_ms(node)?;
+        if ms < least {
+            let message = format!("{ms}ms is too short: at least {least}ms");
+            self.refuse(
+                Diagnostic::at(node?.place, message).hint(format!("write {least}ms or more")),
+            );
+            return None;
+        }
+        Some(ms)
+    }
+
     /// Milliseconds of `90s`, `10m`, `2h`, `500ms`.
     pub(crate) fn time_ms(&mut self, node: Option<&Node>) -> Option<u64> {
         let units = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];

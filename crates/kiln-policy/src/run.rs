@@ -21,6 +21,9 @@ use crate::{run_git, run_parts};
 
 /// Where a machine has the files of secrets.
 const SECRETS: &str = "/run/secrets";
+/// Of an image whose name begins with a registry's host.
+const ELSEWHERE: &str = "only images in kiln's own registry can be run";
+const ELSEWHERE_HINT: &str = "images of other registries are not fetched for a run: build one `FROM` it with `kiln build`, and name that; `kiln registry list --json` has digests";
 /// Without a file of its own, what is refused is the operator's.
 pub(crate) const OPERATORS: &str = "the operator's policy.toml";
 
@@ -135,6 +138,8 @@ impl From<Vec<NotGranted>> for Refusal {
 pub struct Held {
     /// What it runs in, where a file says so.
     pub image: Option<Image>,
+    /// The file says that nothing of the folder is copied in.
+    pub no_source: bool,
     /// The commands of the file's run phase and the request's own.
     pub argv: Vec<String>,
     /// What its own command reaches.
@@ -174,6 +179,13 @@ pub fn hold_run(
     asked: &Asked<'_>,
 ) -> Result<Held, Refusal> {
     run_git::fits(asked)?;
+    if let Some(image) = asked.image.filter(|image| image.registry.is_some()) {
+        return Err(Refusal {
+            said: Some(image.to_string()),
+            ..Refusal::new(FailureClass::Usage, "image", ELSEWHERE)
+        }
+        .hint(ELSEWHERE_HINT));
+    }
     let held = match compiled {
         Some(compiled) => by_file(compiled, grants, tenant, asked)?,
         None => by_request(grants, tenant, asked)?,
@@ -190,12 +202,16 @@ fn by_file(
 ) -> Result<Held, Refusal> {
     let learns = asked.mode == Some(Mode::Learn);
     let opened = learns.then(|| learning(compiled));
+    if learns {
+        may_learn(compiled, grants, tenant)?;
+    }
     let holds = effective(opened.as_ref().unwrap_or(compiled), grants, tenant)?;
     if learns {
         without_secrets(&holds.policy, asked.secrets)?;
     }
     let file = compiled.file();
-    enforceable(&holds.policy, file, learns, asked.connections_most)?;
+    let named = (file, compiled.line_of_amount("image"));
+    enforceable(&holds.policy, named, learns, asked.connections_most)?;
     let network = holds.policy.network(Phase::Run).effect();
     let narrower = asked_network(asked, Some(&network))?;
     let network = narrowed(network, narrower.as_ref(), file)?;
@@ -223,8 +239,11 @@ fn by_file(
         secrets: secrets.of(Phase::Run),
         applied: Some(AppliedPolicy {
             name: Some(compiled.name()),
+            // Of what the file means, whatever a request made of it.
+            file: compiled.hash(),
             ..applied(&holds.policy.limits, &holds, learns)
         }),
+        no_source: holds.policy.no_source,
         image: holds.policy.image,
         removed: holds.removed,
     })
@@ -256,11 +275,17 @@ fn by_request(grants: &Grants, tenant: &TenantName, asked: &Asked<'_>) -> Result
     };
     let holds = effective(&Compiled::of_command_line(policy), grants, tenant)?;
     nothing_removed(&holds, "allow")?;
-    enforceable(&holds.policy, OPERATORS, learns, asked.connections_most)?;
+    enforceable(
+        &holds.policy,
+        (OPERATORS, 0),
+        learns,
+        asked.connections_most,
+    )?;
     let limits = holds.policy.limits;
     let bounded = limits != Limits::default() || learns;
     Ok(Held {
         image: None,
+        no_source: false,
         argv: asked.command.to_vec(),
         network,
         resources: asked.resources,
@@ -308,6 +333,7 @@ pub(crate) fn applied(limits: &Limits, holds: &Effective, learns: bool) -> Appli
         output_bytes_max: limits.output.map(|size| size.0),
         processes_max: limits.processes,
         learn: learns,
+        decided_us: None,
     }
 }
 
@@ -347,7 +373,25 @@ fn learning(compiled: &Compiled) -> Compiled {
             part.network = PhaseNetwork::Learn;
         }
     }
-    Compiled::of_command_line(policy)
+    compiled.with(policy)
+}
+
+/// Where the file does not ask to learn itself, the request does, and no line of the file is to blame.
+fn may_learn(compiled: &Compiled, grants: &Grants, tenant: &TenantName) -> Result<(), Refusal> {
+    let of_file = compiled.policy().network(Phase::Run) == &PhaseNetwork::Learn;
+    if of_file || grants.of(tenant).learn {
+        return Ok(());
+    }
+    let run = PhasePolicy {
+        network: PhaseNetwork::Learn,
+        ..PhasePolicy::default()
+    };
+    let asked = Policy {
+        phases: [(Phase::Run, run)].into(),
+        ..Policy::default()
+    };
+    effective(&Compiled::of_command_line(asked), grants, tenant)?;
+    Ok(())
 }
 
 /// An open machine could tell a secret to anybody.
@@ -463,14 +507,41 @@ pub fn other_image(other: &ImageRef, own: &str, file: &str) -> Refusal {
     .hint("take the flag away, or name another policy with --policy")
 }
 
+/// Whether a run of this host could be held to what holds of a file, learning set aside.
+///
+/// # Errors
+/// Policy, as [`hold_run`] says it.
+pub fn runnable(
+    compiled: &Compiled,
+    holds: &Effective,
+    connections_most: u32,
+) -> Result<(), Refusal> {
+    let named = (compiled.file(), compiled.line_of_amount("image"));
+    enforceable(&holds.policy, named, true, connections_most)
+}
+
 /// What the policy asks for and this kiln cannot hold a run to. Nothing of it is passed over.
 fn enforceable(
     policy: &Policy,
-    file: &str,
+    (file, image_line): (&str, u32),
     learns: bool,
     connections_most: u32,
 ) -> Result<(), Refusal> {
     let mut missing = Vec::new();
+    let mut elsewhere = false;
+    let of_image = match &policy.image {
+        Some(Image::Pinned(image)) => Some((image, format!("the image (line {image_line})"))),
+        _ => None,
+    };
+    let services = policy.services.iter();
+    let services =
+        services.map(|(name, one)| (&one.image, format!("the image of the service {name}")));
+    for (image, whose) in of_image.into_iter().chain(services) {
+        if image.registry.is_some() {
+            elsewhere = true;
+            missing.push(format!("{whose} {image}: {ELSEWHERE}"));
+        }
+    }
     for (phase, part) in &policy.phases {
         if part.network == PhaseNetwork::Learn && !learns {
             missing.push(format!(
@@ -505,7 +576,10 @@ fn enforceable(
                 missing.join(", ")
             ),
         )
-        .hint("nothing was started; `kiln policy check` reads the file all the same")),
+        .hint(match elsewhere {
+            true => ELSEWHERE_HINT,
+            false => "nothing was started; take it out of the file, or write less",
+        })),
     }
 }
 
@@ -733,6 +807,83 @@ mod tests {
         let applied = held.applied.expect("applied");
         assert_eq!(applied.upload_bits, Some(1_000_000));
         assert!(!applied.learn);
+    }
+
+    #[test]
+    fn what_a_learning_run_is_held_to_is_the_files() {
+        let learn = Asked {
+            mode: Some(Mode::Learn),
+            ..NOTHING
+        };
+        let file = "version: 1\nnetwork: {allow: [a.example.org]}\nresources: {cpus: 3}\n";
+        let held = hold(file, "[tenant.acme]\nlearn = true\n", &learn).expect("granted");
+        let own = crate::compile(crate::Format::Kiln, "kiln.yaml", file).expect("legal");
+        let applied = held.applied.expect("applied");
+        assert_eq!(applied.file, own.hash());
+        assert_ne!(applied.hash, own.hash(), "what held was open");
+        let most = "[tenant.acme]\nlearn = true\nmax = {cpus = 2}\n";
+        let refused = hold(file, most, &learn).expect_err("too many");
+        assert!(refused.message.starts_with("kiln.yaml:3:"), "{refused:?}");
+        // The file does not ask to learn: its lines are not to blame.
+        let refused = hold(file, "", &learn).expect_err("not granted");
+        assert!(
+            refused.message.starts_with("the command line:"),
+            "{refused:?}"
+        );
+        let asks = "version: 1\nnetwork: {mode: learn}\n";
+        let refused = hold(asks, "", &learn).expect_err("not granted");
+        assert!(refused.message.starts_with("kiln.yaml:2:"), "{refused:?}");
+    }
+
+    #[test]
+    fn an_image_of_another_registry_is_refused_before_anything_is_asked_for() {
+        let pinned = |host: &str| format!("{host}app@sha256:{}", "a".repeat(64));
+        let image = |host: &str| format!("version: 1\nimage: {}\n", pinned(host));
+        let service = |host: &str| {
+            format!(
+                "version: 1\nservices: {{db: {{image: \"{}\", port: 5432}}}}\n",
+                pinned(host)
+            )
+        };
+        let compiled = |text: &str| crate::compile(crate::Format::Kiln, "kiln.yaml", text);
+        for text in [
+            image("registry.example.org/"),
+            service("registry.example.org/"),
+        ] {
+            let refused = hold(&text, "", &NOTHING).expect_err(&text);
+            assert_eq!(refused.class, FailureClass::Policy);
+            assert!(
+                refused.message.contains("kiln's own registry"),
+                "{refused:?}"
+            );
+            assert!(refused.hints[0].contains("kiln build"), "{refused:?}");
+            let file = compiled(&text).expect("legal");
+            let holds = effective(&file, &Grants::default(), &TenantName::local());
+            assert_eq!(
+                runnable(&file, &holds.expect("granted"), 2048).expect_err("checked, too"),
+                refused
+            );
+        }
+        for text in [image(""), service("")] {
+            assert!(hold(&text, "", &NOTHING).is_ok(), "{text}");
+        }
+        let other: ImageRef = "registry.example.org/app:1".parse().expect("image");
+        let asked = Asked {
+            image: Some(&other),
+            ..NOTHING
+        };
+        let refused = hold("version: 1\n", "", &asked).expect_err("of a flag");
+        assert_eq!(
+            (refused.class, refused.field),
+            (FailureClass::Usage, "image")
+        );
+    }
+
+    #[test]
+    fn a_files_word_on_the_folder_is_passed_on() {
+        let none = hold("version: 1\nsource: none\n", "", &NOTHING).expect("held");
+        assert!(none.no_source);
+        assert!(!hold("version: 1\n", "", &NOTHING).expect("held").no_source);
     }
 
     #[test]

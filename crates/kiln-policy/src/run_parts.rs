@@ -51,7 +51,21 @@ pub(crate) fn secrets(
             .name
             .parse()
             .map_err(|error| refuse(format!("{file}: the secret {}: {error}", secret.name)))?;
-        if !named.iter().any(|one| one.name == name) {
+        let is_named = named.iter().any(|one| one.name == name);
+        // Of a phase that a build alone has a use for: not asked for, and not dropped without a word.
+        if !does_something(policy, secret.phase) {
+            if is_named {
+                let message = format!(
+                    "{file} gives the secret {name} to the phase {}, which has no commands: nothing of a run would get it",
+                    secret.phase
+                );
+                return Err(refuse(message).hint(format!(
+                    "leave --secret {name} out, or give the phase commands; `kiln build` uses it as it is"
+                )));
+            }
+            continue;
+        }
+        if !is_named {
             let message = format!(
                 "{file} asks for the secret {name} in the phase {}",
                 secret.phase
@@ -84,6 +98,14 @@ pub(crate) fn secrets(
     Ok(Secrets(found))
 }
 
+/// Whether a run has anything that could use what a phase is given. Its own command always can.
+fn does_something(policy: &Policy, phase: Phase) -> bool {
+    let commands = policy.phases.get(&phase).map(|part| part.commands.len());
+    phase == Phase::Run
+        || commands.is_some_and(|count| count > 0)
+        || (phase == Phase::Services && !policy.services.is_empty())
+}
+
 /// What comes before the command. A flag that narrows the network narrows that of every phase.
 pub(crate) fn phases(
     policy: &Policy,
@@ -102,8 +124,7 @@ pub(crate) fn phases(
         let commands: Vec<_> = part
             .map(|part| part.commands.iter().map(words).collect())
             .unwrap_or_default();
-        let serves = phase == Phase::Services && !policy.services.is_empty();
-        if commands.is_empty() && !serves {
+        if !does_something(policy, phase) {
             continue;
         }
         let network = policy.network(phase).effect();
@@ -225,6 +246,28 @@ secrets:
             "the policy's place"
         );
         assert_eq!(shown(Phase::Run), ["mine=mine"]);
+    }
+
+    #[test]
+    fn a_secret_that_nothing_would_get_is_neither_asked_for_nor_dropped() {
+        let policy = policy(
+            "version: 1\nphases: {dependencies: {}}\nsecrets: [{name: a, file: /run/secrets/a, phase: dependencies, hosts: []}]\n",
+        );
+        assert!(secrets(&policy, &[], "kiln.yaml").is_ok());
+        let named: Vec<RunSecret> = vec!["a".parse().expect("secret")];
+        let refused = secrets(&policy, &named, "kiln.yaml").expect_err("it would go nowhere");
+        assert!(refused.message.contains("no commands"), "{refused:?}");
+        for (phase, more) in [("checkout", ""), ("services", "")] {
+            let text = format!(
+                "version: 1\nphases: {{{phase}: {{network: {{mode: isolated}}}}}}\n{more}secrets:\n  - {{name: a, env: A, phase: {phase}, hosts: []}}\n"
+            );
+            let wrong = crate::compile(crate::Format::Kiln, "kiln.yaml", &text);
+            let told = wrong.expect_err("nothing uses it").to_string();
+            assert!(
+                told.contains("kiln.yaml:4") && told.contains("hint"),
+                "{told}"
+            );
+        }
     }
 
     #[test]

@@ -196,9 +196,15 @@ impl Shape {
                 },
                 Some(ScalarKind::Integer(number)),
             ) => wrong.hint(format!("it has a unit: write {number}{unit}")),
+            // What YAML makes of `echo a: b`.
+            (Self::Either(Self::Text { .. }, Self::List { .. }), None)
+                if matches!(node.value, Value::Map(_)) =>
+            {
+                wrong.hint("a text with a colon and a space in it needs quotes: 'echo a: b'")
+            }
             (_, Some(ScalarKind::Nothing)) => wrong.hint("give it a value, or remove the key"),
             (
-                Self::Text { .. },
+                Self::Text { .. } | Self::Either(Self::Text { .. }, _),
                 Some(ScalarKind::Integer(_) | ScalarKind::OtherNumber | ScalarKind::Flag(_)),
             ) => wrong.hint(format!(
                 "if the text is meant, put it in quotes: \"{}\"",

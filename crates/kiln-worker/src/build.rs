@@ -15,8 +15,8 @@ use kiln_core::{
 };
 use kiln_image::context::Tree;
 use kiln_image::heads::Head;
+use kiln_network::gateway::Gateway;
 use kiln_network::gateway::proxy::ProxyConfig;
-use kiln_network::gateway::{Gateway, GatewayConfig};
 use kiln_network::record::{EgressLog, EgressSummary};
 use kiln_proto::Session;
 use kiln_proto::msg::{Order, Place, PutTree};
@@ -26,13 +26,13 @@ use tokio_util::sync::CancellationToken;
 use crate::attempt::{Attempt, Wanted};
 use crate::buildkit::{self, SolveRequest};
 use crate::commit;
-use crate::connections;
+use crate::connections::Bounds;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
 use crate::fork;
 use crate::host::{Host, now_unix_ms};
 use crate::joblog::JobLog;
-use crate::measured::{Measured, add};
+use crate::measured::Measured;
 use crate::orders;
 use crate::phases::Phases;
 use crate::publish::{self, Published};
@@ -358,9 +358,10 @@ impl Job<'_> {
         let mut measured = Measured::default();
         let since = std::time::Instant::now();
         let gateway = self.gateway(registry);
-        add(&mut measured.policy_ms, since);
+        measured.policy(self.input.request.policy.as_ref(), since);
         let attempt = Attempt::start(self.host, wanted, ticket, gateway, &self.events).await?;
-        connections::allow(&attempt.session, self.connections_max(), &self.events).await;
+        let bounds = Bounds::of(&self.input.request);
+        bounds.allow(&attempt.session, &self.events).await;
         self.input.log.witness().has(&attempt.machine, &self.egress);
         let done = match self.in_machine(&attempt, registry, phases).await {
             Ok(solve) => self.finish(&attempt, &head, registry, phases, solve).await,
@@ -377,20 +378,11 @@ impl Job<'_> {
         Ok(self.report(Some(&head), template, published, &solve, committed))
     }
 
-    fn connections_max(&self) -> Option<u32> {
-        let policy = self.input.request.policy.as_ref();
-        policy.and_then(|policy| policy.connections_max)
-    }
-
     fn gateway(&self, registry: &RegistryAccess) -> Gateway {
         let policy: NetworkPolicy = self.input.request.network.clone();
-        let mut config = GatewayConfig::new(policy, Arc::clone(&self.egress) as _);
+        let mut config = Bounds::of(&self.input.request).gateway(policy, &self.egress);
         config.exceptions.clone_from(&self.input.exceptions);
         config.proxy = self.input.proxy.clone();
-        let [bytes_out, bytes_in] = self.input.request.bytes_out_and_in_per_second();
-        config.limits.bytes_out_per_second = bytes_out;
-        config.limits.bytes_in_per_second = bytes_in;
-        connections::bound(&mut config.limits, self.connections_max());
         // Layers of the bases, and of the images that get another tag now, lie in the registry already.
         let known = self
             .build

@@ -1,23 +1,66 @@
-//! How many connections a machine may have at once: what its policy says, on both sides of the channel.
+//! What a machine's gateway is bounded by: bytes each way and connections at once, as its job's policy says, on both sides of the channel.
 
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use kiln_core::{JobRequest, NetworkPolicy};
 use kiln_network::Limits;
+use kiln_network::gateway::GatewayConfig;
+use kiln_network::record::EgressLog;
 use kiln_proto::Session;
 use kiln_proto::msg::{CONNECTIONS_MOST, OTHER_STREAMS, Order};
 
 use crate::event::Events;
+use crate::kept::Handover;
 use crate::orders;
 
-/// Bounds a gateway: fewer than usual, or more, where a policy says so.
-pub(crate) fn bound(limits: &mut Limits, most: Option<u32>) {
-    if let Some(most) = most {
-        limits.connections_max = usize::try_from(most.min(CONNECTIONS_MOST))
-            .unwrap_or(1)
-            .max(1);
+/// What one machine's gateway is bounded by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Bounds {
+    bytes_out_and_in_per_second: [Option<NonZeroU64>; 2],
+    connections: Option<u32>,
+}
+
+impl Bounds {
+    /// Of a job's machine.
+    pub(crate) fn of(request: &JobRequest) -> Self {
+        let policy = request.policy.as_ref();
+        Self {
+            bytes_out_and_in_per_second: request.bytes_out_and_in_per_second(),
+            connections: policy.and_then(|policy| policy.connections_max),
+        }
+    }
+
+    /// Of one that stays.
+    pub(crate) fn of_kept(handover: &Handover) -> Self {
+        Self {
+            bytes_out_and_in_per_second: handover.bytes_out_and_in_per_second,
+            connections: handover.connections_max,
+        }
+    }
+
+    /// A gateway's beginning: what may be reached, where decisions go, and these bounds.
+    pub(crate) fn gateway(self, network: NetworkPolicy, egress: &Arc<EgressLog>) -> GatewayConfig {
+        let mut config = GatewayConfig::new(network, Arc::clone(egress) as _);
+        let [bytes_out, bytes_in] = self.bytes_out_and_in_per_second;
+        config.limits.bytes_out_per_second = bytes_out;
+        config.limits.bytes_in_per_second = bytes_in;
+        if let Some(most) = self.connections {
+            // Fewer than usual, or more.
+            let most = usize::try_from(most.min(CONNECTIONS_MOST)).unwrap_or(1);
+            config.limits.connections_max = most.max(1);
+        }
+        config
+    }
+
+    /// Makes room for more connections than usual in the channel and in the guest.
+    pub(crate) async fn allow(self, session: &Session, events: &Events) {
+        allow(session, self.connections, events).await;
     }
 }
 
 /// Makes room for more connections than usual in the channel and in the guest. A guest of an older image has fewer: told, not fatal.
-pub(crate) async fn allow(session: &Session, most: Option<u32>, events: &Events) {
+async fn allow(session: &Session, most: Option<u32>, events: &Events) {
     let usual = u32::try_from(Limits::default().connections_max).unwrap_or(u32::MAX);
     let Some(most) = most.filter(|most| *most > usual) else {
         return;
@@ -38,5 +81,48 @@ pub(crate) async fn allow(session: &Session, most: Option<u32>, events: &Events)
                 "the machine has fewer connections than its policy allows: {why}"
             ))
             .await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kept::sample;
+
+    #[test]
+    fn what_a_policy_says_bounds_the_gateway_of_a_job_and_of_a_machine_that_stays() {
+        let mut request: JobRequest = serde_json::from_value(serde_json::json!({
+            "id": "r0abc", "tenant": "local", "kind": { "kind": "run", "argv": ["true"] },
+            "network": { "mode": "open" }, "trust": "untrusted",
+            "limits": { "cpus": 1, "memory": 1 << 29, "disk": 1 << 30, "timeout_ms": 1000 },
+            "policy": {
+                "file": kiln_core::Digest::of(b"file"), "hash": kiln_core::Digest::of(b"hash"),
+                "upload_bits": 8_000, "download_bits": 16_000, "connections_max": 3,
+            },
+        }))
+        .expect("a request");
+        let egress = Arc::new(EgressLog::new());
+        let shown = |bounds: Bounds| {
+            let limits = bounds.gateway(NetworkPolicy::Open, &egress).limits;
+            let [out, into] = [limits.bytes_out_per_second, limits.bytes_in_per_second];
+            let each = [out, into].map(|bytes| bytes.map(NonZeroU64::get));
+            (each, limits.connections_max)
+        };
+        let said = ([Some(1_000), Some(2_000)], 3);
+        assert_eq!(shown(Bounds::of(&request)), said);
+        let mut stays = sample("r0abc-1-run").machine;
+        stays.bytes_out_and_in_per_second = request.bytes_out_and_in_per_second();
+        stays.connections_max = Some(3);
+        assert_eq!(shown(Bounds::of_kept(&stays)), said);
+        // Never more than the channel has room for, and never none.
+        for (asked, got) in [(u32::MAX, CONNECTIONS_MOST as usize), (0, 1)] {
+            if let Some(policy) = &mut request.policy {
+                policy.connections_max = Some(asked);
+            }
+            assert_eq!(shown(Bounds::of(&request)).1, got);
+        }
+        request.policy = None;
+        let usual = Limits::default().connections_max;
+        assert_eq!(shown(Bounds::of(&request)), ([None, None], usual));
     }
 }

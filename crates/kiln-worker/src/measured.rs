@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use kiln_core::job::AppliedPolicy;
 use kiln_machine::bring_up::Timings;
 use kiln_machine::driver::Machine;
 use kiln_network::record::{EgressSummary, EgressTotals};
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Measured {
-    /// Milliseconds until the network policy was in force.
+    /// Milliseconds of the policy: finding, compiling and bounding it, and the gateway that holds the machine to it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy_ms: Option<u64>,
     /// Milliseconds of starting the machine's process, from its template when there is one.
@@ -57,6 +58,15 @@ pub(crate) fn add(part: &mut Option<u64>, since: Instant) {
 }
 
 impl Measured {
+    /// From the decision what holds, wherever it was made, to the gateway that holds it.
+    pub(crate) fn policy(&mut self, applied: Option<&AppliedPolicy>, since: Instant) {
+        let decided = applied.and_then(|applied| applied.decided_us).unwrap_or(0);
+        let all = since
+            .elapsed()
+            .saturating_add(Duration::from_micros(decided));
+        self.policy_ms = Some(self.policy_ms.unwrap_or(0).saturating_add(ms(all)));
+    }
+
     /// How the machine came up.
     pub(crate) fn started(&mut self, timings: &Timings) {
         self.clone_ms = Some(ms(timings.launch));

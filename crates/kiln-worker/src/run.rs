@@ -14,7 +14,7 @@ use kiln_core::job::RunPhase;
 use kiln_core::network::{NetworkPolicy, RangeException};
 use kiln_core::{Digest, FailureClass, JobRequest, Lease, MachineName};
 use kiln_network::gateway::proxy::ProxyConfig;
-use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
+use kiln_network::gateway::{Gateway, Services as KilnNames};
 use kiln_network::record::{EgressLog, EgressSummary};
 use kiln_network::{GitUpstreams, Learned};
 use kiln_proto::msg::{ContainerSpec, Exit, TtySize};
@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::attempt::{Attempt, Wanted};
 use crate::attend::door::Attend;
 use crate::collect::Collected;
-use crate::connections;
+use crate::connections::Bounds;
 use crate::event::Events;
 use crate::failure::Failure;
 use crate::fleet::mask::Mask;
@@ -34,7 +34,7 @@ use crate::given::Given;
 use crate::host::Host;
 use crate::joblog::JobLog;
 use crate::kept::{self, Handover, Keep};
-use crate::measured::{Measured, add};
+use crate::measured::Measured;
 use crate::orders::{self, Control};
 use crate::phases::Phases;
 use crate::run_files::RunFiles;
@@ -292,24 +292,19 @@ async fn work(
     let since = Instant::now();
     // Each phase, the command's own as well, is entered when it begins.
     let (witness, seen) = (input.log.witness().clone(), Arc::clone(&egress));
-    let mut config = GatewayConfig::new(NetworkPolicy::Isolated, egress as _);
+    let bounds = Bounds::of(&input.request);
+    let mut config = bounds.gateway(NetworkPolicy::Isolated, &egress);
     config.exceptions.clone_from(&input.exceptions);
     config.proxy = input.proxy.clone();
     config.git.clone_from(&input.git);
-    let [bytes_out, bytes_in] = input.request.bytes_out_and_in_per_second();
-    config.limits.bytes_out_per_second = bytes_out;
-    config.limits.bytes_in_per_second = bytes_in;
-    let policy = input.request.policy.as_ref();
-    let connections = policy.and_then(|policy| policy.connections_max);
-    connections::bound(&mut config.limits, connections);
     config.services = KilnNames::default();
     let gateway = Gateway::new(config);
-    add(&mut told.measured.policy_ms, since);
+    told.measured.policy(input.request.policy.as_ref(), since);
     let attempt = tokio::select! {
         attempt = Attempt::start(host, wanted, ticket, gateway, events) => attempt?,
         () = cancel.cancelled() => return Err(Failure::cancelled()),
     };
-    connections::allow(&attempt.session, connections, events).await;
+    bounds.allow(&attempt.session, events).await;
     witness.has(&attempt.machine, &seen);
     let ran = (events, &mut *told, &mut handover);
     let result = inside::in_machine(&attempt, input, lease, (cancel, limit), ran).await;

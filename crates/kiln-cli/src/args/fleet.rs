@@ -114,7 +114,7 @@ pub(crate) enum JobCommand {
     Retry {
         /// Its id, or the beginning of it
         id: String,
-        /// In a terminal, stand in the machine when the command fails again; only for commands that ran without a server
+        /// In a terminal, stand in the machine when the command fails again
         #[arg(long)]
         shell: bool,
     },

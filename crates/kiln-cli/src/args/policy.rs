@@ -14,10 +14,10 @@ use super::RunArgs;
 pub(crate) enum PolicyCommand {
     /// Read a policy and say what is wrong with it
     #[command(
-        after_help = "Examples:\n  kiln policy check\n  kiln policy check app/kiln.yaml\n\nExit codes: 0 it can be used as it is, 2 it cannot be read, 4 the operator does not grant what it asks for."
+        after_help = "Examples:\n  kiln policy check\n  kiln policy check app/kiln.yaml\n\nExit codes: 0 it can be used as it is, 2 it cannot be read, 4 the operator does not grant what it asks for, or no run can be held to it."
     )]
     Check {
-        /// The policy, or the folder it lies in
+        /// The policy, or a folder that it holds in
         #[arg(default_value = ".", value_name = "DIR|FILE")]
         at: PathBuf,
     },
@@ -26,7 +26,7 @@ pub(crate) enum PolicyCommand {
         after_help = "Examples:\n  kiln policy show\n  kiln policy show --json | jq -r .hash"
     )]
     Show {
-        /// The policy, or the folder it lies in
+        /// The policy, or a folder that it holds in
         #[arg(default_value = ".", value_name = "DIR|FILE")]
         at: PathBuf,
     },
@@ -41,7 +41,7 @@ pub(crate) enum PolicyCommand {
         /// In which phase
         #[arg(long, default_value = "run")]
         phase: PhaseArg,
-        /// The policy, or the folder it lies in
+        /// The policy, or a folder that it holds in
         #[arg(long, default_value = ".", value_name = "DIR|FILE")]
         from: PathBuf,
     },
@@ -94,7 +94,7 @@ pub(crate) struct InitArgs {
     /// The folder
     #[arg(default_value = ".")]
     pub dir: PathBuf,
-    /// Replace a policy that is there
+    /// Replace a policy that is there, or write one below a folder whose policy holds already
     #[arg(long)]
     pub force: bool,
 }

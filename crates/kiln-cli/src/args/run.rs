@@ -71,7 +71,7 @@ pub(crate) struct RunArgs {
     /// Do not read this folder's policy: the command line alone decides
     #[arg(long)]
     pub no_policy: bool,
-    /// Give it a terminal (the default when both ends are one)
+    /// Give it a terminal (also with --interactive and a command, when both ends are one)
     #[arg(short, long)]
     pub tty: bool,
     /// Connect standard input (the default when it is not a terminal, or with --tty)

@@ -1,5 +1,7 @@
 //! What a build gets: of the folder's policy what means something for one, the operator's grant and the command line. `kiln-policy` decides.
 
+use std::time::Instant;
+
 use kiln_core::TenantName;
 use kiln_policy::policy::Resources;
 use kiln_policy::{BuildAsked, HeldBuild, hold_build};
@@ -19,11 +21,11 @@ use crate::show::Screen;
 /// # Errors
 /// When it cannot be used.
 pub(super) fn found(args: &BuildArgs, source: &Source) -> Result<Option<Found>> {
-    match (&args.policy, args.no_policy, source) {
+    policy_file::timed(|| match (&args.policy, args.no_policy, source) {
         (Some(file), _, _) => policy_file::read(file).map(Some),
         (None, false, Source::Folder(dir)) => policy_file::of_folder(dir),
         (None, _, _) => Ok(None),
-    }
+    })
 }
 
 /// Whether a build of a repository is held to the policy in the commit that is built.
@@ -43,6 +45,7 @@ pub(super) fn rule(
     operator: &Operator,
     screen: Screen,
 ) -> Result<HeldBuild> {
+    let since = Instant::now();
     let grants = policy_file::grants(&operator.home.config)?;
     let timeout = args.limits.timeout;
     let names = secrets.names();
@@ -59,7 +62,11 @@ pub(super) fn rule(
         connections_most: kiln_proto::msg::CONNECTIONS_MOST,
     };
     let compiled = found.map(|found| &found.compiled);
-    let held = hold_build(compiled, &grants, &TenantName::local(), &asked).map_err(refused)?;
+    let mut held = hold_build(compiled, &grants, &TenantName::local(), &asked).map_err(refused)?;
+    if let Some(applied) = &mut held.applied {
+        let found = found.map(|found| found.took);
+        applied.took(found.unwrap_or_default() + since.elapsed());
+    }
     if let Some(found) = found {
         for note in &found.notes {
             screen.note(note);

@@ -12,6 +12,7 @@ use super::operator::Operator;
 use super::source;
 use crate::args::InitArgs;
 use crate::error::{CliError, Result};
+use crate::policy_file;
 use crate::show::{Screen, ShownPath as _};
 
 pub(super) fn run(args: &InitArgs, screen: Screen) -> Result<u8> {
@@ -36,6 +37,22 @@ pub(super) fn run(args: &InitArgs, screen: Screen) -> Result<u8> {
                 CliError::usage(format!("{}: {error}", args.dir.shown())).hint("keep one policy")
             );
         }
+    }
+    if let Some(above) = policy_file::above(&args.dir)? {
+        let above = above.shown();
+        let message = format!(
+            "{above} holds in {}: a policy here would take its place",
+            args.dir.shown()
+        );
+        if !args.force {
+            return Err(CliError::usage(message).hint(format!(
+                "write what this folder needs into {above}; --force gives the folder a policy of its own"
+            )));
+        }
+        screen.note(&format!(
+            "from now on {above} is not read in {}",
+            args.dir.shown()
+        ));
     }
     let facts = facts(args)?;
     let path = args.dir.join(KILN_FILE);

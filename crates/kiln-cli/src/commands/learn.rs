@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use kiln_core::{AllowRule, ByteSize};
+use kiln_core::{AllowRule, ByteSize, FailureClass};
 use kiln_network::Learned;
 use kiln_policy::{CannotWrite, Format, KILN_FILE, Phase, with_learned};
 use serde_json::json;
@@ -25,32 +25,50 @@ const NEW_FILE_MODE: u32 = 0o644;
 
 /// What a run learned, for whoever had it run.
 #[derive(Debug, Default)]
-pub(super) struct Lesson(Mutex<Vec<Learned>>);
+pub(super) struct Lesson(Mutex<Option<Reached>>);
+
+/// What an open machine reached.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(super) struct Reached {
+    /// As an allowlist says it.
+    pub(super) list: Vec<Learned>,
+    /// How many more destinations there are that nobody told.
+    pub(super) more: u64,
+}
 
 impl Lesson {
-    /// Takes what a run reached.
-    pub(super) fn take(&self, learned: Vec<Learned>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = learned;
+    /// Takes what a run reached; none when nobody told.
+    pub(super) fn take(&self, reached: Option<Reached>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = reached;
     }
 
-    fn give(&self) -> Vec<Learned> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    fn give(&self) -> Option<Reached> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Says what was reached, as an allowlist.
-    pub(super) fn tell(&self, screen: Screen) -> Vec<Learned> {
-        let learned = self.give();
+    /// Says what was reached, as an allowlist; gives it back, if anybody told it.
+    pub(super) fn tell(&self, screen: Screen) -> Option<Reached> {
+        let Some(reached) = self.give() else {
+            screen.note("warning: what it reached is not known: nobody told");
+            return None;
+        };
+        if reached.more > 0 {
+            screen.note(&format!(
+                "warning: it reached {} destinations more than are told; a list of so many is no policy",
+                reached.more
+            ));
+        }
         if screen.json() {
-            for line in &learned {
+            for line in &reached.list {
                 screen.data(&json!({ "event": "learned", "learned": line }), String::new);
             }
-            return learned;
+            return Some(reached);
         }
-        screen.note(match learned.len() {
+        screen.note(match reached.list.len() {
             0 => "learned: it reached nothing",
             _ => "learned, as an allowlist:",
         });
-        for line in &learned {
+        for line in &reached.list {
             let phase = line
                 .phase
                 .as_deref()
@@ -64,7 +82,7 @@ impl Lesson {
                 ByteSize(line.bytes_in)
             ));
         }
-        learned
+        Some(reached)
     }
 }
 
@@ -90,7 +108,7 @@ pub(super) async fn learn(
     let named = args.run.policy.is_some();
     let lesson = Lesson::default();
     let code = run::run_and_learn(args.run, server, screen, cancel, &lesson).await?;
-    let learned = lesson.tell(screen);
+    let reached = lesson.tell(screen);
     let Some(file) = file else {
         return Ok(code);
     };
@@ -99,8 +117,31 @@ pub(super) async fn learn(
             .note("nothing is written: the command failed, so what it reached is not all it needs");
         return Ok(code);
     }
-    write((&file, named), &learned, args.yes, screen).await?;
+    let learned = whole(reached)?;
+    let file = (file.as_path(), named);
+    match args.yes {
+        true => write(file, &learned, std::future::ready(Ok(())), screen).await?,
+        false => write(file, &learned, asked(file.0, screen), screen).await?,
+    }
     Ok(0)
+}
+
+/// All that was reached: a list that lacks something would be written as if it were the whole.
+fn whole(reached: Option<Reached>) -> Result<Vec<Learned>> {
+    match reached {
+        Some(Reached { list, more: 0 }) => Ok(list),
+        Some(Reached { list, more }) => Err(CliError::usage(format!(
+            "nothing is written: {} destinations are known of the {} that it reached",
+            list.len(),
+            more.saturating_add(list.len() as u64)
+        ))
+        .hint("learn a part of the command at a time, or name the hosts yourself, with *.HOST for many below one name")),
+        None => Err(CliError::new(
+            FailureClass::Infrastructure,
+            "nothing is written: what it reached is not known",
+        )
+        .hint("`kiln job show ID --json` has what the worker told")),
+    }
 }
 
 /// The file to write: the folder's policy, or a new one.
@@ -118,11 +159,11 @@ fn target(args: &LearnArgs) -> Result<PathBuf> {
     }
 }
 
-/// Adds what was learned to the file. One that a person named may be a link.
+/// Adds what was learned to the file, once somebody `agreed` to the difference. One that a person named may be a link.
 async fn write(
     (file, named): (&Path, bool),
     learned: &[Learned],
-    yes: bool,
+    agreed: impl Future<Output = Result<()>>,
     screen: Screen,
 ) -> Result<()> {
     let there = match file.symlink_metadata() {
@@ -151,9 +192,7 @@ async fn write(
     for line in difference(there.as_deref().unwrap_or_default(), &text) {
         screen.note(&line);
     }
-    if !yes {
-        agreed(file, screen).await?;
-    }
+    agreed.await?;
     // Whoever changed it meanwhile is not overwritten.
     let now = file
         .symlink_metadata()
@@ -185,16 +224,20 @@ fn cannot(file: &Path, error: &CannotWrite) -> CliError {
     CliError::usage(format!("{}: {error}", file.shown()))
 }
 
-async fn agreed(file: &Path, screen: Screen) -> Result<()> {
+/// Asks at the terminal.
+async fn asked(file: &Path, screen: Screen) -> Result<()> {
     screen.note(&format!(
         "Write this to {}? Type yes to do so:",
         file.shown()
     ));
-    let answer = tokio::task::spawn_blocking(|| {
+    let line = tokio::task::spawn_blocking(|| {
         let mut line = String::new();
         io::stdin().read_line(&mut line).map(|_| line)
     });
-    let answer = answer.await.or_infrastructure()?.or_infrastructure()?;
+    said_yes(&line.await.or_infrastructure()?.or_infrastructure()?)
+}
+
+fn said_yes(answer: &str) -> Result<()> {
     match answer.trim().eq_ignore_ascii_case("yes") {
         true => Ok(()),
         false => Err(CliError::usage("nothing is written")),
@@ -237,5 +280,60 @@ mod tests {
             ]
         );
         assert_eq!(difference("", "a\n"), ["+ a"]);
+    }
+
+    fn reached() -> Vec<Learned> {
+        vec![Learned {
+            phase: None,
+            rule: "a.example.org:443/tls".parse().expect("rule"),
+            connections: 1,
+            bytes_out: 1,
+            bytes_in: 1,
+        }]
+    }
+
+    #[tokio::test]
+    async fn nothing_is_written_without_a_yes_or_over_what_came_meanwhile() {
+        let dir = tempfile::tempdir().expect("dir");
+        let file = dir.path().join("kiln.yaml");
+        let text = || std::fs::read_to_string(&file).expect("text");
+        let before = "version: 1\nimage: node\n";
+        std::fs::write(&file, before).expect("written");
+        let screen = Screen::new(false);
+        for answer in ["no\n", "\n", "y\n", "yes, but"] {
+            let agreed = async { said_yes(answer) };
+            let refused = write((&file, false), &reached(), agreed, screen).await;
+            assert!(refused.is_err(), "{answer}");
+            assert_eq!(text(), before, "{answer}");
+        }
+        let meanwhile = async {
+            std::fs::write(&file, "version: 1\nimage: python\n").expect("written");
+            said_yes("yes\n")
+        };
+        let refused = write((&file, false), &reached(), meanwhile, screen).await;
+        let refused = refused.expect_err("changed").message;
+        assert!(refused.contains("changed meanwhile"), "{refused}");
+        assert_eq!(text(), "version: 1\nimage: python\n");
+        let agreed = async { said_yes("YES\n") };
+        let written = write((&file, false), &reached(), agreed, screen).await;
+        written.expect("written");
+        assert!(text().contains("a.example.org:443/tls"), "{}", text());
+    }
+
+    #[test]
+    fn a_list_that_lacks_something_is_not_the_whole() {
+        let list = reached();
+        let all = Reached {
+            list: list.clone(),
+            more: 0,
+        };
+        assert_eq!(whole(Some(all)).expect("whole"), list);
+        let cut = whole(Some(Reached { list, more: 9 })).expect_err("cut");
+        assert!(
+            cut.message.contains("1 destinations are known of the 10"),
+            "{cut:?}"
+        );
+        assert_eq!((cut.exit_code(), cut.hints.len()), (2, 1));
+        assert_eq!(whole(None).expect_err("nobody told").exit_code(), 3);
     }
 }

@@ -10,6 +10,7 @@ use kiln_worker::home::Home;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::run_policy;
 use crate::args::{PhaseArg, PolicyCommand, ServerArgs};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::policy_file::{self, Found};
@@ -18,7 +19,11 @@ use crate::show::{Screen, printable};
 pub(super) fn run(verb: PolicyCommand, server: &ServerArgs, screen: Screen) -> Result<u8> {
     match verb {
         PolicyCommand::Check { at } => {
-            let (found, holds) = both(&policy_file::read(&at)?, screen)?;
+            let read = policy_file::holding(&at)?;
+            let (found, holds) = both(&read, screen)?;
+            // What nobody could run is no policy to be content with.
+            kiln_policy::runnable(&read.compiled, &holds, kiln_proto::msg::CONNECTIONS_MOST)
+                .map_err(run_policy::refused)?;
             let hash = holds.file_hash;
             let answer = json!({ "file": found, "hash": hash.to_string(), "ok": true, "removed": holds.removed });
             screen.data(&beside(answer, server, screen)?, || {
@@ -30,7 +35,7 @@ pub(super) fn run(verb: PolicyCommand, server: &ServerArgs, screen: Screen) -> R
             });
         }
         PolicyCommand::Show { at } => {
-            let (file, holds) = both(&policy_file::read(&at)?, screen)?;
+            let (file, holds) = both(&policy_file::holding(&at)?, screen)?;
             let policy = holds.policy.as_file();
             let shown = json!({
                 "file": file, "file_hash": holds.file_hash.to_string(), "hash": holds.hash.to_string(),
@@ -227,7 +232,7 @@ fn explained(
         PhaseArg::Run => Phase::Run,
     };
     let subject = Subject::of(destination)?;
-    let found = policy_file::read(from)?;
+    let found = policy_file::holding(from)?;
     let (grants, tenant) = (grants()?, TenantName::local());
     let repository = subject.repository.as_ref().map(|repository| {
         let answer = explain_git(&found.compiled, &grants, &tenant, phase, repository);

@@ -5,6 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use kiln_controller::api::KeepAsk;
+use kiln_core::access::DISK_MIN;
 use kiln_core::job::{RunCommand, TrustClass};
 use kiln_core::{
     ByteSize, FailureClass, ImageRef, JobKind, JobRequest, Label, RunSecret, TenantName,
@@ -25,17 +26,16 @@ use tokio_util::sync::CancellationToken;
 use super::artifacts::{self, CopyOut};
 use super::home_queue::HomeQueue;
 use super::kept::{Machine, exec, keeper};
-use super::learn::Lesson;
+use super::learn::{Lesson, Reached};
 use super::operator::Operator;
 use super::run_folder::{self, Folder};
 use super::{run_given, run_ports, source, when};
 use crate::args::{NetArg, RunArgs, ServerArgs};
+use crate::config::within;
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::Screen;
 use crate::terminal::{self, RawMode, Shown};
 
-/// Smallest disk that has room for a file system.
-const DISK_MIN: ByteSize = ByteSize::mib(16);
 /// Exit code when nobody reads the output any more: 128 and SIGPIPE, as a shell has it.
 pub(super) const READER_GONE: u8 = 141;
 
@@ -79,9 +79,11 @@ pub(super) async fn run_and_learn(
     kiln_policy::below(&mut limits, &ruled.max);
     limits.disk = disk(
         own.disk,
-        ruled.disk.map_or(limits.disk, |most| most.min(limits.disk)),
+        (ruled.disk, ruled.says_disk()),
+        config.limits.disk_max.0,
     )?;
-    let folder = run_folder::of(&args, ruled.top.as_deref())?;
+    let folder = run_folder::of(&args, ruled.project())?;
+    let wants_none = ruled.no_source;
     let env = environment(&args)?;
     let kept = [ruled.artifacts.as_slice(), args.artifacts.as_slice()].concat();
     let wanted = artifacts::wanted(&kept, &args.copy_out)?;
@@ -116,7 +118,7 @@ pub(super) async fn run_and_learn(
             git: ruled.git,
             phases: ruled.phases,
             services: ruled.services,
-            disk: own.disk.is_some() || ruled.disk.is_some(),
+            disk: own.disk.is_some() || ruled.disk_said,
             keep: None,
             kernel,
             root_disk,
@@ -149,7 +151,7 @@ pub(super) async fn run_and_learn(
     };
     let ended = in_front.run(screen, &cancel).await;
     queue.close().await;
-    if folder.is_none() && !matches!(ended, Ok(0)) {
+    if folder.is_none() && !wants_none && !matches!(ended, Ok(0)) {
         run_folder::hint(&args, screen);
     }
     ended
@@ -173,15 +175,33 @@ pub(super) fn environment(args: &RunArgs) -> Result<BTreeMap<String, String>> {
     Ok(env)
 }
 
-/// The disk that was asked for, at most the operator's.
-fn disk(asked: Option<ByteSize>, most: ByteSize) -> Result<ByteSize> {
-    match asked {
-        Some(asked) if asked > most || asked < DISK_MIN => Err(CliError::usage(format!(
-            "--disk {asked}: at least {DISK_MIN} and at most {most}"
-        ))
-        .hint("the operator's maximum is limits.disk_max in kiln.toml")),
-        asked => Ok(asked.unwrap_or(most)),
+/// The disk that was asked for, at most the policy's and the operator's; each says no in its own name.
+fn disk(
+    asked: Option<ByteSize>,
+    (ruled, by): (Option<ByteSize>, Option<&str>),
+    most: ByteSize,
+) -> Result<ByteSize> {
+    if let (Some(asked), Some(allowed)) = (asked, ruled)
+        && asked > allowed
+    {
+        return Err(match by {
+            Some(file) => CliError::usage(format!(
+                "--disk {asked}: {file} allows {allowed}, and a flag can only narrow a policy"
+            ))
+            .hint(format!(
+                "write it into limits.disk of {file}, or take the flag away"
+            )),
+            None => CliError::new(
+                FailureClass::Policy,
+                format!("--disk {asked}: at most {allowed} is granted"),
+            )
+            .hint("the operator's maximum is max.disk in policy.toml"),
+        });
     }
+    if let Some(asked) = asked {
+        within("disk", asked, (DISK_MIN, most))?;
+    }
+    Ok(asked.or(ruled).unwrap_or(most).min(most))
 }
 
 /// A run of this command's own, in front of whoever typed it.
@@ -241,7 +261,10 @@ impl InFront<'_> {
         let _screen_ended = follow.await;
         let (mut end, printed) = ended?;
         if let Some(lesson) = lesson {
-            lesson.take(std::mem::take(&mut end.learned));
+            lesson.take(Some(Reached {
+                list: std::mem::take(&mut end.learned),
+                more: 0,
+            }));
         }
         let kept = match end.kept.take() {
             // At once: it has no owner.
@@ -541,5 +564,30 @@ mod tests {
         };
         assert_eq!(exit_code(&exit(Some(7), None)), 7);
         assert_eq!(exit_code(&exit(None, Some(9))), 137);
+    }
+
+    #[test]
+    fn whoever_bounds_a_disk_says_no_in_its_own_name() {
+        let [small, policy, most] = [64, 256, 1024].map(ByteSize::mib);
+        let of_file = (Some(policy), Some("kiln.yaml"));
+        let refused = |asked, ruled| disk(Some(asked), ruled, most).expect_err("refused");
+        let by_file = refused(ByteSize::mib(300), of_file);
+        assert!(by_file.message.contains("kiln.yaml allows"), "{by_file:?}");
+        assert_eq!(by_file.exit_code(), 2);
+        let by_grant = refused(ByteSize::mib(300), (Some(policy), None));
+        assert!(by_grant.hints[0].contains("policy.toml"), "{by_grant:?}");
+        assert_eq!(by_grant.exit_code(), 4);
+        let by_operator = refused(ByteSize::gib(2), (None, None));
+        assert!(
+            by_operator.hints[0].contains("limits.disk_max"),
+            "{by_operator:?}"
+        );
+        let none = refused(ByteSize::mib(15), (None, None));
+        assert!(!none.hints[0].contains("kiln.toml"), "{none:?}");
+        let got = |asked, ruled| disk(asked, ruled, most).expect("allowed");
+        assert_eq!(got(Some(small), of_file), small);
+        assert_eq!(got(None, of_file), policy);
+        assert_eq!(got(None, (None, None)), most);
+        assert_eq!(got(None, (Some(ByteSize::gib(9)), None)), most);
     }
 }

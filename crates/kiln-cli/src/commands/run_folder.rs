@@ -38,11 +38,29 @@ impl Folder {
     }
 }
 
-/// The folder of a run. `policy_of` is the top of the project whose policy was found here.
+/// What a policy says of the folder.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Project<'a> {
+    /// Top of the project whose policy was found here.
+    pub(super) top: Option<&'a Path>,
+    /// The policy that wants nothing copied in.
+    pub(super) without: Option<&'a str>,
+}
+
+/// The folder of a run.
 ///
 /// # Errors
-/// When the folder that was named cannot be looked into.
-pub(super) fn of(args: &RunArgs, policy_of: Option<&Path>) -> Result<Option<Folder>> {
+/// When the folder that was named cannot be looked into, or the policy wants none.
+pub(super) fn of(args: &RunArgs, of_policy: Project<'_>) -> Result<Option<Folder>> {
+    if let Some(file) = of_policy.without {
+        return match &args.source {
+            None => Ok(None),
+            Some(_) => Err(CliError::usage(format!(
+                "--source: {file} wants nothing copied in, and a flag can only narrow a policy"
+            ))
+            .hint("take the flag away, or let the policy say otherwise")),
+        };
+    }
     if let Some(dir) = &args.source {
         source::folder(dir)?;
         let top = dir.canonicalize().or_infrastructure()?;
@@ -56,7 +74,7 @@ pub(super) fn of(args: &RunArgs, policy_of: Option<&Path>) -> Result<Option<Fold
     let here = std::env::current_dir()
         .and_then(|here| here.canonicalize())
         .map_err(|error| CliError::usage(format!("the current folder cannot be found: {error}")))?;
-    project(here, policy_of)
+    project(here, of_policy.top)
 }
 
 fn project(here: PathBuf, policy_of: Option<&Path>) -> Result<Option<Folder>> {

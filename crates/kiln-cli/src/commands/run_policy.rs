@@ -2,7 +2,7 @@
 //! are the files of this host, and its words.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_controller::api::PolicyAsk;
 use kiln_core::job::{AppliedPolicy, RunPhase, RunService};
@@ -15,6 +15,7 @@ use kiln_policy::{Asked, Compiled, Held, Image, Maxima, Mode, Refusal, hold_run,
 
 use super::operator::Operator;
 use super::policy::tell_removed;
+use super::run_folder::Project;
 use crate::args::{LimitArgs, NetArg, RunArgs};
 use crate::error::{CliError, Result};
 use crate::policy_file::{self, Found};
@@ -25,6 +26,10 @@ use crate::show::{Screen, printable};
 pub(super) struct Ruled {
     /// Top of the project that a policy found here belongs to.
     pub(super) top: Option<PathBuf>,
+    /// The policy says that nothing of the folder is copied in.
+    pub(super) no_source: bool,
+    /// The policy's name, if there is one.
+    pub(super) file: Option<String>,
     pub(super) image: Option<ImageRef>,
     pub(super) argv: Vec<String>,
     pub(super) network: NetworkPolicy,
@@ -40,9 +45,26 @@ pub(super) struct Ruled {
     pub(super) git: Vec<GitAccess>,
     /// Secrets of the command itself.
     pub(super) secrets: Vec<RunSecret>,
-    /// Size of its disk, where the policy says one.
+    /// Most disk, of the policy or the operator.
     pub(super) disk: Option<ByteSize>,
+    /// The policy itself says it.
+    pub(super) disk_said: bool,
     pub(super) applied: Option<AppliedPolicy>,
+}
+
+impl Ruled {
+    /// The policy that says how much disk there is, where it is not the operator alone.
+    pub(super) fn says_disk(&self) -> Option<&str> {
+        self.file.as_deref().filter(|_| self.disk_said)
+    }
+
+    /// What it says of the folder that is copied in.
+    pub(super) fn project(&self) -> Project<'_> {
+        Project {
+            top: self.top.as_deref(),
+            without: self.file.as_deref().filter(|_| self.no_source),
+        }
+    }
 }
 
 /// The policy that a run is held to, if there is one.
@@ -50,11 +72,11 @@ pub(super) struct Ruled {
 /// # Errors
 /// When it cannot be used.
 pub(super) fn found(args: &RunArgs) -> Result<Option<Found>> {
-    match (&args.policy, args.no_policy) {
+    policy_file::timed(|| match (&args.policy, args.no_policy) {
         (Some(file), _) => policy_file::read(file).map(Some),
         (None, true) => Ok(None),
         (None, false) => policy_file::of_here(),
-    }
+    })
 }
 
 /// What holds of a run on this host.
@@ -62,11 +84,16 @@ pub(super) fn found(args: &RunArgs) -> Result<Option<Found>> {
 /// # Errors
 /// Policy when something asked for is not granted, or cannot be enforced yet; usage when the command line asks for more than the policy.
 pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Result<Ruled> {
-    let grants = policy_file::grants(&operator.home.config)?;
     let found = found(args)?;
+    let since = Instant::now();
+    let grants = policy_file::grants(&operator.home.config)?;
     let compiled = found.as_ref().map(|found| &found.compiled);
     let held = hold_run(compiled, &grants, &TenantName::local(), &asked(args));
-    let held = held.map_err(refused)?;
+    let mut held = held.map_err(refused)?;
+    if let Some(applied) = &mut held.applied {
+        let found = found.as_ref().map(|found| found.took);
+        applied.took(found.unwrap_or_default() + since.elapsed());
+    }
     if let Some(found) = &found {
         for note in &found.notes {
             screen.note(note);
@@ -76,6 +103,8 @@ pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Resul
     }
     Ok(Ruled {
         top: top(args, found.as_ref()),
+        no_source: held.no_source,
+        file: compiled.map(|compiled| compiled.file().to_owned()),
         image: image(args, compiled, held.image.as_ref(), || operator.bases())?,
         argv: held.argv,
         network: held.network,
@@ -91,6 +120,7 @@ pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Resul
         git: held.git,
         secrets: held.secrets,
         disk: held.disk,
+        disk_said: held.disk_said,
         applied: held.applied,
     })
 }

@@ -3,18 +3,20 @@
 use kiln_controller::api::{JobView, KeepAsk, MachineView, RunAsk};
 use kiln_core::{FailureClass, Verdict};
 use kiln_image::context::{Limits, Tree};
-use kiln_network::{EgressSummary, Learned};
+use kiln_network::EgressSummary;
+use kiln_policy::Compiled;
 use kiln_worker::event::Events;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 use super::artifacts::CopyOut;
 use super::kept::Machine;
-use super::learn::Lesson;
+use super::learn::{Lesson, Reached};
 use super::run::{Stay, exited, with_files};
 use super::run_attend::Held;
+use super::run_folder::Project;
 use super::{artifacts, build, build_server, queueing, run_policy};
-use crate::args::RunArgs;
+use crate::args::{NetArg, RunArgs};
 use crate::error::{CliError, Result};
 use crate::server::follow::{Ended, LogKind, follow};
 use crate::server::{Server, upload};
@@ -36,7 +38,13 @@ pub(super) async fn run(
     let wanted = artifacts::wanted(&args.artifacts, &args.copy_out)?;
     let env = super::run::environment(&args)?;
     let top = run_policy::top(&args, found.as_ref());
-    let folder = super::run_folder::of(&args, top.as_deref())?;
+    let without = found.as_ref().map(|found| &found.compiled);
+    let without = without.filter(|compiled| compiled.policy().no_source);
+    let project = Project {
+        top: top.as_deref(),
+        without: without.map(Compiled::file),
+    };
+    let folder = super::run_folder::of(&args, project)?;
     let secrets = super::run::secrets(&args.secrets, &env)?;
     let inner = folder.as_ref().map(|folder| folder.inner.clone());
     let stay = Stay::of(&args, screen);
@@ -132,7 +140,7 @@ pub(super) async fn finish(
 ) -> Result<u8> {
     let stay = left.stay;
     if let Some(lesson) = left.lesson {
-        lesson.take(learned(ended.report.as_ref(), screen));
+        lesson.take(ended.report.as_ref().and_then(reached));
     }
     let egress = egress(ended.report.as_ref());
     if !egress.refused.is_empty() {
@@ -199,17 +207,20 @@ async fn kept(
     stay.tell(&machine, screen, cancel).await
 }
 
-/// What an open machine reached, as its worker told.
-fn learned(report: Option<&Value>, screen: Screen) -> Vec<Learned> {
-    let Some(report) = report else {
-        return Vec::new();
-    };
-    if let Some(more) = report["learned_more"].as_u64().filter(|more| *more > 0) {
-        screen.note(&format!(
-            "warning: it reached {more} destinations more than are told; a list of so many is no policy"
-        ));
+/// What an open machine reached, as its worker told; none when what it told cannot be read.
+fn reached(report: &Value) -> Option<Reached> {
+    let learned = &report["learned"];
+    if learned.is_null() {
+        return Some(Reached::default());
     }
-    serde_json::from_value(report["learned"].clone()).unwrap_or_default()
+    let more = &report["learned_more"];
+    Some(Reached {
+        list: serde_json::from_value(learned.clone()).ok()?,
+        more: match more.is_null() {
+            true => 0,
+            false => more.as_u64()?,
+        },
+    })
 }
 
 /// What it reached and was refused, as its worker told.
@@ -262,6 +273,12 @@ fn refuse(args: &RunArgs) -> Result<()> {
             ),
         );
     }
+    if args.queueing.detach && args.net == Some(NetArg::Learn) {
+        return Err(CliError::usage(
+            "what a machine learns is told when its command ended: --detach does not wait for it",
+        )
+        .hint("leave --detach out"));
+    }
     let files = [
         ("--kernel", args.kernel.is_some()),
         ("--root-disk", args.root_disk.is_some()),
@@ -272,5 +289,47 @@ fn refuse(args: &RunArgs) -> Result<()> {
             "{flag} does not work through a server: machines there are made of files of their worker's host"
         ))
         .hint("without a server the machine is on this host, and it works")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+    use serde_json::json;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    #[test]
+    fn nobody_learns_from_a_run_that_nobody_waits_for() {
+        let args = |words: &[&str]| {
+            let words = ["kiln", "run"].iter().chain(words);
+            match Cli::try_parse_from(words).expect("legal").command {
+                Command::Run(args) => *args,
+                other => panic!("{other:?}"),
+            }
+        };
+        let refused = refuse(&args(&["--net", "learn", "--detach", "--", "true"]));
+        let refused = refused.expect_err("detached");
+        assert_eq!((refused.exit_code(), refused.hints.len()), (2, 1));
+        assert!(refuse(&args(&["--net", "learn", "--", "true"])).is_ok());
+        assert!(refuse(&args(&["--detach", "--", "true"])).is_ok());
+    }
+
+    #[test]
+    fn what_was_reached_is_known_only_where_it_was_told() {
+        let line = json!({ "rule": "a.example.org:443/tls", "connections": 1, "bytes_out": 1, "bytes_in": 1 });
+        let told = |learned, more| {
+            let list = reached(&json!({ "learned": learned, "learned_more": more }));
+            list.map(|reached| (reached.list.len(), reached.more))
+        };
+        assert_eq!(told(json!([line]), json!(3)), Some((1, 3)));
+        assert_eq!(told(json!([line]), json!(null)), Some((1, 0)));
+        assert_eq!(
+            reached(&json!({ "measured": {} })),
+            Some(Reached::default())
+        );
+        assert_eq!(told(json!("?"), json!(0)), None);
+        assert_eq!(told(json!([line]), json!("many")), None);
     }
 }

@@ -74,6 +74,50 @@ fn a_policy_is_checked_explained_and_begun() {
 }
 
 #[test]
+fn verbs_of_a_policy_look_where_a_run_looks_and_say_what_it_would() {
+    let Some(annex) = Annex::open() else { return };
+    let pinned = format!("registry.example.org/app@sha256:{}", "a".repeat(64));
+    let dir = app(&[("kiln.yaml", POLICY), (".git/HEAD", ""), ("web/x", "")]);
+    let web = dir.path().join("web");
+    let here = |args: &[&str], code: i32| within(&annex, &web, args).exits(code);
+    for verb in ["check", "show"] {
+        let said = here(&["policy", verb, "--json"], 0);
+        assert!(said.out.contains("/kiln.yaml\""), "{said:?}");
+    }
+    here(&["policy", "explain", "a.example.org"], 0);
+    // A file of its own would take the place of the one above.
+    let shadow = here(&["init"], 2);
+    assert!(shadow.err.contains("kiln.yaml holds in"), "{shadow:?}");
+    assert!(!web.join("kiln.yaml").exists());
+    let forced = here(&["init", "--force"], 0);
+    assert!(forced.err.contains("is not read in"), "{forced:?}");
+    fs::remove_file(web.join("kiln.yaml")).expect("gone");
+
+    let grant = annex.home.join("config/policy.toml");
+    fs::write(&grant, "[tenant.local]\nmax = { memory = \"256M\" }\n").expect("grant");
+    for verb in ["check", "show"] {
+        let refused = here(&["policy", verb], 4);
+        assert!(
+            refused.err.contains("kiln.yaml:2") && refused.err.contains("resources.memory"),
+            "{refused:?}"
+        );
+    }
+    here(&["policy", "explain", "a.example.org"], 4);
+    fs::remove_file(&grant).expect("gone");
+
+    // What no run could be held to is told before one is asked for.
+    fs::write(
+        dir.path().join("kiln.yaml"),
+        format!("version: 1\nimage: {pinned}\n"),
+    )
+    .expect("written");
+    for args in [&["policy", "check"][..], &["run", "--", "true"]] {
+        let refused = here(args, 4);
+        assert!(refused.err.contains("kiln's own registry"), "{refused:?}");
+    }
+}
+
+#[test]
 fn flags_narrow_and_what_cannot_be_enforced_is_refused_before_anything_starts() {
     let Some(kiln) = kiln() else { return };
     let dir = app(&[("kiln.yaml", POLICY)]);

@@ -9,6 +9,7 @@ use std::io::Read as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use http::StatusCode;
 use kiln_core::git_gateway::REPOSITORIES_MAX;
@@ -264,6 +265,7 @@ impl RunAsk {
         let JobKind::Run(run) = kind else {
             return Err(Problem::bad_request("this is not a run"));
         };
+        let since = Instant::now();
         let compiled = self.policy.as_ref().map(PolicyAsk::compiled).transpose()?;
         let allow = self.common.rules()?;
         let git = self.repositories()?;
@@ -278,10 +280,14 @@ impl RunAsk {
             command: &self.argv,
             connections_most: connections_most(),
         };
-        let held = hold_run(compiled.as_ref(), grants, tenant, &asked).map_err(refused)?;
+        let mut held = hold_run(compiled.as_ref(), grants, tenant, &asked).map_err(refused)?;
+        if let Some(applied) = &mut held.applied {
+            applied.took(since.elapsed());
+        }
         let notes = notes(compiled.as_ref(), &held.removed);
         let Held {
             image,
+            no_source,
             argv,
             network,
             resources,
@@ -297,6 +303,10 @@ impl RunAsk {
             removed: _,
         } = held;
         runs_in(run, image, compiled.as_ref())?;
+        if no_source && run.source.is_some() {
+            let detail = "files were sent, and the policy wants none in the machine";
+            return Err(Problem::invalid("source", detail));
+        }
         if argv.is_empty() && run.image.is_none() {
             return Err(Problem::invalid("argv", "there is no command"));
         }
@@ -391,6 +401,7 @@ impl BuildAsk {
         let JobKind::SourceBuild(build) = kind else {
             return Err(Problem::bad_request("this is not a build"));
         };
+        let since = Instant::now();
         let compiled = self.policy.as_ref().map(PolicyAsk::compiled).transpose()?;
         let allow = self.common.rules()?;
         let asked = BuildAsked {
@@ -400,7 +411,10 @@ impl BuildAsk {
             secrets: &build.secrets,
             connections_most: connections_most(),
         };
-        let held = hold_build(compiled.as_ref(), grants, tenant, &asked).map_err(refused)?;
+        let mut held = hold_build(compiled.as_ref(), grants, tenant, &asked).map_err(refused)?;
+        if let Some(applied) = &mut held.applied {
+            applied.took(since.elapsed());
+        }
         let notes = notes(compiled.as_ref(), &held.removed);
         let HeldBuild {
             network,

@@ -1,6 +1,8 @@
 //! The policy in the commit that a build is made from. It is known only when a worker has proven the commit: the worker reads the file from
 //! the tree that it wrote itself, and here it is compiled and bounded by what the operator grants, before the machine of the build starts.
 
+use std::time::Instant;
+
 use axum::Json;
 use axum::extract::State;
 use kiln_core::access::Ceiling;
@@ -106,6 +108,7 @@ fn answer(
     ask: &AskPolicy,
     grants: &Grants,
 ) -> Result<PolicyAnswer, PolicyAnswer> {
+    let since = Instant::now();
     let Some(compiled) = of_commit(ask)? else {
         return Ok(PolicyAnswer::None);
     };
@@ -134,9 +137,10 @@ fn answer(
     let timeout = file.timeout_ms.unwrap_or(limits.timeout_ms);
     limits.timeout_ms = limits.timeout_ms.min(timeout);
     kiln_policy::below(&mut limits, &held.max);
-    let Some(applied) = held.applied else {
+    let Some(mut applied) = held.applied else {
         return Ok(PolicyAnswer::None);
     };
+    applied.took(since.elapsed());
     Ok(PolicyAnswer::Held(Box::new(HeldPolicy {
         network: held.network,
         only_network: held.only,

@@ -70,11 +70,11 @@ pub struct Asked {
     pub priority: Priority,
 }
 
-/// Least memory a machine can start with.
-pub const MEMORY_MIN: ByteSize = ByteSize::mib(256);
-/// Least disk a machine can work with.
-pub const DISK_MIN: ByteSize = ByteSize::mib(256);
-/// Shortest wall time.
+/// Least memory a machine can start with: the same in a policy, on a command line and in a request.
+pub const MEMORY_MIN: ByteSize = ByteSize::mib(128);
+/// Least disk that has room for a file system: the same in a policy, on a command line and in a request.
+pub const DISK_MIN: ByteSize = ByteSize::mib(16);
+/// Shortest wall time: the same in a policy, on a command line and in a request.
 pub const TIMEOUT_MIN_MS: u64 = 1_000;
 
 /// Why a request was refused: it asks for more than it may, or for nothing at all.

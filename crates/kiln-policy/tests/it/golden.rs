@@ -72,6 +72,7 @@ fn the_same_meaning_has_the_same_hash() {
     };
     assert_eq!(hash("whole.yaml"), hash("whole-again.yaml"));
     assert_ne!(hash("whole.yaml"), hash("plain.yaml"));
+    assert_eq!(hash("no-source.yaml"), hash("no-repository.cleanroom.yaml"));
 }
 
 #[test]

@@ -69,6 +69,58 @@ fn more_than_the_maximum_is_refused() {
     let grants = grants("[tenant.local.max]\ncpus = 1\n");
     let refused = effective(&policy(POLICY), &grants, &local()).expect_err("too many");
     assert!(refused[0].message.contains("resources.cpus"), "{refused:?}");
+    assert_eq!(refused[0].line, 6, "the line of the amount");
+    let sandbox = format!(
+        "version: 1\nsandbox:\n  image: {{ref: a@sha256:{}}}\n  resources:\n    vcpus: 2\n",
+        "a".repeat(64)
+    );
+    let file = compile(Format::Cleanroom, "cleanroom.yaml", &sandbox).expect("legal");
+    let refused = effective(&file, &grants, &local()).expect_err("too many");
+    assert_eq!(refused[0].line, 5, "{refused:?}");
+}
+
+#[test]
+fn what_is_explained_is_what_a_run_would_do() {
+    let file = policy(
+        "version: 1\nnetwork:\n  allow:\n    - git.example.org:443\n    - b.example.org:443\n",
+    );
+    let gateway = grants("[tenant.local]\ngit = [\n  \"git.example.org/**\",\n]\n");
+    assert!(effective(&file, &gateway, &local()).is_err());
+    for host in ["git.example.org", "b.example.org"] {
+        let answer = explain(&file, &gateway, &local(), Phase::Run, (host, 443)).expect("a name");
+        let last = answer.said.last().expect("somebody said it");
+        assert!(!answer.allowed && answer.protocol.is_none(), "{answer:?}");
+        assert_eq!(
+            (last.by, last.at.as_deref()),
+            ("operator", Some("policy.toml"))
+        );
+        assert!(
+            last.says.contains("kiln.yaml:4") && last.says.contains("policy.toml:3"),
+            "{last:?}"
+        );
+        let alone = explain(&file, &Grants::default(), &local(), Phase::Run, (host, 443));
+        assert!(alone.expect("a name").allowed);
+    }
+}
+
+#[test]
+fn open_and_learn_are_each_told_with_their_own_line() {
+    let at = |mode: &str, grants: &Grants| {
+        let file = policy(&format!("version: 1\nnetwork: {{mode: {mode}}}\n"));
+        let answer = explain(&file, grants, &local(), Phase::Run, ("a.example.org", 443));
+        let answer = answer.expect("a name");
+        let operator = answer.said.iter().find(|say| say.by == "operator");
+        (
+            answer.allowed,
+            operator.and_then(|say| say.at.clone()).expect("a file"),
+        )
+    };
+    let both = grants("[tenant.local]\nopen = true\nlearn = true\n");
+    assert_eq!(at("open", &both), (true, "policy.toml:2".to_owned()));
+    assert_eq!(at("learn", &both), (true, "policy.toml:3".to_owned()));
+    // What no line says has none.
+    let neither = grants("[tenant.local]\nmax = {cpus = 1}\n");
+    assert_eq!(at("learn", &neither), (false, "policy.toml".to_owned()));
 }
 
 #[test]

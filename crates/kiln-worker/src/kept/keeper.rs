@@ -16,7 +16,7 @@ use kiln_core::FailureClass;
 use kiln_machine::bring_up::{self, Deadlines, Ready};
 use kiln_machine::driver::{Kept, Machine};
 use kiln_machine::ledger::{Need, Ticket};
-use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
+use kiln_network::gateway::{Gateway, Services as KilnNames};
 use kiln_network::record::EgressLog;
 use kiln_proto::Session;
 use kiln_proto::msg::Order;
@@ -32,7 +32,7 @@ use super::incident::{self, Evidence};
 use super::journal::Journal;
 use super::{FACTS_FILE, Facts, Handover, LOG_FILE, SCHEMA, STAYS_MAX, dir_of, socket_of};
 use crate::attempt::STOP_TIMEOUT;
-use crate::connections;
+use crate::connections::Bounds;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
 use crate::host::{Host, QUEUE_TIMEOUT, now_unix_ms};
@@ -146,18 +146,15 @@ pub async fn keep(
         .map_err(|error| infrastructure(&error))?;
 
     let egress = Arc::new(EgressLog::new());
-    let mut config = GatewayConfig::new(handover.network.clone(), Arc::clone(&egress) as _);
+    let bounds = Bounds::of_kept(&handover);
+    let mut config = bounds.gateway(handover.network.clone(), &egress);
     config.exceptions = site.exceptions();
     config.proxy = site.proxy.clone();
-    let [bytes_out, bytes_in] = handover.bytes_out_and_in_per_second;
-    config.limits.bytes_out_per_second = bytes_out;
-    config.limits.bytes_in_per_second = bytes_in;
-    connections::bound(&mut config.limits, handover.connections_max);
     config.services = KilnNames::default();
     let (events, told) = Events::channel();
     let services = Services::new(Gateway::new(config), events.clone());
     let serving = services.serve(incoming);
-    connections::allow(&session, handover.connections_max, &events).await;
+    bounds.allow(&session, &events).await;
     let result = Box::pin(hold(
         host,
         handover,
