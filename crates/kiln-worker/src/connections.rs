@@ -86,21 +86,42 @@ async fn allow(session: &Session, most: Option<u32>, events: &Events) {
 
 #[cfg(test)]
 mod tests {
+    use kiln_core::job::{AppliedPolicy, TrustClass};
+    use kiln_core::{ByteSize, Digest, Dispatch, JobKind, TenantName};
+
     use super::*;
     use crate::kept::sample;
 
     #[test]
     fn what_a_policy_says_bounds_the_gateway_of_a_job_and_of_a_machine_that_stays() {
-        let mut request: JobRequest = serde_json::from_value(serde_json::json!({
-            "id": "r0abc", "tenant": "local", "kind": { "kind": "run", "argv": ["true"] },
-            "network": { "mode": "open" }, "trust": "untrusted",
-            "limits": { "cpus": 1, "memory": 1 << 29, "disk": 1 << 30, "timeout_ms": 1000 },
-            "policy": {
-                "file": kiln_core::Digest::of(b"file"), "hash": kiln_core::Digest::of(b"hash"),
-                "upload_bits": 8_000, "download_bits": 16_000, "connections_max": 3,
+        let mut request = JobRequest {
+            id: "r0abc".parse().expect("an id"),
+            tenant: TenantName::local(),
+            kind: JobKind::Run(Box::default()),
+            network: NetworkPolicy::Open,
+            limits: kiln_core::job::Limits {
+                cpus: 1,
+                memory: ByteSize::mib(512),
+                disk: ByteSize::gib(1),
+                timeout_ms: 1_000,
             },
-        }))
-        .expect("a request");
+            trust: TrustClass::Untrusted,
+            network_bits: None,
+            dispatch: Dispatch::default(),
+            traceparent: None,
+            policy: Some(AppliedPolicy {
+                name: None,
+                file: Digest::of(b"file"),
+                hash: Digest::of(b"hash"),
+                upload_bits: Some(8_000),
+                download_bits: Some(16_000),
+                connections_max: Some(3),
+                output_bytes_max: None,
+                processes_max: None,
+                learn: false,
+                decided_us: None,
+            }),
+        };
         let egress = Arc::new(EgressLog::new());
         let shown = |bounds: Bounds| {
             let limits = bounds.gateway(NetworkPolicy::Open, &egress).limits;
