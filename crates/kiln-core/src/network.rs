@@ -215,6 +215,9 @@ pub enum EgressVerdict {
     NameMismatch {
         /// What the client said, if anything.
         said: Option<String>,
+        /// What was the matter. Absent in records from before it was told.
+        #[serde(default, skip_serializing_if = "NameFault::is_mismatch")]
+        fault: NameFault,
     },
     /// The git gateway did not do what it was asked.
     GitRefused {
@@ -228,6 +231,35 @@ pub enum EgressVerdict {
         /// The error text.
         error: String,
     },
+}
+
+/// Why a connection's own bytes did not satisfy its rule.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NameFault {
+    /// Another name, none, or what could be read in two ways.
+    #[default]
+    Mismatch,
+    /// The TLS ClientHello is encrypted (ECH), so that the name in it cannot be checked.
+    Encrypted,
+    /// An HTTP request asked for another protocol, after which no request could be checked.
+    Upgrade,
+}
+
+impl NameFault {
+    /// As scripts may rely on it.
+    #[must_use]
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Mismatch => "name_mismatch",
+            Self::Encrypted => "name_encrypted",
+            Self::Upgrade => "upgrade_refused",
+        }
+    }
+
+    fn is_mismatch(&self) -> bool {
+        *self == Self::Mismatch
+    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
-use kiln_core::network::{EgressEvent, EgressVerdict, INTERNAL_SUFFIX, SpecialRange};
+use kiln_core::network::{EgressEvent, EgressVerdict, INTERNAL_SUFFIX, NameFault, SpecialRange};
 use serde::{Deserialize, Serialize};
 
 use crate::flows::{Counts, FLOWS_MAX, Flow, flows};
@@ -89,7 +89,7 @@ fn reason_code(verdict: &EgressVerdict) -> &'static str {
         EgressVerdict::HostRefused => "host_not_allowed",
         EgressVerdict::PortRefused => "port_not_allowed",
         EgressVerdict::AddressRefused { .. } => "address_not_allowed",
-        EgressVerdict::NameMismatch { .. } => "name_mismatch",
+        EgressVerdict::NameMismatch { fault, .. } => fault.code(),
         EgressVerdict::GitRefused { why, .. } => why.code(),
         EgressVerdict::Unreachable { .. } => "unreachable",
     }
@@ -219,8 +219,8 @@ pub struct RefusedHost {
     pub port: u16,
     /// Why, in words.
     pub reason: String,
-    /// Why, for programs: `host_not_allowed`, `port_not_allowed`, `address_not_allowed`, `name_mismatch`, `unreachable`, or a code of the git
-    /// gateway ([`kiln_core::GitRefused::code`]). Empty in records
+    /// Why, for programs: `host_not_allowed`, `port_not_allowed`, `address_not_allowed`, `name_mismatch`, `name_encrypted`,
+    /// `upgrade_refused`, `unreachable`, or a code of the git gateway ([`kiln_core::GitRefused::code`]). Empty in records
     /// from before there were codes.
     #[serde(default)]
     pub code: String,
@@ -397,13 +397,22 @@ fn explain(event: &EgressEvent) -> (String, Option<String>) {
             "it resolves to this host, a metadata service or no host at all".to_owned(),
             None,
         ),
-        EgressVerdict::NameMismatch { said } => (
-            match said {
-                Some(said) => format!("the connection asked for {said:?} instead"),
-                None => "the connection did not say this name".to_owned(),
-            },
-            None,
-        ),
+        EgressVerdict::NameMismatch { said, fault } => {
+            let raw = format!("a rule {}:{}/raw admits it", event.host, event.port);
+            let why = match (fault, said) {
+                (NameFault::Encrypted, _) => {
+                    format!("its ClientHello is encrypted (ECH): {raw}")
+                }
+                (NameFault::Upgrade, _) => {
+                    format!("an HTTP request asked for another protocol (Upgrade, h2c): {raw}")
+                }
+                (NameFault::Mismatch, Some(said)) => {
+                    format!("the connection asked for {said:?} instead")
+                }
+                (NameFault::Mismatch, None) => "the connection did not say this name".to_owned(),
+            };
+            (why, None)
+        }
         EgressVerdict::GitRefused { why, path } => {
             let path = path.trim_start_matches('/');
             (format!("git, {path}: {}", why.why()), None)
@@ -523,6 +532,7 @@ mod tests {
             80,
             EgressVerdict::NameMismatch {
                 said: Some("b.example.org".to_owned()),
+                fault: NameFault::Mismatch,
             },
         );
         cut.bytes_out = 7;

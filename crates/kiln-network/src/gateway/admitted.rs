@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use kiln_core::network::{EgressEvent, EgressVerdict, Protocol as Speaks, normal_host};
+use kiln_core::network::{EgressEvent, EgressVerdict, NameFault, Protocol as Speaks, normal_host};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
@@ -18,7 +18,7 @@ use super::dial::BoxedDuplex;
 use super::rules::Watched;
 use super::share::Moving;
 use super::{GuestService, Limits};
-use crate::inspect::http::{Form, HttpChecker};
+use crate::inspect::http::{Form, HttpChecker, HttpRefusal};
 use crate::inspect::tls::{Hello, client_hello};
 use crate::inspect::{FIRST_LINE_BYTES_MAX, Protocol, classify};
 use crate::record::EgressSink;
@@ -87,6 +87,8 @@ pub enum RelayEnd {
     NameRefused {
         /// The name the guest said, if any.
         said: Option<String>,
+        /// What kind of fault.
+        fault: NameFault,
         /// What was wrong.
         reason: String,
     },
@@ -262,9 +264,17 @@ async fn relay(egress: Egress, guest: BoxedDuplex) -> RelayReport {
         Some(Stop::Server(error)) => RelayEnd::Broken(format!("server: {error}")),
     };
     tally.narrowed = end == RelayEnd::Narrowed;
-    if let RelayEnd::NameRefused { said, reason } = &end {
+    if let RelayEnd::NameRefused {
+        said,
+        fault,
+        reason,
+    } = &end
+    {
         tracing::debug!(host = %tally.flow.name, port = tally.flow.port, %reason, "egress refused by name");
-        tally.verdict = EgressVerdict::NameMismatch { said: said.clone() };
+        tally.verdict = EgressVerdict::NameMismatch {
+            said: said.clone(),
+            fault: *fault,
+        };
         if tally.bytes_in.load(Ordering::Relaxed) == 0 {
             let words = last_words.bytes(&tally.flow.name, reason);
             let say = async {
@@ -290,8 +300,13 @@ enum Stop {
 }
 
 fn refused(said: Option<&str>, reason: impl fmt::Display) -> Stop {
+    faulty(NameFault::Mismatch, said, reason)
+}
+
+fn faulty(fault: NameFault, said: Option<&str>, reason: impl fmt::Display) -> Stop {
     Stop::End(RelayEnd::NameRefused {
         said: said.map(str::to_owned),
+        fault,
         reason: reason.to_string(),
     })
 }
@@ -384,8 +399,13 @@ impl Gate<'_> {
         part: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<(), Stop> {
-        http.push(part, out)
-            .map_err(|refusal| refused(refusal.said(), &refusal))
+        http.push(part, out).map_err(|refusal| {
+            let fault = match refusal {
+                HttpRefusal::Upgrade { .. } => NameFault::Upgrade,
+                _ => NameFault::Mismatch,
+            };
+            faulty(fault, refusal.said(), &refusal)
+        })
     }
 
     /// Reads until the name in the guest's first bytes is checked. Nothing was sent yet.
@@ -483,6 +503,11 @@ impl Gate<'_> {
             Ok(Hello::Name(name)) => Err(refused(
                 Some(&name.chars().take(260).collect::<String>()),
                 "TLS with another server name",
+            )),
+            Ok(Hello::Encrypted) => Err(faulty(
+                NameFault::Encrypted,
+                None,
+                "its TLS ClientHello is encrypted (ECH), which only a rule with /raw admits",
             )),
             Ok(Hello::NoName) => Err(refused(None, "TLS without a server name")),
             Err(error) => Err(refused(None, error)),

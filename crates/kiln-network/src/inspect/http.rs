@@ -5,8 +5,8 @@
 //! It is strict on purpose: whatever two servers could frame differently (both length headers, folded lines,
 //! bare line feeds, two hosts) is refused, because that is how requests are smuggled.
 //!
-//! `Upgrade` and `HTTP2-Settings` are cut out of requests (they are hop-by-hop, RFC 9110 §7.8): after an
-//! upgrade the connection could no longer be checked. WebSockets therefore work over TLS only.
+//! A request that asks for another protocol (`Upgrade`, `HTTP2-Settings`, HTTP/2's own first line) is refused: once the
+//! server agreed, nothing on the connection could be checked any more. WebSockets therefore need TLS or a rule that says `raw`.
 
 use std::fmt::Write as _;
 
@@ -34,6 +34,14 @@ pub enum HttpRefusal {
         /// Its target.
         said: String,
     },
+    /// It asks to speak another protocol on the connection: after that nothing could be checked.
+    #[error(
+        "the HTTP request asks for another protocol ({said}), which only a rule with /raw admits"
+    )]
+    Upgrade {
+        /// What it asked for.
+        said: String,
+    },
     /// A head, chunk line or trailer section beyond its bound.
     #[error("an HTTP {0} is longer than allowed")]
     TooLong(&'static str),
@@ -49,7 +57,7 @@ impl HttpRefusal {
         match self {
             Self::WrongHost { said } => said.as_deref(),
             Self::Tunnel { said } => Some(said),
-            Self::TooLong(_) | Self::Malformed(_) => None,
+            Self::Upgrade { .. } | Self::TooLong(_) | Self::Malformed(_) => None,
         }
     }
 }
@@ -246,11 +254,12 @@ impl HttpChecker {
                     return Err(HttpRefusal::Malformed("Transfer-Encoding"));
                 }
                 framing.chunked = true;
+            } else if upgrades(name, value) {
+                return Err(HttpRefusal::Upgrade { said: shown(value) });
             }
             let proxied = matches!(self.form, Form::Proxy { .. });
-            let dropped = name_is("upgrade")
-                || name_is("http2-settings")
-                || (proxied && (name_is("proxy-authorization") || name_is("proxy-connection")));
+            let dropped =
+                proxied && (name_is("proxy-authorization") || name_is("proxy-connection"));
             if !dropped {
                 out.extend_from_slice(line);
                 out.extend_from_slice(b"\r\n");
@@ -280,6 +289,11 @@ impl HttpChecker {
         else {
             return Err(bad);
         };
+        if method == "PRI" && version.starts_with("HTTP/2") {
+            return Err(HttpRefusal::Upgrade {
+                said: "HTTP/2".to_owned(),
+            });
+        }
         let target_legal = !target.is_empty() && target.bytes().all(|b| b > 0x20 && b != 0x7f);
         if method.is_empty()
             || !method.bytes().all(is_token)
@@ -398,9 +412,26 @@ fn pass(input: &mut &[u8], left: u64, out: &mut Vec<u8>) -> u64 {
     left - len as u64
 }
 
+/// RFC 9110 §5.6.3.
+fn is_blank(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\t')
+}
+
 /// RFC 9110 §5.6.2.
 fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
+/// Whether a header asks to leave HTTP/1, or belongs to one that does (RFC 9110 §7.8, RFC 7540 §3.2).
+fn upgrades(name: &[u8], value: &[u8]) -> bool {
+    let name_is = |text: &str| name.eq_ignore_ascii_case(text.as_bytes());
+    let listed = |option: &[u8]| {
+        let option = option.trim_ascii();
+        option.eq_ignore_ascii_case(b"upgrade") || option.eq_ignore_ascii_case(b"http2-settings")
+    };
+    name_is("upgrade")
+        || name_is("http2-settings")
+        || (name_is("connection") && value.split(|b| *b == b',').any(listed))
 }
 
 fn field(line: &[u8]) -> Result<(&[u8], &[u8]), HttpRefusal> {
@@ -418,6 +449,7 @@ fn field(line: &[u8]) -> Result<(&[u8], &[u8]), HttpRefusal> {
     {
         return Err(HttpRefusal::Malformed("header value"));
     }
+    // Of what `trim_ascii` takes away only blanks are left by now.
     Ok((name, value.trim_ascii()))
 }
 
@@ -434,12 +466,14 @@ fn chunk_size(line: &[u8]) -> Result<u64, HttpRefusal> {
     let bad = HttpRefusal::Malformed("chunk line");
     let line = line.strip_suffix(b"\r\n").unwrap_or(line);
     let digits = line.iter().take_while(|b| b.is_ascii_hexdigit()).count();
-    let after = line[digits..].trim_ascii_start();
+    // Blanks alone: a line end among them is one to a server that takes a bare line feed.
+    let blanks = line[digits..].iter().take_while(|b| is_blank(**b)).count();
+    let after = &line[digits + blanks..];
     let extension_legal = after.is_empty()
         || (after[0] == b';'
             && after
                 .iter()
-                .all(|b| *b == b'\t' || (*b >= 0x20 && *b != 0x7f)));
+                .all(|b| is_blank(*b) || (*b > 0x20 && *b != 0x7f)));
     let size = std::str::from_utf8(&line[..digits])
         .ok()
         .filter(|_| (1..=15).contains(&digits))

@@ -30,11 +30,86 @@ fn plain_requests_pass_unchanged() {
 }
 
 #[test]
-fn upgrades_are_cut_out() {
-    let asked =
-        b"GET / HTTP/1.1\r\nHost: a.example.org\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\n\r\n";
-    let sent = b"GET / HTTP/1.1\r\nHost: a.example.org\r\n\r\n";
-    assert_eq!(run(asked).expect("legal"), sent);
+fn upgrades_are_refused_and_nothing_of_them_leaves() {
+    let refused = |head: &str| {
+        let (mut checker, mut out) = (checker(), Vec::new());
+        let all = [GET, head.as_bytes()].concat();
+        let refusal = checker.push(&all, &mut out).expect_err(head);
+        assert_eq!(out, GET, "{head:?}");
+        refusal
+    };
+    for (headers, said) in [
+        (
+            "Upgrade: h2c\r\nHTTP2-Settings: AAA\r\nConnection: Upgrade, HTTP2-Settings",
+            "h2c",
+        ),
+        (
+            "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c",
+            "Upgrade, HTTP2-Settings",
+        ),
+        ("HTTP2-Settings: AAMAAABkAAQAAP__", "AAMAAABkAAQAAP__"),
+        ("UPGRADE: websocket", "websocket"),
+        ("Upgrade:", ""),
+        ("connection: keep-alive,\tuPgrade", "keep-alive,\tuPgrade"),
+    ] {
+        let head = format!("GET / HTTP/1.1\r\nHost: a.example.org\r\n{headers}\r\n\r\n");
+        let said = said.replace('\t', "");
+        assert_eq!(refused(&head), HttpRefusal::Upgrade { said }, "{headers:?}");
+    }
+    let preface = HttpRefusal::Upgrade {
+        said: "HTTP/2".to_owned(),
+    };
+    assert_eq!(refused("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), preface);
+    let kept = "GET / HTTP/1.1\r\nHost: a.example.org\r\nConnection: keep-alive, upgraded\r\n\r\n";
+    assert_eq!(run(kept.as_bytes()).expect("legal"), kept.as_bytes());
+}
+
+/// Whatever a lenient server takes for a line end is not one here, in every place where a line decides how bytes are framed.
+#[test]
+fn bare_line_ends_and_other_blanks_never_pass_in_framing() {
+    let chunked = "POST / HTTP/1.1\r\nHost: a.example.org\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let end = "x\r\n0\r\n\r\n";
+    let smuggled = [
+        "GET /\n HTTP/1.1\r\nHost: a.example.org\r\n\r\n".to_owned(),
+        "GET / HTTP/1.1\nHost: a.example.org\r\n\r\n".to_owned(),
+        "GET / HTTP/1.1\rHost: a.example.org\r\n\r\n".to_owned(),
+        "\nGET / HTTP/1.1\r\nHost: a.example.org\r\n\r\n".to_owned(),
+        "\r\rGET / HTTP/1.1\r\nHost: a.example.org\r\n\r\n".to_owned(),
+        "GET / HTTP/1.1\r\nHost: a.example.org\r\n\n\r\n\r\n".to_owned(),
+        "GET / HTTP/1.1\r\nHost: a.example.org\r\n\tX: y\r\n\r\n".to_owned(),
+        "POST / HTTP/1.1\r\nHost: a.example.org\r\nContent-Length: 1\x0c\r\n\r\nx".to_owned(),
+    ];
+    let bodies = [
+        "1\n;\r\n",
+        "1\r;\r\n",
+        "1\x0c;\r\n",
+        "1 \n;\r\n",
+        "1\n\r\n",
+        "1\r\r\n",
+        "1\x0b\r\n",
+        "1;a\nb\r\n",
+        "1;a\rb\r\n",
+        "\n1\r\n",
+        " 1\r\n",
+    ];
+    let bodies = bodies.map(|line| format!("{chunked}{line}{end}"));
+    let trailers = [
+        "X: a\nY: b\r\n",
+        "X: a\rb\r\n",
+        "\nX: a\r\n",
+        "X: a\r\n b\r\n",
+        "\r\r\n",
+    ];
+    let trailers = trailers.map(|line| format!("{chunked}0\r\n{line}\r\n"));
+    for text in smuggled.iter().chain(&bodies).chain(&trailers) {
+        let refused = run(text.as_bytes());
+        assert!(
+            matches!(refused, Err(HttpRefusal::Malformed(_))),
+            "{text:?}: {refused:?}"
+        );
+    }
+    let blanks = format!("{chunked}1 \t;x=\t y\r\n{end}");
+    assert_eq!(run(blanks.as_bytes()).expect("legal"), blanks.as_bytes());
 }
 
 #[test]
@@ -128,7 +203,7 @@ fn what_could_be_framed_in_two_ways_is_refused() {
         "G(T / HTTP/1.1",
         "GET http://x@a.example.org/ HTTP/1.1",
         "GET https://a.example.org:80/ HTTP/1.1",
-        "PRI * HTTP/2.0",
+        "PRI * HTTP/1.2",
         "GET a.example.org HTTP/1.1",
         " GET / HTTP/1.1",
     ] {

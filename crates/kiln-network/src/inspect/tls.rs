@@ -2,7 +2,10 @@
 //!
 //! Not a TLS implementation: it reads exactly one message, possibly spread over several records, and refuses
 //! what two readers could read differently (two names, two `server_name` extensions, trailing bytes).
-//! Encrypted ClientHello hides the inner name; the outer one must still equal the admitted name.
+//!
+//! Encrypted ClientHello hides the name that the server will go by, so a hello that carries it is refused, whatever its outer name:
+//! one that merely pretends (GREASE) cannot be told from one that means it, which is what GREASE is for. The hello that follows a
+//! HelloRetryRequest is not read: it comes after the first one was sent on.
 
 use std::fmt;
 
@@ -10,6 +13,11 @@ use std::fmt;
 pub const HELLO_BYTES_MAX: usize = 16 * 1024;
 /// Most records a ClientHello may be cut into.
 pub const HELLO_RECORDS_MAX: usize = 64;
+
+/// `encrypted_client_hello` (RFC 9849), its drafts, and `encrypted_server_name` of the drafts before them.
+fn hides_the_name(extension: u16) -> bool {
+    matches!(extension, 0xfe08..=0xfe0d | 0xffce)
+}
 
 /// What a ClientHello says.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -20,6 +28,8 @@ pub enum Hello {
     Name(String),
     /// It names nothing.
     NoName,
+    /// Its name, or what stands for it, is encrypted.
+    Encrypted,
 }
 
 /// Why bytes are not an acceptable ClientHello.
@@ -160,12 +170,17 @@ fn server_name(body: &[u8]) -> Result<Hello, HelloError> {
         return Err(HelloError::Malformed("bytes after the extensions"));
     }
     let mut found = None;
+    let mut encrypted = false;
     while !extensions.0.is_empty() {
         let kind = extensions.u16("extension type")?;
         let data = extensions.vector(2, "extension")?;
         if kind == 0 && found.replace(data).is_some() {
             return Err(HelloError::Malformed("two server_name extensions"));
         }
+        encrypted |= hides_the_name(kind);
+    }
+    if encrypted {
+        return Ok(Hello::Encrypted);
     }
     found.map_or(Ok(Hello::NoName), one_name)
 }
@@ -272,6 +287,25 @@ mod tests {
         assert!(client_hello(b"\x16\x03\x01\x00\x00").is_err());
         assert!(client_hello(b"\x17").is_err());
         assert!(client_hello(b"\x16\x03\x01\x00\x01\x02").is_err());
+    }
+
+    #[test]
+    fn a_hello_that_hides_its_name_is_told_apart_whatever_its_outer_name() {
+        // The outer form (RFC 9849 §5): type, cipher suite, configuration id, key, payload.
+        let outer = b"\0\0\x01\0\x01\x07\0\x02kk\0\x03ppp";
+        for kind in [0xfe0d, 0xfe08, 0xffce] {
+            for data in [&outer[..], b"\x01", b""] {
+                let before = [extension(kind, data), sni(b"a.example.org")].concat();
+                let after = [sni(b"a.example.org"), extension(kind, data)].concat();
+                for extensions in [before, after, extension(kind, data)] {
+                    let hello = client_hello(&records(&message(&extensions), 50));
+                    assert_eq!(hello, Ok(Hello::Encrypted), "{kind:x}");
+                }
+            }
+        }
+        let other = [sni(b"a.example.org"), extension(0xfe0e, outer)].concat();
+        let name = Ok(Hello::Name("a.example.org".to_owned()));
+        assert_eq!(client_hello(&records(&message(&other), 50)), name);
     }
 
     #[test]

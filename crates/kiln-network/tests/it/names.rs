@@ -2,9 +2,9 @@
 
 use std::sync::{Arc, Mutex};
 
-use kiln_core::network::EgressVerdict;
-use kiln_network::EgressLog;
+use kiln_core::network::{EgressVerdict, NameFault};
 use kiln_network::gateway::{RelayEnd, RelayReport};
+use kiln_network::{EgressLog, summary};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::world::{Guest, PUBLIC, World, config, verdicts};
@@ -76,7 +76,35 @@ pub(crate) fn hello(name: Option<&str>) -> Vec<u8> {
     bytes
 }
 
+/// The same hello with one more extension.
+fn extended(mut hello: Vec<u8>, kind: u16, data: &[u8]) -> Vec<u8> {
+    let more = [&kind.to_be_bytes()[..], &len16(data.len()), data].concat();
+    let u16_at =
+        |hello: &[u8], at: usize| usize::from(u16::from_be_bytes([hello[at], hello[at + 1]]));
+    // Record and message headers, version, random; session id, cipher suites, compression methods.
+    let mut at = 5 + 4 + 2 + 32;
+    at += 1 + usize::from(hello[at]);
+    at += 2 + u16_at(&hello, at);
+    at += 1 + usize::from(hello[at]);
+    for (at, len) in [
+        (3, hello.len() - 5),
+        (7, hello.len() - 9),
+        (at, u16_at(&hello, at)),
+    ] {
+        hello[at..at + 2].copy_from_slice(&len16(len + more.len()));
+    }
+    [hello, more].concat()
+}
+
+fn len16(len: usize) -> [u8; 2] {
+    u16::try_from(len).expect("short").to_be_bytes()
+}
+
 fn assert_refused(seen: &Seen, said: Option<&str>) {
+    assert_fault(seen, said, NameFault::Mismatch);
+}
+
+fn assert_fault(seen: &Seen, said: Option<&str>, fault: NameFault) {
     assert!(
         seen.server.is_empty(),
         "nothing may reach the server: {:?}",
@@ -90,7 +118,8 @@ fn assert_refused(seen: &Seen, said: Option<&str>) {
     assert_eq!(
         verdicts(&seen.log),
         [EgressVerdict::NameMismatch {
-            said: said.map(str::to_owned)
+            said: said.map(str::to_owned),
+            fault,
         }]
     );
     assert_eq!(seen.report.bytes_out, 0);
@@ -184,6 +213,45 @@ async fn http_to_other_hosts_is_refused_before_a_byte_leaves() {
     );
     let long = [b"GET / HTTP/1.1\r\nX: ", &vec![b'y'; 20_000][..]].concat();
     assert_refused(&send(80, &[&long]).await, None);
+}
+
+#[tokio::test]
+async fn an_encrypted_client_hello_is_refused_with_its_own_reason() {
+    let outer = b"\0\0\x01\0\x01\x07\0\x02kk\0\x03ppp";
+    let plain = extended(hello(Some(HOST)), 0xfafa, outer);
+    assert_eq!(send(443, &[&plain]).await.server, plain);
+    for kind in [0xfe0d, 0xffce] {
+        let seen = send(443, &[&extended(hello(Some(HOST)), kind, outer)]).await;
+        assert_fault(&seen, None, NameFault::Encrypted);
+        assert_eq!(seen.guest, [0x15, 3, 3, 0, 2, 2, 112], "an alert");
+        let refused = summary(&seen.log.snapshot().events).refused;
+        assert_eq!(refused[0].code, "name_encrypted");
+        assert!(
+            refused[0].reason.contains("a.example.org:443/raw"),
+            "{refused:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_request_for_another_protocol_is_refused_with_its_own_reason() {
+    for asks in [
+        "GET / HTTP/1.1\r\nHost: a.example.org\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a.example.org\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ] {
+        let seen = send(80, &[asks.as_bytes()]).await;
+        assert_fault(&seen, None, NameFault::Upgrade);
+        let answer = String::from_utf8_lossy(&seen.guest).into_owned();
+        assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
+        assert!(answer.contains("only a rule with /raw"), "{answer}");
+        let refused = summary(&seen.log.snapshot().events).refused;
+        assert_eq!(refused[0].code, "upgrade_refused");
+        assert!(
+            refused[0].reason.contains("a.example.org:80/raw"),
+            "{refused:?}"
+        );
+    }
 }
 
 #[tokio::test]
