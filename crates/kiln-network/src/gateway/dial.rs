@@ -33,6 +33,20 @@ pub type BoxedDuplex = Box<dyn Duplex>;
 pub trait Resolver: Send + Sync {
     /// Every address of the name, best first.
     fn resolve<'a>(&'a self, host: &'a str) -> BoxFuture<'a, io::Result<Vec<IpAddr>>>;
+
+    /// The name's IPv6 addresses. None means that there are none for certain; an error, that nobody knows.
+    fn resolve_ipv6<'a>(&'a self, host: &'a str) -> BoxFuture<'a, io::Result<Vec<IpAddr>>> {
+        Box::pin(async move {
+            match self.resolve(host).await {
+                Ok(mut addrs) => {
+                    addrs.retain(IpAddr::is_ipv6);
+                    Ok(addrs)
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+                Err(error) => Err(error),
+            }
+        })
+    }
 }
 
 /// Opens a connection to an address that was checked.
@@ -51,28 +65,48 @@ static QUESTIONS: LazyLock<Arc<Semaphore>> =
 
 impl Resolver for SystemResolver {
     fn resolve<'a>(&'a self, host: &'a str) -> BoxFuture<'a, io::Result<Vec<IpAddr>>> {
-        Box::pin(async move {
-            let permit = Arc::clone(&QUESTIONS)
-                .acquire_owned()
-                .await
-                .map_err(io::Error::other)?;
-            let host = host.to_owned();
-            // The permit goes with the thread: a caller that gave up does not free it.
-            let answer = tokio::task::spawn_blocking(move || {
-                let _permit = permit;
-                (host.as_str(), 0_u16).to_socket_addrs().map(|addrs| {
-                    let mut unique: Vec<IpAddr> = Vec::new();
-                    for addr in addrs {
-                        if !unique.contains(&addr.ip()) {
-                            unique.push(addr.ip());
-                        }
-                    }
-                    unique
-                })
-            });
-            answer.await.map_err(io::Error::other)?
-        })
+        let ask = |host: &str| {
+            let addrs = (host, 0_u16).to_socket_addrs()?;
+            Ok(unique(addrs.map(|addr| addr.ip())))
+        };
+        Box::pin(on_a_thread(host, ask))
     }
+
+    fn resolve_ipv6<'a>(&'a self, host: &'a str) -> BoxFuture<'a, io::Result<Vec<IpAddr>>> {
+        let ask = |host: &str| {
+            let addrs = super::addrinfo::ipv6_of(host)?;
+            Ok(unique(addrs.into_iter().map(IpAddr::from)))
+        };
+        Box::pin(on_a_thread(host, ask))
+    }
+}
+
+/// Asks on a thread of its own, of which there are at most [`THREADS_MAX`].
+async fn on_a_thread(
+    host: &str,
+    ask: impl FnOnce(&str) -> io::Result<Vec<IpAddr>> + Send + 'static,
+) -> io::Result<Vec<IpAddr>> {
+    let permit = Arc::clone(&QUESTIONS)
+        .acquire_owned()
+        .await
+        .map_err(io::Error::other)?;
+    let host = host.to_owned();
+    // The permit goes with the thread: a caller that gave up does not free it.
+    let answer = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        ask(&host)
+    });
+    answer.await.map_err(io::Error::other)?
+}
+
+fn unique(addrs: impl Iterator<Item = IpAddr>) -> Vec<IpAddr> {
+    let mut unique: Vec<IpAddr> = Vec::new();
+    for addr in addrs {
+        if !unique.contains(&addr) {
+            unique.push(addr);
+        }
+    }
+    unique
 }
 
 /// TCP from the host.

@@ -24,6 +24,9 @@ const NAMES_FRESH: Duration = Duration::from_secs(60);
 /// How long the prefixes of a translator are believed (RFC 7050 §3 leaves it to the answer's own time, which a host's resolver does not tell).
 const PREFIXES_FRESH: Duration = Duration::from_secs(600);
 
+/// How often the translator's prefixes are asked for before one connection's IPv6 addresses are refused.
+const PREFIX_TRIES: usize = 3;
+
 /// A controller, worker, database or store of the installation.
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum Place {
@@ -175,7 +178,8 @@ impl Floor {
         checked.collect()
     }
 
-    /// The prefixes of the network's translator; `None` when nobody answered in time.
+    /// The prefixes of the network's translator; `None` when nobody knows them now. Only a definite answer is believed, and kept: also
+    /// that there are none, which is the usual one.
     async fn prefixes(
         &self,
         resolver: &dyn Resolver,
@@ -187,9 +191,25 @@ impl Floor {
         {
             return Some(prefixes);
         }
-        let answers = timeout_at(deadline, resolver.resolve(Nat64Prefix::NAME)).await;
-        // An error is the usual answer where nothing translates: the name has no IPv6 address then.
-        let found = Nat64Prefix::of_answers(&answers.ok()?.unwrap_or_default());
+        let answers = async {
+            let mut answers = resolver.resolve_ipv6(Nat64Prefix::NAME).await;
+            for _ in 1..PREFIX_TRIES {
+                if answers.is_ok() {
+                    break;
+                }
+                answers = resolver.resolve_ipv6(Nat64Prefix::NAME).await;
+            }
+            answers
+        };
+        let answers = match timeout_at(deadline, answers).await {
+            Ok(Ok(answers)) => answers,
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "whether the network translates IPv6 is not known: no IPv6 address is dialled");
+                return None;
+            }
+            Err(_) => return None,
+        };
+        let found = Nat64Prefix::of_answers(&answers);
         if !found.is_empty() {
             tracing::debug!(prefixes = found.len(), "the network translates IPv6");
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kiln_core::network::{RangeException, SpecialRange};
-use kiln_network::{OwnPlaces, Refusal};
+use kiln_network::{Gateway, OwnPlaces, Refusal};
 
 use crate::world::{World, config, echo};
 
@@ -116,6 +116,39 @@ async fn a_translators_prefix_is_found_and_hides_nothing() {
                 .all(|addr| addr.ip().to_string() == hiding)
         );
     }
+}
+
+/// A resolver in trouble says nothing about a translator: IPv6 waits until one is known to be there or not, IPv4 does not.
+#[tokio::test]
+async fn without_a_definite_answer_about_a_translator_no_ipv6_address_is_dialled() {
+    let hiding = "2600:aaaa::a9fe:a9fe";
+    let world = World::default();
+    let _six = world.server(&format!("[{hiding}]:9000"), echo).await;
+    let _four = world.server("8.8.4.4:9000", echo).await;
+    world.name(HOST, &[&[hiding]]);
+    let (mut config, _log) = config(&["a.example.org:9000"]);
+    config.own = Arc::new(OwnPlaces::default());
+    let gateway = world.gateway(config);
+    let range = async |gateway: &Gateway| match gateway.connect(HOST, 9000).await {
+        Ok(_) => None,
+        Err(Refusal::Address { range, .. }) => Some(range),
+        Err(other) => panic!("{other}"),
+    };
+    world.fails("ipv4only.arpa", usize::MAX);
+    assert_eq!(range(&gateway).await, Some(SpecialRange::Reserved));
+    assert_eq!(world.asked("ipv4only.arpa"), 3, "bounded");
+    world.name(HOST, &[&[hiding, "8.8.4.4"]]);
+    assert_eq!(range(&gateway).await, None, "IPv4 is not held up");
+    // What failed is not kept: the next connection asks again, and passes over two more errors.
+    world.name(HOST, &[&[hiding]]);
+    world.name("ipv4only.arpa", &[&["2600:aaaa::c000:aa"]]);
+    world.fails("ipv4only.arpa", 2);
+    assert_eq!(range(&gateway).await, Some(SpecialRange::LinkLocal));
+    let asked = world.asked("ipv4only.arpa");
+    assert_eq!(range(&gateway).await, Some(SpecialRange::LinkLocal));
+    assert_eq!(world.asked("ipv4only.arpa"), asked, "what is known is kept");
+    let dialled = world.dialled();
+    assert!(dialled.iter().all(|addr| addr.is_ipv4()), "{dialled:?}");
 }
 
 /// As [`refused`], where nobody listens.

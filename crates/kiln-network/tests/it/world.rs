@@ -29,6 +29,8 @@ struct Map {
     /// Answers per name: one list per question; the last one is repeated.
     names: HashMap<String, Vec<Vec<IpAddr>>>,
     asked: HashMap<String, usize>,
+    /// How many questions about a name still fail, as when its server has trouble.
+    failing: HashMap<String, usize>,
     servers: HashMap<SocketAddr, SocketAddr>,
     dialled: Vec<SocketAddr>,
 }
@@ -48,6 +50,15 @@ impl World {
         };
         let answers = answers.iter().map(parse).collect();
         self.map().names.insert(name.to_owned(), answers);
+    }
+
+    /// The next so many questions about this name get no answer.
+    pub(crate) fn fails(&self, name: &str, times: usize) {
+        self.map().failing.insert(name.to_owned(), times);
+    }
+
+    pub(crate) fn asked(&self, name: &str) -> usize {
+        self.map().asked.get(name).copied().unwrap_or_default()
     }
 
     /// Listens on loopback behind `public`.
@@ -92,11 +103,15 @@ impl Resolver for World {
         let turn = map.asked.entry(host.to_owned()).or_default();
         let now = *turn;
         *turn += 1;
+        if let Some(left @ 1..) = map.failing.get_mut(host) {
+            *left -= 1;
+            return Box::pin(async { Err(io::Error::other("SERVFAIL")) });
+        }
         let answer = map
             .names
             .get(host)
             .map(|lists| lists[now.min(lists.len() - 1)].clone());
-        Box::pin(async move { answer.ok_or_else(|| io::Error::other("no such name")) })
+        Box::pin(async move { answer.ok_or_else(|| io::ErrorKind::NotFound.into()) })
     }
 }
 
