@@ -112,6 +112,10 @@ fn tools_are_here() -> bool {
         .status()
         .is_ok_and(|status| status.success());
     if !ready {
+        assert!(
+            std::env::var_os("KILN_TEST_REQUIRE_TOOLS").is_none(),
+            "KILN_TEST_REQUIRE_TOOLS asks for root, unshare, nsenter, ip, git, openssl and python3"
+        );
         eprintln!("skipped: needs root and unshare, nsenter, ip, git, openssl, python3");
     }
     ready
