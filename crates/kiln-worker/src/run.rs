@@ -319,6 +319,8 @@ async fn work(
         return result;
     };
     told.phases.begin("handover").await;
+    // Whoever keeps the machine has a gateway of its own: what a secret narrowed stays so.
+    handover.network = attempt.services.gateway().at_most(&handover.network);
     handover.ended = match &result {
         Ok(exit) => ending(exit),
         Err(failure) => failure.message.clone(),

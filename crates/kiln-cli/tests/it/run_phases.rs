@@ -95,7 +95,31 @@ fn each_phase_has_its_own_network_and_secrets_and_the_files_of_the_one_before() 
     let failed = here(&["run", "--", "true"]).exits(9);
     assert_eq!(failed.out, "");
     failed.says("the phase dependencies failed: `exit 9`");
+    stays_narrowed(&annex, dir.path());
     annex.is_clear();
+}
+
+/// A machine that was given a secret and stays reaches no more with its keeper than it did with its run.
+fn stays_narrowed(annex: &crate::annex::Annex, dir: &Path) {
+    let policy = "\
+version: 1
+phases:
+  dependencies: {network: {allow: [\"dep.example.org:443\"]}, commands: [\"getent hosts dep.example.org\"]}
+  run: {network: {allow: [\"dep.example.org:443\", \"run.example.org:443\"]}}
+secrets:
+  - {name: phase-key, env: KEY, phase: dependencies, hosts: [\"dep.example.org:443\", \"run.example.org:443\"]}
+";
+    fs::write(dir.join("kiln.yaml"), policy).expect("write");
+    let asks = "getent hosts dep.example.org > /dev/null && ! getent hosts run.example.org";
+    let args = ["--json", "run", "--secret", "phase-key:file", "--keep=5m"];
+    let args = [&args[..], &["--", "sh", "-c", asks]].concat();
+    let ran = run_in(annex, dir, &args).exits(0);
+    let events = ran.out.lines().map(serde_json::from_str);
+    let mut events = events.map(|event: Result<serde_json::Value, _>| event.expect("JSON"));
+    let kept = events.find(|event| event["event"] == "kept").expect("kept");
+    let id = kept["id"].as_str().expect("an id");
+    annex.run(&["exec", id, "--", "sh", "-c", asks]).exits(0);
+    annex.run(&["machine", "rm", id]).exits(0);
 }
 
 #[test]

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use kiln_core::network::{AllowRule, NameVerdict, NetworkPolicy, Protocol};
+use kiln_core::network::{NameVerdict, NetworkPolicy, Protocol};
 use kiln_core::secret::Repository;
 use tokio::sync::watch;
 
@@ -32,6 +32,16 @@ impl Rules {
             git: Arc::default(),
             phase: None,
             narrow_only: false,
+        }
+    }
+}
+
+impl Rules {
+    /// What a phase that asks for this gets now.
+    fn next(&self, asked: &NetworkPolicy) -> NetworkPolicy {
+        match self.narrow_only {
+            true => self.policy.and(asked),
+            false => asked.clone(),
         }
     }
 }
@@ -63,10 +73,7 @@ impl Gateway {
         let mut holds = NetworkPolicy::Isolated;
         self.inner.rules.send_modify(|rules| {
             rules.phase = Some(Arc::from(phase));
-            rules.policy = match rules.narrow_only {
-                true => rules.policy.and(&policy),
-                false => policy,
-            };
+            rules.policy = rules.next(&policy);
             rules.git = Arc::new(match rules.narrow_only {
                 true => git.intersection(&rules.git).cloned().collect(),
                 false => git,
@@ -93,6 +100,12 @@ impl Gateway {
         });
     }
 
+    /// What whoever goes on with the machine may let it reach: this, and after [`Gateway::only_narrow`] no more than what it may reach now.
+    #[must_use]
+    pub fn at_most(&self, asked: &NetworkPolicy) -> NetworkPolicy {
+        self.inner.rules.borrow().next(asked)
+    }
+
     /// What the machine may reach now.
     #[must_use]
     pub fn policy(&self) -> NetworkPolicy {
@@ -105,7 +118,7 @@ impl Gateway {
 pub(super) struct Watched {
     name: String,
     port: u16,
-    protocol: Option<Protocol>,
+    protocol: Protocol,
     rules: watch::Receiver<Rules>,
 }
 
@@ -114,7 +127,7 @@ impl Watched {
     pub(super) fn new(
         name: &str,
         port: u16,
-        protocol: Option<Protocol>,
+        protocol: Protocol,
         rules: watch::Receiver<Rules>,
     ) -> Self {
         Self {
@@ -152,15 +165,7 @@ impl Watched {
 
     fn admits(&self, policy: &NetworkPolicy) -> bool {
         let now = policy.decide(&self.name, self.port);
-        matches!(now, NameVerdict::Allowed(rule) if still(&rule, self.protocol))
-    }
-}
-
-/// Whether a flow that may speak this may go on under a rule of today.
-fn still(rule: &AllowRule, speaks: Option<Protocol>) -> bool {
-    match (rule.protocol(), speaks) {
-        (Some(Protocol::Raw), _) => true,
-        (None, speaks) => speaks != Some(Protocol::Raw),
-        (today, speaks) => today == speaks,
+        // A flow that may speak this may go on where a rule of today admits as much.
+        matches!(now, NameVerdict::Allowed(rule) if rule.speaks(self.port).and(self.protocol) == Some(self.protocol))
     }
 }

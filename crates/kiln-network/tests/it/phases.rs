@@ -122,7 +122,10 @@ async fn after_a_secret_rules_only_narrow() {
     let (config, _log) = config(&[]);
     let gateway = world.gateway(config);
     gateway.enter("dependencies", policy(&ALL[..2]));
+    let all = policy(&ALL);
+    assert_eq!(gateway.at_most(&all), all, "no secret yet");
     gateway.only_narrow();
+    assert_eq!(gateway.at_most(&all), policy(&ALL[..2]));
     let wider = policy(&["a.example.org:443/tls", "b.example.org:9000/raw"]);
     assert_eq!(gateway.enter("run", wider), policy(&ALL[..1]));
     assert_eq!(gateway.enter("run", NetworkPolicy::Open), policy(&ALL[..1]));
