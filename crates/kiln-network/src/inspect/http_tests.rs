@@ -3,6 +3,10 @@
 use super::*;
 use proptest::prelude::*;
 
+#[path = "http_framing.rs"]
+mod http_framing;
+use http_framing::framed_in_one_way;
+
 fn checker() -> HttpChecker {
     HttpChecker::new("a.example.org", 80, Form::Origin)
 }
@@ -371,6 +375,37 @@ proptest! {
             }
         }
         prop_assert!(out.is_empty());
+    }
+
+    /// Requests made of what smuggling is made of: what passes is framed in one way.
+    #[test]
+    fn what_passes_is_framed_in_one_way(
+        line in "[0-3]([ \t\n\r\x0b\x0c;a]{0,3})",
+        ends in proptest::collection::vec(prop::sample::select(vec!["\r\n", "\r\n", "\r\n", "\n", "\r", "\r\n "]), 12),
+        value in "(chunked|1|0|x)[ \t\n\r\x0c]{0,2}",
+        header in prop::sample::select(vec!["Transfer-Encoding: chunked", "Content-Length: 3", "Connection: upgrade", "X: y"]),
+    ) {
+        let mut text = String::new();
+        let lines = ["PUT / HTTP/1.1", "Host: a.example.org", header, "", &line, "abc", "0", "T: v", "", "GET / HTTP/1.1", "Host: a.example.org", ""];
+        for (line, end) in lines.iter().zip(&ends) {
+            text.push_str(line);
+            text.push_str(end);
+        }
+        let plain = text.replace("X: y", &format!("X: {value}"));
+        for text in [text, plain] {
+            let mut out = Vec::new();
+            let _ = checker().push(text.as_bytes(), &mut out);
+            framed_in_one_way(&out, "a.example.org");
+        }
+    }
+
+    /// The same where only the line before a chunk is at stake, so that it is reached each time.
+    #[test]
+    fn a_chunk_line_that_passes_is_one_line(line in "[0-3][ \t\n\r\x0b\x0c;a]{0,4}") {
+        let head = "PUT / HTTP/1.1\r\nHost: a.example.org\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let mut out = Vec::new();
+        let _ = checker().push(format!("{head}{line}\r\nabc\r\n0\r\n\r\n").as_bytes(), &mut out);
+        framed_in_one_way(&out, "a.example.org");
     }
 
     #[test]
