@@ -224,7 +224,7 @@ pub(crate) struct BuildArgs {
     /// SSH agent for RUN --mount=type=ssh: ID, with the agent of SSH_AUTH_SOCK, or ID=SOCKET
     #[arg(long = "ssh", value_name = "ID[=SOCKET]")]
     pub ssh: Vec<String>,
-    /// Also let the build reach this host; `*.HOST` is every name below it
+    /// Also let the build reach this host; `*.HOST` is every name below it. Without a protocol 443 is tls, 80 http, others raw
     #[arg(long = "allow", value_name = "HOST[:PORTS[/tls|http|raw]]")]
     pub allow: Vec<AllowRule>,
     /// Policy to hold it to, instead of the one in the folder or repository

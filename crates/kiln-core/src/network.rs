@@ -74,6 +74,17 @@ impl NetworkPolicy {
         }
     }
 
+    /// The same, every rule of one port with what it speaks: as it is enforced, recorded and hashed.
+    #[must_use]
+    pub fn spelled_out(&self) -> Self {
+        match self {
+            Self::Egress { allow } => {
+                Self::from_rules(allow.iter().flat_map(AllowRule::spelled_out))
+            }
+            _ => self.clone(),
+        }
+    }
+
     /// Whether any rule names this host (for DNS).
     #[must_use]
     pub fn knows_host(&self, host: &str) -> bool {
@@ -169,7 +180,7 @@ pub struct EgressEvent {
     /// The policy's phase in which it began, where a policy has phases.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<String>,
-    /// What the rule that admitted it makes it speak, if the rule says it.
+    /// What the rule that admitted it makes it speak. Absent in records from before every rule said it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocol: Option<Protocol>,
     /// It ended because the rules became narrower.

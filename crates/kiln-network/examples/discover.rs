@@ -19,8 +19,8 @@ fn main() -> anyhow::Result<()> {
     let mut notes = found.notes.join("\n");
     if std::env::args().any(|arg| arg == "--shape") {
         let rules = Runtime::ALL.iter().flat_map(|runtime| read.rules(*runtime));
-        let hosts: BTreeSet<&str> = rules.map(kiln_core::AllowRule::host).collect();
-        let mut hosts: Vec<&str> = hosts.into_iter().collect();
+        let hosts: BTreeSet<String> = rules.map(|rule| rule.host().to_owned()).collect();
+        let mut hosts: Vec<&str> = hosts.iter().map(String::as_str).collect();
         hosts.sort_by_key(|host| std::cmp::Reverse(host.len()));
         for (at, host) in hosts.iter().enumerate() {
             text = text.replace(host, &format!("<host {at}>"));

@@ -22,7 +22,7 @@ async fn main() -> anyhow::Result<()> {
     let log = Arc::new(EgressLog::new());
     let rules = Runtime::ALL
         .iter()
-        .flat_map(|runtime| registries.rules(*runtime).to_vec());
+        .flat_map(|runtime| registries.rules(*runtime));
     let mut config = GatewayConfig::new(NetworkPolicy::from_rules(rules), log.clone());
     config.exceptions = registries.exceptions();
     let gateway = Gateway::new(config);

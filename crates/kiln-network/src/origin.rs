@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use kiln_core::network::normal_host;
+use kiln_core::network::{Protocol, normal_host};
 
 /// Longest URL that is looked at.
 pub const URL_BYTES_MAX: usize = 8 * 1024;
@@ -52,6 +52,15 @@ impl Origin {
     #[must_use]
     pub fn has_default_port(&self) -> bool {
         self.port == if self.tls { 443 } else { 80 }
+    }
+
+    /// What its scheme speaks.
+    #[must_use]
+    pub fn protocol(&self) -> Protocol {
+        match self.tls {
+            true => Protocol::Tls,
+            false => Protocol::Http,
+        }
     }
 
     /// `host` or `host:port`, with brackets around an IPv6 address.

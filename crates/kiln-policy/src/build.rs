@@ -104,7 +104,7 @@ fn by_file(
     // Without such a phase the file says nothing of what a build reaches; a secret of one is told to nobody all the same.
     let only = wanted.phases.contains_key(&Phase::Dependencies) || !wanted.secrets.is_empty();
     let holds = effective(&compiled.with(wanted), grants, tenant)?;
-    let listed = NetworkPolicy::from_rules(asked.allow.iter().cloned());
+    let listed = listed(asked);
     let narrower = (!asked.allow.is_empty()).then_some(&listed);
     let network = match only {
         true => {
@@ -142,6 +142,11 @@ fn by_file(
     })
 }
 
+/// What a request names; where it does not say what a port speaks, that is the port's default, as it is in a file.
+fn listed(asked: &BuildAsked<'_>) -> NetworkPolicy {
+    NetworkPolicy::from_rules(asked.allow.iter().flat_map(AllowRule::spelled_out))
+}
+
 /// Of a grant's maxima those that a build is held to.
 fn bounds(limits: &Limits) -> Limits {
     Limits {
@@ -156,7 +161,7 @@ fn by_request(
     tenant: &TenantName,
     asked: &BuildAsked<'_>,
 ) -> Result<HeldBuild, Refusal> {
-    let network = NetworkPolicy::from_rules(asked.allow.iter().cloned());
+    let network = listed(asked);
     let part = PhasePolicy {
         network: of_network(&network),
         ..PhasePolicy::default()
@@ -333,14 +338,9 @@ phases:
             allow: std::slice::from_ref(&rule),
             ..NOTHING
         };
-        assert_eq!(
-            hold(run, "", &asked)
-                .expect("granted")
-                .network
-                .rules()
-                .len(),
-            1
-        );
+        let held = hold(run, "", &asked).expect("granted").network;
+        let spelled: AllowRule = "b.example.org:443/tls".parse().expect("rule");
+        assert_eq!(held.rules(), [spelled]);
         let refused = hold(run, "[tenant.acme]\nhosts = [\"a.example.org\"]\n", &asked);
         assert_eq!(
             refused.expect_err("not granted").class,

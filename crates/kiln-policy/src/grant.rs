@@ -60,7 +60,7 @@ struct RawMax {
     output: Option<Spanned<String>>,
 }
 
-/// A host that an operator grants: with a port that port alone, else every port.
+/// A host that an operator grants: with a port that port alone and what it says, or by default, speaks; else every port, speaking anything.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct GrantedHost {
     pub(crate) pattern: AllowRule,
@@ -76,8 +76,7 @@ impl GrantedHost {
             false => self.pattern.and(rule),
             true => {
                 let port = AllowRule::of_pattern(self.pattern.host(), rule.ports()).ok()?;
-                let protocol = rule.protocol()?;
-                port.with_protocol(protocol).and(rule)
+                port.with_protocol(rule.protocol()?).and(rule)
             }
         }
     }

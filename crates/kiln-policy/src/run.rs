@@ -337,14 +337,12 @@ pub(crate) fn applied(limits: &Limits, holds: &Effective, learns: bool) -> Appli
     }
 }
 
-/// A network as a policy says it: every rule with one port and a protocol.
+/// A network, spelled out, as a policy says it.
 pub(crate) fn of_network(network: &NetworkPolicy) -> PhaseNetwork {
     match network {
         NetworkPolicy::Isolated => PhaseNetwork::Isolated,
         NetworkPolicy::Open => PhaseNetwork::Open,
-        NetworkPolicy::Egress { allow } => {
-            PhaseNetwork::Egress(allow.iter().flat_map(AllowRule::spelled_out).collect())
-        }
+        NetworkPolicy::Egress { allow } => PhaseNetwork::Egress(allow.clone()),
     }
 }
 
@@ -414,7 +412,8 @@ fn asked_network(
 ) -> Result<Option<NetworkPolicy>, Refusal> {
     let contradiction =
         |what: &str| Refusal::new(FailureClass::Usage, "net", what).hint("leave one of them out");
-    let listed = || NetworkPolicy::from_rules(asked.allow.iter().cloned());
+    // A flag without a protocol means what the port speaks by default, as it does in a file.
+    let listed = || NetworkPolicy::from_rules(asked.allow.iter().flat_map(AllowRule::spelled_out));
     let named = !asked.allow.is_empty();
     match asked.mode {
         None if !named => Ok(None),
@@ -458,12 +457,10 @@ pub(crate) fn narrowed(
         Some(NetworkPolicy::Isolated) => Ok(NetworkPolicy::Isolated),
         Some(NetworkPolicy::Open) if policy == NetworkPolicy::Open => Ok(policy),
         Some(NetworkPolicy::Open) => Err(refuse("net", "open".to_owned())),
-        Some(NetworkPolicy::Egress { allow }) => {
-            // A flag without a protocol means what the port speaks by default, as it does in a file.
-            let rules: Vec<AllowRule> = allow.iter().flat_map(AllowRule::spelled_out).collect();
-            match rules.iter().find(|rule| !policy.covers_rule(rule)) {
+        Some(listed @ NetworkPolicy::Egress { allow }) => {
+            match allow.iter().find(|rule| !policy.covers_rule(rule)) {
                 Some(rule) => Err(refuse("allow", rule.to_string())),
-                None => Ok(NetworkPolicy::from_rules(rules)),
+                None => Ok(listed.spelled_out()),
             }
         }
     }
@@ -667,6 +664,58 @@ mod tests {
             &"acme".parse().expect("tenant"),
             asked,
         )
+    }
+
+    /// Without a file a flag means what it would mean in one, and what is recorded is what is enforced.
+    #[test]
+    fn without_a_file_a_flag_speaks_what_its_port_does() {
+        let by_flags = |flags: &[&str], grants: &str| {
+            let allow: Vec<AllowRule> =
+                flags.iter().map(|one| one.parse().expect("rule")).collect();
+            let asked = Asked {
+                allow: &allow,
+                ..NOTHING
+            };
+            let grants = Grants::parse("policy.toml", grants).expect("legal");
+            hold_run(None, &grants, &"acme".parse().expect("tenant"), &asked)
+        };
+        let held = by_flags(
+            &[
+                "a.example.org",
+                "b.example.org:25,8443",
+                "c.example.org:80/raw",
+            ],
+            "",
+        );
+        let want = [
+            "a.example.org:80/http",
+            "a.example.org:443/tls",
+            "b.example.org:25/raw",
+            "b.example.org:8443/raw",
+            "c.example.org:80/raw",
+        ];
+        assert_eq!(held.expect("held").network, rules(&want));
+        let grant = "[tenant.acme]\nhosts = [\"a.example.org:443\", \"b.example.org:25\"]\nmax = {connections = 9}\n";
+        let held = by_flags(&["a.example.org:443", "b.example.org:25"], grant).expect("granted");
+        assert_eq!(
+            held.network,
+            rules(&["a.example.org:443/tls", "b.example.org:25/raw"])
+        );
+        let spelled = by_flags(&["a.example.org:443/tls", "b.example.org:25/raw"], grant);
+        assert_eq!(held.applied, spelled.expect("granted").applied, "one hash");
+        for wider in [
+            "a.example.org:443/http",
+            "a.example.org:443/raw",
+            "a.example.org:80",
+            "b.example.org",
+        ] {
+            let refused = by_flags(&[wider], grant).expect_err(wider);
+            assert_eq!(
+                (refused.class, refused.field),
+                (FailureClass::Policy, "allow"),
+                "{wider}"
+            );
+        }
     }
 
     #[test]

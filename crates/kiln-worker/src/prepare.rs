@@ -78,6 +78,7 @@ pub fn prepare(dir: &Path, wishes: Wishes<'_>, site: &Site) -> Result<Prepared, 
         false => {
             let rules = site.rules(&runtimes).into_iter();
             NetworkPolicy::from_rules(rules.chain(wishes.allow.rules().iter().cloned()))
+                .spelled_out()
         }
     };
     check_lockfiles(&plan, &network, wishes.only)?;

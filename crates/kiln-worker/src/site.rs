@@ -30,7 +30,7 @@ impl Site {
         };
         runtimes
             .iter()
-            .flat_map(|runtime| registries.rules(*runtime).iter().cloned())
+            .flat_map(|runtime| registries.rules(*runtime))
             .collect()
     }
 

@@ -50,7 +50,7 @@ pub(crate) struct RunArgs {
     /// Secret of `kiln secret`, as a variable (NAME, NAME=VARIABLE) or as the file /run/secrets/NAME (NAME:file)
     #[arg(long = "secret", value_name = "NAME[=VARIABLE]")]
     pub secrets: Vec<RunSecret>,
-    /// Let it reach this host; `*.HOST` is every name below it
+    /// Let it reach this host; `*.HOST` is every name below it. Without a protocol 443 is tls, 80 http, others raw
     #[arg(long = "allow", value_name = "HOST[:PORTS[/tls|http|raw]]")]
     pub allow: Vec<AllowRule>,
     /// Let git clone and fetch this repository, with the operator's credential where there is one

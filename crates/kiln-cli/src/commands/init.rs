@@ -113,10 +113,7 @@ fn facts(args: &InitArgs) -> Result<StarterFacts> {
             .iter()
             .filter_map(named)
             .flat_map(|runtime| registries.rules(runtime));
-        facts.hosts = rules
-            .flat_map(kiln_core::AllowRule::spelled_out)
-            .map(|rule| rule.to_string())
-            .collect();
+        facts.hosts = rules.map(|rule| rule.to_string()).collect();
     }
     Ok(facts)
 }

@@ -31,6 +31,15 @@ impl Protocol {
         }
     }
 
+    /// What connections may speak where both hold: `raw` is everything, and TLS and HTTP have nothing in common.
+    #[must_use]
+    pub fn and(self, other: Self) -> Option<Self> {
+        match (self, other) {
+            (Self::Raw, both) | (both, Self::Raw) => Some(both),
+            (one, other) => (one == other).then_some(one),
+        }
+    }
+
     /// The word for it in a rule.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -43,8 +52,8 @@ impl Protocol {
 }
 
 /// One allowed destination: `host`, `host:443`, `host:80,443` or `host:5432/raw`; `*.host` stands for every name below `host`, at any depth,
-/// never for `host` itself. Without ports: 80 and 443. Without a protocol a connection's first bytes tell: TLS and HTTP must name the host,
-/// and what is neither is let through, except on ports 80 and 443.
+/// never for `host` itself. Without ports: 80 and 443. Without a protocol each port speaks what [`Protocol::of_port`] says: nothing is told by a
+/// connection's own first bytes.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct AllowRule {
@@ -185,7 +194,13 @@ impl AllowRule {
         &self.ports
     }
 
-    /// What its connections must speak; none means that their first bytes tell.
+    /// What its connections to this port must speak.
+    #[must_use]
+    pub fn speaks(&self, port: u16) -> Protocol {
+        self.protocol.unwrap_or(Protocol::of_port(port))
+    }
+
+    /// What it says that its connections speak; none means what each port speaks by default.
     #[must_use]
     pub fn protocol(&self) -> Option<Protocol> {
         self.protocol
@@ -241,9 +256,11 @@ impl AllowRule {
     /// Whether everything that the other rule admits is admitted by this one alone.
     #[must_use]
     pub fn covers(&self, other: &Self) -> bool {
-        self.covers_host(other)
-            && other.ports.iter().all(|port| self.ports.contains(port))
-            && narrower(self.protocol, other.protocol) == Some(other.protocol)
+        let covered = |port: &u16| {
+            let speaks = other.speaks(*port);
+            self.ports.contains(port) && self.speaks(*port).and(speaks) == Some(speaks)
+        };
+        self.covers_host(other) && other.ports.iter().all(covered)
     }
 
     /// What both rules admit, if they have anything in common.
@@ -254,25 +271,18 @@ impl AllowRule {
             (false, true) => &self.host,
             (false, false) => return None,
         };
-        let common = self.ports.iter().filter(|port| other.ports.contains(port));
-        let ports: Vec<u16> = common.copied().collect();
-        let protocol = narrower(self.protocol, other.protocol)?;
-        (!ports.is_empty()).then(|| Self {
+        let both = |port: u16| self.speaks(port).and(other.speaks(port));
+        let common = |port: &u16| other.ports.contains(port) && both(*port).is_some();
+        let ports: Vec<u16> = self.ports.iter().copied().filter(common).collect();
+        let first = both(*ports.first()?)?;
+        // One word for all ports, or none where each speaks what it does by default.
+        let said = self.protocol.is_some() || other.protocol.is_some();
+        let alike = ports.iter().all(|port| both(*port) == Some(first));
+        Some(Self {
             host: host.clone(),
+            protocol: (said && alike).then_some(first),
             ports,
-            protocol,
         })
-    }
-}
-
-/// What both sides admit: `raw` is everything, no word is what the first bytes tell, and TLS and HTTP have nothing in common.
-#[expect(clippy::option_option, reason = "the inner one is a rule's own word")]
-fn narrower(one: Option<Protocol>, other: Option<Protocol>) -> Option<Option<Protocol>> {
-    match (one, other) {
-        (a, b) if a == b => Some(a),
-        (Some(Protocol::Raw), both) | (both, Some(Protocol::Raw)) => Some(both),
-        (None, both) | (both, None) => Some(both),
-        _ => None,
     }
 }
 
@@ -433,18 +443,40 @@ mod tests {
             ("a.org:5432/raw", "a.org:5432/tls", Some("a.org:5432/tls")),
             ("a.org:80/http", "a.org:80/tls", None),
             ("a.org:80", "a.org:81", None),
+            ("a.org:443", "a.org:443/raw", Some("a.org:443/tls")),
+            ("a.org:80", "a.org:80/tls", None),
+            ("a.org", "a.org:80,443/raw", Some("a.org:80,443")),
+            ("a.org", "a.org:80,443/tls", Some("a.org:443/tls")),
+            (
+                "a.org:80,8443",
+                "a.org:80,8443/http",
+                Some("a.org:80,8443/http"),
+            ),
+            ("a.org:5432", "a.org:5432/raw", Some("a.org:5432/raw")),
         ] {
             assert_eq!(common(a, b).as_deref(), want, "{a} {b}");
         }
         assert!(!rule("a.org:443/tls").covers(&rule("a.org:443/raw")));
         assert!(rule("a.org:443/raw").covers(&rule("a.org:443")));
         assert!(!rule("a.org:443").covers(&rule("a.org:443/raw")));
+        assert!(!rule("a.org:443").covers(&rule("a.org:443/http")));
+        assert!(rule("a.org:443").covers(&rule("a.org:443/tls")));
+        assert!(rule("a.org:443/tls").covers(&rule("a.org:443")));
+        assert!(rule("a.org:5432").covers(&rule("a.org:5432/raw")));
     }
 
     fn any_rule() -> impl Strategy<Value = AllowRule> {
         let host = "(\\*\\.)?([ab]\\.){0,2}[xy]\\.org";
         let ports = "(:(80|443|22|80,22)(/(tls|http|raw))?)?";
         (host, ports).prop_map(|(host, ports)| rule(&format!("{host}{ports}")))
+    }
+
+    fn any_port() -> impl Strategy<Value = u16> {
+        prop::sample::select(vec![22, 80, 443, 444])
+    }
+
+    fn any_protocol() -> impl Strategy<Value = Protocol> {
+        prop::sample::select(vec![Protocol::Tls, Protocol::Http, Protocol::Raw])
     }
 
     fn any_name() -> impl Strategy<Value = String> {
@@ -458,16 +490,22 @@ mod tests {
         }
 
         #[test]
-        fn both_admit_what_each_admits(a in any_rule(), b in any_rule(), name in any_name(), port in 20_u16..500) {
-            let admits = |rule: &AllowRule| rule.matches(&name) && rule.ports().contains(&port);
+        fn both_admit_what_each_admits(a in any_rule(), b in any_rule(), name in any_name(), port in any_port(), speaks in any_protocol()) {
+            let admits = |rule: &AllowRule| {
+                let said = rule.speaks(port).and(speaks) == Some(speaks);
+                rule.matches(&name) && rule.ports().contains(&port) && said
+            };
             let both = a.and(&b);
+            prop_assert_eq!(both.as_ref().is_some_and(admits), admits(&a) && admits(&b));
             if let Some(both) = &both {
                 prop_assert!(a.covers(both) && b.covers(both));
-                prop_assert_eq!(admits(both), admits(&a) && admits(&b));
             }
+            let spelled: Vec<AllowRule> = a.spelled_out().collect();
+            prop_assert_eq!(spelled.iter().any(admits), admits(&a));
             if a.covers(&b) {
                 prop_assert!(!admits(&b) || admits(&a));
-                prop_assert_eq!(both, Some(b));
+                let both: Vec<AllowRule> = both.iter().flat_map(AllowRule::spelled_out).collect();
+                prop_assert_eq!(both, b.spelled_out().collect::<Vec<_>>());
             }
         }
     }

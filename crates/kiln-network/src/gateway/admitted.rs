@@ -27,8 +27,6 @@ use crate::record::EgressSink;
 const COPY_BYTES: usize = 16 * 1024;
 /// How long the last words to a refused guest may take.
 const LAST_WORDS_WAIT: Duration = Duration::from_secs(1);
-/// Ports whose connections must be HTTP or TLS.
-const NAMED_PORTS: [u16; 2] = [80, 443];
 /// TLS alert `unrecognized_name`, fatal (RFC 6066 §3).
 const TLS_ALERT: &[u8] = &[0x15, 3, 3, 0, 2, 2, 112];
 
@@ -53,8 +51,8 @@ pub(super) struct Flow {
     pub(super) name: String,
     pub(super) port: u16,
     pub(super) rule: String,
-    /// What it must speak; none means that its first bytes tell.
-    pub(super) protocol: Option<Speaks>,
+    /// What it must speak.
+    pub(super) protocol: Speaks,
     pub(super) phase: Option<Arc<str>>,
     pub(super) limits: Limits,
     pub(super) watched: Watched,
@@ -189,7 +187,7 @@ impl Drop for Tally {
             bytes_out: self.bytes_out.load(Ordering::Relaxed),
             bytes_in: self.bytes_in.load(Ordering::Relaxed),
             phase: self.flow.phase.as_deref().map(str::to_owned),
-            protocol: self.flow.protocol,
+            protocol: Some(self.flow.protocol),
             narrowed: self.narrowed,
         });
     }
@@ -414,11 +412,12 @@ impl Gate<'_> {
         R: AsyncRead + Unpin,
     {
         let mut held = Vec::new();
-        let speaks = self.tally.flow.protocol;
-        // A proxy that understands HTTP alone gets nothing else, whatever the rule says.
-        if speaks == Some(Speaks::Raw) && !self.http_only {
-            return Ok((held, None));
-        }
+        let speaks = match self.tally.flow.protocol {
+            Speaks::Raw if !self.http_only => return Ok((held, None)),
+            // A proxy that understands HTTP alone gets nothing else, whatever the rule says.
+            Speaks::Raw => Speaks::Http,
+            speaks => speaks,
+        };
         let mut part = vec![0; COPY_BYTES];
         let mut deadline: Option<Instant> = None;
         loop {
@@ -444,41 +443,30 @@ impl Gate<'_> {
                     return Err(refused(None, "its first line is too long"));
                 }
                 Protocol::NeedMore => {}
-                Protocol::Http if speaks == Some(Speaks::Tls) => {
-                    self.last_words = LastWords::Http;
-                    return Err(refused(None, "HTTP where the rule says tls"));
-                }
-                Protocol::Tls if speaks == Some(Speaks::Http) => {
-                    self.last_words = LastWords::Tls;
-                    return Err(refused(None, "TLS where the rule says http"));
-                }
-                Protocol::Http => {
+                Protocol::Http if speaks == Speaks::Http => {
                     self.last_words = LastWords::Http;
                     let form = self.form.take().unwrap_or_default();
                     let flow = &self.tally.flow;
                     return Ok((held, Some(HttpChecker::new(&flow.name, flow.port, form))));
                 }
+                Protocol::Http => {
+                    self.last_words = LastWords::Http;
+                    return Err(refused(None, "HTTP where the rule says tls"));
+                }
                 Protocol::Tls => {
                     self.last_words = LastWords::Tls;
+                    if speaks == Speaks::Http && !self.http_only {
+                        return Err(refused(None, "TLS where the rule says http"));
+                    }
                     if self.server_name_is_right(&held, eof)? {
                         return Ok((held, None));
                     }
                 }
+                Protocol::Other if speaks == Speaks::Tls => {
+                    return Err(refused(None, "no TLS where the rule says tls"));
+                }
                 Protocol::Other => {
-                    let named = NAMED_PORTS.contains(&self.tally.flow.port) || self.http_only;
-                    match speaks {
-                        Some(Speaks::Tls) => {
-                            return Err(refused(None, "no TLS where the rule says tls"));
-                        }
-                        Some(Speaks::Http) => {
-                            return Err(refused(None, "no HTTP where the rule says http"));
-                        }
-                        _ if named => {
-                            return Err(refused(None, "neither HTTP nor TLS on this port"));
-                        }
-                        _ => {}
-                    }
-                    return Ok((held, None));
+                    return Err(refused(None, "no HTTP where the rule says http"));
                 }
             }
         }

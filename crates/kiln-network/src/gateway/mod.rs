@@ -10,9 +10,8 @@
 //! - The guest's bytes are held until their name was checked. The server's bytes flow at once: they can leak
 //!   nothing of the guest, and server-speaks-first protocols need no special case or wait.
 //! - A rule that says `tls` or `http` admits that and nothing else; of one that says `raw` nothing is looked at beyond
-//!   name, port and address. Of a rule without a word the first bytes tell: ports 80 and 443 carry HTTP or TLS only, and
-//!   on other ports what is neither is let through, because the rule names that port on purpose. What such a protocol
-//!   does later (a STARTTLS) is not looked at.
+//!   name, port and address, so that a server may speak first and a STARTTLS may follow. A rule without a word says what its
+//!   port speaks by default: 443 TLS, 80 HTTP, every other port anything. Nothing is told by a connection's first bytes.
 //! - Through the operator's HTTP proxy, the proxy resolves the name. The floor is then applied to what the
 //!   host itself resolves: one special address among the answers refuses, and a name the host cannot resolve
 //!   (normal behind such proxies) is left to the proxy, which is the operator's own.
@@ -20,6 +19,7 @@
 //! It knows nothing of jobs or of the channel's wire. Read next: [`dial`], [`proxy`], [`relay`](self::Admitted), [`git`] (repositories, with the
 //! host's credential).
 
+mod addrinfo;
 mod admitted;
 mod bandwidth;
 pub mod dial;
@@ -355,12 +355,12 @@ impl Gateway {
         let route = route.map_err(|refusal| self.refuse(&name, port, &rule, refusal))?;
         Ok(Admitted::flow(
             Flow {
-                watched: Watched::new(&name, port, rule.protocol(), rules),
+                watched: Watched::new(&name, port, rule.speaks(port), rules),
                 name,
                 port,
                 phase,
                 rule: rule.to_string(),
-                protocol: rule.protocol(),
+                protocol: rule.speaks(port),
                 limits: self.inner.limits,
                 sink: Arc::clone(&self.inner.sink),
                 bandwidth: Arc::clone(&self.inner.bandwidth),

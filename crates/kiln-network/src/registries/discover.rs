@@ -409,8 +409,12 @@ impl Asking<'_> {
 
     fn add_host(&mut self, hosts: &mut BTreeSet<AllowRule>, url: &Origin) {
         match AllowRule::new(&url.host, &[url.port]) {
-            Ok(rule) => {
+            // Said only where the port alone would say another thing.
+            Ok(rule) if rule.speaks(url.port) == url.protocol() => {
                 hosts.insert(rule);
+            }
+            Ok(rule) => {
+                hosts.insert(rule.with_protocol(url.protocol()));
             }
             Err(error) => self.note(format!("builds cannot reach this registry: {error}")),
         }

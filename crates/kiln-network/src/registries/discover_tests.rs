@@ -122,11 +122,11 @@ fn tools_answer_first_and_files_are_followed_to_their_hosts() {
     let found = world.discover();
     assert_eq!(
         hosts(&found, Runtime::Node),
-        ["cdn.example.org:8443", "npm.example.org:443"]
+        ["cdn.example.org:8443/tls", "npm.example.org:443/tls"]
     );
     assert_eq!(
         hosts(&found, Runtime::Python),
-        ["files.example.org:443", "py.example.org:443"]
+        ["files.example.org:443/tls", "py.example.org:443/tls"]
     );
     assert_eq!(
         found.registries.index(Runtime::Node),
@@ -163,7 +163,7 @@ fn without_tools_variables_and_files_speak() {
     let found = world.discover();
     assert_eq!(
         hosts(&found, Runtime::Node),
-        ["npm.example.org:443", "scope.example.org:443"]
+        ["npm.example.org:443/tls", "scope.example.org:443/tls"]
     );
     assert_eq!(
         found.registries.index(Runtime::Node),
@@ -171,11 +171,11 @@ fn without_tools_variables_and_files_speak() {
     );
     assert_eq!(
         hosts(&found, Runtime::Python),
-        ["more.example.org:443", "py.example.org:80"]
+        ["more.example.org:443/tls", "py.example.org:80/http"]
     );
     assert_eq!(
         hosts(&found, Runtime::Debian),
-        ["deb.example.org:80", "sec.example.org:80"]
+        ["deb.example.org:80/http", "sec.example.org:80/http"]
     );
     assert_eq!(
         found.registries.index(Runtime::Debian),
@@ -286,7 +286,7 @@ fn circles_and_silence_end() {
         .tool(ASK_NPM, "https://npm.example.org/\n")
         .redirect("https://npm.example.org/isarray", "/isarray");
     let found = world.discover();
-    assert_eq!(hosts(&found, Runtime::Node), ["npm.example.org:443"]);
+    assert_eq!(hosts(&found, Runtime::Node), ["npm.example.org:443/tls"]);
     assert!(
         found.notes.iter().any(|note| note.contains("circles")),
         "{:?}",

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ca::{self, CaBundle, CaError, CaSetting};
 use crate::gateway::proxy::{ProxyConfig, ProxyError};
-use crate::origin::split;
+use crate::origin::{Origin, split};
 
 /// Most bytes of the file.
 pub const FILE_BYTES_MAX: usize = 1 << 20;
@@ -151,6 +151,25 @@ pub struct RuntimeSection {
     pub seal: Option<String>,
 }
 
+impl RuntimeSection {
+    /// A host that does not say what a port speaks has what an index at that very place says, else the port's default.
+    fn rules(&self) -> Vec<AllowRule> {
+        let urls = self.index.iter().chain(&self.more);
+        let origins: Vec<Origin> = urls.filter_map(|url| Origin::parse(&url.0)).collect();
+        let singles = self.hosts.iter().flat_map(AllowRule::single_ports);
+        let spoken = singles.map(|rule| {
+            let here = |url: &&Origin| url.host == rule.host() && rule.ports() == [url.port];
+            match (rule.protocol(), origins.iter().find(here)) {
+                (None, Some(url)) => rule.with_protocol(url.protocol()),
+                _ => rule,
+            }
+        });
+        spoken
+            .flat_map(|rule| rule.spelled_out().collect::<Vec<_>>())
+            .collect()
+    }
+}
+
 /// One name that may resolve into one special-purpose range.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -274,12 +293,11 @@ impl Registries {
         read_text(path)?.map(|text| Self::parse(&text)).transpose()
     }
 
-    /// Rules for builds of one runtime.
+    /// Rules for builds of one runtime, each of one port with what it speaks.
     #[must_use]
-    pub fn rules(&self, runtime: Runtime) -> &[AllowRule] {
-        self.runtime
-            .get(&runtime)
-            .map_or(&[], |section| &section.hosts)
+    pub fn rules(&self, runtime: Runtime) -> Vec<AllowRule> {
+        let section = self.runtime.get(&runtime);
+        section.map_or_else(Vec::new, RuntimeSection::rules)
     }
 
     /// The URL to hand to the runtime's tool.

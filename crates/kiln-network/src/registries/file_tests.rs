@@ -28,7 +28,7 @@ fn the_file_is_read_and_written_back() {
     );
     assert_eq!(
         file.rules(Runtime::Node),
-        ["mirror.example.org:443".parse().expect("rule")]
+        ["mirror.example.org:443/tls".parse().expect("rule")]
     );
     assert_eq!(file.rules(Runtime::Python), []);
     assert_eq!(
@@ -48,6 +48,32 @@ fn the_file_is_read_and_written_back() {
         .hosts
         .clear();
     assert!(!changed.runtime[&Runtime::Node].is_untouched());
+}
+
+/// A host speaks what the scheme of its index says, on whatever port; else what it says itself, else what its port does.
+#[test]
+fn rules_speak_what_their_urls_say() {
+    let text = r#"
+version = 1
+[runtime.node]
+index = "https://a.example.org:8443/npm/"
+more = ["http://b.example.org:8081/x", "https://c.example.org:80/"]
+hosts = ["a.example.org:443,8443", "b.example.org:8081", "c.example.org:80", "d.example.org:9000", "*.e.example.org:8443/tls", "f.example.org"]
+"#;
+    let file = Registries::parse(text).expect("legal");
+    let rules = file.rules(Runtime::Node);
+    let rules: Vec<String> = rules.iter().map(ToString::to_string).collect();
+    let want = [
+        "a.example.org:443/tls",
+        "a.example.org:8443/tls",
+        "b.example.org:8081/http",
+        "c.example.org:80/tls",
+        "d.example.org:9000/raw",
+        "*.e.example.org:8443/tls",
+        "f.example.org:80/http",
+        "f.example.org:443/tls",
+    ];
+    assert_eq!(rules, want);
 }
 
 #[test]

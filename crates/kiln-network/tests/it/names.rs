@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use kiln_core::network::{EgressVerdict, NameFault};
+use kiln_core::network::{AllowRule, EgressVerdict, NameFault, Protocol};
 use kiln_network::gateway::{RelayEnd, RelayReport};
 use kiln_network::{EgressLog, summary};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -19,8 +19,10 @@ struct Seen {
     log: Arc<EgressLog>,
 }
 
-/// Sends `parts` to `HOST:port`, half-closes, and returns what happened.
-async fn send(port: u16, parts: &[&[u8]]) -> Seen {
+/// Sends `parts` to `HOST:port`, whose rule says this protocol or none, half-closes, and returns what happened.
+async fn send(place: impl std::fmt::Display, parts: &[&[u8]]) -> Seen {
+    let rule = format!("{HOST}:{place}");
+    let port = rule.parse::<AllowRule>().expect("rule").ports()[0];
     let world = World::default();
     world.name(HOST, &[&[PUBLIC]]);
     let got = Arc::new(Mutex::new(Vec::new()));
@@ -40,7 +42,7 @@ async fn send(port: u16, parts: &[&[u8]]) -> Seen {
             }
         })
         .await;
-    let (config, log) = config(&[&format!("{HOST}:{port}")]);
+    let (config, log) = config(&[&rule]);
     let gateway = world.gateway(config);
     let mut guest = Guest::start(gateway.connect(HOST, port).await.expect("admitted"));
     for part in parts {
@@ -128,10 +130,10 @@ fn assert_fault(seen: &Seen, said: Option<&str>, fault: NameFault) {
 #[tokio::test]
 async fn tls_with_the_right_name_passes_on_any_port_and_in_any_pieces() {
     let hello = hello(Some(HOST));
-    for port in [443, 80, 8443] {
+    for place in ["443", "80/tls", "8443/tls"] {
         let parts: Vec<&[u8]> = hello.chunks(60).collect();
-        let seen = send(port, &parts).await;
-        assert_eq!(seen.server, hello, "{port}");
+        let seen = send(place, &parts).await;
+        assert_eq!(seen.server, hello, "{place}");
         assert_eq!(seen.guest, b"bye");
         assert_eq!(verdicts(&seen.log), [EgressVerdict::Allowed]);
     }
@@ -140,11 +142,11 @@ async fn tls_with_the_right_name_passes_on_any_port_and_in_any_pieces() {
 #[tokio::test]
 async fn tls_with_another_name_or_none_is_refused_with_an_alert() {
     let alert = [0x15, 3, 3, 0, 2, 2, 112];
-    for port in [443, 8443] {
-        let seen = send(port, &[&hello(Some("b.example.org"))]).await;
+    for place in ["443", "8443/tls"] {
+        let seen = send(place, &[&hello(Some("b.example.org"))]).await;
         assert_refused(&seen, Some("b.example.org"));
         assert_eq!(seen.guest, alert);
-        let seen = send(port, &[&hello(None)]).await;
+        let seen = send(place, &[&hello(None)]).await;
         assert_refused(&seen, None);
         assert_eq!(seen.guest, alert);
     }
@@ -175,9 +177,9 @@ async fn http_with_the_right_host_passes() {
 
 #[tokio::test]
 async fn http_to_other_hosts_is_refused_before_a_byte_leaves() {
-    for port in [80, 443, 8080] {
+    for place in ["80", "443/http", "8080/http"] {
         let seen = send(
-            port,
+            place,
             &[b"GET / HTTP/1.1\r\nHo", b"st: b.example.org\r\n\r\n"],
         )
         .await;
@@ -205,7 +207,7 @@ async fn http_to_other_hosts_is_refused_before_a_byte_leaves() {
     );
     assert_refused(
         &send(
-            8080,
+            "8080/http",
             &[b"\r\n\r\nGET / HTTP/1.1\r\nHost: b.example.org\r\n\r\n"],
         )
         .await,
@@ -274,12 +276,50 @@ async fn a_later_request_for_another_host_never_leaves() {
     }
 }
 
+/// Nothing is told by the first bytes: 443 is TLS and 80 HTTP unless the rule says more, whatever comes.
 #[tokio::test]
-async fn other_protocols_pass_on_ports_that_a_rule_names_on_purpose() {
-    let seen = send(22, &[b"SSH-2.0-x\r\n", b"more"]).await;
-    assert_eq!(seen.server, b"SSH-2.0-x\r\nmore");
-    let seen = send(9000, &[b"no line end"]).await;
-    assert_eq!(seen.server, b"no line end");
+async fn a_port_speaks_what_its_rule_or_its_default_says() {
+    let tls = hello(Some(HOST));
+    let http = b"GET / HTTP/1.1\r\nHost: a.example.org\r\n\r\n";
+    let refused = async |place: &str, bytes: &[u8]| {
+        let seen = send(place, &[bytes]).await;
+        assert_refused(&seen, None);
+    };
+    refused("443", http).await;
+    refused("80", &tls).await;
+    for place in ["443", "80", "8443/tls", "8080/http"] {
+        refused(place, b"SSH-2.0-x\r\n").await;
+    }
+    let event = |seen: &Seen| seen.log.snapshot().events.remove(0).protocol;
+    for (place, bytes, speaks) in [
+        ("22", &b"SSH-2.0-x\r\nmore"[..], Protocol::Raw),
+        ("9000", b"no line end", Protocol::Raw),
+        ("8443", &hello(Some("b.example.org")), Protocol::Raw),
+        ("443", &tls, Protocol::Tls),
+        ("80", http, Protocol::Http),
+    ] {
+        let seen = send(place, &[bytes]).await;
+        assert_eq!(seen.server, bytes, "{place}");
+        assert_eq!(event(&seen), Some(speaks), "{place}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_may_speak_first_on_any_other_port() {
+    let world = World::default();
+    world.name(HOST, &[&[PUBLIC]]);
+    let _server = world
+        .server(&format!("{PUBLIC}:25"), |mut stream| async move {
+            let _ = stream.write_all(b"220 ready\r\n").await;
+            crate::world::echo(stream).await;
+        })
+        .await;
+    let (config, _log) = config(&[&format!("{HOST}:25")]);
+    let admitted = world.gateway(config).connect(HOST, 25).await;
+    let mut guest = Guest::start(admitted.expect("admitted"));
+    assert_eq!(guest.read_some(11).await, b"220 ready\r\n");
+    guest.send(b"EHLO x\r\n").await;
+    assert_eq!(guest.read_some(8).await, b"EHLO x\r\n");
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,5 +1,6 @@
 //! What is checked out: an https URL and a ref, as far as they can be judged before anything is asked.
 
+use kiln_core::network::Protocol;
 use kiln_core::{AllowRule, FailureClass};
 use kiln_image::git_tree::ObjectId;
 
@@ -90,6 +91,7 @@ impl Address {
         };
         let port = port.ok_or_else(|| usage(format!("{shown:?} has a port that is none")))?;
         let rule = AllowRule::new(host, &[port]).map_err(|error| usage(error.to_string()))?;
+        let rule = rule.with_protocol(Protocol::Tls);
         let reference = match reference {
             None => Reference::Head,
             Some(text) => parse_reference(text)?,
@@ -145,7 +147,7 @@ mod tests {
     fn one_host_and_port() {
         let plain =
             Address::new("https://Git.example.org/team/app.git", Some("main")).expect("legal");
-        assert_eq!(plain.rule.to_string(), "git.example.org:443");
+        assert_eq!(plain.rule.to_string(), "git.example.org:443/tls");
         assert_eq!(plain.reference, Reference::Name("main".to_owned()));
         let port = Address::new("https://git.example.org:8443/app", None).expect("legal");
         assert_eq!(
@@ -153,7 +155,7 @@ mod tests {
                 port.rule.to_string().as_str(),
                 port.reference.refspec().as_str()
             ),
-            ("git.example.org:8443", "HEAD")
+            ("git.example.org:8443/tls", "HEAD")
         );
         let commit = "85c3f8a9a2b04bd8e6e2d7e61a3b9fd2c35c7b1e";
         let exact = Address::new("https://git.example.org/app", Some(commit)).expect("legal");
