@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use kiln_core::dispatch::WorkerFacts;
@@ -168,6 +169,9 @@ pub struct Released {
     pub leases: u32,
 }
 
+/// Most addresses that a worker tells of itself.
+pub const WORKER_ADDRESSES_MAX: usize = 64;
+
 /// Most places that a [`HeartbeatAnswer`] names.
 pub const OWN_PLACES_MAX: usize = 1024;
 
@@ -187,6 +191,10 @@ pub struct Heartbeat {
     /// Attempts whose machines it keeps.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub kept: Vec<HeldLease>,
+    /// Addresses of its network interfaces, at most [`WORKER_ADDRESSES_MAX`]: no machine of another worker may reach them. Empty from workers that
+    /// do not tell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
 }
 
 /// One lease in a heartbeat.

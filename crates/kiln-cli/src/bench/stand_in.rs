@@ -122,6 +122,7 @@ impl Inner {
     async fn beats(&self) {
         loop {
             let beat = Heartbeat {
+                addresses: Vec::new(),
                 kept: Vec::new(),
                 facts: self.facts.clone(),
                 held: self.held(),

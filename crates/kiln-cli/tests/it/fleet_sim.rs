@@ -12,6 +12,7 @@ use kiln_controller::webhooks::ReceiverPolicy;
 use kiln_core::dispatch::{Room, WorkerFacts};
 use kiln_core::job::{Limits, RunCommand, TrustClass};
 use kiln_core::machine::BootSource;
+use kiln_core::network::SpecialRange;
 use kiln_core::{
     ByteSize, Digest, Dispatch, JobId, JobKind, JobRequest, JobState, NetworkPolicy, PoolName,
     TenantName, Verdict, WorkerId,
@@ -22,7 +23,8 @@ use kiln_machine::driver::BoxFuture;
 use kiln_machine::ledger::{Capacity, Ledger};
 use kiln_machine::sim::{ExecCall, ExecEnd, Script, SimConfig, SimDriver};
 use kiln_machine::template::TemplateStore;
-use kiln_proto::fleet::{GENERATION, Join, Joined};
+use kiln_network::gateway::HostFloor;
+use kiln_proto::fleet::{GENERATION, Heartbeat, HeartbeatAnswer, Join, Joined};
 use kiln_store::HostRegistry;
 use kiln_store::host::HostConfig;
 use kiln_store::registry::LeaseTable;
@@ -330,6 +332,57 @@ pub(crate) async fn work_near(shop: Workshop, name: &str, machines: u32, stop: C
         own: false,
     };
     tokio::spawn(daemon::serve(Arc::new(shop), offer, stop));
+}
+
+/// What one worker tells of its interfaces reaches the floor under every gateway of another one's process.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workers_addresses_are_below_the_floor_of_every_other_worker() {
+    let (folder, home) = (
+        tempfile::tempdir().expect("folder"),
+        tempfile::tempdir().expect("folder"),
+    );
+    let running = controller(folder.path(), Vec::new(), Vec::new(), LEASE).await;
+    let target = || Target::Socket(running.socket.clone());
+    let place = "9.9.9.11".parse().expect("an address");
+    let floor = HostFloor::new(Vec::new());
+    let found = async || floor.check("a.example.org", &[place], ANSWER).await[0].1;
+    assert_eq!(found().await, Ok(()), "public, and nobody's yet");
+
+    let told = Client::new(target(), "w2".parse().expect("a name"));
+    let join = Join {
+        worker: "w2".parse().expect("a name"),
+        token: String::new(),
+        csr: String::new(),
+        labels: BTreeMap::new(),
+        facts: facts(1),
+    };
+    let joined = told.call::<_, Joined>("/worker/v1/join", None, &join, ANSWER);
+    joined.await.expect("joins");
+    let beat = Heartbeat {
+        facts: facts(1),
+        held: Vec::new(),
+        draining: false,
+        orphans: 0,
+        kept: Vec::new(),
+        addresses: vec![place],
+    };
+    let answer = told.call::<_, HeartbeatAnswer>("/worker/v1/heartbeat", None, &beat, ANSWER);
+    let own = answer.await.expect("answers").own;
+    assert!(own.contains(&place.to_string()), "{own:?}");
+
+    let (ledger, pace, stop) = (Arc::default(), Pace::default(), CancellationToken::new());
+    let shop = workshop(home.path(), "w1", target(), &ledger, &pace).await;
+    work_near(shop, "w1", 1, stop.clone()).await;
+    let deadline = Instant::now() + PATIENCE;
+    while found().await != Err(SpecialRange::Own) {
+        assert!(
+            Instant::now() < deadline,
+            "the heartbeat's answer reaches the floor"
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    stop.cancel();
+    running.stop().await;
 }
 
 /// Waits for a state that nobody announces.

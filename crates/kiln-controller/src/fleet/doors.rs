@@ -12,7 +12,7 @@ use kiln_core::{JobId, Lease, TenantName};
 use kiln_db::{Door, DoorKind, LeaseAnswer as Answer, Wake};
 use kiln_proto::fleet::{
     BODY_MAX, Heartbeat, HeartbeatAnswer, Incident, KEPT_MAX, LEASES_MAX, LeaseAnswer, Leased,
-    POLL_MS, Poll, PollAnswer,
+    POLL_MS, Poll, PollAnswer, WORKER_ADDRESSES_MAX,
 };
 use tokio::sync::broadcast::error::RecvError;
 
@@ -91,6 +91,7 @@ async fn heartbeat(
         )));
     }
     sane(&beat.facts)?;
+    beat.addresses.truncate(WORKER_ADDRESSES_MAX);
     let held: Vec<Lease> = beat
         .held
         .into_iter()
@@ -135,7 +136,7 @@ async fn heartbeat(
     Ok(Json(HeartbeatAnswer {
         ttl_ms: controller.db.lease_times().ttl_ms,
         leases,
-        own: controller.own_places(&worker.id, peer.as_deref()),
+        own: controller.own_places(&worker.id, peer.as_deref(), beat.addresses),
         kept: kept.into_iter().map(stays).collect(),
     }))
 }

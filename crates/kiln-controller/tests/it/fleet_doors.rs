@@ -197,6 +197,7 @@ async fn orphans_that_a_worker_found_are_counted() {
     let line = joined(&fleet, "w1", 1).await;
     for orphans in [0, 2, 1] {
         let beat = Heartbeat {
+            addresses: Vec::new(),
             kept: Vec::new(),
             facts: facts(1),
             held: Vec::new(),

@@ -173,6 +173,7 @@ impl Line {
         machines: u32,
     ) -> Result<HeartbeatAnswer, NoAnswer> {
         let beat = Heartbeat {
+            addresses: Vec::new(),
             kept: Vec::new(),
             facts: facts(machines),
             held,

@@ -11,12 +11,14 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kiln_core::network::{
-    Cidr, Nat64Prefix, RangeException, SpecialRange, Surroundings, normal_host,
+    Cidr, Nat64Prefix, RangeException, SpecialRange, Surroundings, normal_host, special_range,
 };
 use tokio::time::{Instant, timeout_at};
 
 use super::dial::{Resolver, SystemResolver};
 
+/// The teller of [`OwnPlaces`] that a worker's controller is.
+pub const CONTROLLER: &str = "controller";
 /// Most places of one teller; what is beyond is told in the log and left out.
 pub const PLACES_MAX: usize = 4096;
 /// How long the addresses of an installation's names are believed.
@@ -67,6 +69,18 @@ impl OwnPlaces {
             }
         }
         lock(&self.told).insert(teller.to_owned(), known);
+    }
+
+    /// What `teller` told last, as texts that [`OwnPlaces::set`] takes.
+    #[must_use]
+    pub fn told_by(&self, teller: &str) -> Vec<String> {
+        let told = lock(&self.told);
+        let places = told.get(teller).into_iter().flatten();
+        let text = |place: &Place| match place {
+            Place::Range(range) => range.to_string(),
+            Place::Name(name) => name.clone(),
+        };
+        places.map(text).collect()
     }
 
     /// Every range, names resolved now or a moment ago. A name that does not resolve now is where it was.
@@ -293,20 +307,50 @@ fn listed(addr: IpAddr) -> bool {
     let Ok(table) = std::fs::read_to_string("/proc/net/fib_trie") else {
         return false;
     };
-    in_table(&table, addr)
+    leaves(&table).any(|own| own == addr)
 }
 
-/// A leaf is `|-- ADDRESS` and one line for each of its routes.
-fn in_table(table: &str, addr: IpAddr) -> bool {
-    let mut leaf = false;
-    for line in table.lines().map(str::trim) {
-        match line.strip_prefix("|-- ") {
-            Some(text) => leaf = text.parse() == Ok(addr),
-            None if leaf && line.ends_with("host LOCAL") => return true,
-            None => {}
-        }
-    }
-    false
+/// The addresses of this host's network interfaces, public ones first, at most so many; none of loopback or one link alone, which lead nobody
+/// else here. Linux; elsewhere none are known.
+#[must_use]
+pub fn host_addresses(most: usize) -> Vec<IpAddr> {
+    let v4 = std::fs::read_to_string("/proc/net/fib_trie").unwrap_or_default();
+    let v6 = std::fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
+    addresses_of(&v4, &v6, most)
+}
+
+fn addresses_of(v4: &str, v6: &str, most: usize) -> Vec<IpAddr> {
+    let six = v6.lines().filter_map(|line| {
+        let bits = u128::from_str_radix(line.split(' ').next()?, 16).ok()?;
+        Some(IpAddr::from(Ipv6Addr::from(bits)))
+    });
+    let elsewhere = |addr: &IpAddr| {
+        !matches!(
+            special_range(*addr),
+            Some(SpecialRange::Loopback | SpecialRange::LinkLocal)
+        )
+    };
+    let mut found: Vec<IpAddr> = leaves(v4).chain(six).filter(elsewhere).collect();
+    found.sort_by_key(|addr| (special_range(*addr).is_some(), *addr));
+    found.dedup();
+    found.truncate(most);
+    found
+}
+
+/// The local addresses of the kernel's table, in which a leaf is `|-- ADDRESS` and one line for each of its routes.
+fn leaves(table: &str) -> impl Iterator<Item = IpAddr> {
+    let mut leaf = None;
+    table
+        .lines()
+        .map(str::trim)
+        .filter_map(move |line| match line.strip_prefix("|-- ") {
+            Some(text) => {
+                leaf = text.parse().ok();
+                None
+            }
+            None if line.ends_with("host LOCAL") => leaf,
+            None => None,
+        })
 }
 
 #[cfg(test)]
@@ -330,8 +374,34 @@ mod tests {
     #[test]
     fn the_kernels_table_is_read() {
         let table = "Main:\n  +-- 0.0.0.0/0 3 0 5\n     |-- 192.0.2.0\n        /24 link UNICAST\nLocal:\n     |-- 192.0.2.7\n        /32 host LOCAL\n     |-- 192.0.2.255\n        /32 link BROADCAST\n";
-        let has = |text: &str| in_table(table, text.parse().expect("address"));
+        let has =
+            |text: &str| leaves(table).any(|own| own == text.parse::<IpAddr>().expect("address"));
         assert!(has("192.0.2.7"));
         assert!(!has("192.0.2.0") && !has("192.0.2.255") && !has("192.0.2.8"));
+    }
+
+    #[test]
+    fn interfaces_addresses_are_told_public_ones_first_and_bounded() {
+        let v4 = "Local:\n     |-- 10.0.0.7\n        /32 host LOCAL\n     |-- 127.0.0.1\n        /32 host LOCAL\n     |-- 9.9.9.7\n        /32 host LOCAL\n        /32 host LOCAL\n     |-- 9.9.9.255\n        /32 link BROADCAST\n";
+        let v6 = "00000000000000000000000000000001 01 80 10 80       lo\nfe800000000000000000000000000001 02 40 20 80     eth0\n26000000000000000000000000000007 02 40 00 80     eth0\nrubbish\n";
+        let texts = |most| -> Vec<String> {
+            let found = addresses_of(v4, v6, most);
+            found.iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(texts(9), ["9.9.9.7", "2600::7", "10.0.0.7"]);
+        assert_eq!(texts(2), ["9.9.9.7", "2600::7"]);
+        assert!(host_addresses(64).into_iter().all(is_this_host));
+    }
+
+    #[test]
+    fn what_was_told_can_be_handed_on() {
+        let places = OwnPlaces::default();
+        places.set("controller", ["9.9.9.0/24", "2600::7", "DB.example.net"]);
+        let told = places.told_by("controller");
+        let again = OwnPlaces::default();
+        again.set("controller", told.iter().map(String::as_str));
+        assert_eq!(again.told_by("controller"), told);
+        assert_eq!(told, ["9.9.9.0/24", "2600::7/128", "db.example.net"]);
+        assert!(places.told_by("kiln.toml").is_empty());
     }
 }

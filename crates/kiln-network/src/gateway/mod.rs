@@ -46,7 +46,7 @@ use tokio::time::{Instant, timeout_at};
 
 pub use admitted::{Admitted, RelayEnd, RelayReport};
 pub use dial::{BoxedDuplex, Duplex};
-pub use floor::{HostFloor, OwnPlaces, PLACES_MAX, is_this_host};
+pub use floor::{CONTROLLER, HostFloor, OwnPlaces, PLACES_MAX, host_addresses, is_this_host};
 pub use git::GitUpstreams;
 pub use share::{
     DIALS_MAX, DIALS_OF_MACHINE_MAX, HostShare, RESOLVES_MAX, RESOLVES_OF_MACHINE_MAX,

@@ -8,9 +8,10 @@ use kiln_core::dispatch::{Room, WorkerFacts};
 use kiln_core::{AttemptId, ByteSize, Epoch, JobKind, Label, Lease};
 use kiln_machine::ledger::Capacity;
 use kiln_network::OwnPlaces;
+use kiln_network::gateway::{CONTROLLER, host_addresses};
 use kiln_proto::fleet::{
     HEARTBEAT_MS, Heartbeat, HeartbeatAnswer, HeldLease, LEASES_MAX, LeaseAnswer, Leased,
-    OWN_PLACES_MAX, POLL_MS, Poll, PollAnswer, Release, Released,
+    OWN_PLACES_MAX, POLL_MS, Poll, PollAnswer, Release, Released, WORKER_ADDRESSES_MAX,
 };
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
@@ -324,6 +325,7 @@ impl Daemon {
         let named = held.iter().map(held_lease).collect();
         let kept = self.staying.held();
         let message = Heartbeat {
+            addresses: host_addresses(WORKER_ADDRESSES_MAX),
             kept: kept.iter().map(held_lease).collect(),
             facts: self.offer.facts.clone(),
             held: named,
@@ -343,7 +345,7 @@ impl Daemon {
         }
         let own = answer.own.iter().map(String::as_str);
         let own = own.take(OWN_PLACES_MAX).chain(self.shop.client.host());
-        OwnPlaces::of_process().set("controller", own);
+        OwnPlaces::of_process().set(CONTROLLER, own);
         self.staying
             .answered(&kept, answer.kept, sent_ms, answer.ttl_ms);
         let ttl_ms = self.ttl_ms(answer.ttl_ms);

@@ -11,9 +11,12 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use kiln_core::FailureClass;
+use kiln_network::OwnPlaces;
+use kiln_network::gateway::CONTROLLER;
 use kiln_worker::kept::keeper::keep;
 use kiln_worker::kept::{Facts, Handover, LOG_FILE};
 use rustix::process::{chdir, setsid};
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
@@ -25,6 +28,16 @@ use crate::show::Screen;
 
 /// Longest wait for a keeper to adopt its machine.
 const READY_TIMEOUT: Duration = Duration::from_secs(45);
+/// What the process of a keeper is given.
+#[derive(Debug, Serialize, Deserialize)]
+struct Given {
+    #[serde(flatten)]
+    handover: Handover,
+    /// Where the installation is, as the controller told this process.
+    #[serde(default)]
+    own: Vec<String>,
+}
+
 /// Most bytes of a handover, and of the answer.
 const HANDOVER_BYTES_MAX: u64 = 512 * 1024;
 /// This very program, also when its file was replaced meanwhile.
@@ -84,7 +97,11 @@ async fn greet(child: &mut Child, handover: &Handover) -> io::Result<Facts> {
     let (Some(mut to), Some(from)) = (child.stdin.take(), child.stdout.take()) else {
         return Err(io::ErrorKind::BrokenPipe.into());
     };
-    to.write_all(&serde_json::to_vec(handover)?).await?;
+    let given = Given {
+        handover: handover.clone(),
+        own: OwnPlaces::of_process().told_by(CONTROLLER),
+    };
+    to.write_all(&serde_json::to_vec(&given)?).await?;
     drop(to);
     let mut line = String::new();
     BufReader::new(from.take(HANDOVER_BYTES_MAX))
@@ -132,13 +149,15 @@ pub(in crate::commands) async fn run(screen: Screen, cancel: CancellationToken) 
         .read_to_end(&mut text)
         .await
         .or_infrastructure()?;
-    let handover: Handover = serde_json::from_slice(&text).map_err(|error| {
+    let Given { handover, own } = serde_json::from_slice(&text).map_err(|error| {
         CliError::usage(format!("this is no machine to keep: {error}"))
             .hint("`kiln run --keep` starts this by itself")
     })?;
     let operator = Operator::load()?;
     let host = operator.host().await?;
     let site = operator.site()?;
+    // Nobody tells this process anything later: what the controller said last holds until the machine's end.
+    OwnPlaces::of_process().set(CONTROLLER, own.iter().map(String::as_str));
     // Before the machine is its own: from then on nobody else answers for it.
     let _watched = watch::begin(&handover).or_infrastructure()?;
     let kept = keep(&host, &site, handover, &cancel, |facts| {
