@@ -120,13 +120,13 @@ mod tests {
         let addr = |at: usize| IpAddr::from(u32::try_from(at).expect("small").to_be_bytes());
         for at in 0..OWN_PLACES_MAX / 2 {
             let worker: WorkerId = format!("w{at}").parse().expect("name");
-            let told = (1..200).map(|more| addr(more << 16 | at)).collect();
+            let told = (1..200).map(|more| addr((more << 16) | at)).collect();
             crowd.heard(&worker, None, told);
         }
         let places = crowd.places(vec!["c.example.org".to_owned()]);
         assert_eq!(places.len(), OWN_PLACES_MAX);
         for at in 0..OWN_PLACES_MAX / 2 {
-            assert!(places.contains(&addr(1 << 16 | at).to_string()), "{at}");
+            assert!(places.contains(&addr((1 << 16) | at).to_string()), "{at}");
         }
         assert_eq!(places[..2], ["db.example.org", "c.example.org"]);
         assert_eq!(
