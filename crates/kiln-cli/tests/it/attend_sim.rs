@@ -285,9 +285,14 @@ async fn a_command_that_was_attended_is_never_tried_again() {
     // Its worker goes, as a host does that is switched off.
     fleet.stop.cancel();
     ends(&mut line).await;
+    // One that nobody attended yet has lost nothing, and who came to its worker when that was gone has not attended it.
+    let (status, said) = waits.refused("attend").await;
+    assert_eq!(
+        (status, &said["code"]),
+        (StatusCode::SERVICE_UNAVAILABLE, &json!("job_unreachable"))
+    );
     let (class, message) = ended(&at).await;
     assert_eq!(class, "lost", "{message}");
-    // One that nobody attended yet has lost nothing.
     until(&dev, &waits.id, |job| job["state"] == "queued").await;
     let (status, said) = waits.refused("attend").await;
     assert_eq!(

@@ -51,10 +51,11 @@ pub(crate) async fn open(
     let job = caller.job(&api, &id, Action::MachineUse).await?;
     let lease = running(&caller, &job)?;
     let (upgrade, slot) = entry(&api, upgrade, &id)?;
+    let way = api.backend().way_to_attempt(lease).await.map_err(no_way)?;
+    // Only now: one whose worker is not reached was given nothing, and its job is tried again as any. Nothing goes over the way before.
     if verb == Verb::Attend {
         begins(&api, lease).await?;
     }
-    let way = api.backend().way_to_attempt(lease).await.map_err(no_way)?;
     let end = End::Running(lease.clone());
     let joined = Joined::new((api, caller), end, verb, slot);
     tokio::spawn(joined.run(upgrade, way));
