@@ -78,6 +78,12 @@ pub struct AppliedPolicy {
     /// Processes and threads of its commands at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub processes_max: Option<u32>,
+    /// Bytes per second, read and written, of the disks that its machine may write, together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes_per_second: Option<u64>,
+    /// Files that one process of its commands has open at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub open_files_max: Option<u32>,
     /// Its machine is open to learn what a list must name. It has no secrets.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub learn: bool,
@@ -452,7 +458,11 @@ impl JobRequest {
         let policy =
             (narrowed || self.policy.is_some()).then_some(crate::dispatch::POLICY_GENERATION);
         let keep = stays.then_some(crate::dispatch::KEEP_GENERATION);
-        policy.max(keep).max(attended).unwrap_or(1)
+        let bounded = self.policy.as_ref().is_some_and(|policy| {
+            policy.disk_bytes_per_second.is_some() || policy.open_files_max.is_some()
+        });
+        let bounds = bounded.then_some(crate::dispatch::BOUNDS_GENERATION);
+        policy.max(keep).max(attended).max(bounds).unwrap_or(1)
     }
 
     /// What somebody holds of it while it runs, if anybody does.
@@ -477,6 +487,12 @@ impl JobRequest {
     #[must_use]
     pub fn network_bytes_per_second(&self) -> Option<NonZeroU64> {
         self.network_bits.map(bytes_per_second)
+    }
+
+    /// Bytes per second of its machine's disks together, if they have a bound.
+    #[must_use]
+    pub fn disk_bytes_per_second(&self) -> Option<NonZeroU64> {
+        NonZeroU64::new(self.policy.as_ref()?.disk_bytes_per_second?)
     }
 
     /// Bytes per second from and to its machine: the request's bound and the policy's, whichever is lower.

@@ -137,6 +137,10 @@ pub struct MachineSpec {
     /// CPUs of the host that are this machine's alone, by the kernel's numbers; none means that it shares those that are nobody's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub host_cpus: Vec<u32>,
+    /// Bytes per second, read and written, that the disks which the guest may write have together, those that are added later as well;
+    /// none means no bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes_per_second: Option<std::num::NonZeroU64>,
 }
 
 impl MachineSpec {

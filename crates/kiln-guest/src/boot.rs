@@ -25,7 +25,7 @@ const HOSTNAME: &str = "kiln";
 /// Most of the memory that the writable layer of the root may take.
 const UPPER_SIZE: &str = "size=50%,mode=755";
 /// Open files: soft and hard bound for everything started here.
-const OPEN_FILES_MAX: u64 = 1_048_576;
+pub(crate) const OPEN_FILES_MAX: u64 = 1_048_576;
 /// Most CPUs brought up.
 const CPUS_MAX: u32 = 256;
 

@@ -33,8 +33,6 @@ const RUNC_ROOT: &str = "/run/kiln/runc";
 const DATABASE_MAX: u64 = 1024 * 1024;
 /// Most additional groups of one user.
 const GROUPS_MAX: usize = 64;
-/// Open files of the container.
-const OPEN_FILES_MAX: u64 = 1_048_576;
 /// Path of images that have none.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Where a container has file systems of its own.
@@ -228,7 +226,7 @@ fn file_systems(bundle: &str) -> Value {
 }
 
 /// What runc is told. The machine's network is the container's: forwards and names work as they are.
-fn config(spec: &ContainerSpec, user: &User, bundle: &str) -> Value {
+fn config(spec: &ContainerSpec, user: &User, bundle: &str, open_files: u64) -> Value {
     let mut env: Vec<String> = spec.env.clone();
     let has = |env: &[String], name: &str| env.iter().any(|item| item.starts_with(name));
     if !has(&env, "PATH=") {
@@ -250,7 +248,7 @@ fn config(spec: &ContainerSpec, user: &User, bundle: &str) -> Value {
             "env": env,
             "cwd": if spec.cwd.is_empty() { "/" } else { &spec.cwd },
             "capabilities": { "bounding": CAPABILITIES, "effective": held, "permitted": held },
-            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": OPEN_FILES_MAX, "soft": OPEN_FILES_MAX }],
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "hard": open_files, "soft": open_files }],
             "noNewPrivileges": true,
         },
         "root": { "path": format!("{bundle}/rootfs"), "readonly": false },
@@ -308,9 +306,10 @@ pub(crate) async fn prepare(
     let services = services.map_err(|_| invalid("a lock is broken"))?;
     let bundle = parts.bundle.clone();
     let number = guest.next_exec();
+    let open_files = guest.open_files();
     let work = tokio::task::spawn_blocking(move || {
         container_init::place(number)?;
-        put_together(&spec, &parts, &services)
+        put_together(&spec, &parts, &services, open_files)
     });
     work.await.map_err(|error| invalid(error.to_string()))??;
     let id = format!("container-{number}");
@@ -395,6 +394,7 @@ fn put_together(
     spec: &ContainerSpec,
     parts: &Parts,
     services: &[String],
+    open_files: u64,
 ) -> Result<(), GuestError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open(&parts.image, flags, Mode::empty());
@@ -435,7 +435,7 @@ fn put_together(
         hostname,
         ..spec.clone()
     };
-    let mut config = config(&spec, &user, &parts.bundle);
+    let mut config = config(&spec, &user, &parts.bundle, open_files);
     container_init::add(&mut config);
     give_secrets(&spec.secrets, &user, Path::new(&parts.secrets), &mut config)?;
     if Path::new(tree::CA_OPERATOR).exists() {
@@ -587,11 +587,13 @@ mod tests {
             ..ContainerSpec::default()
         };
         let user = resolve("node", PASSWD, GROUP).unwrap();
-        let config = config(&spec, &user, "/b");
+        let config = config(&spec, &user, "/b", 99);
         assert_eq!(config["process"]["capabilities"]["effective"], json!([]));
         assert_eq!(config["process"]["env"], json!(["HOME=/h", PATH]));
         assert_eq!(config["process"]["noNewPrivileges"], true);
-        let root = super::config(&spec, &User::default(), "/b");
+        let files = json!([{ "type": "RLIMIT_NOFILE", "hard": 99, "soft": 99 }]);
+        assert_eq!(config["process"]["rlimits"], files);
+        let root = super::config(&spec, &User::default(), "/b", 99);
         assert_eq!(
             root["process"]["capabilities"]["effective"]
                 .as_array()

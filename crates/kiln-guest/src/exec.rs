@@ -273,6 +273,9 @@ fn start(guest: &Guest, request: &ExecRequest, group: &Cgroup) -> Result<Started
         None => pipes(&mut command, request.stdin)?,
     };
     prepare(&mut command, &door, request.tty.is_some(), user);
+    if !request.trusted {
+        bound_open_files(&mut command, guest.open_files());
+    }
     let child = guest.reaper.spawn(&mut command).map_err(|error| {
         let error = SysError {
             what: format!("run {:?}", request.argv[0]),
@@ -289,6 +292,24 @@ pub(crate) fn prepare(command: &mut Command, door: &File, tty: bool, user: Optio
     let door: RawFd = door.as_raw_fd();
     // SAFETY: `enter` makes system calls only, on values that were copied before the fork.
     unsafe { command.pre_exec(move || enter(door, tty, user)) };
+}
+
+/// Bounds the open files of the child and of everything it starts. One that is root in the machine can raise it again.
+#[expect(unsafe_code, reason = "code between fork and exec")]
+fn bound_open_files(command: &mut Command, most: u64) {
+    let bound = libc::rlimit {
+        rlim_cur: most,
+        rlim_max: most,
+    };
+    let set = move || {
+        // SAFETY: a system call on a value that was copied before the fork.
+        match unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const bound) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: `set` makes one system call.
+    unsafe { command.pre_exec(set) };
 }
 
 #[expect(unsafe_code, reason = "system calls between fork and exec")]

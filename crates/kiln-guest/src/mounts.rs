@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use kiln_core::DiskRole;
-use kiln_proto::msg::{GuestError, GuestErrorCode, Mount, Mounted};
+use kiln_proto::msg::{FullMemory, GuestError, GuestErrorCode, Mount, Mounted};
 use rustix::fs::{Mode, OFlags, fsync, statvfs, syncfs};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
@@ -171,6 +171,31 @@ pub(crate) async fn bytes_free(guest: &Guest, path: &str) -> Option<u64> {
     let mounted = guest.mounts.lock().await.is_mounted(path);
     let space = mounted.then(|| space(path).ok()).flatten()?;
     Some(space.bytes_free)
+}
+
+/// Where files lie in memory as long as no disk is mounted for them. The first is the writable layer of the root.
+const IN_MEMORY: [&str; 4] = ["/", "/tmp", "/run", "/dev/shm"];
+/// With less room than this they are full, bytes; small ones with less than a 64th of it.
+const FULL_BELOW: u64 = 1024 * 1024;
+
+/// Files in memory that take no more, if any do.
+pub(crate) async fn full_memory(guest: &Guest) -> Option<FullMemory> {
+    let on_disk = guest.mounts.lock().await.is_writable(SCRATCH);
+    let places = IN_MEMORY.iter().filter(|place| {
+        let bound = SCRATCH_BINDS.iter().any(|(_, target, _)| target == *place);
+        !(on_disk && bound)
+    });
+    places
+        .filter_map(|place| space(place).ok())
+        .find(|space| is_full(space.bytes_free, space.bytes_total))
+        .map(|space| FullMemory {
+            path: space.path,
+            bytes_total: space.bytes_total,
+        })
+}
+
+fn is_full(free: u64, total: u64) -> bool {
+    free < FULL_BELOW.min(total / 64)
 }
 
 /// Where the image disk of a service is mounted; 0 is that of the command's own container.
@@ -401,6 +426,15 @@ mod tests {
         assert_eq!(aside(1000, 4096, 4096 * 10), 990);
         assert_eq!(aside(1000, 4096, 1), 999);
         assert_eq!(aside(10, 4096, 1 << 40), 0);
+    }
+
+    #[test]
+    fn files_in_memory_are_full_when_nothing_more_fits() {
+        const MIB: u64 = 1024 * 1024;
+        assert!(is_full(0, 64 * MIB) && is_full(MIB - 1, 64 * MIB));
+        assert!(!is_full(MIB, 64 * MIB) && !is_full(32 * 1024, 2 * MIB));
+        // A root without a writable layer of its own says nothing of its size.
+        assert!(!is_full(0, 0));
     }
 
     #[test]

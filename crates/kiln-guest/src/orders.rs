@@ -37,8 +37,10 @@ pub(crate) async fn carry_out(guest: Arc<Guest>, order: Order) -> CallResult {
             memory_max,
             pids_max,
             disk_bytes_max,
+            open_files_max,
         } => {
             bound_workload(&guest, memory_max, pids_max)?;
+            guest.bound_open_files(open_files_max);
             if disk_bytes_max > 0 {
                 mounts::bound_state(&guest, disk_bytes_max).await?;
             }
@@ -133,6 +135,8 @@ async fn stats(guest: &Guest) -> MachineStats {
         state_bytes_free: mounts::bytes_free(guest, mounts::STATE).await.unwrap_or(0),
         scratch_bytes_free: mounts::bytes_free(guest, mounts::SCRATCH).await,
         processes_refused: workload.value("pids.events", "max"),
+        processes_max: workload.number("pids.max"),
+        full_memory: mounts::full_memory(guest).await,
     }
 }
 

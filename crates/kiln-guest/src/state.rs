@@ -44,6 +44,8 @@ pub(crate) struct Guest {
     pub(crate) services: std::sync::Mutex<Vec<String>>,
     /// Names, addresses, and the way to the host.
     pub(crate) net: Net,
+    /// Files that one process of a command may have open.
+    open_files: AtomicU64,
     streams: AtomicU32,
     execs: AtomicU64,
     prepared: watch::Sender<bool>,
@@ -64,10 +66,25 @@ impl Guest {
             buildkit: tokio::sync::Mutex::default(),
             services: std::sync::Mutex::default(),
             net: Net::default(),
+            open_files: AtomicU64::new(boot::OPEN_FILES_MAX),
             streams: AtomicU32::new(0),
             execs: AtomicU64::new(0),
             prepared: watch::channel(false).0,
         })
+    }
+
+    /// Files that one process of a command that is started from now on may have open.
+    pub(crate) fn open_files(&self) -> u64 {
+        self.open_files.load(Ordering::Relaxed)
+    }
+
+    /// Bounds them; 0 means what is usual, and nothing is more than that.
+    pub(crate) fn bound_open_files(&self, most: u64) {
+        let most = match most {
+            0 => boot::OPEN_FILES_MAX,
+            most => most.min(boot::OPEN_FILES_MAX),
+        };
+        self.open_files.store(most, Ordering::Relaxed);
     }
 
     /// A number for the next command.
@@ -113,6 +130,7 @@ impl Guest {
             feature::EGRESS,
             feature::SECRET_FILES,
             feature::WORK,
+            feature::BOUNDS,
         ];
         if boot::has_root_disk() {
             features.push(feature::ROOT_DISK);

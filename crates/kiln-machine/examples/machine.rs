@@ -38,6 +38,7 @@ fn spec(dir: &Path, name: &str) -> Result<MachineSpec> {
         boot_timeout_ms: 30_000,
         keep_until_unix_ms: None,
         host_cpus: Vec::new(),
+        disk_bytes_per_second: None,
     })
 }
 

@@ -74,6 +74,11 @@ pub fn stands(
         connections_max: lower(applied.connections_max, max.connections),
         output_bytes_max: lower(applied.output_bytes_max, max.output.map(|ByteSize(n)| n)),
         processes_max: lower(applied.processes_max, max.processes),
+        disk_bytes_per_second: lower(
+            applied.disk_bytes_per_second,
+            max.disk_rate.map(|ByteSize(n)| n),
+        ),
+        open_files_max: lower(applied.open_files_max, max.open_files),
         ..applied
     });
     Ok((max, now))
@@ -112,6 +117,8 @@ mod tests {
             connections_max: Some(3),
             output_bytes_max: None,
             processes_max: None,
+            disk_bytes_per_second: None,
+            open_files_max: None,
             learn: false,
             decided_us: None,
         };

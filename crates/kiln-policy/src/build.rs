@@ -14,6 +14,7 @@ use crate::grant::{Grants, Maxima};
 use crate::policy::{Limits, Phase, PhaseNetwork, PhasePolicy, Policy, Resources, SecretPlace};
 use crate::run::{
     OPERATORS, Refusal, applied, at_most, narrowed, nothing_removed, of_network, resources,
+    too_slow_a_disk,
 };
 
 /// Where a RUN step finds a secret that it mounts.
@@ -152,6 +153,7 @@ fn bounds(limits: &Limits) -> Limits {
     Limits {
         output: None,
         processes: None,
+        open_files: None,
         ..*limits
     }
 }
@@ -177,7 +179,12 @@ fn by_request(
     let limits = bounds(&holds.policy.limits);
     let bounded = limits.upload_bits.is_some()
         || limits.download_bits.is_some()
-        || limits.connections.is_some();
+        || limits.connections.is_some()
+        || limits.disk_rate.is_some();
+    if let Some(slow) = too_slow_a_disk(&limits) {
+        let message = format!("{OPERATORS} grants too little: {slow}");
+        return Err(Refusal::new(FailureClass::Policy, "policy", message));
+    }
     Ok(HeldBuild {
         network,
         only: false,
@@ -201,6 +208,10 @@ fn honoured(policy: &Policy, file: &str, connections_most: u32) -> Result<(), Re
     if policy.limits.processes.is_some() {
         missing.push("limits.processes".to_owned());
     }
+    if policy.limits.open_files.is_some() {
+        missing.push("limits.open_files".to_owned());
+    }
+    missing.extend(too_slow_a_disk(&policy.limits));
     if policy.limits.output.is_some() {
         missing.push("limits.output".to_owned());
     }
@@ -363,6 +374,14 @@ phases:
             (
                 "version: 1\nlimits: {output: 1M}\n".to_owned(),
                 "limits.output",
+            ),
+            (
+                "version: 1\nlimits: {open_files: 999}\n".to_owned(),
+                "limits.open_files",
+            ),
+            (
+                "version: 1\nlimits: {disk_rate: 99K}\n".to_owned(),
+                "limits.disk_rate",
             ),
             (
                 "version: 1\nphases: {dependencies: {network: {mode: learn}}}\n".to_owned(),

@@ -280,6 +280,18 @@ fn bound_all(
         max.processes,
         &mut refuse,
     );
+    limits.disk_rate = bound(
+        "limits.disk_rate",
+        limits.disk_rate,
+        max.disk_rate,
+        &mut refuse,
+    );
+    limits.open_files = bound(
+        "limits.open_files",
+        limits.open_files,
+        max.open_files,
+        &mut refuse,
+    );
     limits.output = bound("limits.output", limits.output, max.output, &mut refuse);
     let rates = [
         ("limits.upload", &mut limits.upload_bits, max.upload_bits),

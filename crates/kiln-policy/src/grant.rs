@@ -56,7 +56,9 @@ struct RawMax {
     upload: Option<Spanned<String>>,
     download: Option<Spanned<String>>,
     connections: Option<u32>,
+    disk_rate: Option<Spanned<String>>,
     processes: Option<u32>,
+    open_files: Option<u32>,
     output: Option<Spanned<String>>,
 }
 
@@ -128,8 +130,12 @@ pub struct Maxima {
     pub download_bits: Option<u64>,
     /// Connections at once.
     pub connections: Option<u32>,
+    /// Bytes per second of the disks that it may write.
+    pub disk_rate: Option<ByteSize>,
     /// Processes at once.
     pub processes: Option<u32>,
+    /// Files that one process has open at once.
+    pub open_files: Option<u32>,
     /// Bytes of output.
     pub output: Option<ByteSize>,
 }
@@ -337,7 +343,9 @@ impl GrantReader<'_> {
             upload_bits: self.rate(raw.max.upload),
             download_bits: self.rate(raw.max.download),
             connections: raw.max.connections,
+            disk_rate: self.size(raw.max.disk_rate),
             processes: raw.max.processes,
+            open_files: raw.max.open_files,
             output: self.size(raw.max.output),
         };
         Grant {

@@ -332,11 +332,24 @@ pub(crate) const FILE: Shape = Shape::Fields(&[
             ),
             Field::optional("disk", "Size of its disk.", SIZE),
             Field::optional(
+                "disk_rate",
+                "Bytes per second that it reads and writes on the disks it may write, together.",
+                SIZE,
+            ),
+            Field::optional(
                 "processes",
                 "Processes at once.",
                 Shape::Integer {
                     least: 1,
                     most: 4_194_304,
+                },
+            ),
+            Field::optional(
+                "open_files",
+                "Files that one process has open at once.",
+                Shape::Integer {
+                    least: 64,
+                    most: 1_048_576,
                 },
             ),
             Field::optional("output", "Bytes of output.", SIZE),

@@ -168,8 +168,12 @@ pub struct Limits {
     pub connections: Option<u32>,
     /// Size of its disk.
     pub disk: Option<ByteSize>,
+    /// Bytes per second, read and written, of the disks that it may write, together.
+    pub disk_rate: Option<ByteSize>,
     /// Processes at once.
     pub processes: Option<u32>,
+    /// Files that one process has open at once.
+    pub open_files: Option<u32>,
     /// Bytes of output.
     pub output: Option<ByteSize>,
 }
@@ -360,10 +364,16 @@ impl Limits {
             self.connections.map(|count| json!(count)),
         );
         put(&mut map, "disk", bytes(self.disk));
+        put(&mut map, "disk_rate", bytes(self.disk_rate));
         put(
             &mut map,
             "processes",
             self.processes.map(|count| json!(count)),
+        );
+        put(
+            &mut map,
+            "open_files",
+            self.open_files.map(|count| json!(count)),
         );
         put(&mut map, "output", bytes(self.output));
         filled(map)

@@ -24,6 +24,10 @@ const SECRETS: &str = "/run/secrets";
 /// Of an image whose name begins with a registry's host.
 const ELSEWHERE: &str = "only images in kiln's own registry can be run";
 const ELSEWHERE_HINT: &str = "images of other registries are not fetched for a run: build one `FROM` it with `kiln build`, and name that; `kiln registry list --json` has digests";
+/// Least rate of a machine's disks, bytes per second: with less it is not ready in the time that it has for that.
+const DISK_RATE_LEAST: ByteSize = ByteSize::mib(1);
+/// Fewest open files: what puts a container together has some itself.
+const OPEN_FILES_LEAST: u32 = 64;
 /// Without a file of its own, what is refused is the operator's.
 pub(crate) const OPERATORS: &str = "the operator's policy.toml";
 
@@ -332,6 +336,8 @@ pub(crate) fn applied(limits: &Limits, holds: &Effective, learns: bool) -> Appli
         connections_max: limits.connections,
         output_bytes_max: limits.output.map(|size| size.0),
         processes_max: limits.processes,
+        disk_bytes_per_second: limits.disk_rate.map(|size| size.0),
+        open_files_max: limits.open_files,
         learn: learns,
         decided_us: None,
     }
@@ -563,6 +569,16 @@ fn enforceable(
     if connections.is_some_and(|count| count > connections_most) {
         missing.push(format!("limits.connections above {connections_most}"));
     }
+    missing.extend(too_slow_a_disk(&policy.limits));
+    if let Some(few) = policy
+        .limits
+        .open_files
+        .filter(|few| *few < OPEN_FILES_LEAST)
+    {
+        missing.push(format!(
+            "limits.open_files of {few}, less than {OPEN_FILES_LEAST}"
+        ));
+    }
     match missing.is_empty() {
         true => Ok(()),
         false => Err(Refusal::new(
@@ -578,6 +594,14 @@ fn enforceable(
             false => "nothing was started; take it out of the file, or write less",
         })),
     }
+}
+
+/// A rate with which a machine would not get its disk ready in the time that it has for it.
+pub(crate) fn too_slow_a_disk(limits: &Limits) -> Option<String> {
+    let slow = limits.disk_rate.filter(|rate| *rate < DISK_RATE_LEAST)?;
+    Some(format!(
+        "limits.disk_rate of {slow}, less than {DISK_RATE_LEAST}"
+    ))
 }
 
 fn artifacts(paths: &[String]) -> Result<Vec<ArtifactPath>, Refusal> {

@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 /// Generation of these messages. A controller serves its own and the one before.
 ///
 /// 2: workers hold a job to its policy (`kiln_core::dispatch::POLICY_GENERATION`); a job with one goes to no older worker.
-/// 3: workers let somebody hold a command's streams while it runs (`kiln_core::dispatch::ATTEND_GENERATION`).
+/// 3: workers let somebody hold a command's streams while it runs (`kiln_core::dispatch::ATTEND_GENERATION`), and bound the rate of disks and
+/// open files (`kiln_core::dispatch::BOUNDS_GENERATION`).
 pub const GENERATION: u32 = 3;
 /// What workers, and controllers among themselves, offer in a handshake besides HTTP/1.1 (ALPN, RFC 7301), so that they are shown the certificate of the authority they
 /// pinned, whatever the operator shows to people. It is never chosen.

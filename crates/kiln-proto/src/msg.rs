@@ -87,6 +87,8 @@ pub mod feature {
     /// Shows the tree of [`super::Place::Work`] in containers, runs one container after the other on the same files, runs
     /// services beside them, and tells what its bounds refused.
     pub const WORK: &str = "work";
+    /// Bounds the open files of commands, and says when its own files or the usual bound of processes were full.
+    pub const BOUNDS: &str = "bounds";
     /// Its root is a disk, not the initial RAM disk; only a guest that knows this word says it.
     pub const ROOT_DISK: &str = "root_disk";
 }
@@ -153,6 +155,9 @@ pub enum Order {
         /// Bytes that may be written to the state disk from now on, until it is unmounted; 0 means all that are free.
         #[serde(default)]
         disk_bytes_max: u64,
+        /// Files that one process of a command may have open at once; 0 means what is usual.
+        #[serde(default)]
+        open_files_max: u64,
     },
     /// How many connections to the host programs may have at once; more wait. Without this order: what is usual. The host takes that many
     /// streams before it says so.
@@ -563,6 +568,21 @@ pub struct MachineStats {
     /// Processes that were refused because the workload had as many as it may.
     #[serde(default)]
     pub processes_refused: u64,
+    /// How many it may have.
+    #[serde(default)]
+    pub processes_max: u64,
+    /// What lies in memory instead of on a disk and is full: the place, and the bytes that it takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full_memory: Option<FullMemory>,
+}
+
+/// Files in memory that take no more.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct FullMemory {
+    /// Where they are in the machine.
+    pub path: String,
+    /// All that may lie there, bytes.
+    pub bytes_total: u64,
 }
 
 /// What is needed to run a container image whose root filesystem lies on the image disk.

@@ -82,6 +82,7 @@ impl TempHome {
             boot_timeout_ms: 10_000,
             keep_until_unix_ms: None,
             host_cpus: Vec::new(),
+            disk_bytes_per_second: None,
         }
     }
 

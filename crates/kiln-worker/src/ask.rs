@@ -72,6 +72,7 @@ pub async fn ask_base(
         purpose: Purpose::Build { head: &head },
         make_template: true,
         may_stay: false,
+        disk_bytes_per_second: None,
     };
     let attempt = Attempt::start(host, wanted, ticket, Gateway::new(config), events).await?;
     let answer = match in_machine(&attempt, base, argv).await {

@@ -3,6 +3,7 @@
 //! The choice of how to start is made here, in this order: a template for exactly this head; the plain template with the
 //! head plugged in; a cold boot.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -80,6 +81,8 @@ pub struct Wanted<'a> {
     pub make_template: bool,
     /// It may stay when its job is over: see [`Attempt::let_go`].
     pub may_stay: bool,
+    /// Bytes per second of the disks that it may write, together; none means no bound.
+    pub disk_bytes_per_second: Option<NonZeroU64>,
 }
 
 /// The shared, read-only root disk.
@@ -128,6 +131,7 @@ pub fn spec(
         boot_timeout_ms: u64::try_from(BOOT_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
         keep_until_unix_ms: None,
         host_cpus: Vec::new(),
+        disk_bytes_per_second: None,
     }
 }
 
@@ -237,6 +241,7 @@ fn spec_as(
     MachineSpec {
         host_cpus: cpus.to_vec(),
         keep_until_unix_ms: wanted.may_stay.then(handed_over_until),
+        disk_bytes_per_second: wanted.disk_bytes_per_second,
         ..spec(host, wanted.name.clone(), wanted.cpus, memory, disks)
     }
 }

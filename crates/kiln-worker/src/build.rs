@@ -354,6 +354,7 @@ impl Job<'_> {
             purpose: Purpose::Build { head: &head },
             make_template: true,
             may_stay: false,
+            disk_bytes_per_second: self.input.request.disk_bytes_per_second(),
         };
         let mut measured = Measured::default();
         let since = std::time::Instant::now();
@@ -480,6 +481,7 @@ impl Job<'_> {
             memory_max: 0,
             pids_max: 0,
             disk_bytes_max: self.input.request.limits.disk.0,
+            open_files_max: 0,
         };
         orders::call_done(session, "take its limits", &limits, orders::ORDER_TIMEOUT).await?;
         let bundle = self.input.ca_bundle.as_deref().unwrap_or_default();

@@ -172,6 +172,7 @@ async fn start(
         purpose: Purpose::Run,
         make_template: true,
         may_stay: false,
+        disk_bytes_per_second: None,
     };
     let policy = NetworkPolicy::from_rules([input.address.rule.clone()]);
     let mut config = GatewayConfig::new(policy, egress as _);

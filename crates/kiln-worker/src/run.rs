@@ -3,6 +3,7 @@
 mod command;
 mod forward;
 mod inside;
+mod overrun;
 mod serve;
 mod shown;
 
@@ -286,6 +287,7 @@ async fn work(
         purpose: boot.as_ref().map_or(Purpose::Run, Purpose::Given),
         make_template: true,
         may_stay: input.keep.is_some(),
+        disk_bytes_per_second: input.request.disk_bytes_per_second(),
     };
     let stays = input.keep;
     let mut handover = stays.and_then(|keep| handover(&input.request, keep, wanted.name.clone()));

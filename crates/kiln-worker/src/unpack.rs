@@ -167,6 +167,7 @@ async fn make(
         purpose: Purpose::Run,
         make_template: true,
         may_stay: false,
+        disk_bytes_per_second: None,
     };
     // No network at all: unpacking needs none.
     let gateway = Gateway::new(GatewayConfig::new(

@@ -59,6 +59,7 @@ pub async fn make_shared_head(
         purpose: Purpose::Run,
         make_template: true,
         may_stay: false,
+        disk_bytes_per_second: None,
     };
     let attempt = Attempt::start(host, wanted, ticket, Gateway::new(config), events).await?;
     let done = fill(host, &attempt, bases, events).await;

@@ -64,6 +64,7 @@ impl Machines {
             purpose: Purpose::Run,
             make_template: true,
             may_stay: false,
+            disk_bytes_per_second: None,
         };
         let chosen = templates::choose(&host, &wanted, memory, &events)
             .await

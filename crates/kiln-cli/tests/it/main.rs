@@ -8,6 +8,7 @@ mod apps;
 mod artifacts;
 mod attend_serve;
 mod attend_sim;
+mod bounds;
 mod build;
 mod confinement;
 mod e2e_script;

@@ -203,12 +203,10 @@ impl Started {
             let _read = stderr.read_to_string(&mut err);
             err
         });
-        let _read = self
-            .child
-            .stdout
-            .take()
-            .expect("piped")
-            .read_to_string(&mut out);
+        // One that goes to a file is there.
+        if let Some(mut stdout) = self.child.stdout.take() {
+            let _read = stdout.read_to_string(&mut out);
+        }
         let status = self.child.wait().expect("wait");
         let err = reader.join().expect("reader");
         Said {

@@ -3,10 +3,10 @@
 
 use std::time::{Duration, Instant};
 
-use kiln_proto::msg::{chunk, kind};
+use kiln_proto::msg::{Order, OrderReply, chunk, kind};
 use kiln_proto::session::Session;
 
-use crate::host::{exec, sh, shell};
+use crate::host::{call, exec, sh, shell};
 use crate::vm::{Spec, Vm};
 
 /// For each attack, without hardware to run it on.
@@ -51,12 +51,26 @@ async fn attacks_on_the_guest_end_with_their_command() {
     println!("{:?}", ran.exit);
     assert!(ran.exit.is_ok());
     still_works(&session).await;
-    let files = "perl -e 'open($f{$_}, q(<), q(/dev/null)) or last for 1..100000; print scalar(keys %f), qq(\\n)'";
-    let mut files = shell(files);
-    files.timeout_ms = 3_000;
-    let ran = in_time("100,000 files", exec(&session, &files, &[])).await;
-    println!("{:?} {}", ran.exit, ran.out);
-    assert!(ran.exit.is_ok());
+    let files = "perl -e 'for (1..100000) { open($f{$_}, q(<), q(/dev/null)) or do { delete $f{$_}; last } } print scalar(keys %f), qq(\\n)'";
+    let ran = in_time("100,000 files", sh(&session, files)).await;
+    assert_eq!(ran.ok(), "100000\n", "as many as it may have, and more");
+    still_works(&session).await;
+    let bound = Order::SetLimits {
+        memory_max: 0,
+        pids_max: 0,
+        disk_bytes_max: 0,
+        open_files_max: 1_000,
+    };
+    assert_eq!(call(&session, &bound).await, OrderReply::Done);
+    let ran = in_time("1,000 files", sh(&session, files)).await;
+    // Three of them are its streams.
+    assert!(
+        ran.ok()
+            .trim()
+            .parse::<u32>()
+            .is_ok_and(|count| (990..1_000).contains(&count)),
+        "{ran:?}"
+    );
     still_works(&session).await;
     let fill = "for d in /tmp /run /dev/shm; do head -c 400000000 /dev/zero > $d/full; done; rm -f /tmp/full /run/full /dev/shm/full; echo done";
     let mut fill = shell(fill);

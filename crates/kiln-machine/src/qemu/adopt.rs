@@ -63,6 +63,7 @@ pub(super) async fn adopt(taken: Taken) -> Result<QemuMachine, AdoptError> {
     let lock = kept.template.as_ref().map(template::lock_for_use);
     let disks = kept.spec.disks.iter();
     Ok(assemble(Parts {
+        disks_rated: kept.spec.disk_bytes_per_second.is_some(),
         disks: disks
             .map(|slot| MachineDisk::adopted(dir.dir(), slot))
             .collect(),

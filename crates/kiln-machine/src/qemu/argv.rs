@@ -5,6 +5,7 @@
 //! files are descriptors it inherits.
 
 use std::ffi::OsString;
+use std::num::NonZeroU64;
 use std::os::fd::RawFd;
 
 use kiln_core::machine::DiskFormat;
@@ -77,6 +78,14 @@ pub(crate) enum Wake {
     Incoming,
 }
 
+/// Node and group of everything that is bounded in its rate.
+const RATE_GROUP: &str = "disks";
+/// For at most so many seconds the disks may take this many times their rate: what starts is quick, what goes on is not.
+const BURST: u64 = 2;
+const BURST_SECONDS: u64 = 1;
+/// Most that QEMU counts, bytes per second.
+const RATE_MOST: u64 = 1_000_000_000_000_000;
+
 /// A disk whose files are open.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct DiskNodes {
@@ -86,6 +95,8 @@ pub(crate) struct DiskNodes {
     pub(crate) files: Vec<(DiskFormat, u32)>,
     /// Whether the guest may write.
     pub(crate) writable: bool,
+    /// Whether it has its part of the machine's rate, and waits for it.
+    pub(crate) rated: bool,
 }
 
 /// Everything the arguments depend on.
@@ -111,6 +122,8 @@ pub(crate) struct Machine {
     pub(crate) console: RawFd,
     /// Another owner may connect later.
     pub(crate) kept: bool,
+    /// Bytes per second of all disks that are rated together.
+    pub(crate) disk_rate: Option<NonZeroU64>,
     /// Cold disks.
     pub(crate) disks: Vec<DiskNodes>,
     /// Descriptor to add to each set: (descriptor, set).
@@ -139,6 +152,9 @@ pub(crate) fn arguments(machine: &Machine) -> Vec<OsString> {
     put("-m", format!("{}M", machine.memory.as_mib()));
     put("-object", memory(machine));
     put_ports(machine, &mut put);
+    if let Some(rate) = machine.disk_rate {
+        put("-object", rate_group(rate).to_string());
+    }
     for disk in &machine.disks {
         for node in block_nodes(disk) {
             put("-blockdev", node.to_string());
@@ -186,6 +202,20 @@ fn memory(machine: &Machine) -> String {
         false => "share=off,readonly=on,rom=off",
     };
     format!("memory-backend-file,id=ram,size={size},mem-path=/proc/self/fd/{fd},{sharing}")
+}
+
+/// What the rated disks share: reads and writes count alike.
+fn rate_group(rate: NonZeroU64) -> Value {
+    let rate = rate.get().min(RATE_MOST / BURST);
+    json!({
+        "qom-type": "throttle-group",
+        "id": RATE_GROUP,
+        "limits": {
+            "bps-total": rate,
+            "bps-total-max": rate * BURST,
+            "bps-total-max-length": BURST_SECONDS,
+        },
+    })
 }
 
 /// Control socket, console, channel, and the signal of a clone.
@@ -255,7 +285,27 @@ pub(crate) fn block_nodes(disk: &DiskNodes) -> Vec<Value> {
         }
         nodes.push(node);
     }
+    if disk.rated {
+        nodes.push(json!({
+            "driver": "throttle",
+            "node-name": device_node(disk),
+            "file": format!("{name}0"),
+            "throttle-group": RATE_GROUP,
+            "read-only": !disk.writable, "auto-read-only": false,
+            "discard": if disk.writable { "unmap" } else { "ignore" },
+            "cache": { "direct": false, "no-flush": true },
+        }));
+    }
     nodes
+}
+
+/// The node that the device of a disk reads and writes.
+fn device_node(disk: &DiskNodes) -> String {
+    let name = role_name(disk.role);
+    match disk.rated {
+        true => format!("{name}rated"),
+        false => format!("{name}0"),
+    }
 }
 
 /// The device of a disk. An error of the host's disk stops the guest instead of reaching it.
@@ -263,7 +313,7 @@ pub(crate) fn block_device(disk: &DiskNodes) -> Value {
     json!({
         "driver": "virtio-blk-pci",
         "id": device_id(disk.role),
-        "drive": format!("{}0", role_name(disk.role)),
+        "drive": device_node(disk),
         "serial": disk.role.serial(),
         "bus": "pci.0",
         "addr": format!("0x{:x}", DISK_SLOT_FIRST + slot(disk.role)),

@@ -98,8 +98,9 @@ impl MachineDisk {
         self.is_writable().then(|| self.links[0].path.as_path())
     }
 
-    /// Opens its files: nodes for QEMU, and each descriptor with the number of its set.
-    pub(crate) fn open(&self, sets: &mut Sets) -> Result<DiskNodes, LaunchError> {
+    /// Opens its files: nodes for QEMU, and each descriptor with the number of its set. `rated`: the machine's disks have a rate, and this
+    /// one a part of it if the guest may write.
+    pub(crate) fn open(&self, sets: &mut Sets, rated: bool) -> Result<DiskNodes, LaunchError> {
         let mut files = Vec::with_capacity(self.links.len());
         for (depth, link) in self.links.iter().enumerate() {
             let writable = depth == 0 && self.is_writable();
@@ -114,6 +115,7 @@ impl MachineDisk {
             role: self.slot.role,
             files,
             writable: self.is_writable(),
+            rated: rated && self.is_writable(),
         })
     }
 }

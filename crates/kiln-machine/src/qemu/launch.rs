@@ -119,7 +119,10 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         saved.check(spec, accel, host.program)?;
     }
     let (disks, later) = make_disks(&dir, spec, saved.as_ref())?;
-    let nodes: Result<Vec<_>, _> = disks.iter().map(|disk| disk.open(&mut sets)).collect();
+    let nodes: Result<Vec<_>, _> = disks
+        .iter()
+        .map(|disk| disk.open(&mut sets, spec.disk_bytes_per_second.is_some()))
+        .collect();
     let mut inherit = Vec::new();
     let (ram_file, own) = ram_of(spec.memory, saved.as_ref())?;
     let ram = own.map_or(Ram::Clone, |file| {
@@ -161,6 +164,7 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         channel: listener.as_raw_fd(),
         console: far.console.as_raw_fd(),
         kept,
+        disk_rate: spec.disk_bytes_per_second,
         disks: nodes?,
         sets: sets.numbers(),
         wake,
@@ -352,6 +356,7 @@ async fn run(
         _template: template,
     };
     let machine = assemble(Parts {
+        disks_rated: spec.disk_bytes_per_second.is_some(),
         dir,
         dir_fd,
         body,
@@ -416,6 +421,8 @@ pub(super) struct Parts {
     pub(super) dir_fd: OwnedFd,
     pub(super) body: Body,
     pub(super) disks: Vec<MachineDisk>,
+    /// Its disks have a rate: those that are added get their part of it.
+    pub(super) disks_rated: bool,
     pub(super) status: Arc<Status>,
     /// To be waited for, when it is this process's.
     pub(super) child: Option<std::process::Child>,
@@ -450,6 +457,7 @@ pub(super) fn assemble(parts: Parts) -> QemuMachine {
         dir_fd: parts.dir_fd,
         body: parts.body,
         disks: Mutex::new(parts.disks),
+        disks_rated: parts.disks_rated,
         qmp,
         status: parts.status,
         console,

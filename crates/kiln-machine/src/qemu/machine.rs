@@ -72,6 +72,8 @@ pub(crate) struct QemuMachine {
     pub(crate) dir_fd: OwnedFd,
     pub(crate) body: Body,
     pub(crate) disks: Mutex<Vec<MachineDisk>>,
+    /// Those that are added get their part of the machine's rate.
+    pub(crate) disks_rated: bool,
     pub(crate) qmp: Arc<Qmp>,
     pub(crate) status: Arc<Status>,
     pub(crate) console: Ring,
@@ -151,7 +153,7 @@ impl QemuMachine {
         }
         let mut sets = Sets::from(self.next_set.load(Ordering::Relaxed));
         let prepared = MachineDisk::prepare(self.dir.dir(), slot, None)
-            .and_then(|disk| Ok((disk.open(&mut sets)?, disk)));
+            .and_then(|disk| Ok((disk.open(&mut sets, self.disks_rated)?, disk)));
         let (nodes, disk) = prepared.map_err(attach_error)?;
         self.next_set.store(sets.next(), Ordering::Relaxed);
         self.disks().push(disk);

@@ -217,6 +217,8 @@ fn stats(guest: &Guest) -> MachineStats {
         state_bytes_free: DISK_BYTES / 2,
         scratch_bytes_free: None,
         processes_refused: 0,
+        processes_max: 0,
+        full_memory: None,
     }
 }
 

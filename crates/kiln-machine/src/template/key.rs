@@ -105,6 +105,7 @@ pub(super) mod tests {
             boot_timeout_ms: 1000,
             keep_until_unix_ms: None,
             host_cpus: Vec::new(),
+            disk_bytes_per_second: None,
         }
     }
 

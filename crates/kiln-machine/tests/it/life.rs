@@ -67,6 +67,7 @@ impl Sim {
             boot_timeout_ms: 10_000,
             keep_until_unix_ms: None,
             host_cpus: Vec::new(),
+            disk_bytes_per_second: None,
         }
     }
 
@@ -107,6 +108,7 @@ pub(crate) async fn live(host: &Host) -> Result<(), (Step, Failed)> {
         memory_max: 0,
         pids_max: 100,
         disk_bytes_max: 1 << 30,
+        open_files_max: 0,
     };
     order(Step::SetLimits, limits).await?;
     order(Step::SetStepEnv, Order::SetStepEnv { env: Vec::new() }).await?;

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_core::job::{RunCommand, RunPhase, RunPhaseName};
+use kiln_core::job::{AppliedPolicy, RunCommand, RunPhase, RunPhaseName};
 use kiln_core::machine::{DiskAccess, DiskFormat};
 use kiln_core::{
-    DiskRole, DiskSlot, FailureClass, GitAccess, JobRequest, Lease, NetworkPolicy, Overrun,
+    ByteSize, DiskRole, DiskSlot, FailureClass, GitAccess, JobRequest, Lease, NetworkPolicy,
 };
 use kiln_proto::msg::{
     ContainerSpec, ExecRequest, Exit, Order, OrderReply, Place, TtySize, feature,
@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::command::{ExecParts, Room, run_exec};
 use super::forward::forward;
+use super::overrun;
 use super::serve::{self, ServiceInput, Serving};
 use super::{Limit, RunInput, Told, ending, exit_code};
 use crate::attempt::Attempt;
@@ -38,8 +39,6 @@ const HOME: &str = "/root";
 const TTY_USUAL: TtySize = TtySize { rows: 24, cols: 80 };
 /// Longest wait for the guest to say what it uses.
 const STATS_TIMEOUT: Duration = Duration::from_secs(10);
-/// A disk with less room than this is full, bytes; a small one with less than a 64th of it.
-const FULL_BELOW: u64 = 1024 * 1024;
 /// Most of a command line that a failure shows, characters.
 const LINE_SHOWN_MAX: usize = 200;
 /// Longest time for the files of a command that was stopped: somebody waits for its end.
@@ -278,10 +277,7 @@ impl Inside<'_> {
             let hint = "give it more with --memory";
             return Err(told(FailureClass::OutOfMemory, message, hint));
         }
-        let policy = request.policy.as_ref();
-        let processes = policy.and_then(|policy| policy.processes_max);
-        let bounded = processes.is_some() || has_disk(self.command);
-        if exit.code == Some(0) || !bounded {
+        if exit.code == Some(0) || !self.attempt.hello.has(feature::WORK) {
             return Ok(exit);
         }
         let order = Order::Stats;
@@ -291,23 +287,12 @@ impl Inside<'_> {
             // How the command ended is known, and says enough.
             return Ok(exit);
         };
-        let disk = request.limits.disk;
-        let full = |free: u64| free < FULL_BELOW.min(disk.0 / 64);
-        if stats.scratch_bytes_free.is_some_and(full) {
-            let message = format!(
-                "disk_full: {}, and its disk of {disk} is full",
-                ending(&exit)
-            );
-            let hint = "give it more with --disk, or raise limits.disk of the policy";
-            return Err(told(FailureClass::User, message, hint).because(Overrun::DiskFull));
-        }
-        if let Some(most) = processes.filter(|_| stats.processes_refused > 0) {
-            let message = format!(
-                "process_limit: {}, and was refused processes beyond {most}",
-                ending(&exit)
-            );
-            let hint = "start fewer at once, or raise limits.processes of the policy";
-            return Err(told(FailureClass::User, message, hint).because(Overrun::ProcessLimit));
+        let policy = request.policy.as_ref();
+        let processes = policy.and_then(|policy| policy.processes_max);
+        if let Some(over) = overrun::of(&stats, request.limits.disk, processes) {
+            let (reason, word) = over.reason;
+            let message = format!("{word}: {}, {}", ending(&exit), over.what);
+            return Err(told(FailureClass::User, message, over.hint).because(reason));
         }
         Ok(exit)
     }
@@ -417,9 +402,7 @@ async fn prepare<'a>(
     if is_new && !attempt.hello.has(feature::WORK) {
         return Err(too_old("work on files and in phases"));
     }
-    if let Some(most) = policy.and_then(|policy| policy.processes_max) {
-        bound_processes(attempt, most).await?;
-    }
+    bound(attempt, policy).await?;
     if has_disk(command) {
         let made = scratch(attempt, input.request.limits.disk).await;
         made.map_err(|failure| match (&command.root_disk, failure.class) {
@@ -459,19 +442,28 @@ async fn prepare<'a>(
     })
 }
 
-/// Bounds the processes of everything that is not the guest itself.
-async fn bound_processes(attempt: &Attempt, most: u32) -> Result<(), Failure> {
+/// Bounds the processes of everything that is not the guest itself, and what each may open.
+async fn bound(attempt: &Attempt, policy: Option<&AppliedPolicy>) -> Result<(), Failure> {
+    let processes = policy.and_then(|policy| policy.processes_max);
+    let files = policy.and_then(|policy| policy.open_files_max);
+    if files.is_some() && !attempt.hello.has(feature::BOUNDS) {
+        return Err(too_old("bound open files"));
+    }
+    if processes.is_none() && files.is_none() {
+        return Ok(());
+    }
     let order = Order::SetLimits {
         memory_max: 0,
-        pids_max: u64::from(most),
+        pids_max: u64::from(processes.unwrap_or(0)),
         disk_bytes_max: 0,
+        open_files_max: u64::from(files.unwrap_or(0)),
     };
-    let within = orders::ORDER_TIMEOUT;
-    Ok(orders::call_done(&attempt.session, "bound its processes", &order, within).await?)
+    let (what, within) = ("bound its processes and files", orders::ORDER_TIMEOUT);
+    Ok(orders::call_done(&attempt.session, what, &order, within).await?)
 }
 
 /// Room for what the command writes: a disk of its own, that the host bounds.
-async fn scratch(attempt: &Attempt, size: kiln_core::ByteSize) -> Result<(), Failure> {
+async fn scratch(attempt: &Attempt, size: ByteSize) -> Result<(), Failure> {
     let disk = DiskSlot {
         role: DiskRole::Scratch,
         backing: None,

@@ -2,7 +2,8 @@
 
 use std::io::{self, IsTerminal as _};
 
-use kiln_core::FailureClass;
+use kiln_core::{FailureClass, Overrun};
+use kiln_proto::msg::Exit;
 use kiln_worker::kept::ask::ExecAsk;
 use kiln_worker::kept::client;
 use kiln_worker::orders::{Control, ExecIo};
@@ -183,7 +184,11 @@ async fn attach(
     }
     drop(raw);
     let code = match ended? {
-        Some(exit) => u8::try_from(exit_code(&exit)).unwrap_or(1),
+        Some(exit) => {
+            let code = u8::try_from(exit_code(&exit)).unwrap_or(1);
+            out_of_memory(&exit, code)?;
+            code
+        }
         None if left.is_some_and(CancellationToken::is_cancelled) => 0,
         None => INTERRUPTED,
     };
@@ -195,6 +200,20 @@ async fn attach(
             format!("the command's output could not be written: {error}"),
         )),
     }
+}
+
+/// A command that the machine's memory was too small for is told by that name; the exit code is the command's own.
+fn out_of_memory(exit: &Exit, code: u8) -> Result<()> {
+    if !exit.oom {
+        return Ok(());
+    }
+    let message = "the command ran out of memory";
+    Err(CliError {
+        command_code: Some(code),
+        reason: Some(Overrun::OutOfMemory),
+        ..CliError::new(FailureClass::OutOfMemory, message)
+            .hint("a machine keeps the memory that it began with: begin another with --memory")
+    })
 }
 
 /// Passes keys on; the one that leaves is held until it is known whether another follows.

@@ -22,7 +22,9 @@ fn machine(wake: Wake) -> Machine {
                 (DiskFormat::Raw, 3),
             ],
             writable: true,
+            rated: false,
         }],
+        disk_rate: None,
         sets: vec![(14, 1), (15, 2), (16, 3)],
         wake,
     }
@@ -201,6 +203,7 @@ fn a_disk_is_at_the_same_address_cold_and_plugged_and_stops_on_errors() {
             role,
             files: vec![(DiskFormat::Raw, 1)],
             writable: false,
+            rated: false,
         };
         let device = block_device(&disk);
         assert_eq!(
@@ -213,4 +216,39 @@ fn a_disk_is_at_the_same_address_cold_and_plugged_and_stops_on_errors() {
         cold.disks = vec![disk];
         assert!(lines(&cold).contains(&format!("-device {device}")));
     }
+}
+
+#[test]
+fn what_is_written_to_has_one_rate_together() {
+    let rate = NonZeroU64::new(50_000_000);
+    let mut cold = small(Accel::Tcg, Wake::Incoming);
+    cold.disk_rate = rate;
+    cold.disks = machine(Wake::Incoming).disks;
+    cold.disks[0].rated = true;
+    let group = json!({
+        "qom-type": "throttle-group",
+        "id": "disks",
+        "limits": { "bps-total": 50_000_000, "bps-total-max": 100_000_000, "bps-total-max-length": 1 },
+    });
+    let all = lines(&cold);
+    let at = |line: &str| all.iter().position(|one| one == line).expect(line);
+    let nodes = block_nodes(&cold.disks[0]);
+    let top = nodes.last().expect("nodes");
+    assert_eq!(
+        (&top["driver"], &top["file"], &top["throttle-group"]),
+        (&json!("throttle"), &json!("state0"), &json!("disks"))
+    );
+    // Each stands before what names it.
+    let object = at(&format!("-object {group}"));
+    let node = at(&format!("-blockdev {top}"));
+    let device = block_device(&cold.disks[0]);
+    assert!(object < node && node < at(&format!("-device {device}")));
+    assert_eq!(device["drive"], "staterated");
+    // More than QEMU counts is as much as it counts.
+    let most = rate_group(NonZeroU64::MAX);
+    assert_eq!(most["limits"]["bps-total-max"], RATE_MOST);
+    // Without a rate there is neither.
+    cold.disk_rate = None;
+    cold.disks[0].rated = false;
+    assert!(!lines(&cold).join(" ").contains("throttle"));
 }

@@ -157,6 +157,7 @@ impl UnderTest {
             boot_timeout_ms: u64::try_from(self.deadline.as_millis()).expect("fits"),
             keep_until_unix_ms: None,
             host_cpus: Vec::new(),
+            disk_bytes_per_second: None,
         }
     }
 
