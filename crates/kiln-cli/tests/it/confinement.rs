@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::support::{kiln, until};
+use crate::kept::kept;
+use crate::support::{Kiln, Started, app, kiln, path, until};
 
 /// The process that runs this machine.
 fn vmm(machine: &str) -> Option<PathBuf> {
@@ -55,9 +56,85 @@ fn limits(path: &std::path::Path) -> BTreeMap<String, String> {
     found
 }
 
+/// The limits of its groups: for the guest's memory, processes and CPUs.
+fn is_bounded(process: &Path, guest: i64) {
+    let found = limits(process);
+    let number = |files: [&str; 2]| {
+        let value = files.iter().find_map(|file| found.get(*file));
+        let first = value.and_then(|value| value.split_whitespace().next()?.parse::<i64>().ok());
+        first.unwrap_or_else(|| panic!("no bound in {files:?}: {found:?}"))
+    };
+    // What the guest has, and what QEMU itself needs.
+    let memory = number(["memory.max", "memory.limit_in_bytes"]);
+    assert!((guest..guest + (2 << 30)).contains(&memory), "{found:?}");
+    assert!(
+        (1..=1000).contains(&number(["pids.max", "pids.max"])),
+        "{found:?}"
+    );
+    assert!(number(["cpu.max", "cpu.cfs_quota_us"]) > 0, "{found:?}");
+}
+
+/// Every thread of a machine's process: a filter of system calls, no new rights, no capability, and as root a user of its own.
+fn is_confined(process: &Path) {
+    let root = rustix::process::geteuid().is_root();
+    let threads = fs::read_dir(process.join("task")).expect("threads");
+    let mut seen = 0;
+    for thread in threads.flatten() {
+        let status = status(&thread.path());
+        // 2 is a filter (seccomp(2)); the thread that QEMU starts its own threads from has it as well.
+        assert_eq!(status["Seccomp"], "2", "{status:?}");
+        assert_eq!(status["NoNewPrivs"], "1", "{status:?}");
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(status[set].trim_start_matches('0'), "", "{set}: {status:?}");
+        }
+        let ids = |key: &str| -> Vec<u32> {
+            let words = status[key].split_whitespace();
+            words.map(|word| word.parse().expect("an id")).collect()
+        };
+        let (users, groups) = (ids("Uid"), ids("Gid"));
+        // Real, effective, saved and of the file system: all the same, and never root's.
+        assert!(
+            users.iter().all(|id| *id == users[0] && *id != 0),
+            "{status:?}"
+        );
+        assert!(
+            groups.iter().all(|id| *id == groups[0] && *id != 0),
+            "{status:?}"
+        );
+        if root {
+            assert!(users[0] >= 1000, "{status:?}");
+            assert_eq!(status["CapBnd"].trim_start_matches('0'), "", "{status:?}");
+            assert_eq!(status["Groups"], "", "{status:?}");
+        } else {
+            // Its own starter's, of which it can take nothing up.
+            let own = rustix::process::geteuid().as_raw();
+            assert_eq!(users[0], own, "{status:?}");
+        }
+        seen += 1;
+    }
+    assert!(seen >= 2, "it has more threads than that");
+}
+
+/// The QEMU of the machine that a command of this home just started.
+fn vmm_of(kiln: &Kiln, running: &Started, kind: &str) -> PathBuf {
+    let ours = format!("PPid:\t{}\n", running.child.id());
+    until("its QEMU", || {
+        let machines = fs::read_dir(kiln.home.join("machines")).ok()?;
+        machines
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|name| name.ends_with(kind))
+            .filter_map(|name| vmm(&name))
+            .find(|path| {
+                fs::read_to_string(path.join("status")).is_ok_and(|text| text.contains(&ours))
+            })
+    })
+}
+
 #[test]
 fn a_machines_process_can_do_little_and_is_bounded() {
     let Some(kiln) = kiln() else { return };
+    let root = rustix::process::geteuid().is_root();
     let mut running = kiln.start(&[
         "run",
         "--no-source",
@@ -67,70 +144,49 @@ fn a_machines_process_can_do_little_and_is_bounded() {
         "hostname; sleep 600",
     ]);
     running.until_it_prints("-run\n");
-    let machines = fs::read_dir(kiln.home.join("machines")).expect("machines");
-    let ours = machines
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .filter(|name| name != ".lock")
-        .find_map(|name| {
-            let path = vmm(&name)?;
-            let parent = fs::read_to_string(path.join("status")).ok()?;
-            parent
-                .contains(&format!("PPid:\t{}\n", running.child.id()))
-                .then_some(path)
-        });
-    let process = ours.expect("the machine's QEMU");
-    let root = rustix::process::geteuid().is_root();
-    let threads = fs::read_dir(process.join("task"))
-        .expect("threads")
-        .flatten();
-    let mut seen = 0;
-    for thread in threads {
-        let status = status(&thread.path());
-        // 2 is a filter (seccomp(2)); the thread that QEMU starts its own threads from has it as well.
-        assert_eq!(status["Seccomp"], "2", "{status:?}");
-        assert_eq!(status["NoNewPrivs"], "1", "{status:?}");
-        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
-            assert_eq!(status[set].trim_start_matches('0'), "", "{set}: {status:?}");
-        }
-        if root {
-            let ids = |key: &str| -> Vec<u32> {
-                let words = status[key].split_whitespace();
-                words.map(|word| word.parse().expect("an id")).collect()
-            };
-            let (users, groups) = (ids("Uid"), ids("Gid"));
-            assert!(
-                users.iter().all(|id| *id >= 1000 && *id == users[0]),
-                "{status:?}"
-            );
-            assert!(
-                groups.iter().all(|id| *id == groups[0] && *id != 0),
-                "{status:?}"
-            );
-        }
-        seen += 1;
-    }
-    assert!(seen >= 2, "it has more threads than that");
+    let process = vmm_of(&kiln, &running, "-run");
+    is_confined(&process);
     if root {
-        let found = limits(&process);
-        let number = |files: [&str; 2]| {
-            let value = files.iter().find_map(|file| found.get(*file));
-            let first =
-                value.and_then(|value| value.split_whitespace().next()?.parse::<i64>().ok());
-            first.unwrap_or_else(|| panic!("no bound in {files:?}: {found:?}"))
-        };
-        // 512 MiB for the guest, and what QEMU itself needs.
-        let memory = number(["memory.max", "memory.limit_in_bytes"]);
-        assert!((512 << 20..2 << 30).contains(&memory), "{found:?}");
-        assert!(
-            (1..=1000).contains(&number(["pids.max", "pids.max"])),
-            "{found:?}"
-        );
-        assert!(number(["cpu.max", "cpu.cfs_quota_us"]) > 0, "{found:?}");
+        is_bounded(&process, 512 << 20);
     }
     running.signal("INT");
     until("the end of its process", || {
         (!process.exists()).then_some(())
     });
     running.end().exits(130);
+}
+
+#[test]
+fn so_is_that_of_a_build_and_of_a_machine_that_is_kept() {
+    let Some(kiln) = kiln() else { return };
+    let root = rustix::process::geteuid().is_root();
+    let text = "FROM registry.kiln.internal/shared/python:3.13-run\nRUN [\"python3\", \"-c\", \"import time; time.sleep(600)\"]\n";
+    let dir = app(&[("Dockerfile", text)]);
+    let args = [
+        "build",
+        path(dir.path()),
+        "--tag",
+        "it-confined",
+        "--no-cache",
+    ];
+    let building = kiln.start(&args);
+    let process = vmm_of(&kiln, &building, "-build");
+    // Its filter is in force when its threads run.
+    until("threads", || {
+        (fs::read_dir(process.join("task")).ok()?.count() >= 2).then_some(())
+    });
+    is_confined(&process);
+    if root {
+        is_bounded(&process, 512 << 20);
+    }
+    building.signal("INT");
+    building.end().exits(130);
+
+    let id = kept(&kiln, 0, &["--keep=10m", "--no-source"], &["true"]);
+    let process = vmm(&format!("{id}-1-run")).expect("the kept machine's QEMU");
+    is_confined(&process);
+    if root {
+        is_bounded(&process, 512 << 20);
+    }
+    kiln.run(&["machine", "rm", &id]).exits(0);
 }

@@ -79,6 +79,38 @@ fn a_flood_of_log_is_cut_honestly_and_in_constant_memory() {
 }
 
 #[test]
+fn a_flood_of_a_runs_output_is_passed_on_whole_kept_to_its_bound_and_costs_no_memory() {
+    let Some(annex) = Annex::open() else { return };
+    let bytes = u64::from(pieces()) * 64_000;
+    let line = "0123456789".repeat(19) + "012345678";
+    let script = format!("yes {line} | head -c {bytes}");
+    let shown = tempfile::NamedTempFile::new().expect("a file");
+    let mut command = annex.command(&["run", "--no-source", "--", "sh", "-c", &script]);
+    command
+        .stdout(shown.reopen().expect("the file"))
+        .stderr(Stdio::piped());
+    let mut run = Started {
+        child: command.spawn().expect("kiln starts"),
+    };
+    let status = format!("/proc/{}/status", run.child.id());
+    let mut most = 0;
+    let mut beside = 0;
+    while run.child.try_wait().expect("waited").is_none() || beside == 0 {
+        most = most.max(high_water(&status).unwrap_or(0));
+        // The line of this home's queue goes on.
+        annex.run(&["run", "--no-source", "--", "true"]).exits(0);
+        beside += 1;
+    }
+    let ended = run.end().exits(0);
+    assert!((1..MEMORY_KIB_MAX).contains(&most), "{most} KiB");
+    assert_eq!(shown.as_file().metadata().expect("a file").len(), bytes);
+    // A log beyond its bound is told.
+    let cut = bytes > kiln_worker::fleet::spool::LOG_BYTES_MAX;
+    assert_eq!(ended.err.contains("the log is cut"), cut, "{ended:?}");
+    annex.is_clear();
+}
+
+#[test]
 fn a_large_source_streams_in_constant_memory() {
     let Some(annex) = Annex::open() else { return };
     let text = "FROM scratch\nCOPY small /small\n";

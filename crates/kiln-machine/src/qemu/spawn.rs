@@ -149,9 +149,22 @@ fn spawn_here(vmm: Vmm, limited: oneshot::Receiver<io::Result<()>>) -> io::Resul
     }
 }
 
+/// Capabilities are numbers below this one (capabilities(7): two words of 32).
+const CAPABILITIES: libc::c_ulong = 64;
+
 /// Gives up root for good. Raw system calls: libc's own would synchronise threads that this child does not have.
 fn become_user(user: Option<u32>) -> io::Result<()> {
     let Some(id) = user else { return Ok(()) };
+    // Nothing that it may ever execute can give it one back. A number that this kernel does not know is none.
+    for capability in 0..CAPABILITIES {
+        #[expect(unsafe_code, reason = "bounding set of this child")]
+        // SAFETY: plain numbers.
+        let dropped = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+        let error = io::Error::last_os_error();
+        if dropped != 0 && error.raw_os_error() == Some(libc::EPERM) {
+            return Err(error);
+        }
+    }
     #[expect(unsafe_code, reason = "credentials of this single-threaded child")]
     // SAFETY: plain numbers and a null pointer with length 0.
     let failed = unsafe {

@@ -8,6 +8,9 @@ use kiln_proto::{CloseReason, ProtocolError, Session, SessionError, SessionLimit
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
+/// Streams that one guest tries to open.
+const MANY_OPENS: u32 = 100_000;
+
 /// Sends `frames` as a guest and expects the host's verdict.
 async fn verdict(frames: &[Frame<'_>], expected: ProtocolError) {
     let (host, _incoming, mut raw) = host_and_raw(SessionLimits::default()).await;
@@ -175,7 +178,8 @@ fn a_peer_that_opens_and_never_reads_is_a_flood() {
         drop(incoming); // Every open is answered by a reset.
         let mut bytes = Vec::new();
         // As many answers as the transport and the queue can hold, and then some.
-        for index in 1..=(CONTROL_MAX + REFUSALS_MAX + 20_000) as u32 {
+        let opens = MANY_OPENS.max((CONTROL_MAX + REFUSALS_MAX + 20_000) as u32);
+        for index in 1..=opens {
             open(2 * index).encode_into(&mut bytes);
         }
         let _ = raw.io.write_all(&bytes).await;
@@ -183,6 +187,32 @@ fn a_peer_that_opens_and_never_reads_is_a_flood() {
             host.closed().await,
             CloseReason::Protocol(ProtocolError::Flood)
         );
+    });
+}
+
+#[test]
+fn a_hundred_thousand_opens_that_nobody_wants_are_refused_one_by_one_and_leave_nothing() {
+    on_both_runtimes(|| async {
+        let (host, incoming, mut raw) = host_and_raw(SessionLimits::default()).await;
+        drop(incoming);
+        // One that reads its refusals may go on; more at once than may be open at a time.
+        let batch = STREAMS_MAX as u32 * 2;
+        let mut index = 0;
+        while index < MANY_OPENS {
+            let frames: Vec<_> = (0..batch)
+                .map(|more| open(2 * (index + more + 1)))
+                .collect();
+            raw.send(&frames).await;
+            index += batch;
+            let mut refused = 0;
+            while refused < batch {
+                let reset = raw.next(|frame| matches!(frame, Frame::Reset { .. }));
+                refused += u32::from(reset.await.expect("the session goes on"));
+            }
+        }
+        let _stream = host.open(1, b"").await.expect("it is served as before");
+        let opened = raw.next(|frame| matches!(frame, Frame::Open { stream: 1, .. }));
+        assert_eq!(opened.await, Some(true));
     });
 }
 
