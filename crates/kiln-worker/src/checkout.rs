@@ -224,16 +224,9 @@ async fn fetch(
     Ok(received)
 }
 
-/// Fetches into the machine's repository; the id that git there gives for the commit.
-async fn fetched(
-    git: &Git,
-    session: &Session,
-    input: &CheckoutInput,
-    events: &Events,
-) -> Result<ObjectId, Failure> {
-    let refspec = input.address.reference.refspec();
-    let what = "fetch the repository";
-    let args = [
+/// What git is told for a fetch: settings of the machine and of the repository have no say in it.
+fn fetch_words<'a>(url: &'a str, refspec: &'a str) -> [&'a str; 28] {
+    [
         "-C",
         REPOSITORY,
         "-c",
@@ -262,9 +255,21 @@ async fn fetched(
         "--no-auto-maintenance",
         "--no-write-commit-graph",
         "--",
-        &input.address.url,
-        &refspec,
-    ];
+        url,
+        refspec,
+    ]
+}
+
+/// Fetches into the machine's repository; the id that git there gives for the commit.
+async fn fetched(
+    git: &Git,
+    session: &Session,
+    input: &CheckoutInput,
+    events: &Events,
+) -> Result<ObjectId, Failure> {
+    let refspec = input.address.reference.refspec();
+    let what = "fetch the repository";
+    let args = fetch_words(&input.address.url, &refspec);
     git.run(session, what, &args, input.timeout, events)
         .await?
         .check(what)?;
@@ -462,6 +467,21 @@ impl Read for Answers {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_checkout_asks_no_helper_runs_no_hook_and_follows_no_submodule() {
+        let url = "https://git.example.org/app";
+        let words = fetch_words(url, "main");
+        let at = |word: &str| words.iter().position(|one| *one == word).expect(word);
+        let fetch = at("fetch");
+        for setting in ["credential.helper=", "core.hooksPath=/dev/null"] {
+            let place = at(setting);
+            assert!(place < fetch && words[place - 1] == "-c", "{setting}");
+        }
+        assert!(at("--no-recurse-submodules") > fetch);
+        // Neither can be an option, whatever it begins with.
+        assert_eq!(words[words.len() - 3..], ["--", url, "main"]);
+    }
 
     #[test]
     fn output_and_words_are_told_apart() {

@@ -177,7 +177,7 @@ fn so_is_that_of_a_build_and_of_a_machine_that_is_kept() {
     });
     is_confined(&process);
     if root {
-        is_bounded(&process, 512 << 20);
+        is_bounded(&process, 2 << 30);
     }
     building.signal("INT");
     building.end().exits(130);

@@ -3,7 +3,7 @@
 //! One test per fault of docs/design/faults.md. Read next: `faults_disk`, `faults_host`, `faults_kill`, `faults_large`, `faults_rot`.
 
 use crate::annex::Annex;
-use crate::support::{Said, app, path, root};
+use crate::support::{Said, app, path};
 
 /// Builds a Dockerfile on the Python base that does this, with these options; whatever came of it, all is well afterwards.
 fn build(run: &str, more: &[&str]) -> Option<Said> {
@@ -79,45 +79,4 @@ fn a_step_that_pushes_to_the_registry_itself_changes_nothing() {
     let Some(annex) = Annex::open() else { return };
     let listed = annex.run(&["registry", "list", "--all"]).exits(0);
     assert!(!listed.out.contains("stolen"), "{}", listed.out);
-}
-
-#[test]
-fn the_tables_of_faults_and_threats_name_tests_that_exist() {
-    let tables = [
-        "docs/design/faults.md",
-        "docs/design/faults-control-plane.md",
-        "SECURITY.md",
-    ]
-    .map(|name| std::fs::read_to_string(root().join(name)).expect("the table"));
-    let table = tables.join("\n");
-    let mut sources = String::new();
-    read_sources(&root().join("crates"), &mut sources);
-    let words = table
-        .lines()
-        .filter(|line| line.starts_with("| "))
-        .flat_map(|line| line.split('`').skip(1).step_by(2));
-    let names = words
-        .map(|word| word.rsplit("::").next().unwrap_or(word))
-        .filter(|name| name.matches('_').count() > 3);
-    let mut count = 0;
-    for name in names {
-        count += 1;
-        let wanted = match name.strip_suffix('*') {
-            Some(start) => format!("fn {start}"),
-            None => format!("fn {name}("),
-        };
-        assert!(sources.contains(&wanted), "no test {name}");
-    }
-    assert!(count > 120, "only {count} tests");
-}
-
-fn read_sources(dir: &std::path::Path, sources: &mut String) {
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            read_sources(&path, sources);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            sources.push_str(&std::fs::read_to_string(&path).unwrap_or_default());
-        }
-    }
 }

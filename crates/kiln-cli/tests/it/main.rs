@@ -53,4 +53,5 @@ mod serve_state;
 mod setup_host;
 mod ssh;
 mod support;
+mod tables;
 mod terminal;

@@ -91,6 +91,25 @@ fn two_builds_fork_one_head_and_one_of_them_wins() {
 }
 
 #[test]
+fn what_a_tenant_cached_is_forked_by_no_other() {
+    let f = fixture();
+    let own = f
+        .store
+        .commit(
+            "acme",
+            Some(&f.shared),
+            &candidate(&file(&f.dir, "own"), Some(&f.shared)),
+        )
+        .expect("io");
+    let own = committed(own);
+    let forks = |tenant: &str| f.store.to_fork(tenant, "v1").expect("read").map(|h| h.id);
+    assert_eq!(forks("acme"), Some(own.id));
+    for other in ["local", "acm", "acme2", SHARED] {
+        assert_eq!(forks(other), Some(f.shared.id.clone()), "{other}");
+    }
+}
+
+#[test]
 fn a_new_shared_head_or_buildkit_starts_a_tenant_over() {
     let f = fixture();
     let own = f
