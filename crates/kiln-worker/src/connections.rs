@@ -118,6 +118,8 @@ mod tests {
                 connections_max: Some(3),
                 output_bytes_max: None,
                 processes_max: None,
+                disk_bytes_per_second: None,
+                open_files_max: None,
                 learn: false,
                 decided_us: None,
             }),

@@ -119,10 +119,7 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         saved.check(spec, accel, host.program)?;
     }
     let (disks, later) = make_disks(&dir, spec, saved.as_ref())?;
-    let nodes: Result<Vec<_>, _> = disks
-        .iter()
-        .map(|disk| disk.open(&mut sets, spec.disk_bytes_per_second.is_some()))
-        .collect();
+    let nodes = open_disks(&disks, spec, &mut sets);
     let mut inherit = Vec::new();
     let (ram_file, own) = ram_of(spec.memory, saved.as_ref())?;
     let ram = own.map_or(Ram::Clone, |file| {
@@ -197,6 +194,16 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         next_set,
         incoming,
     })
+}
+
+/// Opens their files.
+fn open_disks(
+    disks: &[MachineDisk],
+    spec: &MachineSpec,
+    sets: &mut Sets,
+) -> Result<Vec<argv::DiskNodes>, LaunchError> {
+    let rated = spec.disk_bytes_per_second.is_some();
+    disks.iter().map(|disk| disk.open(sets, rated)).collect()
 }
 
 type Split = (Vec<MachineDisk>, Vec<kiln_core::DiskSlot>);
