@@ -1,6 +1,6 @@
 //! Cache heads: the sealed BuildKit state disks that builds fork.
 //!
-//! A scope (`shared`, or a tenant's name) has at most one *head*: a disk file, and the chain of files below it.
+//! A scope (`shared`, or one of a tenant: [`own_scope`], [`plain_scope`]) has at most one *head*: a disk file, and the chain of files below it.
 //! A build forks the head copy-on-write; on success from a trusted ref its overlay may become the next head by
 //! compare-and-set on the head it forked from. The loser of a race simply does not commit.
 //! This module knows files, names and lineage. It does not know disk formats: callers merge and flatten overlays
@@ -17,7 +17,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use kiln_core::Digest;
+use kiln_core::{Digest, TenantName};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +31,38 @@ pub const OVERLAYS_MAX: u32 = 4;
 pub const SCHEMA: u32 = 1;
 /// Scope every tenant may read and only the operator writes.
 pub const SHARED: &str = "shared";
+/// Ends the name of a tenant's scope that untrusted refs may fork. No tenant's name has a dot.
+const PLAIN: &str = ".plain";
+/// Ends the name of the own scope of a tenant that is called as [`SHARED`] is.
+const OWN: &str = ".own";
+
+/// A tenant's scope for trusted builds that may have received a secret: what BuildKit keeps of those, no untrusted ref reads. Heads that are
+/// older than [`plain_scope`] lie here, since nobody knows what was received for them.
+#[must_use]
+pub fn own_scope(tenant: &TenantName) -> String {
+    match tenant.as_str() {
+        SHARED => format!("{SHARED}{OWN}"),
+        name => name.to_owned(),
+    }
+}
+
+/// A tenant's scope whose heads descend from builds without a secret alone, from the shared head on: untrusted refs may fork it.
+#[must_use]
+pub fn plain_scope(tenant: &TenantName) -> String {
+    format!("{tenant}{PLAIN}")
+}
+
+/// Whose a scope is; nobody's when it is the shared one.
+#[must_use]
+pub fn tenant_of(scope: &str) -> Option<TenantName> {
+    let name = scope
+        .strip_suffix(PLAIN)
+        .or_else(|| scope.strip_suffix(OWN));
+    match name {
+        None if scope == SHARED => None,
+        name => name.unwrap_or(scope).parse().ok(),
+    }
+}
 
 /// One sealed disk and its lineage.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -179,14 +211,14 @@ impl HeadStore {
         }
     }
 
-    /// The head a tenant's build should fork: its own, when it still stands on the current shared head and was
+    /// The head a build of a tenant's scope should fork: that scope's own, when it still stands on the current shared head and was
     /// written by the same BuildKit; else the shared one.
     ///
     /// # Errors
     /// When the records cannot be read.
-    pub fn to_fork(&self, tenant: &str, buildkit: &str) -> Result<Option<Head>, HeadError> {
+    pub fn to_fork(&self, scope: &str, buildkit: &str) -> Result<Option<Head>, HeadError> {
         let shared = self.current(SHARED)?;
-        let own = self.current(tenant).unwrap_or_default();
+        let own = self.current(scope).unwrap_or_default();
         let usable = |own: &Head| {
             shared.as_ref().is_some_and(|shared| own.root == shared.id) && own.buildkit == buildkit
         };

@@ -330,13 +330,7 @@ impl Job<'_> {
             .admit_for(&self.input.request, memory, &self.events)
             .await?;
         phases.begin("machine").await;
-        let head = fork::head(
-            self.host,
-            &self.lease.tenant,
-            self.build.no_cache,
-            &self.events,
-        )
-        .await?;
+        let head = fork::head(self.host, &self.scope(), self.build.no_cache, &self.events).await?;
         let pin = self
             .host
             .heads
@@ -440,10 +434,15 @@ impl Job<'_> {
         Ok((published, solve, committed))
     }
 
+    /// Whose cache it reads, and feeds when it is trusted.
+    fn scope(&self) -> String {
+        let received = !self.input.secrets.is_empty() || !self.input.ssh_agents.is_empty();
+        fork::scope(&self.input.request, received)
+    }
+
     /// Ends the machine cleanly when its disk is wanted; `None` when it is not.
     async fn seal(&self, attempt: &Attempt) -> Option<Result<(), Failure>> {
         let trusted = self.input.request.trust == TrustClass::Trusted;
-        // A build that received a secret commits only to a head that untrusted refs cannot read; the embedded tenant has none.
         match trusted && !self.build.no_cache {
             true => Some(commit::seal(attempt).await),
             false => None,
@@ -595,7 +594,7 @@ impl Job<'_> {
         request
     }
 
-    /// Commits the sealed machine's overlay as the tenant's next head. A failure here does not fail the build.
+    /// Commits the sealed machine's overlay as the next head of its scope. A failure here does not fail the build.
     async fn commit(
         &self,
         attempt: &Attempt,
@@ -603,7 +602,7 @@ impl Job<'_> {
         sealed: Option<Result<(), Failure>>,
     ) -> Option<String> {
         let committed = match sealed? {
-            Ok(()) => commit::commit(self.host, attempt, &self.lease, parent).await,
+            Ok(()) => commit::commit(self.host, attempt, &self.lease, &self.scope(), parent).await,
             Err(failure) => Err(failure),
         };
         match committed {

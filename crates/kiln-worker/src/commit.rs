@@ -1,4 +1,4 @@
-//! The end of a trusted, successful build: its overlay becomes the tenant's next cache head.
+//! The end of a trusted, successful build: its overlay becomes the next cache head of the scope that it forked (`crate::fork`).
 //!
 //! DESIGN "Rules", 5: stop BuildKit, unmount, flush, put the overlay on the head itself (what a template wrote in between is
 //! copied into it), compare and set. Any doubt means no commit: the next build forks the old head.
@@ -22,6 +22,7 @@ pub async fn commit(
     host: &Host,
     attempt: &Attempt,
     lease: &Lease,
+    scope: &str,
     parent: &Head,
 ) -> Result<Option<String>, Failure> {
     let overlay = attempt.machine.take_disk(DiskRole::State)?;
@@ -39,7 +40,7 @@ pub async fn commit(
         .await
         .map_err(disk_failure)?;
     let heads = host.heads.clone();
-    let (scope, parent) = (lease.tenant.to_string(), parent.clone());
+    let (scope, parent) = (scope.to_owned(), parent.clone());
     let written_by = lease.attempt.to_string();
     let buildkit = host.image.buildkit.clone();
     let done = tokio::task::spawn_blocking(move || {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kiln_core::{ByteSize, Digest, TenantName};
 use kiln_image::bake::MachineImages;
-use kiln_image::heads::{Head, HeadStore, SHARED};
+use kiln_image::heads::{Head, HeadStore, SHARED, own_scope};
 use kiln_machine::template::{
     Listed, PrunePolicy, PruneReport, Purpose, TEMPLATE_FORMAT, TemplateStore,
 };
@@ -74,7 +74,7 @@ async fn prepare(operator: &Operator, events: &Events) -> Result<()> {
         .collect();
     let forked = host
         .heads
-        .to_fork(TenantName::local().as_str(), &host.image.buildkit)
+        .to_fork(&own_scope(&TenantName::local()), &host.image.buildkit)
         .or_infrastructure()?;
     heads.extend(forked.filter(|head| head.scope != SHARED));
     if heads.is_empty() {

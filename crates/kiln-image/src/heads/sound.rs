@@ -21,19 +21,19 @@ pub struct Fork {
 }
 
 impl HeadStore {
-    /// The head a tenant's build should fork, as [`HeadStore::to_fork`] chooses it, with every file of its chain checked: in full
+    /// The head a build of a tenant's scope should fork, as [`HeadStore::to_fork`] chooses it, with every file of its chain checked: in full
     /// at the first use after the host booted.
     ///
     /// # Errors
     /// When the shared head is damaged, or the store cannot be read.
-    pub fn sound_to_fork(&self, tenant: &str, buildkit: &str) -> Result<Fork, HeadError> {
+    pub fn sound_to_fork(&self, scope: &str, buildkit: &str) -> Result<Fork, HeadError> {
         let mut forgotten = None;
-        if tenant != SHARED
-            && let Err(error) = self.current(tenant)
+        if scope != SHARED
+            && let Err(error) = self.current(scope)
         {
-            forgotten = Some(self.forget_damaged(tenant, error)?);
+            forgotten = Some(self.forget_damaged(scope, error)?);
         }
-        let head = self.to_fork(tenant, buildkit).or_else(|error| {
+        let head = self.to_fork(scope, buildkit).or_else(|error| {
             // The shared head's record: nothing can stand on it.
             Err(self.forget_damaged(SHARED, error)?)
         })?;

@@ -274,3 +274,50 @@ fn a_corrupt_shared_head_is_refused_under_every_tenant_and_made_again() {
     let fork = f.store.sound_to_fork("local", "v1").expect("read");
     assert_eq!(fork.head, Some(again));
 }
+
+#[test]
+fn a_tenants_scopes_are_its_own_and_neither_reads_the_other() {
+    let tenant: TenantName = "acme".parse().expect("a name");
+    let (own, plain) = (own_scope(&tenant), plain_scope(&tenant));
+    let odd: TenantName = SHARED.parse().expect("a name");
+    let scopes = [
+        own.clone(),
+        plain.clone(),
+        own_scope(&odd),
+        plain_scope(&odd),
+    ];
+    let names: std::collections::BTreeSet<&str> = scopes.iter().map(String::as_str).collect();
+    assert!(names.len() == 4 && !names.contains(SHARED), "{names:?}");
+    assert_eq!(
+        scopes.each_ref().map(|scope| tenant_of(scope)),
+        [
+            Some(tenant.clone()),
+            Some(tenant),
+            Some(odd.clone()),
+            Some(odd)
+        ]
+    );
+    assert_eq!(tenant_of(SHARED), None);
+    let f = fixture();
+    let disk = file(&f.dir, "with a secret");
+    let head = f
+        .store
+        .commit(&own, Some(&f.shared), &candidate(&disk, Some(&f.shared)));
+    let head = committed(head.expect("io"));
+    let fork = |scope: &str| f.store.sound_to_fork(scope, "v1").expect("reads").head;
+    assert_eq!(fork(&own), Some(head.clone()));
+    assert_eq!(fork(&plain), Some(f.shared.clone()));
+    // Nor does what stands on it get there.
+    let next = file(&f.dir, "without one");
+    let lost = f
+        .store
+        .commit(&plain, Some(&head), &candidate(&next, Some(&head)));
+    assert!(matches!(lost, Ok(Commit::LostRace { .. })), "{lost:?}");
+    let next = f
+        .store
+        .commit(&plain, Some(&f.shared), &candidate(&next, Some(&f.shared)));
+    let next = committed(next.expect("io"));
+    assert_eq!((fork(&plain), fork(&own)), (Some(next), Some(head)));
+    f.store.prune().expect("prunes");
+    assert_eq!(f.store.list().expect("lists").len(), 3);
+}

@@ -25,6 +25,7 @@ use super::job::{self, Stop, Workshop};
 use super::reconcile::{self, Reconciler};
 use super::staying::Staying;
 use crate::event::Events;
+use crate::fork;
 use crate::host::{CPU_OVERCOMMIT_PERCENT, MEMORY_RESERVE, steady_unix_ms};
 
 /// Wait before a poll or heartbeat that failed is sent again.
@@ -477,7 +478,7 @@ impl Daemon {
         }
         if !matches!(leased.request.kind, JobKind::Run(_)) {
             let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-            recent.built(&leased.request.tenant, &leased.request.limits);
+            recent.built(&fork::scope(&leased.request, false), &leased.request.limits);
         }
         self.changed.notify_one();
         self.beat.notify_one();
@@ -552,7 +553,7 @@ pub fn facts(shop: &Workshop, machines_max: u32) -> WorkerFacts {
     let heads = shop.host.heads.list().unwrap_or_default();
     let warm: BTreeSet<_> = heads
         .iter()
-        .filter_map(|head| head.scope.parse().ok())
+        .filter_map(|head| kiln_image::heads::tenant_of(&head.scope))
         .take(WARM_MAX)
         .collect();
     WorkerFacts {

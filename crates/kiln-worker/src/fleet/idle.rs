@@ -6,8 +6,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use kiln_core::ByteSize;
 use kiln_core::job::Limits;
-use kiln_core::{ByteSize, TenantName};
 use kiln_image::heads::{Head, SHARED};
 use kiln_machine::ledger::{LedgerError, Need};
 
@@ -16,7 +16,7 @@ use crate::failure::Failure;
 use crate::host::Host;
 use crate::templates;
 
-/// Tenants whose last build is remembered.
+/// Cache scopes whose last build is remembered.
 pub const RECENT_MAX: usize = 4;
 /// How long nothing must have run before anything is prepared.
 pub const IDLE_AFTER: Duration = Duration::from_secs(5);
@@ -27,15 +27,15 @@ const WHO: &str = "a template, prepared while idle";
 
 /// Who built here last, and in machines of which size.
 #[derive(Clone, Debug, Default)]
-pub struct Recent(VecDeque<(TenantName, u32, ByteSize)>);
+pub struct Recent(VecDeque<(String, u32, ByteSize)>);
 
 impl Recent {
-    /// A build of this tenant has begun.
-    pub fn built(&mut self, tenant: &TenantName, limits: &Limits) {
-        self.0.retain(|(other, ..)| other != tenant);
+    /// A build of this cache scope (`crate::fork::scope`) has begun.
+    pub fn built(&mut self, scope: &str, limits: &Limits) {
+        self.0.retain(|(other, ..)| other != scope);
         self.0.truncate(RECENT_MAX - 1);
         self.0
-            .push_front((tenant.clone(), limits.cpus, limits.memory));
+            .push_front((scope.to_owned(), limits.cpus, limits.memory));
     }
 
     /// Whether anybody did.
@@ -64,9 +64,9 @@ pub async fn prepare_next(host: &Host, recent: &Recent, events: &Events) -> Resu
     if !host.driver.capabilities().templates {
         return Ok(Done::Nothing);
     }
-    for (tenant, cpus, memory) in &recent.0 {
+    for (scope, cpus, memory) in &recent.0 {
         let infrastructure = |error: &dyn std::error::Error| Failure::infrastructure(error);
-        let forked = host.heads.to_fork(tenant.as_str(), &host.image.buildkit);
+        let forked = host.heads.to_fork(scope, &host.image.buildkit);
         let forked = forked.map_err(|error| infrastructure(&error))?;
         let Some(head) = forked.filter(|head| head.scope != SHARED) else {
             continue;
@@ -89,7 +89,11 @@ pub async fn prepare_next(host: &Host, recent: &Recent, events: &Events) -> Resu
             }
             Err(error) => return Err(infrastructure(&error)),
         };
-        tracing::info!(%tenant, head = head.id, "idle: preparing the template of a head");
+        tracing::info!(
+            scope,
+            head = head.id,
+            "idle: preparing the template of a head"
+        );
         templates::prepare_head(host, &head, *cpus, memory, events).await?;
         return Ok(Done::Made);
     }
@@ -120,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_tenants_are_remembered_each_once() {
+    fn the_last_scopes_are_remembered_each_once() {
         let mut recent = Recent::default();
         assert!(recent.is_empty());
         let limits = |cpus| Limits {
@@ -130,12 +134,12 @@ mod tests {
             timeout_ms: 1,
         };
         for (name, cpus) in [("a", 1), ("b", 1), ("a", 2), ("c", 1), ("d", 1), ("e", 1)] {
-            recent.built(&name.parse().expect("name"), &limits(cpus));
+            recent.built(name, &limits(cpus));
         }
         let kept: Vec<(&str, u32)> = recent
             .0
             .iter()
-            .map(|(tenant, cpus, _)| (tenant.as_str(), *cpus))
+            .map(|(scope, cpus, _)| (scope.as_str(), *cpus))
             .collect();
         assert_eq!(kept, [("e", 1), ("d", 1), ("c", 1), ("a", 2)]);
     }

@@ -19,7 +19,7 @@ fn recent() -> Recent {
         disk: ByteSize::gib(1),
         timeout_ms: 60_000,
     };
-    recent.built(&TenantName::local(), &limits);
+    recent.built("local", &limits);
     recent
 }
 

@@ -1,6 +1,8 @@
 //! A build whose guest or VMM dies, or hangs, in each phase, and one whose guest lies: the right class, nothing published, nothing left.
 
 use kiln_core::FailureClass;
+use kiln_core::job::TrustClass;
+use kiln_image::heads::{Candidate, Commit, SHARED};
 use kiln_machine::driver::StopReason;
 use kiln_machine::sim::{Fault, Step, Trouble};
 use tokio_util::sync::CancellationToken;
@@ -33,6 +35,45 @@ async fn an_honest_build_is_verified_named_and_recorded() {
     let report = end.result.expect("built");
     assert_eq!(report.reference, "t/local/app:latest");
     assert_eq!(end.observed.map(|seen| seen.manifest), Some(report.digest));
+    shop.assert_left(&["t/local/app"], "built").await;
+}
+
+/// A head of this scope, as a build of it would leave it.
+fn head_of(shop: &Workshop, scope: &str) -> String {
+    let heads = &shop.host.heads;
+    let shared = heads.current(SHARED).expect("reads").expect("a head");
+    let file = shop.host.home.heads().join("next");
+    std::fs::write(&file, scope).expect("write");
+    let candidate = Candidate {
+        file: &file,
+        stands_on: Some(&shared),
+        written_by: "test".to_owned(),
+        buildkit: "v0".to_owned(),
+        now_unix_ms: 1,
+    };
+    match heads.commit(scope, Some(&shared), &candidate) {
+        Ok(Commit::Committed(head)) => head.id,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn an_untrusted_build_forks_nothing_that_a_secret_may_have_touched() {
+    let shop = Workshop::open(Guest::Honest).await;
+    let (own, plain) = (head_of(&shop, "local"), head_of(&shop, "local.plain"));
+    let secret = || vec![("token".to_owned(), b"tr0ub4dor".to_vec())];
+    let cancel = CancellationToken::new();
+    for (trust, secrets, forks) in [
+        (TrustClass::Untrusted, Vec::new(), &plain),
+        (TrustClass::Untrusted, secret(), &plain),
+        (TrustClass::Trusted, secret(), &own),
+    ] {
+        let what = format!("{trust:?}, {} secrets", secrets.len());
+        let with = (trust, secrets);
+        let end = shop.build_with(with, kiln_core::Dispatch::default(), TIMEOUT_MS, &cancel);
+        let report = end.await.result.expect("built");
+        assert_eq!(report.head.0.as_ref(), Some(forks), "{what}");
+    }
     shop.assert_left(&["t/local/app"], "built").await;
 }
 

@@ -117,6 +117,18 @@ impl Workshop {
         timeout_ms: u64,
         cancel: &CancellationToken,
     ) -> BuildEnd {
+        let with = (TrustClass::Trusted, Vec::new());
+        self.build_with(with, dispatch, timeout_ms, cancel).await
+    }
+
+    /// As [`Self::build_as`], trusted so far and with these secrets.
+    pub(crate) async fn build_with(
+        &self,
+        (trust, secrets): (TrustClass, Vec<(String, Vec<u8>)>),
+        dispatch: kiln_core::Dispatch,
+        timeout_ms: u64,
+        cancel: &CancellationToken,
+    ) -> BuildEnd {
         let source = tempfile::tempdir().expect("temp dir");
         std::fs::write(source.path().join("file"), "content").expect("write");
         let tree = Tree::open(source.path(), None, &[], context::Limits::default());
@@ -143,7 +155,7 @@ impl Workshop {
                 disk: ByteSize::gib(1),
                 timeout_ms,
             },
-            trust: TrustClass::Trusted,
+            trust,
             network_bits: None,
             dispatch,
             traceparent: None,
@@ -153,7 +165,7 @@ impl Workshop {
             request,
             tree: Arc::new(tree),
             git: None,
-            secrets: Vec::new(),
+            secrets,
             ssh_agents: Vec::new(),
             ca_bundle: None,
             step_env: Vec::new(),
