@@ -442,6 +442,13 @@ impl JobRequest {
         }
     }
 
+    /// Whether it is to learn and is not trusted: an open machine is for those alone whom the operator trusts, whatever its grant says.
+    #[must_use]
+    pub fn learns_untrusted(&self) -> bool {
+        let learns = self.policy.as_ref().is_some_and(|policy| policy.learn);
+        learns && self.trust != TrustClass::Trusted
+    }
+
     /// The oldest generation of the workers' protocol whose workers hold it to everything it says. One that is older would leave out what it
     /// does not know.
     #[must_use]

@@ -7,6 +7,8 @@
 //! hosts = ["*.example.org", "db.example.net:5432"]   # without the key: any name
 //! git = ["git.example.org/public/*", { repository = "git.example.org/team/*", secret = "git-token", user = "ci" }]
 //! max = { cpus = 4, memory = "8G" }
+//! trusted_refs = ["git.example.org/team/app@refs/heads/main"]  # on a server: whose jobs are trusted, see `trust`
+//! trusted_uploads = false
 //! ```
 //!
 //! `git` is what the git gateway may read, with which of the tenant's secrets; without the key: any repository whose host may be named, as
@@ -22,6 +24,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::diagnostic::{Diagnostic, Diagnostics, Place, shown};
+use crate::trust::TrustedRef;
 
 /// The operator's file, in the configuration directory.
 pub const GRANT_FILE: &str = "policy.toml";
@@ -44,6 +47,8 @@ struct RawGrant {
     hosts: Option<Spanned<Vec<Spanned<String>>>>,
     git: Option<Spanned<Vec<Spanned<toml::Value>>>>,
     max: RawMax,
+    trusted_refs: Vec<Spanned<String>>,
+    trusted_uploads: bool,
 }
 
 #[derive(Deserialize, Debug, Default)]
@@ -153,6 +158,10 @@ pub struct Grant {
     pub git: Option<Vec<GrantedGit>>,
     /// The most of everything countable.
     pub max: Maxima,
+    /// Refs of repositories of which a trusted token's jobs are trusted.
+    pub trusted_refs: Vec<TrustedRef>,
+    /// So are its jobs whose source, or all of whose work, came with the request.
+    pub trusted_uploads: bool,
     pub(crate) open_line: Option<u32>,
     pub(crate) learn_line: Option<u32>,
     pub(crate) hosts_line: Option<u32>,
@@ -354,6 +363,8 @@ impl GrantReader<'_> {
             hosts,
             git,
             max,
+            trusted_refs: self.trusted_refs(&raw.trusted_refs),
+            trusted_uploads: raw.trusted_uploads,
             open_line,
             learn_line,
             hosts_line,
@@ -400,6 +411,21 @@ impl GrantReader<'_> {
                 None
             }
         }
+    }
+
+    fn trusted_refs(&mut self, entries: &[Spanned<String>]) -> Vec<TrustedRef> {
+        let mut read = Vec::new();
+        for entry in entries {
+            match entry.get_ref().parse() {
+                Ok(one) => read.push(one),
+                Err(error) => {
+                    let place = self.place(entry.span());
+                    let hint = "for example \"git.example.org/team/app@refs/heads/main\"";
+                    self.wrong.push(Diagnostic::at(place, error).hint(hint));
+                }
+            }
+        }
+        read
     }
 
     fn size(&mut self, text: Option<Spanned<String>>) -> Option<ByteSize> {

@@ -62,6 +62,8 @@ pub struct CheckoutInput {
     pub exceptions: Vec<RangeException>,
     /// The host's HTTP proxy.
     pub proxy: ProxyConfig,
+    /// Its ref is fetched by exactly this name, or not at all: git would take another that ends with it where there is none.
+    pub exact: bool,
     /// How large the tree may be.
     pub limits: Limits,
     /// How long it may take in all.
@@ -210,6 +212,9 @@ async fn fetch(
     git.run(session, "make a repository", &init, SHORT, events)
         .await?
         .check("make a repository")?;
+    if input.exact {
+        advertised(&git, session, input, events).await?;
+    }
     let commit = fetched(&git, session, input, events).await?;
     if let Reference::Commit(asked) = &input.address.reference
         && *asked != commit
@@ -222,6 +227,42 @@ async fn fetch(
     }
     let received = take(&git, session, commit, dir, input.limits, events).await?;
     Ok(received)
+}
+
+/// The server has a ref of exactly this name: git, which would look for others, then takes this one.
+async fn advertised(
+    git: &Git,
+    session: &Session,
+    input: &CheckoutInput,
+    events: &Events,
+) -> Result<(), Failure> {
+    let (wanted, url) = (input.address.reference.refspec(), &input.address.url);
+    let what = "look for the ref";
+    let args = [
+        "-C",
+        REPOSITORY,
+        "-c",
+        "credential.helper=",
+        "-c",
+        "http.followRedirects=initial",
+        "-c",
+        "http.lowSpeedLimit=100",
+        "-c",
+        "http.lowSpeedTime=60",
+        "ls-remote",
+        "--quiet",
+        "--",
+        url,
+        &wanted,
+    ];
+    let said = git.run(session, what, &args, input.timeout, events).await?;
+    let said = said.check(what)?;
+    if said.names_ref(&wanted) {
+        return Ok(());
+    }
+    let message = format!("{url} has no ref that is called exactly {wanted}");
+    Err(Failure::new(FailureClass::Usage, message)
+        .hint("a name alone means a branch of a trusted job: write a tag as URL#refs/tags/NAME"))
 }
 
 /// What git is told for a fetch: settings of the machine and of the repository have no say in it.

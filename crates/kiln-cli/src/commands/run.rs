@@ -126,7 +126,7 @@ pub(super) async fn run_and_learn(
         })),
         network: ruled.network,
         limits,
-        trust: trust(any_secret || logs_in),
+        trust: trust(any_secret || logs_in || ruled.applied.as_ref().is_some_and(|one| one.learn)),
         network_bits: None,
         dispatch: own.dispatch,
         traceparent: None,
@@ -157,9 +157,9 @@ pub(super) async fn run_and_learn(
     ended
 }
 
-/// What its owner gives secrets is trusted by them; whatever else is run here may be anything.
-fn trust(is_given_secrets: bool) -> TrustClass {
-    match is_given_secrets {
+/// What its owner gives secrets, or an open network to learn, is trusted by them; whatever else is run here may be anything.
+fn trust(is_given_more: bool) -> TrustClass {
+    match is_given_more {
         true => TrustClass::Trusted,
         false => TrustClass::Untrusted,
     }

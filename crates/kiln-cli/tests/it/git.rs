@@ -233,7 +233,7 @@ impl World {
     /// A tenant may read two of them, one with the host's login; no other tenant reads any.
     fn grants(&self, tenant: &str) {
         let grant = format!(
-            "[tenant.{tenant}]\ngit = [{{ repository = \"{HOST}/private/*\", secret = \"IT_GIT\", user = \"ci\" }}, \"{HOST}/public/*\"]\n\
+            "[tenant.{tenant}]\ntrusted_uploads = true\ngit = [{{ repository = \"{HOST}/private/*\", secret = \"IT_GIT\", user = \"ci\" }}, \"{HOST}/public/*\"]\n\
              [tenant.\"*\"]\ngit = []\n"
         );
         std::fs::write(self.at("config/policy.toml"), grant).expect("write");

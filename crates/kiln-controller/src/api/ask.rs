@@ -20,6 +20,7 @@ use super::caller::Caller;
 use super::limits::{ApiConfig, KeptBounds};
 use super::policy::{PolicyAsk, Rule};
 use super::problem::Problem;
+use super::trust::{Ready, may_learn, settle, trust_of};
 use crate::webhooks::Destination;
 
 /// Longest `Idempotency-Key`.
@@ -73,7 +74,7 @@ pub struct Common {
     pub network_rate: Option<u64>,
     /// Destinations `host[:ports]`; none means no network.
     pub allow: Vec<String>,
-    /// `trusted` or `untrusted`; at most what the token allows.
+    /// `trusted` or `untrusted`; at most what the token, and the operator for its source, allow.
     pub trust: Option<String>,
     /// Most attempts, the first included.
     #[schema(minimum = 1)]
@@ -596,17 +597,16 @@ impl RunAsk {
     }
 }
 
-/// A request as it is queued: limits narrowed, trust and priority bounded by the token.
+/// A request as it is queued: limits narrowed, trust and priority bounded by the token, trust by what the operator says of its source as well.
 pub(crate) fn new_job(
     config: &ApiConfig,
     caller: &Caller,
     tenant: &TenantName,
-    (kind, rule): (JobKind, Rule),
+    (mut kind, rule): (JobKind, Rule),
     common: &Common,
     key: Option<String>,
     id: JobId,
-) -> Result<NewJob, Problem> {
-    use kiln_core::job::TrustClass;
+) -> Result<Ready, Problem> {
     let mut granted: Granted = config
         .ceiling
         .narrow(
@@ -628,15 +628,8 @@ pub(crate) fn new_job(
             };
             Problem::invalid(field, outside.bounds()).hint(hint)
         })?;
-    let trust = match (common.trust.as_deref(), caller.principal.trust) {
-        (None, token) => token,
-        (Some("untrusted"), _) => TrustClass::Untrusted,
-        (Some("trusted"), TrustClass::Trusted) => TrustClass::Trusted,
-        (Some("trusted"), TrustClass::Untrusted) => {
-            return Err(Problem::invalid("trust", "this token's jobs are untrusted"));
-        }
-        (Some(_), _) => return Err(Problem::invalid("trust", "it is `trusted` or `untrusted`")),
-    };
+    let trust = trust_of(caller, common.trust.as_deref(), rule.source)?;
+    let (trust, untrusted) = settle(&mut kind, trust);
     if let Some(address) = &common.notify_url {
         let usable = Destination::accept(address, &config.receivers);
         usable.map_err(|why| Problem::invalid("notify_url", why.to_string()))?;
@@ -654,6 +647,7 @@ pub(crate) fn new_job(
         traceparent: common.traceparent.clone(),
         policy: rule.applied,
     };
+    may_learn(&request, untrusted.as_ref())?;
     request.needs_its_generation();
     let labels = labels("labels", &common.labels)?;
     let mut body = serde_json::to_vec(&(
@@ -671,7 +665,7 @@ pub(crate) fn new_job(
         // Beside the rest, so that a request without one has the digest that it had before there were any.
         body.extend(serde_json::to_vec(policy).unwrap_or_default());
     }
-    Ok(NewJob {
+    let new = NewJob {
         idempotency: key.map(|key| Idempotency {
             key,
             body: Digest::of(&body),
@@ -680,7 +674,8 @@ pub(crate) fn new_job(
         notify_url: common.notify_url.clone(),
         labels,
         request,
-    })
+    };
+    Ok(Ready { new, untrusted })
 }
 
 /// The `Idempotency-Key`, if one came.

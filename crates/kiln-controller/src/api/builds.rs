@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use http::{HeaderMap, StatusCode, header};
+use kiln_core::secret::SecretRefused;
 use kiln_core::{Action, Digest, JobId, JobKind, SecretName, TenantName};
-use kiln_db::{NewJob, Opened, SubmitError, Submitted};
+use kiln_db::{Opened, SubmitError, Submitted};
 use serde::de::DeserializeOwned;
 use utoipa::ToSchema;
 
@@ -17,6 +18,7 @@ use super::extract::{Answer, JSON_MAX, from_slice};
 use super::policy::Rule;
 use super::ports::SecretsUnheld;
 use super::problem::{Problem, ProblemBody};
+use super::trust::{Ready, Untrusted};
 use super::upload::{self, Form};
 use super::view::JobView;
 use crate::access::Door;
@@ -263,9 +265,10 @@ pub(crate) async fn submit(
     secrets: HashMap<String, Vec<u8>>,
 ) -> Result<Answer<JobView>, Problem> {
     let id = new_id(api, &kind);
-    let notes = std::mem::take(&mut rule.notes);
-    let new = ask::new_job(&api.config, caller, tenant, (kind, rule), common, key, id)?;
-    let mut answer = submit_ready(api, new, secrets).await?;
+    let mut notes = std::mem::take(&mut rule.notes);
+    let ready = ask::new_job(&api.config, caller, tenant, (kind, rule), common, key, id)?;
+    notes.extend(ready.untrusted.as_ref().and_then(Untrusted::note));
+    let mut answer = submit_ready(api, ready, secrets).await?;
     answer.1.notes = notes;
     Ok(answer)
 }
@@ -273,9 +276,10 @@ pub(crate) async fn submit(
 /// Queues what is already a request.
 pub(crate) async fn submit_ready(
     api: &Api,
-    new: NewJob,
+    ready: Ready,
     secrets: HashMap<String, Vec<u8>>,
 ) -> Result<Answer<JobView>, Problem> {
+    let new = &ready.new;
     let id = new.request.id.clone();
     let held = !secrets.is_empty();
     if held {
@@ -286,7 +290,7 @@ pub(crate) async fn submit_ready(
                 SecretsUnheld::Full(why) => Problem::too_many("secrets", why),
             })?;
     }
-    let submitted = queue(api, new).await;
+    let submitted = queue(api, ready).await;
     if held && !matches!(&submitted, Ok(submitted) if !submitted.repeated) {
         api.backend().forget_secrets(&id);
     }
@@ -303,7 +307,7 @@ pub(crate) async fn submit_ready(
 /// A job that names a secret it cannot have is not queued; that it was asked for is an audit row.
 async fn secret_refused(
     api: &Api,
-    new: &NewJob,
+    Ready { new, untrusted }: &Ready,
     name: &SecretName,
     opened: &Opened,
 ) -> Result<Problem, Problem> {
@@ -311,13 +315,17 @@ async fn secret_refused(
     api.backend().count(Door::User, "secret:use", code);
     let row = crate::stored::refusal(new, name, opened);
     api.db().audit(row).await?;
-    Ok(match opened {
-        Opened::Refused(why) => Problem::new(
-            StatusCode::FORBIDDEN,
-            "secret_refused",
-            format!("this job may not have the secret {name}: {why}"),
-        )
-        .hint("`kiln secret list` shows who may have it"),
+    let refused = |why: &str| {
+        let detail = format!("this job may not have the secret {name}: {why}");
+        Problem::new(StatusCode::FORBIDDEN, "secret_refused", detail)
+    };
+    Ok(match (opened, untrusted) {
+        (Opened::Refused(why @ SecretRefused::Untrusted), Some(untrusted)) => {
+            refused(&format!("{why}, and {untrusted}")).hint(untrusted.hint())
+        }
+        (Opened::Refused(why), _) => {
+            refused(&why.to_string()).hint("`kiln secret list` shows who may have it")
+        }
         _ => Problem::invalid("secrets", format!("there is no secret {name}")).hint(
             "`kiln secret set NAME` keeps one; a build may also bring the value with its request",
         ),
@@ -336,15 +344,15 @@ pub(crate) async fn submit_asked(
     let rule = asked.rule(&mut kind, &api.grants().await?, tenant)?;
     let id = new_id(api, &kind);
     let work = (kind, rule);
-    let new = ask::new_job(&api.config, caller, tenant, work, &asked.common, None, id)?;
-    Ok(queue(api, new).await?.job)
+    let ready = ask::new_job(&api.config, caller, tenant, work, &asked.common, None, id)?;
+    Ok(queue(api, ready).await?.job)
 }
 
-async fn queue(api: &Api, new: NewJob) -> Result<Submitted, Problem> {
-    if let Some((name, opened)) = api.db().refused_secret(&new.request).await? {
-        return Err(secret_refused(api, &new, &name, &opened).await?);
+async fn queue(api: &Api, ready: Ready) -> Result<Submitted, Problem> {
+    if let Some((name, opened)) = api.db().refused_secret(&ready.new.request).await? {
+        return Err(secret_refused(api, &ready, &name, &opened).await?);
     }
-    api.db().submit(new).await.map_err(|error| {
+    api.db().submit(ready.new).await.map_err(|error| {
         let refused = |code: &'static str| {
             api.backend()
                 .count(Door::User, Action::JobSubmit.name(), Some(code));

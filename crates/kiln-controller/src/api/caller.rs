@@ -56,6 +56,8 @@ pub(crate) struct Caller {
 #[derive(Clone)]
 enum Proof {
     Socket,
+    /// Proved on the way, for one audit row.
+    Passing,
     Token(Arc<str>),
 }
 
@@ -63,6 +65,7 @@ impl std::fmt::Debug for Proof {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Socket => "Socket",
+            Self::Passing => "Passing",
             Self::Token(_) => "Token",
         })
     }
@@ -222,9 +225,14 @@ impl Caller {
     pub(crate) fn of(principal: Principal) -> Self {
         Self {
             principal,
-            proof: Proof::Socket,
+            proof: Proof::Passing,
             _open: None,
         }
+    }
+
+    /// Whether it is the owner of the installation, on the private socket.
+    pub(crate) fn is_on_the_socket(&self) -> bool {
+        matches!(self.proof, Proof::Socket)
     }
 
     /// Notes that a short-lived token was made.
@@ -266,7 +274,7 @@ impl Caller {
     /// Whether its proof is still good, asked again while an answer goes on.
     pub(crate) async fn is_still_good(&self, api: &Api) -> bool {
         match &self.proof {
-            Proof::Socket => true,
+            Proof::Socket | Proof::Passing => true,
             Proof::Token(token) => api.authenticate(token).await.is_ok(),
         }
     }

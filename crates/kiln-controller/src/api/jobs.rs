@@ -7,7 +7,7 @@ use axum::extract::State;
 use http::{HeaderMap, StatusCode};
 use kiln_core::Digest;
 use kiln_core::access::sees_every_tenant;
-use kiln_core::job::Source;
+use kiln_core::job::{Source, TrustClass};
 use kiln_core::{Action, JobRequest, JobState, TenantName};
 use kiln_db::{CancelError, Cancelled, Cursor, Idempotency, JobFilter, NewJob};
 use serde::{Deserialize, Serialize};
@@ -20,6 +20,7 @@ use super::caller::Caller;
 use super::cursor;
 use super::extract::{Answer, Asked, Body, Named};
 use super::problem::{Problem, ProblemBody};
+use super::trust::{Ready, may_learn, settle, trust_of};
 use super::view::{JobLine, JobView, List};
 
 /// Rows of a page unless asked otherwise.
@@ -318,13 +319,16 @@ pub(crate) async fn retry(
         };
         run.keep = Some(keep.keep(api.config.kept)?);
     }
-    // Today's token and limits decide, not those of then.
-    request.trust = match (request.trust, caller.principal.trust) {
-        (trust, kiln_core::job::TrustClass::Trusted) => trust,
-        (_, untrusted) => untrusted,
-    };
-    let (max, applied) = super::policy::still_stands(&request, &api.grants().await?)?;
+    // Today's token, grant and limits decide, not those of then.
+    let grants = api.grants().await?;
+    let source = kiln_policy::trusted_source(&request.kind, &grants, &request.tenant);
+    let then = (request.trust == TrustClass::Untrusted).then_some("untrusted");
+    let trust = trust_of(&caller, then, source)?;
+    let (trust, untrusted) = settle(&mut request.kind, trust);
+    request.trust = trust;
+    let (max, applied) = super::policy::still_stands(&request, &grants)?;
     request.policy = applied;
+    may_learn(&request, untrusted.as_ref())?;
     let phases = match &request.kind {
         kiln_core::JobKind::Run(run) => &run.phases[..],
         _ => &[],
@@ -366,7 +370,7 @@ pub(crate) async fn retry(
         labels: job.labels.clone(),
         request,
     };
-    super::builds::submit_ready(&api, new, HashMap::new()).await
+    super::builds::submit_ready(&api, Ready { new, untrusted }, HashMap::new()).await
 }
 
 /// Tells one wish from another, for keys that come twice; nothing where there is none.

@@ -37,6 +37,7 @@ mod sessions;
 pub(crate) mod shield;
 mod tenants;
 mod tokens;
+mod trust;
 mod upload;
 mod view;
 mod webhooks;

@@ -22,8 +22,8 @@ use kiln_core::{
 use kiln_policy::policy::Resources;
 use kiln_policy::{
     BuildAsked, Compiled, Diagnostics, Format, GRANT_BYTES_MAX, Grants, Held, HeldBuild, Image,
-    Maxima, Mode, Refusal, Removed, Standing, compile, hold_build, hold_run, other_image, stands,
-    unseen,
+    Maxima, Mode, Refusal, Removed, Standing, UntrustedSource, compile, hold_build, hold_run,
+    other_image, stands, trusted_source, unseen,
 };
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
@@ -119,6 +119,8 @@ pub(crate) struct Rule {
     pub(crate) applied: Option<AppliedPolicy>,
     /// What the grant took away of a file, in words.
     pub(crate) notes: Vec<String>,
+    /// Whether the operator trusts its source; of git the ref that is trusted, in full.
+    pub(crate) source: Result<Option<String>, UntrustedSource>,
 }
 
 /// What the grant took away of a file, in words.
@@ -340,6 +342,7 @@ impl RunAsk {
             max: Maxima { disk, ..max },
             applied,
             notes,
+            source: trusted_source(kind, grants, tenant),
         })
     }
 
@@ -434,6 +437,7 @@ impl BuildAsk {
             max,
             applied,
             notes,
+            source: trusted_source(kind, grants, tenant),
         })
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use kiln_core::{FailureClass, Outcome, Verdict};
 use serde_json::json;
 
+use crate::policies::Granting;
 use crate::server::{Server, archive};
 
 #[test]
@@ -338,7 +339,9 @@ fn logs_are_read_from_any_offset_and_followed_to_the_end() {
 
 #[test]
 fn hypemans_clients_find_their_routes() {
-    let server = Server::start();
+    let here = Granting::start();
+    here.grant("[tenant.acme]\ntrusted_uploads = true\n");
+    let server = &here.server;
     let keeper = server.member("acme", "admin");
     let acme = server.token(&json!({"tenant": "acme", "role": "developer", "trusted": true}));
     let kept = keeper.json("PUT", "/v1/secrets/npm", &json!({"value": "s3cret"}));

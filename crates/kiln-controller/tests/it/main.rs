@@ -35,4 +35,5 @@ mod schema;
 mod secret_stores;
 mod secrets;
 mod server;
+mod trust;
 mod webhooks;

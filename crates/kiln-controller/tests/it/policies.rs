@@ -17,14 +17,14 @@ use crate::fleet_worker::{Ledger, Line, SimWorker};
 use crate::server::{Client, Server, archive};
 
 /// A server whose operator's grants a test writes.
-struct Granting {
-    server: Server,
+pub(crate) struct Granting {
+    pub(crate) server: Server,
     grants: PathBuf,
     _folder: tempfile::TempDir,
 }
 
 impl Granting {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let folder = tempfile::tempdir().expect("folder");
         let grants = folder.path().join("policy.toml");
         let path = grants.clone();
@@ -39,11 +39,11 @@ impl Granting {
         }
     }
 
-    fn grant(&self, text: &str) {
+    pub(crate) fn grant(&self, text: &str) {
         std::fs::write(&self.grants, text).expect("grants");
     }
 
-    fn request(&self, job: &Value) -> JobRequest {
+    pub(crate) fn request(&self, job: &Value) -> JobRequest {
         let id = job["id"].as_str().expect("id").parse().expect("id");
         let job = self.server.run(self.server.parts.db().job(&id));
         job.expect("answers").expect("a job").request
@@ -202,7 +202,9 @@ fn grants_that_others_may_have_written_or_that_cannot_be_read_grant_nothing() {
 #[test]
 fn open_and_learn_are_granted_to_the_tenant_or_refused() {
     let here = Granting::start();
-    let acme = here.server.member("acme", "developer");
+    let untrusted = here.server.member("acme", "developer");
+    let asked = json!({"tenant": "acme", "role": "developer", "trusted": true});
+    let acme = here.server.token(&asked);
     let rival = here.server.member("rival", "developer");
     let open = run("version: 1\nnetwork: {mode: open}\n");
     let learn = json!({"argv": ["true"], "net": "learn"});
@@ -224,7 +226,26 @@ fn open_and_learn_are_granted_to_the_tenant_or_refused() {
     assert_eq!(ask(&acme, &open).value()["network"]["mode"], "open");
     assert_eq!(ask(&acme, &learn).status, 403, "open is not learn");
     assert_eq!(ask(&rival, &open).status, 403, "another tenant's grant");
+    let opened = ask(&untrusted, &open);
+    assert_eq!(opened.status, 202, "open needs its grant alone");
+    // Learning is for trusted jobs: neither an upload that nobody vouched for nor a token of strangers opens a machine.
     here.grant("[tenant.acme]\nlearn = true\n");
+    let refused = |client: &Client, why: &str| {
+        let got = ask(client, &learn);
+        assert_eq!(
+            (got.status, got.code().as_str()),
+            (403, "policy_refused"),
+            "{}",
+            got.text()
+        );
+        assert!(got.text().contains(why), "{}", got.text());
+    };
+    refused(&acme, "trusted_uploads = true");
+    here.grant("[tenant.acme]\nlearn = true\ntrusted_uploads = true\n");
+    refused(&untrusted, "this token's jobs are untrusted");
+    let mut less = learn.clone();
+    less["trust"] = json!("untrusted");
+    assert_eq!(ask(&acme, &less).status, 403, "asked for as untrusted");
     let job = ask(&acme, &learn).value();
     assert_eq!(
         (&job["network"]["mode"], &job["policy"]["learn"]),
@@ -234,6 +255,17 @@ fn open_and_learn_are_granted_to_the_tenant_or_refused() {
         here.request(&job).dispatch.requires.generation,
         POLICY_GENERATION
     );
+    // Nor does it learn again when nobody vouches for it any more.
+    let id = job["id"].as_str().expect("an id").to_owned();
+    let lease = here.server.lease(&id);
+    here.server.finish(&lease, Server::passed());
+    let retry = |client: &Client| client.json("POST", &format!("/v1/jobs/{id}/retry"), &json!({}));
+    assert_eq!(retry(&acme).status, 202);
+    assert_eq!(retry(&untrusted).status, 403);
+    here.grant("[tenant.acme]\nlearn = true\n");
+    let got = retry(&acme);
+    assert_eq!(got.status, 403, "{}", got.text());
+    assert!(got.text().contains("trusted_uploads"), "{}", got.text());
     let secret = json!({"argv": ["true"], "net": "learn", "secrets": ["TOKEN"]});
     let got = ask(&acme, &secret);
     assert_eq!(

@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use crate::policies::Granting;
 use crate::server::{Client, Server, archive};
 
 const VALUE: &str = "hunter2-hunter2";
@@ -134,7 +135,9 @@ fn roles_and_tenants_decide() {
 
 #[test]
 fn a_job_that_cannot_have_its_secrets_is_not_queued() {
-    let server = Server::start();
+    let here = Granting::start();
+    here.grant("[tenant.acme]\ntrusted_uploads = true\ntrusted_refs = ['git.example/team/app@HEAD', 'git.example/other/app@HEAD']\n");
+    let server = &here.server;
     let admin = server.member("acme", "admin");
     let asked = json!({ "tenant": "acme", "role": "developer", "trusted": true });
     let (untrusted, trusted) = (server.member("acme", "developer"), server.token(&asked));
@@ -188,7 +191,7 @@ fn a_job_that_cannot_have_its_secrets_is_not_queued() {
         "missing",
         "untrusted",
         "repository",
-        "no_repository",
+        "untrusted",
         "no_repository",
         "no_repository",
     ];

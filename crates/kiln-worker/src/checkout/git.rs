@@ -131,6 +131,16 @@ impl Said {
         text.lines().next().unwrap_or_default().trim().to_owned()
     }
 
+    /// Whether one line of an answer of `ls-remote` names exactly this ref. A last line without an end may have been cut.
+    pub(super) fn names_ref(&self, wanted: &str) -> bool {
+        let text = String::from_utf8_lossy(&self.out);
+        let whole = text
+            .split_inclusive('\n')
+            .filter_map(|line| line.strip_suffix('\n'));
+        let mut names = whole.filter_map(|line| line.split_once('\t'));
+        names.any(|(_, name)| name == wanted)
+    }
+
     /// Last lines of its error output, progress left out.
     pub(super) fn words(&self) -> String {
         let text = String::from_utf8_lossy(&self.beside);
@@ -261,6 +271,20 @@ mod tests {
             "remote: Counting: 1%\rReceiving objects:  50%\rReceiving objects: 100%\nfatal: the end\n",
         );
         assert_eq!(said.words(), "fatal: the end");
+    }
+
+    #[test]
+    fn a_ref_is_known_by_all_of_its_name() {
+        let mut said = Said::default();
+        said.add(
+            1,
+            b"aa\trefs/heads/x/refs/heads/main\nbb\trefs/tags/refs/heads/main\n",
+        );
+        assert!(!said.names_ref("refs/heads/main"));
+        said.add(1, b"cc\trefs/heads/main");
+        assert!(!said.names_ref("refs/heads/main"), "it may go on");
+        said.add(1, b"\n");
+        assert!(said.names_ref("refs/heads/main"));
     }
 
     #[test]

@@ -464,6 +464,9 @@ impl Work<'_> {
         local: LocalJob,
         secrets: Vec<(String, Vec<u8>)>,
     ) -> (JobEnd, Option<Box<kiln_core::Observed>>) {
+        if request.learns_untrusted() {
+            return (JobEnd::failed(untrusted_lesson()), None);
+        }
         match request.kind.clone() {
             JobKind::SourceBuild(wanted) => match self.build(request, wanted, local, secrets).await
             {
@@ -740,6 +743,13 @@ impl Work<'_> {
             ..ran(end)
         })
     }
+}
+
+/// No controller of this version asks for it.
+fn untrusted_lesson() -> Failure {
+    let message = "this job is untrusted, and only trusted jobs learn: their machines are open";
+    Failure::new(FailureClass::Policy, message)
+        .hint("name the hosts in `allow`, or ask for it as a trusted job")
 }
 
 /// What a server's job says of its machine.

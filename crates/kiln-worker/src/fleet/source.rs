@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_core::digest::Hasher;
-use kiln_core::job::{RunSource, Source};
+use kiln_core::job::{RunSource, Source, TrustClass};
 use kiln_core::{Digest, FailureClass, GitCommit, ImageRef, JobId, JobRequest};
 use kiln_image::context::{self, Limits, Tree};
 use kiln_image::plan::Suited;
@@ -138,6 +138,7 @@ impl Work<'_> {
                     ca_bundle: site.ca_bundle.clone(),
                     exceptions: site.exceptions(),
                     proxy: site.proxy.clone(),
+                    exact: is_exact(request),
                     limits: Limits::default(),
                     timeout: Duration::from_millis(request.limits.timeout_ms),
                     bytes_per_second: request.network_bytes_per_second(),
@@ -194,6 +195,11 @@ impl Work<'_> {
             _checkout: None,
         })
     }
+}
+
+/// The controller trusted one ref, by its full name; a command's own user asks for what he means.
+fn is_exact(request: &JobRequest) -> bool {
+    request.trust == TrustClass::Trusted && request.dispatch.requires.own().is_none()
 }
 
 /// Why an uploaded source did not come.
