@@ -70,6 +70,66 @@ pub fn hold_build(
     }
 }
 
+/// What an untrusted build may reach of the policy in its own commit.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Narrowed {
+    /// What the file and the grant leave of everything else that it may reach.
+    pub within: NetworkPolicy,
+    /// What the file names and the request does not.
+    pub beyond: Vec<Beyond>,
+}
+
+/// A destination that a file names and nobody else.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Beyond {
+    /// Which.
+    pub rule: AllowRule,
+    /// Line of the file.
+    pub line: u32,
+}
+
+/// What an untrusted build is held to by the policy in its own commit, whose author may be anybody: the file takes away of what the request
+/// names and of the registries of the runtime, and gives nothing. Without a part for builds it takes nothing away.
+///
+/// # Errors
+/// As [`hold_build`].
+pub fn hold_untrusted_build(
+    compiled: &Compiled,
+    grants: &Grants,
+    tenant: &TenantName,
+    asked: &BuildAsked<'_>,
+) -> Result<(HeldBuild, Option<Narrowed>), Refusal> {
+    let held = hold_build(Some(compiled), grants, tenant, asked)?;
+    if !held.only {
+        return Ok((held, None));
+    }
+    let unasked = BuildAsked {
+        allow: &[],
+        ..*asked
+    };
+    let file = hold_build(Some(compiled), grants, tenant, &unasked)?.network;
+    let network = match asked.allow.is_empty() {
+        true => NetworkPolicy::Isolated,
+        false => held.network.clone(),
+    };
+    let sites = compiled.origin(Phase::Dependencies);
+    let sites = sites.map(|origin| &origin.rules[..]).unwrap_or_default();
+    let beyond = file.rules().iter();
+    let beyond = beyond.filter(|rule| !network.covers_rule(rule));
+    let beyond = beyond.map(|rule| {
+        let site = sites.iter().find(|sited| sited.rule.covers(rule));
+        Beyond {
+            rule: rule.clone(),
+            line: site.map_or(1, |sited| sited.place.line),
+        }
+    });
+    let narrowed = Narrowed {
+        beyond: beyond.collect(),
+        within: file,
+    };
+    Ok((HeldBuild { network, ..held }, Some(narrowed)))
+}
+
 /// The part of a policy that means something for a build.
 fn of_a_build(policy: &Policy) -> Policy {
     let part = policy.phases.get(&Phase::Dependencies);
@@ -337,6 +397,62 @@ phases:
             (none.network, none.removed.len()),
             (NetworkPolicy::Isolated, 1)
         );
+    }
+
+    fn untrusted(
+        text: &str,
+        grants: &str,
+        allow: &[&str],
+    ) -> Result<(HeldBuild, Option<Narrowed>), Refusal> {
+        let compiled = crate::compile(crate::Format::Kiln, "kiln.yaml", text).expect("legal");
+        let grants = Grants::parse("policy.toml", grants).expect("legal");
+        let allow: Vec<AllowRule> = allow
+            .iter()
+            .map(|rule| rule.parse().expect("rule"))
+            .collect();
+        let asked = BuildAsked {
+            allow: &allow,
+            ..NOTHING
+        };
+        hold_untrusted_build(&compiled, &grants, &"acme".parse().expect("tenant"), &asked)
+    }
+
+    #[test]
+    fn the_file_of_an_untrusted_commit_takes_away_and_gives_nothing() {
+        let file = "version: 1\nphases:\n  dependencies:\n    network:\n      allow:\n        - a.example.org:443\n        - b.example.org:443\n";
+        let words = |network: &NetworkPolicy| -> Vec<String> {
+            network.rules().iter().map(ToString::to_string).collect()
+        };
+        let (held, narrowed) = untrusted(file, "", &[]).expect("held");
+        let narrowed = narrowed.expect("it has a part for builds");
+        assert!(
+            held.only && held.network == NetworkPolicy::Isolated,
+            "{held:?}"
+        );
+        let both = ["a.example.org:443/tls", "b.example.org:443/tls"];
+        assert_eq!(words(&narrowed.within), both);
+        let beyond = narrowed.beyond.iter();
+        let beyond: Vec<_> = beyond.map(|one| (one.rule.to_string(), one.line)).collect();
+        assert_eq!(beyond, [(both[0].to_owned(), 6), (both[1].to_owned(), 7)]);
+        // What its submitter names, where the file does not take it away.
+        let (held, narrowed) = untrusted(file, "", &["b.example.org:443"]).expect("held");
+        assert_eq!(words(&held.network), both[1..]);
+        let beyond = narrowed.expect("narrowed").beyond;
+        assert_eq!(beyond.len(), 1, "{beyond:?}");
+        let refused = untrusted(file, "", &["c.example.org:443"]).expect_err("taken away");
+        assert_eq!(refused.field, "allow");
+        // The operator's grant bounds both.
+        let grant = "[tenant.acme]\nhosts = [\"a.example.org\"]\n";
+        let (_, narrowed) = untrusted(file, grant, &[]).expect("held");
+        assert_eq!(words(&narrowed.expect("narrowed").within), both[..1]);
+        let open = "version: 1\nphases: {dependencies: {network: {mode: open}}}\n";
+        assert!(untrusted(open, "", &[]).is_err());
+        let (held, narrowed) = untrusted(open, "[tenant.acme]\nopen = true\n", &[]).expect("held");
+        assert_eq!(held.network, NetworkPolicy::Isolated);
+        assert_eq!(narrowed.expect("narrowed").within, NetworkPolicy::Open);
+        // A file of runs alone is silent, and nothing is taken away.
+        let (held, narrowed) = untrusted("version: 1\n", "", &["b.example.org:443"]).expect("held");
+        assert!(!held.only && narrowed.is_none() && held.network.rules().len() == 1);
     }
 
     #[test]

@@ -30,7 +30,7 @@ mod trust;
 mod yaml;
 
 pub use again::{Standing, stands};
-pub use build::{BuildAsked, HeldBuild, hold_build};
+pub use build::{Beyond, BuildAsked, HeldBuild, Narrowed, hold_build, hold_untrusted_build};
 pub use compiled::{
     CLEANROOM_FALLBACK, CLEANROOM_FILE, Choice, ChoiceError, Compiled, Format, KILN_FILE,
     NEAR_MISSES, choose, compile, json_schema,

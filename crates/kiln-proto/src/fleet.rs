@@ -11,7 +11,7 @@ use std::str::FromStr;
 use kiln_core::dispatch::WorkerFacts;
 use kiln_core::job::{AppliedPolicy, Limits};
 use kiln_core::{
-    AttemptId, Digest, Epoch, FailureClass, ImageRef, JobId, JobRequest, Label, Lease,
+    AllowRule, AttemptId, Digest, Epoch, FailureClass, ImageRef, JobId, JobRequest, Label, Lease,
     NetworkPolicy, Observed, Outcome, PoolName, Receipt, WorkerId,
 };
 use serde::{Deserialize, Serialize};
@@ -494,6 +494,21 @@ pub struct HeldPolicy {
     /// What a person should know.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
+    /// Of an untrusted job: besides `network` the registries of its runtime, as far as this covers them. A worker that does not know it gives none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub registries_within: Option<NetworkPolicy>,
+    /// What the policy of an untrusted job names and nobody else does; reached only where it is such a registry.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub beyond: Vec<BeyondPolicy>,
+}
+
+/// A destination that an untrusted commit names for itself.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BeyondPolicy {
+    /// Which.
+    pub rule: AllowRule,
+    /// Where it is named: file and line.
+    pub place: String,
 }
 
 /// Body of every refusal on these routes.

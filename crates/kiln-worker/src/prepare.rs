@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use kiln_core::job::ImageBuild;
-use kiln_core::{FailureClass, ImageRef, NetworkPolicy};
+use kiln_core::{AllowRule, FailureClass, ImageRef, NetworkPolicy};
 use kiln_image::context::{self, ContextError, Tree};
 use kiln_image::plan::{Options, Plan, PlanError};
 use kiln_network::registries::Runtime;
@@ -43,8 +43,19 @@ pub struct Wishes<'a> {
     pub no_cache: bool,
     /// What it may reach besides its runtimes' registries.
     pub allow: &'a NetworkPolicy,
-    /// It reaches nothing besides `allow`: not those registries either.
-    pub only: bool,
+    /// Which registries those are.
+    pub registries: RegistriesOf<'a>,
+}
+
+/// Whose registries a build reaches besides what it was allowed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RegistriesOf<'a> {
+    /// Those of its runtimes.
+    Runtime,
+    /// Those of its runtimes, as far as the policy in its own untrusted commit leaves them.
+    RuntimeWithin(&'a NetworkPolicy),
+    /// None: a policy names all that it reaches.
+    Nobody,
 }
 
 /// Plans the folder and prepares its build.
@@ -68,20 +79,14 @@ pub fn prepare(dir: &Path, wishes: Wishes<'_>, site: &Site) -> Result<Prepared, 
     .map_err(|error| source_failure(&error))?;
     let packed = context::digest(&tree).map_err(|error| source_failure(&error))?;
     let runtimes = runtimes(&plan);
-    if site.registries.is_none() && !runtimes.is_empty() && !wishes.only {
+    let needed = wishes.registries != RegistriesOf::Nobody && !runtimes.is_empty();
+    if site.registries.is_none() && needed {
         let message = "which hosts builds may reach for packages is not known yet";
         return Err(Failure::new(FailureClass::Usage, message)
             .hint("run `kiln setup` once, or `kiln registries discover`"));
     }
-    let network = match wishes.only {
-        true => wishes.allow.clone(),
-        false => {
-            let rules = site.rules(&runtimes).into_iter();
-            NetworkPolicy::from_rules(rules.chain(wishes.allow.rules().iter().cloned()))
-                .spelled_out()
-        }
-    };
-    check_lockfiles(&plan, &network, wishes.only)?;
+    let network = reached(wishes.allow, wishes.registries, site.rules(&runtimes));
+    check_lockfiles(&plan, &network, wishes.registries)?;
     let bases = plan.bases.iter();
     let build = ImageBuild {
         source: packed.digest,
@@ -101,6 +106,25 @@ pub fn prepare(dir: &Path, wishes: Wishes<'_>, site: &Site) -> Result<Prepared, 
         runtimes,
         tree,
     })
+}
+
+fn reached(
+    allow: &NetworkPolicy,
+    of: RegistriesOf<'_>,
+    registries: Vec<AllowRule>,
+) -> NetworkPolicy {
+    let registries = match of {
+        RegistriesOf::Nobody => return allow.clone(),
+        RegistriesOf::Runtime => registries,
+        RegistriesOf::RuntimeWithin(within) => {
+            let left = NetworkPolicy::from_rules(registries)
+                .spelled_out()
+                .and(within);
+            left.rules().to_vec()
+        }
+    };
+    let all = registries.into_iter().chain(allow.rules().iter().cloned());
+    NetworkPolicy::from_rules(all).spelled_out()
 }
 
 fn runtimes(plan: &Plan) -> Vec<Runtime> {
@@ -137,7 +161,11 @@ pub(crate) fn folder_failure(error: &ContextError) -> Failure {
 }
 
 /// A lockfile that names hosts the build may not reach is an error that lists them, before anything starts.
-fn check_lockfiles(plan: &Plan, network: &NetworkPolicy, by_policy: bool) -> Result<(), Failure> {
+fn check_lockfiles(
+    plan: &Plan,
+    network: &NetworkPolicy,
+    by: RegistriesOf<'_>,
+) -> Result<(), Failure> {
     let refused: Vec<_> = plan
         .hosts_named
         .iter()
@@ -157,13 +185,13 @@ fn check_lockfiles(plan: &Plan, network: &NetworkPolicy, by_policy: bool) -> Res
         .collect();
     hosts.sort_unstable();
     hosts.dedup();
-    let hint = match by_policy {
+    let hint = match by {
         // A flag only narrows a policy.
-        true => format!(
+        RegistriesOf::Nobody => format!(
             "name them in phases.dependencies.network.allow of the policy: {}",
             hosts.join(", ")
         ),
-        false => {
+        RegistriesOf::Runtime | RegistriesOf::RuntimeWithin(_) => {
             let flags: Vec<String> = hosts.iter().map(|host| format!("--allow {host}")).collect();
             format!("admit them with {}", flags.join(" "))
         }
@@ -233,6 +261,37 @@ const NAME_CHARS_MAX: usize = 128;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_file_of_an_untrusted_commit_takes_registries_away() {
+        let rule = |text: &str| -> AllowRule { text.parse().expect("a rule") };
+        let registries = || vec![rule("a.example.org:443"), rule("b.example.org:443")];
+        let allow = NetworkPolicy::from_rules([rule("c.example.org:443/tls")]);
+        let of = |of| -> Vec<String> {
+            let network = reached(&allow, of, registries());
+            network.rules().iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(of(RegistriesOf::Nobody), ["c.example.org:443/tls"]);
+        assert_eq!(of(RegistriesOf::Runtime).len(), 3);
+        let within = ["b.example.org:443/tls", "evil.example.net:443/tls"];
+        let within = NetworkPolicy::from_rules(within.map(rule));
+        assert_eq!(
+            of(RegistriesOf::RuntimeWithin(&within)),
+            ["b.example.org:443/tls", "c.example.org:443/tls"]
+        );
+        assert_eq!(
+            of(RegistriesOf::RuntimeWithin(&NetworkPolicy::Isolated)).len(),
+            1
+        );
+        assert_eq!(
+            of(RegistriesOf::RuntimeWithin(&NetworkPolicy::Open)).len(),
+            3
+        );
+        assert_eq!(
+            reached(&allow, RegistriesOf::RuntimeWithin(&within), vec![]),
+            allow
+        );
+    }
 
     #[test]
     fn images_stay_below_their_tenant() {

@@ -6,12 +6,15 @@ use std::time::Instant;
 use axum::Json;
 use axum::extract::State;
 use kiln_core::access::Ceiling;
-use kiln_core::job::{JobRequest, POLICY_BYTES_MAX, POLICY_NAMES, SourceBuild};
+use kiln_core::job::{JobRequest, POLICY_BYTES_MAX, POLICY_NAMES, SourceBuild, TrustClass};
 use kiln_core::{FailureClass, JobKind};
 use kiln_db::DoorKind;
 use kiln_policy::policy::Resources;
-use kiln_policy::{BuildAsked, Compiled, Grants, Refusal, choose, compile, hold_build};
-use kiln_proto::fleet::{AskPolicy, HeldPolicy, PolicyAnswer};
+use kiln_policy::{
+    BuildAsked, Compiled, Grants, Narrowed, Refusal, choose, compile, hold_build,
+    hold_untrusted_build,
+};
+use kiln_proto::fleet::{AskPolicy, BeyondPolicy, HeldPolicy, PolicyAnswer};
 
 use super::doors::{Answered, open_door};
 use super::refusal::Refused;
@@ -120,8 +123,15 @@ fn answer(
         secrets: &build.secrets,
         connections_most: kiln_proto::msg::CONNECTIONS_MOST,
     };
-    let held = hold_build(Some(&compiled), grants, &request.tenant, &asked);
-    let held = held.map_err(of_refusal)?;
+    let (tenant, file) = (&request.tenant, &compiled);
+    let held = match request.trust {
+        TrustClass::Trusted => {
+            hold_build(Some(file), grants, tenant, &asked).map(|held| (held, None))
+        }
+        // Whoever wrote the commit may be anybody: what it says takes away, and gives nothing.
+        TrustClass::Untrusted => hold_untrusted_build(file, grants, tenant, &asked),
+    };
+    let (held, narrowed) = held.map_err(of_refusal)?;
     if let Err(outside) = ceiling.check_network(&held.network) {
         let message = format!("{}: {}", compiled.file(), outside.bounds());
         return Err(no(FailureClass::Policy, message, None));
@@ -147,7 +157,20 @@ fn answer(
         limits,
         applied,
         notes,
+        beyond: narrowed
+            .iter()
+            .flat_map(|one| beyond(&compiled, one))
+            .collect(),
+        registries_within: narrowed.map(|one| one.within),
     })))
+}
+
+fn beyond(file: &Compiled, narrowed: &Narrowed) -> Vec<BeyondPolicy> {
+    let all = narrowed.beyond.iter().map(|one| BeyondPolicy {
+        rule: one.rule.clone(),
+        place: format!("{}:{}", file.file(), one.line),
+    });
+    all.collect()
 }
 
 fn of_refusal(refusal: Refusal) -> PolicyAnswer {
@@ -163,7 +186,7 @@ fn of_refusal(refusal: Refusal) -> PolicyAnswer {
 mod tests {
     use super::*;
 
-    fn request(allow: &[&str]) -> JobRequest {
+    fn request(allow: &[&str], trust: TrustClass) -> JobRequest {
         serde_json::from_value(serde_json::json!({
             "id": "b1m7z7g68prr466fez", "tenant": "acme",
             "kind": {"kind": "source_build", "name": "a", "source": {"from": "git", "url": "https://git.example.org/a", "reference": "HEAD"}, "repository_policy": true},
@@ -171,13 +194,22 @@ mod tests {
                 true => serde_json::json!({"mode": "isolated"}),
                 false => serde_json::json!({"mode": "egress", "allow": allow}),
             },
-            "limits": {"cpus": 2, "memory": 1 << 30, "disk": 8_u64 << 30, "timeout_ms": 60_000}, "trust": "untrusted",
+            "limits": {"cpus": 2, "memory": 1 << 30, "disk": 8_u64 << 30, "timeout_ms": 60_000}, "trust": trust,
         }))
         .expect("a request")
     }
 
     fn judged(file: (&str, &str), grants: &str, allow: &[&str]) -> PolicyAnswer {
-        let request = request(allow);
+        judged_as(TrustClass::Trusted, file, grants, allow)
+    }
+
+    fn judged_as(
+        trust: TrustClass,
+        file: (&str, &str),
+        grants: &str,
+        allow: &[&str],
+    ) -> PolicyAnswer {
+        let request = request(allow, trust);
         let JobKind::SourceBuild(build) = &request.kind else {
             panic!("a build");
         };
@@ -213,6 +245,62 @@ mod tests {
         let narrowed = held(judged(("kiln.yaml", FILE), "", &["b.example.org:443"]));
         assert_eq!(narrowed.network.rules().len(), 1);
         assert_eq!(judged(("README.md", ""), "", &[]), PolicyAnswer::None);
+    }
+
+    #[test]
+    fn an_untrusted_commit_names_no_host_for_itself() {
+        let of = |allow: &[&str]| {
+            held(judged_as(
+                TrustClass::Untrusted,
+                ("kiln.yaml", FILE),
+                "",
+                allow,
+            ))
+        };
+        let unasked = of(&[]);
+        assert_eq!(unasked.network, kiln_core::NetworkPolicy::Isolated);
+        // A worker that does not know the bound of registries gives none.
+        assert!(unasked.only_network);
+        let within = unasked.registries_within.expect("registries are bounded");
+        assert_eq!(within.rules().len(), 2);
+        let places: Vec<&str> = unasked
+            .beyond
+            .iter()
+            .map(|one| one.place.as_str())
+            .collect();
+        assert_eq!(places, ["kiln.yaml:5", "kiln.yaml:5"]);
+        assert_eq!((unasked.limits.cpus, unasked.limits.memory.0), (1, 1 << 30));
+        let asked = of(&["b.example.org:443"]);
+        assert_eq!(asked.network.rules().len(), 1);
+        assert_eq!(asked.beyond[0].rule.host(), "a.example.org");
+        // A secret of the file opens nothing either.
+        let secret = "version: 1\nphases: {dependencies: {network: {allow: [\"x.example.org:443\"]}}}\nsecrets:\n  - {name: token, file: /run/secrets/token, phase: dependencies, hosts: [\"x.example.org:443\"]}\n";
+        let mut request = request(&[], TrustClass::Untrusted);
+        let JobKind::SourceBuild(build) = &mut request.kind else {
+            panic!("a build");
+        };
+        build.secrets = vec!["token".to_owned()];
+        let build = build.clone();
+        let ask = AskPolicy {
+            files: [("kiln.yaml".to_owned(), secret.to_owned())].into(),
+        };
+        let with = |trust| {
+            let request = JobRequest {
+                trust,
+                ..request.clone()
+            };
+            let answer = answer(
+                &Ceiling::default(),
+                (&request, &build),
+                &ask,
+                &Grants::default(),
+            );
+            held(answer.unwrap_or_else(|refused| refused))
+        };
+        assert_eq!(with(TrustClass::Trusted).network.rules().len(), 1);
+        let untrusted = with(TrustClass::Untrusted);
+        assert_eq!(untrusted.network, kiln_core::NetworkPolicy::Isolated);
+        assert_eq!(untrusted.beyond.len(), 1);
     }
 
     #[test]

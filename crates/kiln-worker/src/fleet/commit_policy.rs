@@ -7,13 +7,50 @@ use std::io::{ErrorKind, Read as _};
 use std::path::Path;
 
 use kiln_core::job::{POLICY_BYTES_MAX, POLICY_NAMES, SourceBuild};
-use kiln_core::{FailureClass, JobRequest};
-use kiln_proto::fleet::{AskPolicy, PolicyAnswer};
+use kiln_core::{FailureClass, JobRequest, NetworkPolicy};
+use kiln_proto::fleet::{AskPolicy, BeyondPolicy, PolicyAnswer};
 
 use super::client::{REQUEST_TIMEOUT, job_path};
 use super::job::Work;
 use super::source::Here;
+use crate::event::Events;
 use crate::failure::Failure;
+
+/// Most destinations of an untrusted commit that are told one by one.
+const BEYOND_SHOWN: usize = 20;
+/// Why.
+const NOT_ITS_OWN: &str = "this job is untrusted, and its own commit names no host for it; whoever submits it names one with --allow";
+
+/// A build as its commit's policy leaves it.
+pub(super) struct Ruled {
+    pub(super) request: JobRequest,
+    pub(super) wanted: SourceBuild,
+    /// Of an untrusted job.
+    pub(super) narrowed: Option<Narrowed>,
+}
+
+/// What the policy of an untrusted commit leaves of the registries of its runtime, and what it names for itself.
+pub(super) struct Narrowed {
+    pub(super) registries: NetworkPolicy,
+    beyond: Vec<BeyondPolicy>,
+}
+
+impl Narrowed {
+    /// Says which destinations a build that reaches `network` does not get, and why.
+    pub(super) async fn tell(&self, network: &NetworkPolicy, events: &Events) {
+        let refused = |one: &&BeyondPolicy| !network.covers_rule(&one.rule);
+        let all: Vec<_> = self.beyond.iter().filter(refused).collect();
+        for one in all.iter().take(BEYOND_SHOWN) {
+            let (place, rule) = (&one.place, &one.rule);
+            let text = format!("{place}: {rule} is not reached: {NOT_ITS_OWN}");
+            events.warn(text).await;
+        }
+        if let Some(more) = all.len().checked_sub(BEYOND_SHOWN).filter(|more| *more > 0) {
+            let text = format!("{more} more destinations of it are not reached: {NOT_ITS_OWN}");
+            events.warn(text).await;
+        }
+    }
+}
 
 impl Work<'_> {
     /// What a build is held to: by its request, and by the policy in its commit where that counts.
@@ -25,15 +62,24 @@ impl Work<'_> {
         here: &Here,
         mut request: JobRequest,
         mut wanted: SourceBuild,
-    ) -> Result<(JobRequest, SourceBuild), Failure> {
+    ) -> Result<Ruled, Failure> {
+        let mut narrowed = None;
         let Some(commit) = here.git.as_ref().filter(|_| wanted.repository_policy) else {
-            return Ok((request, wanted));
+            return Ok(Ruled {
+                request,
+                wanted,
+                narrowed,
+            });
         };
         let dir = here.dir.clone();
         let files = tokio::task::spawn_blocking(move || policies(&dir)).await;
         let files = files.map_err(|error| Failure::infrastructure(&error))??;
         if files.is_empty() {
-            return Ok((request, wanted));
+            return Ok(Ruled {
+                request,
+                wanted,
+                narrowed,
+            });
         }
         let path = job_path(&request.id, "policy");
         let ask = AskPolicy { files };
@@ -59,9 +105,12 @@ impl Work<'_> {
                     self.events.note(note).await;
                 }
                 let name = held.applied.name.as_deref().unwrap_or("its policy");
-                let reaches = match held.only_network {
-                    true => "what its phase dependencies names",
-                    false => "the registries of its runtime: it has no phase dependencies",
+                let reaches = match (held.only_network, &held.registries_within) {
+                    (true, None) => "what its phase dependencies names",
+                    (true, Some(_)) => {
+                        "what its phase dependencies leaves of the registries of its runtime and of --allow: the job is untrusted"
+                    }
+                    (false, _) => "the registries of its runtime: it has no phase dependencies",
                 };
                 let text = format!(
                     "policy: {name} of commit {}, the build reaches {reaches}",
@@ -72,9 +121,17 @@ impl Work<'_> {
                 request.limits = held.limits;
                 request.policy = Some(held.applied);
                 wanted.only_network = held.only_network;
+                let beyond = held.beyond;
+                narrowed = held
+                    .registries_within
+                    .map(|registries| Narrowed { registries, beyond });
             }
         }
-        Ok((request, wanted))
+        Ok(Ruled {
+            request,
+            wanted,
+            narrowed,
+        })
     }
 }
 

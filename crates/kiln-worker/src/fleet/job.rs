@@ -8,8 +8,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use kiln_core::job::{AppliedPolicy, RunAttend, RunCommand, RunKeep, RunService, SourceBuild};
 use kiln_core::{
-    ArtifactName, Digest, FailureClass, JobKind, JobRequest, Lease, MachineName, NetworkPolicy,
-    Outcome, Verdict,
+    ArtifactName, Digest, FailureClass, ImageRef, JobKind, JobRequest, Lease, MachineName,
+    NetworkPolicy, Outcome, Verdict,
 };
 use kiln_image::plan::{DockerfileChoice, Options};
 use kiln_proto::fleet::{AskSecrets, Finish, Incident, Leased, Secrets};
@@ -21,6 +21,7 @@ use tracing::Instrument as _;
 
 use super::artifacts;
 use super::client::{Client, REQUEST_TIMEOUT, job_path};
+use super::commit_policy::Ruled;
 use super::ends::{built, ran, under_policy};
 use super::far::publish_far;
 use super::local::{LocalFolder, LocalJob, LocalJobs, LocalRun};
@@ -31,7 +32,7 @@ use super::spool::Spool;
 use super::staying::{AtDoor, Staying};
 use super::witness::Witness;
 use crate::attend::door::{Attend, Door};
-use crate::build::{self, BuildInput, BuildReport};
+use crate::build::{self, BuildEnd, BuildInput, BuildReport};
 use crate::checkout::CheckoutDir;
 use crate::container;
 use crate::event::{Event, Events};
@@ -41,7 +42,7 @@ use crate::host::Host;
 use crate::joblog::JobLog;
 use crate::kept::{Handover, Keep, STAYS_MAX};
 use crate::measured::{Measured, add};
-use crate::prepare::{self, Prepared, Wishes};
+use crate::prepare::{self, Prepared, RegistriesOf, Wishes};
 use crate::registry::RegistryAccess;
 use crate::run::{RunInput, ServiceInput};
 use crate::run_git;
@@ -496,8 +497,14 @@ impl Work<'_> {
         secrets: Vec<(String, Vec<u8>)>,
     ) -> Result<(JobEnd, Option<kiln_core::Observed>), Failure> {
         let here = self.source(&request, &wanted.source, local.folder).await?;
-        let (request, wanted) = self.ruled(&here, request, wanted).await?;
-        let (policy, only) = (request.policy.clone(), wanted.only_network);
+        let Ruled {
+            request,
+            wanted,
+            narrowed,
+        } = self.ruled(&here, request, wanted).await?;
+        // A rule in the file admits something only where the file gives.
+        let gives = wanted.only_network && narrowed.is_none();
+        let policy = request.policy.clone();
         let of_commit = wanted.repository_policy;
         self.events.tell(Event::Phase { name: "plan" }).await;
         let tags = match wanted.tags.is_empty() {
@@ -511,8 +518,10 @@ impl Work<'_> {
         let named = tags.clone();
         let site = self.shop.site.clone();
         let (dir, network) = (here.dir.clone(), request.network.clone());
+        let within = narrowed.as_ref().map(|one| one.registries.clone());
         let planned = tokio::task::spawn_blocking(move || {
-            prepare::prepare(&dir, wishes(wanted, named, &network), &site)
+            let wishes = wishes(wanted, named, (&network, within.as_ref()));
+            prepare::prepare(&dir, wishes, &site)
         });
         let prepared = planned
             .await
@@ -523,6 +532,9 @@ impl Work<'_> {
             runtimes,
             tree,
         } = prepared;
+        if let Some(narrowed) = &narrowed {
+            narrowed.tell(&network, self.events).await;
+        }
         let runtime = runtimes
             .first()
             .map_or(OWN_DOCKERFILE, |runtime| runtime.name());
@@ -555,23 +567,9 @@ impl Work<'_> {
         );
         let mut end = run.await;
         let observed = end.observed.take();
-        if let Ok(report) = &end.result {
-            let since = std::time::Instant::now();
-            if shop.authority.is_some() {
-                self.events.tell(Event::Phase { name: "publish" }).await;
-            }
-            let published = publish_far(shop, self.lease, report, &tags, self.cancel.clone()).await;
-            match published {
-                Ok(false) => {}
-                Ok(true) => {
-                    let ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
-                    end.phases_ms.push(("publish".to_owned(), ms));
-                }
-                Err(failure) => end.result = Err(failure),
-            }
-        }
+        self.published(&mut end, &tags).await;
         // A file without that phase says nothing of what a build reaches.
-        let said = policy.as_ref().filter(|_| only);
+        let said = policy.as_ref().filter(|_| gives);
         end.egress = under_policy(end.egress, said, "dependencies");
         if let Ok(report) = &mut end.result {
             report.egress = under_policy(std::mem::take(&mut report.egress), said, "dependencies");
@@ -582,6 +580,27 @@ impl Work<'_> {
             ..built(end)
         };
         Ok((end, observed))
+    }
+
+    /// Brings an image to a controller elsewhere, and notes how long that took.
+    async fn published(&self, end: &mut BuildEnd, tags: &[ImageRef]) {
+        let shop = self.shop;
+        let Ok(report) = &end.result else {
+            return;
+        };
+        let since = std::time::Instant::now();
+        if shop.authority.is_some() {
+            self.events.tell(Event::Phase { name: "publish" }).await;
+        }
+        let published = publish_far(shop, self.lease, report, tags, self.cancel.clone()).await;
+        match published {
+            Ok(false) => {}
+            Ok(true) => {
+                let ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+                end.phases_ms.push(("publish".to_owned(), ms));
+            }
+            Err(failure) => end.result = Err(failure),
+        }
     }
 
     /// The services of a run, their images unpacked.
@@ -777,11 +796,11 @@ fn nobody_watches() -> LocalRun {
     }
 }
 
-fn wishes(
+fn wishes<'a>(
     wanted: SourceBuild,
     tags: Vec<kiln_core::ImageRef>,
-    allow: &NetworkPolicy,
-) -> Wishes<'_> {
+    (allow, within): (&'a NetworkPolicy, Option<&'a NetworkPolicy>),
+) -> Wishes<'a> {
     let dockerfile = match (wanted.dockerfile_text, wanted.dockerfile) {
         (Some(text), name) => Some(DockerfileChoice::Text {
             name: name.unwrap_or_else(|| "Dockerfile".to_owned()),
@@ -800,6 +819,10 @@ fn wishes(
         secrets: wanted.secrets,
         no_cache: wanted.no_cache,
         allow,
-        only: wanted.only_network,
+        registries: match (wanted.only_network, within) {
+            (false, _) => RegistriesOf::Runtime,
+            (true, None) => RegistriesOf::Nobody,
+            (true, Some(within)) => RegistriesOf::RuntimeWithin(within),
+        },
     }
 }
