@@ -38,10 +38,10 @@ impl Rules {
 
 impl Rules {
     /// What a phase that asks for this gets now.
-    fn next(&self, asked: &NetworkPolicy) -> NetworkPolicy {
+    fn next(&self, asked: NetworkPolicy) -> NetworkPolicy {
         match self.narrow_only {
-            true => self.policy.and(asked),
-            false => asked.clone(),
+            true => self.policy.and(&asked),
+            false => asked,
         }
     }
 }
@@ -73,7 +73,7 @@ impl Gateway {
         let mut holds = NetworkPolicy::Isolated;
         self.inner.rules.send_modify(|rules| {
             rules.phase = Some(Arc::from(phase));
-            rules.policy = rules.next(&policy);
+            rules.policy = rules.next(policy);
             rules.git = Arc::new(match rules.narrow_only {
                 true => git.intersection(&rules.git).cloned().collect(),
                 false => git,
@@ -103,7 +103,7 @@ impl Gateway {
     /// What whoever goes on with the machine may let it reach: this, and after [`Gateway::only_narrow`] no more than what it may reach now.
     #[must_use]
     pub fn at_most(&self, asked: &NetworkPolicy) -> NetworkPolicy {
-        self.inner.rules.borrow().next(asked)
+        self.inner.rules.borrow().next(asked.clone())
     }
 
     /// What the machine may reach now.
