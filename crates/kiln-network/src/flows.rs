@@ -12,7 +12,7 @@ use crate::record::{reached_host, verdict_name};
 /// Most addresses that one line names.
 pub const ADDRESSES_MAX: usize = 8;
 
-/// How many decisions of each kind a record has. Repeated refusals of one thing are one.
+/// How many decisions of each kind a record has. Repeated refusals of one thing are one, unless the record was full when it came.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Counts {
@@ -54,10 +54,36 @@ impl Counts {
         }
         counts
     }
+
+    /// As many more.
+    pub fn add(&mut self, more: &Self) {
+        for (count, more) in [
+            (&mut self.allowed, more.allowed),
+            (&mut self.narrowed, more.narrowed),
+            (&mut self.host, more.host),
+            (&mut self.port, more.port),
+            (&mut self.address, more.address),
+            (&mut self.name, more.name),
+            (&mut self.git, more.git),
+            (&mut self.unreachable, more.unreachable),
+        ] {
+            *count = count.saturating_add(more);
+        }
+    }
+
+    /// All of them; what was narrowed is part of what was allowed.
+    #[must_use]
+    pub fn sum(&self) -> u64 {
+        let refused = [self.host, self.port, self.address, self.name, self.git];
+        let refused = refused.into_iter().fold(0, u64::saturating_add);
+        self.allowed
+            .saturating_add(refused)
+            .saturating_add(self.unreachable)
+    }
 }
 
 /// Most lines of a summary.
-pub const FLOWS_MAX: usize = 500;
+pub const FLOWS_MAX: usize = 2_000;
 
 /// Connections and questions that were decided alike.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -77,7 +103,7 @@ pub struct Flow {
     /// The rule that admitted it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<String>,
-    /// Addresses dialled, the first [`ADDRESSES_MAX`].
+    /// Addresses dialled, and those that were refused, the first [`ADDRESSES_MAX`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<IpAddr>,
     /// How many in the record.

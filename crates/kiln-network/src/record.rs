@@ -1,33 +1,40 @@
 //! What is kept of the gateway's decisions: a bounded log, and a summary for the end of a job.
 //!
-//! Refusals and connections have separate budgets, so a guest cannot push a real connection out of the record
-//! by asking for a million refused names. Connections beyond their budget are merged into an earlier one to
+//! Connections and each kind of refusal have budgets of their own, so a guest cannot push a real connection out of the record
+//! by asking for a million refused names, nor a refused address by saying a million wrong ones. Refusals that differ in anything but their bytes (what was said
+//! instead, the address, the phase) are kept apart; what has no room is counted by its kind. Connections beyond their budget are merged into an earlier one to
 //! the same place (bytes add up), and those to hosts not seen before are kept under the rule that admitted them: a wildcard
 //! covers more names than fit. So the set of places reached is never incomplete, and a record has a largest size, which its
 //! worker's report of the attempt counts on.
 
-use std::collections::{BTreeMap, HashMap};
-use std::fmt;
+mod summary;
+
+use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use kiln_core::network::{EgressEvent, EgressVerdict, INTERNAL_SUFFIX, NameFault, SpecialRange};
+use kiln_core::network::{EgressEvent, EgressVerdict};
 use serde::{Deserialize, Serialize};
 
-use crate::flows::{Counts, FLOWS_MAX, Flow, flows};
+pub use self::summary::{
+    EgressSummary, EgressTotals, LeftOut, NAMED_MAX, ReachedHost, RefusedHost, summary,
+};
+use crate::flows::Counts;
 
 /// Most separate events of admitted connections.
 pub const CONNECTION_EVENTS_MAX: usize = 10_000;
-/// Most distinct refusals (host, port and verdict).
+/// Most distinct refusals of one kind.
 pub const REFUSAL_EVENTS_MAX: usize = 1_000;
 /// Most bytes of events of admitted connections, as JSON, but for one more for each rule.
 pub const CONNECTION_BYTES_MAX: usize = 1 << 20;
-/// Most bytes of refusals, as JSON.
-pub const REFUSAL_BYTES_MAX: usize = 256 * 1024;
-/// Most hosts a one-line summary names per kind.
-const LINE_HOSTS_MAX: usize = 8;
+/// Most bytes of refusals of one kind, as JSON.
+pub const REFUSAL_BYTES_MAX: usize = 128 * 1024;
+/// Most bytes of a text that a guest or a server chose: a name that is none, what was said instead of one, a path, an error.
+pub const TEXT_BYTES_MAX: usize = 256;
 
 /// What hosts that no rule admitted are kept as, when there are too many.
 const ANY_HOST: &str = "*";
+/// What stands where the rest of a text was cut off.
+const CUT: &str = "…";
 
 /// Where decisions go. Must not block.
 pub trait EgressSink: Send + Sync {
@@ -45,11 +52,11 @@ pub struct EgressLog {
 struct LogState {
     events: Vec<EgressEvent>,
     /// Index of the first event of each kind.
-    seen: HashMap<(String, u16, &'static str), usize>,
+    seen: HashMap<String, usize>,
     connections: Used,
-    refusals: Used,
+    refusals: HashMap<&'static str, Used>,
     merged: u64,
-    dropped: u64,
+    dropped: Counts,
 }
 
 /// How much of a budget is used.
@@ -68,6 +75,20 @@ pub struct EgressRecord {
     pub merged: u64,
     /// Refusals that were not kept because their budget was used up.
     pub dropped: u64,
+    /// These, by kind.
+    #[serde(default)]
+    pub dropped_by: Counts,
+}
+
+impl EgressRecord {
+    /// Its sum per host.
+    #[must_use]
+    pub fn summary(&self) -> EgressSummary {
+        let mut summary = summary(&self.events);
+        summary.counts.add(&self.dropped_by);
+        summary.left_out.refusals = self.dropped;
+        summary
+    }
 }
 
 pub(crate) fn verdict_name(verdict: &EgressVerdict) -> &'static str {
@@ -100,6 +121,34 @@ pub(crate) fn reached_host(event: &EgressEvent) -> bool {
     event.verdict == EgressVerdict::Allowed || event.bytes_out > 0 || event.bytes_in > 0
 }
 
+/// At most [`TEXT_BYTES_MAX`] bytes of a text; that something is missing can be seen.
+#[must_use]
+pub(crate) fn shortened(text: &str) -> String {
+    if text.len() <= TEXT_BYTES_MAX {
+        return text.to_owned();
+    }
+    let end = text.floor_char_boundary(TEXT_BYTES_MAX - CUT.len());
+    format!("{}{CUT}", &text[..end])
+}
+
+/// Texts of an event that somebody else chose, in place.
+fn shorten(event: &mut EgressEvent) {
+    let text = |text: &mut String| {
+        if text.len() > TEXT_BYTES_MAX {
+            *text = shortened(text);
+        }
+    };
+    text(&mut event.host);
+    match &mut event.verdict {
+        EgressVerdict::NameMismatch {
+            said: Some(said), ..
+        } => text(said),
+        EgressVerdict::GitRefused { path, .. } => text(path),
+        EgressVerdict::Unreachable { error } => text(error),
+        _ => {}
+    }
+}
+
 impl EgressLog {
     /// An empty log.
     #[must_use]
@@ -114,33 +163,37 @@ impl EgressLog {
         EgressRecord {
             events: state.events.clone(),
             merged: state.merged,
-            dropped: state.dropped,
+            dropped: state.dropped.sum(),
+            dropped_by: state.dropped,
         }
     }
 }
 
 impl LogState {
-    fn budget(&mut self, allowed: bool) -> &mut Used {
-        match allowed {
-            true => &mut self.connections,
-            false => &mut self.refusals,
-        }
-    }
-
-    fn is_full(&self, allowed: bool, more: usize) -> bool {
-        let (used, events, bytes) = match allowed {
+    fn is_full(&self, event: &EgressEvent, more: usize) -> bool {
+        let (used, events, bytes) = match reached_host(event) {
             true => (
                 self.connections,
                 CONNECTION_EVENTS_MAX,
                 CONNECTION_BYTES_MAX,
             ),
-            false => (self.refusals, REFUSAL_EVENTS_MAX, REFUSAL_BYTES_MAX),
+            false => {
+                let used = self.refusals.get(verdict_name(&event.verdict));
+                let used = used.copied().unwrap_or_default();
+                (used, REFUSAL_EVENTS_MAX, REFUSAL_BYTES_MAX)
+            }
         };
         used.events >= events || used.bytes.saturating_add(more) > bytes
     }
 
     fn keep(&mut self, event: EgressEvent, allowed: bool, bytes: usize) {
-        let used = self.budget(allowed);
+        let used = match allowed {
+            true => &mut self.connections,
+            false => {
+                let kind = verdict_name(&event.verdict);
+                self.refusals.entry(kind).or_default()
+            }
+        };
         used.events += 1;
         used.bytes = used.bytes.saturating_add(bytes);
         let at = self.events.len();
@@ -156,24 +209,27 @@ impl LogState {
     }
 }
 
-fn key_of(event: &EgressEvent) -> (String, u16, &'static str) {
-    let host = match &event.verdict {
-        // Each thing that was asked for is a refusal of its own.
-        EgressVerdict::GitRefused { why, path } => format!("{}/{path} {}", event.host, why.code()),
-        _ => event.host.clone(),
-    };
-    (host, event.port, verdict_name(&event.verdict))
+/// What makes an event another one than those before. Connections are one by where they go; refusals by everything that is told of them.
+fn key_of(event: &EgressEvent) -> String {
+    let kind = verdict_name(&event.verdict);
+    let place = format!("{kind} {}:{}", event.host, event.port);
+    if reached_host(event) {
+        return place;
+    }
+    let more = (&event.verdict, event.address, &event.phase, &event.rule);
+    format!("{place} {more:?}")
 }
 
 impl EgressSink for EgressLog {
     fn record(&self, mut event: EgressEvent) {
+        shorten(&mut event);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let allowed = reached_host(&event);
         let bytes = serde_json::to_vec(&event).map_or(usize::MAX, |text| text.len());
-        let full = state.is_full(allowed, bytes);
+        let full = state.is_full(&event, bytes);
         match state.seen.get(&key_of(&event)).copied() {
             Some(at) if !allowed || full => state.merge(at, &event),
-            None if full && !allowed => state.dropped += 1,
+            None if full && !allowed => state.dropped.add(&Counts::of(&[event])),
             None if full => {
                 // Rules are few.
                 event.host = event.rule.clone().unwrap_or_else(|| ANY_HOST.to_owned());
@@ -189,273 +245,10 @@ impl EgressSink for EgressLog {
     }
 }
 
-/// One host that was reached.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct ReachedHost {
-    /// Its name.
-    pub host: String,
-    /// Ports used, sorted.
-    pub ports: Vec<u16>,
-    /// Connections in the record.
-    pub connections: u64,
-    /// Bytes from the guest.
-    pub bytes_out: u64,
-    /// Bytes to the guest.
-    pub bytes_in: u64,
-    /// Rules that admitted them, sorted.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub rules: Vec<String>,
-}
-
-/// What admits a host where no policy file holds.
-const FLAG: &str = "--allow ";
-
-/// One host and port that was refused.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct RefusedHost {
-    /// Its name.
-    pub host: String,
-    /// Port; 0 when only its name was asked for.
-    pub port: u16,
-    /// Why, in words.
-    pub reason: String,
-    /// Why, for programs: `host_not_allowed`, `port_not_allowed`, `address_not_allowed`, `name_mismatch`, `name_encrypted`,
-    /// `upgrade_refused`, `unreachable`, or a code of the git gateway ([`kiln_core::GitRefused::code`]). Empty in records
-    /// from before there were codes.
-    #[serde(default)]
-    pub code: String,
-    /// The flag that would admit it, when a flag can: `--allow HOST[:PORT]`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub allow: Option<String>,
-}
-
-/// What a job reached and what it was refused.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct EgressSummary {
-    /// Sorted by name.
-    pub reached: Vec<ReachedHost>,
-    /// Sorted by name and port.
-    pub refused: Vec<RefusedHost>,
-    /// Every decision, one line for each kind, the first [`FLOWS_MAX`].
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub flows: Vec<Flow>,
-    /// How many of each kind, those included that no line names.
-    #[serde(default)]
-    pub counts: Counts,
-}
-
-/// Sums events up per host.
-#[must_use]
-pub fn summary(events: &[EgressEvent]) -> EgressSummary {
-    let mut reached: BTreeMap<&str, ReachedHost> = BTreeMap::new();
-    let mut refused: BTreeMap<(&str, u16, String, &str), Option<String>> = BTreeMap::new();
-    for event in events {
-        if event.verdict != EgressVerdict::Allowed {
-            let (reason, allow) = explain(event);
-            let code = reason_code(&event.verdict);
-            refused.insert((&event.host, event.port, reason, code), allow);
-        }
-        if !reached_host(event) {
-            continue;
-        }
-        let host = reached.entry(&event.host).or_default();
-        host.host.clone_from(&event.host);
-        if !host.ports.contains(&event.port) {
-            host.ports.push(event.port);
-            host.ports.sort_unstable();
-        }
-        if let Some(rule) = &event.rule
-            && !host.rules.contains(rule)
-        {
-            host.rules.push(rule.clone());
-            host.rules.sort_unstable();
-        }
-        host.connections += 1;
-        host.bytes_out = host.bytes_out.saturating_add(event.bytes_out);
-        host.bytes_in = host.bytes_in.saturating_add(event.bytes_in);
-    }
-    let refused = refused
-        .into_iter()
-        .map(|((host, port, reason, code), allow)| RefusedHost {
-            host: host.to_owned(),
-            port,
-            reason,
-            code: code.to_owned(),
-            allow,
-        })
-        .collect();
-    EgressSummary {
-        reached: reached.into_values().collect(),
-        refused,
-        flows: {
-            let mut flows = flows(events);
-            flows.truncate(FLOWS_MAX);
-            flows
-        },
-        counts: Counts::of(events),
-    }
-}
-
-/// What a summary comes to.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct EgressTotals {
-    /// Hosts that were reached.
-    pub reached: u64,
-    /// Hosts and ports that were refused, each reason by itself.
-    pub refused: u64,
-    /// Connections in the record.
-    pub connections: u64,
-    /// Bytes from the guest.
-    pub bytes_out: u64,
-    /// Bytes to the guest.
-    pub bytes_in: u64,
-    /// Decisions of each kind.
-    #[serde(default)]
-    pub decisions: Counts,
-}
-
-impl EgressSummary {
-    /// The sum of it.
-    #[must_use]
-    pub fn totals(&self) -> EgressTotals {
-        let sum = |of: fn(&ReachedHost) -> u64| {
-            let all = self.reached.iter().map(of);
-            all.fold(0, u64::saturating_add)
-        };
-        EgressTotals {
-            reached: self.reached.len() as u64,
-            refused: self.refused.len() as u64,
-            connections: sum(|host| host.connections),
-            bytes_out: sum(|host| host.bytes_out),
-            bytes_in: sum(|host| host.bytes_in),
-            decisions: self.counts,
-        }
-    }
-
-    /// The same for a job of a policy file: there a flag admits nothing, so the file is named, and the phase that asked, else `phase`.
-    #[must_use]
-    pub fn under_policy(mut self, file: &str, phase: &str) -> Self {
-        for refused in &mut self.refused {
-            let Some(flag) = refused.allow.take() else {
-                continue;
-            };
-            let rule = flag.strip_prefix(FLAG).unwrap_or(&flag);
-            let asked = |flow: &&Flow| {
-                (&flow.host, flow.port) == (&refused.host, refused.port)
-                    && flow.verdict != "allowed"
-            };
-            let flow = self.flows.iter().find(asked);
-            let phase = flow.and_then(|flow| flow.phase.as_deref()).unwrap_or(phase);
-            refused.reason = format!("phases.{phase}.network.allow of {file} names no {rule}");
-        }
-        self
-    }
-
-    /// The first so many hosts of each kind, where there is no room for all.
-    #[must_use]
-    pub fn first(&self, most: usize) -> Self {
-        Self {
-            reached: self.reached.iter().take(most).cloned().collect(),
-            refused: self.refused.iter().take(most).cloned().collect(),
-            flows: self.flows.iter().take(most).cloned().collect(),
-            counts: self.counts,
-        }
-    }
-}
-
-fn explain(event: &EgressEvent) -> (String, Option<String>) {
-    let internal = format!(".{}", event.host).ends_with(INTERNAL_SUFFIX);
-    let flag = |text: String| {
-        let legal = text.parse::<kiln_core::AllowRule>().is_ok();
-        (legal && !internal).then(|| format!("{FLAG}{text}"))
-    };
-    match &event.verdict {
-        EgressVerdict::HostRefused if matches!(event.port, 0 | 80 | 443) => {
-            ("no rule names it".to_owned(), flag(event.host.clone()))
-        }
-        EgressVerdict::HostRefused => (
-            "no rule names it".to_owned(),
-            flag(format!("{}:{}", event.host, event.port)),
-        ),
-        EgressVerdict::PortRefused => (
-            "its rule does not name this port".to_owned(),
-            flag(format!("{}:{}", event.host, event.port)),
-        ),
-        EgressVerdict::AddressRefused {
-            range: SpecialRange::Own,
-        } => (
-            "it resolves to this host or another of the installation: the operator may except it in registries.toml"
-                .to_owned(),
-            None,
-        ),
-        EgressVerdict::AddressRefused { range } if range.may_be_excepted() => (
-            "it resolves into a special-purpose range: the operator may except it in registries.toml"
-                .to_owned(),
-            None,
-        ),
-        EgressVerdict::AddressRefused { .. } => (
-            "it resolves to this host, a metadata service or no host at all".to_owned(),
-            None,
-        ),
-        EgressVerdict::NameMismatch { said, fault } => {
-            let raw = format!("a rule {}:{}/raw admits it", event.host, event.port);
-            let why = match (fault, said) {
-                (NameFault::Encrypted, _) => {
-                    format!("its ClientHello is encrypted (ECH): {raw}")
-                }
-                (NameFault::Upgrade, _) => {
-                    format!("an HTTP request asked for another protocol (Upgrade, h2c): {raw}")
-                }
-                (NameFault::Mismatch, Some(said)) => {
-                    format!("the connection asked for {said:?} instead")
-                }
-                (NameFault::Mismatch, None) => "the connection did not say this name".to_owned(),
-            };
-            (why, None)
-        }
-        EgressVerdict::GitRefused { why, path } => {
-            let path = path.trim_start_matches('/');
-            (format!("git, {path}: {}", why.why()), None)
-        }
-        EgressVerdict::Unreachable { error } => (format!("unreachable: {error}"), None),
-        EgressVerdict::Allowed => (String::new(), None),
-    }
-}
-
-impl fmt::Display for EgressSummary {
-    /// One line: hosts reached, hosts refused, and the flag that would admit each.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list = |all: Vec<String>| match all.len() {
-            0 => "none".to_owned(),
-            len if len > LINE_HOSTS_MAX => format!(
-                "{} and {} more",
-                all[..LINE_HOSTS_MAX].join(", "),
-                len - LINE_HOSTS_MAX
-            ),
-            _ => all.join(", "),
-        };
-        let reached = self.reached.iter().map(|host| host.host.clone()).collect();
-        let refused = self.refused.iter().map(|refused| {
-            let place = match refused.port {
-                0 => refused.host.clone(),
-                port => format!("{}:{port}", refused.host),
-            };
-            match &refused.allow {
-                Some(flag) => format!("{place} ({flag})"),
-                None => format!("{place} ({})", refused.reason),
-            }
-        });
-        write!(
-            f,
-            "hosts reached: {}; refused: {}",
-            list(reached),
-            list(refused.collect())
-        )
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use kiln_core::network::{NameFault, SpecialRange};
+
     use super::*;
 
     fn event(host: &str, port: u16, verdict: EgressVerdict) -> EgressEvent {
@@ -481,7 +274,7 @@ mod tests {
         admitted.rule = Some("b.example.org".to_owned());
         log.record(admitted);
         let record = log.snapshot();
-        assert_eq!(record.dropped, 100);
+        assert_eq!((record.dropped, record.dropped_by.host), (100, 100));
         assert_eq!(record.merged, REFUSAL_EVENTS_MAX as u64 + 7);
         let summary = summary(&record.events);
         let names: Vec<&str> = summary.reached.iter().map(|h| h.host.as_str()).collect();
@@ -489,6 +282,113 @@ mod tests {
         assert_eq!(
             summary.reached[0].bytes_in,
             2 * (CONNECTION_EVENTS_MAX as u64 + 7)
+        );
+    }
+
+    #[test]
+    fn one_kind_of_refusal_pushes_no_other_out_and_what_is_left_out_is_counted() {
+        let log = EgressLog::new();
+        for at in 0..3 * REFUSAL_EVENTS_MAX {
+            let host = format!("x{at}.example.org");
+            log.record(event(&host, 0, EgressVerdict::HostRefused));
+            let said = Some(format!("y{at}.example.org"));
+            let verdict = EgressVerdict::NameMismatch {
+                said,
+                fault: NameFault::Mismatch,
+            };
+            log.record(event("a.example.org", 443, verdict));
+        }
+        let range = SpecialRange::LinkLocal;
+        log.record(event(
+            "b.example.org",
+            80,
+            EgressVerdict::AddressRefused { range },
+        ));
+        let record = log.snapshot();
+        let summary = record.summary();
+        let last = summary.refused.iter().find(|host| host.port == 80);
+        assert_eq!(last.map(|host| host.host.as_str()), Some("b.example.org"));
+        assert_eq!(summary.counts.host, 3 * REFUSAL_EVENTS_MAX as u64);
+        assert_eq!(summary.counts.name, 3 * REFUSAL_EVENTS_MAX as u64);
+        assert_eq!(summary.left_out.refusals, record.dropped);
+        assert!(record.dropped > 3 * REFUSAL_EVENTS_MAX as u64, "{record:?}");
+        assert_eq!(
+            summary.totals().refused,
+            6 * REFUSAL_EVENTS_MAX as u64 + 1,
+            "named or counted"
+        );
+    }
+
+    #[test]
+    fn refusals_that_differ_are_kept_apart() {
+        let log = EgressLog::new();
+        let said = |said: &str| EgressVerdict::NameMismatch {
+            said: Some(said.to_owned()),
+            fault: NameFault::Mismatch,
+        };
+        let refused = |range| EgressVerdict::AddressRefused { range };
+        let (inside, metadata) = (SpecialRange::Private, SpecialRange::LinkLocal);
+        let at = |address: &str, range| EgressEvent {
+            address: Some(address.parse().expect("address")),
+            ..event("b.example.org", 443, refused(range))
+        };
+        let in_phase = |phase: &str| EgressEvent {
+            phase: Some(phase.to_owned()),
+            ..event("c.example.org", 1, EgressVerdict::PortRefused)
+        };
+        let all = [
+            event("a.example.org", 443, said("harmless.example.org")),
+            event("a.example.org", 443, said("exfiltration.example.org")),
+            at("10.0.0.1", inside),
+            at("10.0.0.2", inside),
+            at("169.254.169.254", metadata),
+            in_phase("dependencies"),
+            in_phase("run"),
+        ];
+        for event in all.iter().chain(&all) {
+            log.record(event.clone());
+        }
+        let record = log.snapshot();
+        assert_eq!((record.events.len(), record.merged), (all.len(), 7));
+        let summary = record.summary();
+        let told = serde_json::to_string(&summary.refused).expect("JSON");
+        for text in [
+            "harmless.example.org",
+            "exfiltration.example.org",
+            "10.0.0.1",
+            "10.0.0.2",
+            "169.254.169.254",
+        ] {
+            assert!(told.contains(text), "{text} is not in {told}");
+        }
+    }
+
+    #[test]
+    fn what_a_guest_says_is_shortened() {
+        let log = EgressLog::new();
+        let long = "ä".repeat(5_000);
+        log.record(event(&long, 443, EgressVerdict::HostRefused));
+        let said = Some(long.clone());
+        log.record(event(
+            "a.example.org",
+            443,
+            EgressVerdict::NameMismatch {
+                said,
+                fault: NameFault::Mismatch,
+            },
+        ));
+        log.record(event(
+            "a.example.org",
+            443,
+            EgressVerdict::Unreachable { error: long },
+        ));
+        let record = log.snapshot();
+        let bytes = serde_json::to_vec(&record.events).expect("JSON").len();
+        assert!(bytes < 5 * TEXT_BYTES_MAX, "{bytes}");
+        let host = &record.events[0].host;
+        assert!(
+            host.len() <= TEXT_BYTES_MAX && host.ends_with(CUT),
+            "{host}"
         );
     }
 
@@ -570,6 +470,8 @@ mod tests {
         assert_eq!(summary.totals(), totals);
         let first = summary.first(1);
         assert_eq!((first.reached.len(), first.refused.len()), (1, 1));
+        assert_eq!((first.left_out.reached, first.left_out.flows), (1, 2));
+        assert_eq!(first.totals().reached, 2, "what is cut is counted");
     }
 
     #[test]

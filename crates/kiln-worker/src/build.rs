@@ -207,7 +207,7 @@ pub async fn run(
     host.leases.end(&job.lease.attempt);
     registry.discard_quarantine(&job.lease.attempt).await;
     let phases_ms = phases.finish();
-    let summary = kiln_network::record::summary(&egress.snapshot().events);
+    let summary = egress.snapshot().summary();
     let mut measured = job.measured.into_inner().unwrap_or_default();
     measured.finish(&phases_ms, &summary);
     let (result, observed) = match result {

@@ -20,7 +20,7 @@ use kiln_image::context::Limits;
 use kiln_image::git_tree::{self, GitTreeError, ObjectId, Received, Whose};
 use kiln_network::gateway::proxy::ProxyConfig;
 use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
-use kiln_network::record::{EgressLog, EgressSummary, summary};
+use kiln_network::record::{EgressLog, EgressSummary};
 use kiln_proto::Session;
 use kiln_proto::msg::Place;
 use tokio::sync::mpsc;
@@ -115,7 +115,7 @@ pub async fn checkout(
         cancel,
     )
     .await;
-    let egress = summary(&egress.snapshot().events);
+    let egress = egress.snapshot().summary();
     let received = result.map_err(|failure| refused(failure, &egress))?;
     tell(&received, &input.address, events).await;
     events.note(egress.to_string()).await;
@@ -551,6 +551,7 @@ mod tests {
             reason: "10.0.0.1 is a private address".to_owned(),
             code: "address_not_allowed".to_owned(),
             allow: None,
+            addresses: Vec::new(),
         };
         let egress = EgressSummary {
             reached: Vec::new(),

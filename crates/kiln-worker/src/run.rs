@@ -198,12 +198,12 @@ pub async fn run(
         Err(_) => Err(limit.over()),
     };
     host.leases.end(&lease.attempt);
-    let events = egress.snapshot().events;
+    let record = egress.snapshot();
     let learned = match open {
-        true => kiln_network::flows::learned(&events),
+        true => kiln_network::flows::learned(&record.events),
         false => Vec::new(),
     };
-    let egress = kiln_network::record::summary(&events);
+    let egress = record.summary();
     let phases_ms = told.phases.finish();
     let mut measured = told.measured;
     measured.finish(&phases_ms, &egress);

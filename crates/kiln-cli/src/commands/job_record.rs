@@ -115,10 +115,10 @@ pub(super) async fn egress(server: &Server, job: &JobView, screen: Screen) -> Re
     let summary = &record.egress;
     if screen.json() {
         for host in &summary.reached {
-            screen.data(&json!({"event": "reached", "job": job.line.id, "host": host.host, "ports": host.ports, "rules": host.rules, "connections": host.connections, "bytes_out": host.bytes_out, "bytes_in": host.bytes_in}), String::new);
+            screen.data(&json!({"event": "reached", "job": job.line.id, "host": host.host, "ports": host.ports, "more_ports": host.more_ports, "rules": host.rules, "more_rules": host.more_rules, "connections": host.connections, "bytes_out": host.bytes_out, "bytes_in": host.bytes_in}), String::new);
         }
         for host in &summary.refused {
-            screen.data(&json!({"event": "refused", "job": job.line.id, "host": host.host, "port": host.port, "reason": host.reason, "code": host.code, "allow": host.allow}), String::new);
+            screen.data(&json!({"event": "refused", "job": job.line.id, "host": host.host, "port": host.port, "addresses": host.addresses, "reason": host.reason, "code": host.code, "allow": host.allow}), String::new);
         }
         for flow in &summary.flows {
             screen.data(
@@ -128,7 +128,7 @@ pub(super) async fn egress(server: &Server, job: &JobView, screen: Screen) -> Re
         }
         let totals = record.measured.map(|measured| measured.egress);
         screen.data(
-            &json!({"event": "egress", "job": job.line.id, "totals": totals}),
+            &json!({"event": "egress", "job": job.line.id, "totals": totals, "left_out": summary.left_out}),
             String::new,
         );
         return Ok(());
@@ -158,7 +158,10 @@ fn text(summary: &EgressSummary, all: &EgressTotals, width: Option<usize>) -> St
         ];
         let mut table = Table::new(&columns).within(width);
         for host in &summary.reached {
-            let ports: Vec<String> = host.ports.iter().map(ToString::to_string).collect();
+            let mut ports: Vec<String> = host.ports.iter().map(ToString::to_string).collect();
+            if host.more_ports > 0 {
+                ports.push(format!("and {} more", host.more_ports));
+            }
             table.row([
                 host.host.clone(),
                 ports.join(","),
@@ -178,10 +181,15 @@ fn text(summary: &EgressSummary, all: &EgressTotals, width: Option<usize>) -> St
                 0 => "-".to_owned(),
                 port => port.to_string(),
             };
-            let why = match &host.allow {
+            let mut why = match &host.allow {
                 Some(flag) => format!("{}; {flag} admits it", host.reason),
                 None => host.reason.clone(),
             };
+            if !host.addresses.is_empty() {
+                let addresses: Vec<String> =
+                    host.addresses.iter().map(ToString::to_string).collect();
+                why.push_str(&format!(" ({})", addresses.join(", ")));
+            }
             table.row([host.host.clone(), port, why]);
         }
         text.push_str(&table.render());
@@ -190,6 +198,10 @@ fn text(summary: &EgressSummary, all: &EgressTotals, width: Option<usize>) -> St
     let more = (all.reached + all.refused).saturating_sub(shown);
     if more > 0 {
         text.push_str(&format!("and {more} more that are not named\n"));
+    }
+    if summary.left_out.flows > 0 {
+        let more = summary.left_out.flows;
+        text.push_str(&format!("and {more} more decisions that have no line\n"));
     }
     text.push_str(&format!("{}\n", totals(all)));
     text

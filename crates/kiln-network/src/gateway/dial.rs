@@ -146,18 +146,30 @@ fn happy_order(addrs: &[SocketAddr]) -> Vec<SocketAddr> {
     order
 }
 
+/// Nobody answered.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Failed {
+    /// Why, in a sentence.
+    pub(super) error: String,
+    /// The address that this is said of.
+    pub(super) last: Option<SocketAddr>,
+}
+
 /// Connects to the first address that answers; a new attempt starts when one fails or is slow.
 ///
 /// # Errors
-/// A sentence, when no address answered before the deadline.
+/// When no address answered before the deadline.
 pub(super) async fn dial_any(
     dialer: &Arc<dyn Dialer>,
     addrs: &[SocketAddr],
     deadline: Instant,
-) -> Result<(BoxedDuplex, SocketAddr), String> {
+) -> Result<(BoxedDuplex, SocketAddr), Failed> {
     let mut waiting = happy_order(addrs).into_iter();
     let mut attempts = JoinSet::new();
-    let mut error = "no address to try".to_owned();
+    let mut failed = Failed {
+        error: "no address to try".to_owned(),
+        last: None,
+    };
     let mut next_at = Instant::now();
     let mut more = true;
     loop {
@@ -172,14 +184,20 @@ pub(super) async fn dial_any(
             }
         }
         if attempts.is_empty() && !more {
-            return Err(error);
+            return Err(failed);
         }
         tokio::select! {
             Some(ended) = attempts.join_next() => match ended {
                 Ok((addr, Ok(Ok(stream)))) => return Ok((stream, addr)),
-                Ok((_, Ok(Err(failed)))) => error = failed.to_string(),
-                Ok((_, Err(_))) => return Err("no connection in time".to_owned()),
-                Err(failed) => error = failed.to_string(),
+                Ok((addr, Ok(Err(error)))) => {
+                    let error = error.to_string();
+                    failed = Failed { error, last: Some(addr) };
+                }
+                Ok((addr, Err(_))) => {
+                    let error = "no connection in time".to_owned();
+                    return Err(Failed { error, last: Some(addr) });
+                }
+                Err(error) => failed.error = error.to_string(),
             },
             () = sleep_until(next_at), if more => {}
         }
@@ -225,7 +243,7 @@ mod tests {
         let deadline = start + Duration::from_secs(20);
         let (_, reached) = dial_any(&dialer, &[addr(1), addr(2), addr(3)], deadline)
             .await
-            .map_err(anyhow::Error::msg)
+            .map_err(|failed| failed.error)
             .expect("third answers");
         assert_eq!(reached, addr(3));
         assert!(
@@ -234,8 +252,14 @@ mod tests {
             start.elapsed()
         );
         let failed = dial_any(&dialer, &[addr(1), addr(2)], deadline).await;
-        assert_eq!(failed.err().as_deref(), Some("no connection in time"));
+        assert_eq!(
+            failed.err().map(|failed| failed.error).as_deref(),
+            Some("no connection in time")
+        );
         let refused = dial_any(&dialer, &[addr(2)], deadline).await;
-        assert_eq!(refused.err().as_deref(), Some("connection refused"));
+        assert_eq!(
+            refused.err().map(|failed| (failed.error, failed.last)),
+            Some(("connection refused".to_owned(), Some(addr(2))))
+        );
     }
 }

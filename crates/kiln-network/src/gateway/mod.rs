@@ -61,7 +61,7 @@ use self::rules::{Rules, Watched};
 use self::share::{Machine, Turn};
 use crate::BoxFuture;
 use crate::inspect::http::Form;
-use crate::record::EgressSink;
+use crate::record::{EgressSink, TEXT_BYTES_MAX, shortened};
 
 /// Most distinct refused names of DNS questions that become events.
 pub const REFUSED_NAMES_MAX: usize = 500;
@@ -206,6 +206,8 @@ pub enum Refusal {
         host: String,
         /// The range of the first address.
         range: SpecialRange,
+        /// That address. The record has it, the guest is not told.
+        address: IpAddr,
     },
     /// Too many connections of this machine at once.
     #[error("the machine already has {connections_max} connections")]
@@ -222,7 +224,20 @@ pub enum Refusal {
         port: u16,
         /// What happened.
         error: String,
+        /// The address that was dialled last, if one was. The record has it, the guest is not told.
+        address: Option<IpAddr>,
     },
+}
+
+impl Refusal {
+    /// The address that was refused, or dialled without an answer.
+    fn address(&self) -> Option<IpAddr> {
+        match self {
+            Self::Address { address, .. } => Some(*address),
+            Self::Unreachable { address, .. } => *address,
+            Self::Host { .. } | Self::Port { .. } | Self::TooMany { .. } => None,
+        }
+    }
 }
 
 /// The gateway of one machine. Cheap to clone; clones share everything.
@@ -403,19 +418,25 @@ impl Gateway {
         for (addr, verdict) in self.checked(name, &answers).await {
             match verdict {
                 Ok(()) => checked.push(SocketAddr::new(addr, port)),
-                Err(range) => first_refused = first_refused.or(Some(range)),
+                Err(range) => first_refused = first_refused.or(Some((addr, range))),
             }
         }
-        if let (Some(range), true) = (first_refused, checked.is_empty()) {
+        if let (Some((address, range)), true) = (first_refused, checked.is_empty()) {
             return Err(Refusal::Address {
                 host: name.to_owned(),
                 range,
+                address,
             });
         }
         let deadline = Instant::now() + self.inner.limits.dial;
         let _turn = self.dial_turn(name, port, deadline).await?;
         let dialled = dial::dial_any(&self.inner.dialer, &checked, deadline).await;
-        let (stream, addr) = dialled.map_err(|error| unreachable(name, port, &error))?;
+        let (stream, addr) = dialled.map_err(|failed| Refusal::Unreachable {
+            host: name.to_owned(),
+            port,
+            error: failed.error,
+            address: failed.last.map(|addr| addr.ip()),
+        })?;
         Ok(Route {
             stream,
             early: Vec::new(),
@@ -429,11 +450,12 @@ impl Gateway {
     async fn through(&self, name: &str, port: u16, hop: Hop) -> Result<Route, Refusal> {
         // A name only the proxy can resolve is left to it; one special answer refuses.
         let answers = self.resolve(name, port).await.unwrap_or_default();
-        for (_, verdict) in self.checked(name, &answers).await {
+        for (address, verdict) in self.checked(name, &answers).await {
             if let Err(range) = verdict {
                 return Err(Refusal::Address {
                     host: name.to_owned(),
                     range,
+                    address,
                 });
             }
         }
@@ -456,7 +478,7 @@ impl Gateway {
         };
         let (mut stream, _) = dial::dial_any(&self.inner.dialer, &hop_addrs, deadline)
             .await
-            .map_err(|error| unreachable(name, port, &format!("proxy: {error}")))?;
+            .map_err(|failed| unreachable(name, port, &format!("proxy: {}", failed.error)))?;
         let (early, form) = if hop.forward {
             let authorization = hop.url.authorization().map(str::to_owned);
             (Vec::new(), Form::Proxy { authorization })
@@ -538,6 +560,7 @@ impl Gateway {
             },
         };
         self.inner.sink.record(EgressEvent {
+            address: refusal.address(),
             rule: Some(rule.to_string()),
             protocol: rule.protocol(),
             phase: self.phase(),
@@ -569,6 +592,7 @@ fn unreachable(name: &str, port: u16, error: &str) -> Refusal {
         host: name.to_owned(),
         port,
         error: error.to_owned(),
+        address: None,
     }
 }
 
@@ -579,5 +603,6 @@ fn is_internal(name: &str) -> bool {
 
 /// A text that is no host name, fit for a record; never equal to a host name.
 fn shown(host: &str) -> String {
-    format!("{:?}", host.chars().take(260).collect::<String>())
+    let begins: String = host.chars().take(TEXT_BYTES_MAX).collect();
+    shortened(&format!("{begins:?}"))
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use kiln_core::network::{EgressVerdict, RangeException, SpecialRange};
 use kiln_network::gateway::dial::BoxedDuplex;
 use kiln_network::gateway::{Gateway, GuestService, RelayEnd, Services};
+use kiln_network::record::TEXT_BYTES_MAX;
 use kiln_network::{BoxFuture, Refusal};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -102,13 +103,20 @@ async fn special_addresses_are_never_dialled() {
             .connect(HOST, 443)
             .await
             .expect_err("refused");
+        let address = events(&log)[0].address.expect("the record has the address");
+        assert!(answer.contains(&address.to_string().as_str()), "{address}");
         assert_eq!(
             refusal,
             Refusal::Address {
                 host: HOST.to_owned(),
-                range: *range
+                range: *range,
+                address,
             },
             "{answer:?}"
+        );
+        assert!(
+            !refusal.to_string().contains(&address.to_string()),
+            "the guest is told: {refusal}"
         );
         assert_eq!(
             verdicts(&log),
@@ -137,6 +145,34 @@ async fn an_exception_admits_its_range_for_its_name_only() {
     );
     assert!(gateway.connect("b.example.org", 9000).await.is_err());
     assert_eq!(world.dialled().len(), 1);
+}
+
+#[tokio::test]
+async fn a_dial_that_failed_says_where_to() {
+    let world = World::default();
+    world.name(HOST, &[&[PUBLIC]]);
+    let (config, log) = config(&["a.example.org:9000"]);
+    let refusal = world.gateway(config).connect(HOST, 9000).await;
+    let refusal = refusal.expect_err("nobody is there");
+    let told = events(&log).pop().expect("an event");
+    assert!(matches!(told.verdict, EgressVerdict::Unreachable { .. }));
+    assert_eq!(told.address, Some(PUBLIC.parse().expect("address")));
+    assert!(!refusal.to_string().contains(PUBLIC), "{refusal}");
+}
+
+#[tokio::test]
+async fn a_long_name_that_is_none_is_recorded_shortened() {
+    let world = World::default();
+    let (config, log) = config(&["a.example.org:9000"]);
+    let long = "\u{0}".repeat(4_000);
+    let refused = world.gateway(config).connect(&long, 443).await;
+    let refusal = refused.expect_err("no name");
+    let host = events(&log)[0].host.clone();
+    assert!(
+        host.len() <= TEXT_BYTES_MAX && host.starts_with('"'),
+        "{host}"
+    );
+    assert!(refusal.to_string().len() < 2 * TEXT_BYTES_MAX);
 }
 
 #[tokio::test]

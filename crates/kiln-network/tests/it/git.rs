@@ -698,4 +698,5 @@ async fn a_phase_has_its_own_repositories_and_the_floor_holds() {
         matches!(last.verdict, EgressVerdict::AddressRefused { .. }),
         "{last:?}"
     );
+    assert_eq!(last.address, Some("10.0.0.1".parse().expect("address")));
 }

@@ -3,7 +3,6 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use kiln_network::record;
 use kiln_proto::msg::{ExecRequest, GetTree, MachineStats, Order, OrderReply, kind};
 use kiln_proto::{Stream, codec, relay, reset_of};
 use serde::Serialize;
@@ -92,7 +91,7 @@ fn status(held: &Held) -> Status {
         // This question is one of them.
         busy: held.busy.load(Ordering::Relaxed).saturating_sub(1),
         root: root_of(held).to_owned(),
-        egress: record::summary(&held.egress.snapshot().events).to_string(),
+        egress: held.egress.snapshot().summary().to_string(),
     }
 }
 

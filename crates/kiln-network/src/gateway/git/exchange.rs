@@ -195,7 +195,10 @@ pub(super) async fn exchange(
         .await
     {
         Ok(route) => route,
-        Err(refusal) => return unrouted(&tally, &refusal),
+        Err(refusal) => {
+            tally.address = refusal.address();
+            return unrouted(&tally, &refusal);
+        }
     };
     tally.address = route.address;
     let moving = gateway.inner.share.moves.moving(gateway.inner.machine);
