@@ -29,6 +29,7 @@ use super::kept::{Machine, exec, keeper};
 use super::learn::{Lesson, Reached};
 use super::operator::Operator;
 use super::run_folder::{self, Folder};
+use super::run_policy::Ruled;
 use super::{run_given, run_ports, source, when};
 use crate::args::{NetArg, RunArgs, ServerArgs};
 use crate::config::within;
@@ -91,10 +92,7 @@ pub(super) async fn run_and_learn(
     for phase in &ruled.phases {
         let _distinct = self::secrets(&phase.secrets, &env)?;
     }
-    let any_secret =
-        !secrets.is_empty() || ruled.phases.iter().any(|phase| !phase.secrets.is_empty());
-    let git = ruled.phases.iter().flat_map(|phase| &phase.git);
-    let logs_in = git.chain(&ruled.git).any(|one| one.credential.is_some());
+    let is_given_more = is_given_more(&ruled);
     let listeners = run_ports::listen(run_ports::Said::Publish, &args.publish).await?;
     run_ports::announce(&listeners, screen)?;
     let size = own_terminal(&args, screen)?;
@@ -126,7 +124,7 @@ pub(super) async fn run_and_learn(
         })),
         network: ruled.network,
         limits,
-        trust: trust(any_secret || logs_in || ruled.applied.as_ref().is_some_and(|one| one.learn)),
+        trust: trust(is_given_more),
         network_bits: None,
         dispatch: own.dispatch,
         traceparent: None,
@@ -155,6 +153,16 @@ pub(super) async fn run_and_learn(
         run_folder::hint(&args, screen);
     }
     ended
+}
+
+/// Whether its owner gives it secrets, to whichever phase, has the host log in for it, or opens its network to learn.
+fn is_given_more(ruled: &Ruled) -> bool {
+    let phases = || ruled.phases.iter();
+    let mut git = phases().flat_map(|phase| &phase.git).chain(&ruled.git);
+    !ruled.secrets.is_empty()
+        || phases().any(|phase| !phase.secrets.is_empty())
+        || git.any(|one| one.credential.is_some())
+        || ruled.applied.as_ref().is_some_and(|one| one.learn)
 }
 
 /// What its owner gives secrets, or an open network to learn, is trusted by them; whatever else is run here may be anything.
