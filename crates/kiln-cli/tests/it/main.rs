@@ -42,6 +42,7 @@ mod registry;
 mod residue;
 mod room;
 mod run;
+mod run_flags;
 mod run_folder;
 mod run_given;
 mod run_phases;
