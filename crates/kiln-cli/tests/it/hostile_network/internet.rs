@@ -60,6 +60,10 @@ fn ip(words: &str) -> bool {
 
 impl Internet {
     /// None where this user may make no namespaces, unless they are required.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "whoever starts the tests talks to them this way"
+    )]
     pub(super) fn open(number: u8) -> Option<Self> {
         let pid = std::process::id();
         let (near, far) = (
