@@ -3,7 +3,7 @@
 use kiln_core::artifact::{ARTIFACTS_BYTES_MAX, ARTIFACTS_MAX};
 use kiln_core::job::JobEvent;
 use kiln_core::lease::LeaseRefused;
-use kiln_core::{FailureClass, JobState, Lease, Outcome, Receipt, Verdict};
+use kiln_core::{FailureClass, JobId, JobState, Lease, Outcome, Receipt, Verdict};
 use serde_json::{Value, json as object};
 
 use crate::announce::{Change, announce};
@@ -21,8 +21,12 @@ use crate::wake::Wake;
 pub const EVENT_KIND_MAX: usize = 60;
 /// Largest data of one event, in bytes of JSON.
 pub const EVENT_BYTES_MAX: usize = 64 * 1024;
-/// Most events of one job.
+/// Most events of one job, but for its record.
 pub const EVENTS_MAX: u64 = 100_000;
+/// Most events of a record: what is told of an attempt at its end has room, however much was told while it ran.
+pub const RECORD_EVENTS_MAX: usize = 64;
+/// Most records that find room beyond [`EVENTS_MAX`].
+const RECORDS_MAX: u64 = 64;
 
 /// Why a door stayed closed.
 #[derive(Debug, thiserror::Error)]
@@ -197,6 +201,33 @@ impl Database {
         data: Value,
     ) -> Result<u64, DoorError> {
         self.event(lease, kind, data, None).await
+    }
+
+    /// Appends the record of an attempt that ends, its events one after the other; gives the number of the last.
+    ///
+    /// # Errors
+    /// When the lease is not the live one, or a bound is reached.
+    pub async fn append_record(
+        &self,
+        lease: &Lease,
+        events: Vec<(&'static str, Value)>,
+    ) -> Result<u64, DoorError> {
+        let events = written(events)?;
+        let lease = lease.clone();
+        write_tx!(self, "append a record", [lease, events], |tx| {
+            let live = match enter(tx, &lease, "record").await? {
+                Ok(live) => live,
+                Err(refused) => return Ok(Err(refused)),
+            };
+            if let Err(refused) = has_room(live.event_seq) {
+                return Ok(Err(refused));
+            }
+            let sql = "update jobs set event_seq = $2 where id = $1";
+            let last = live.event_seq + events.len() as u64;
+            tx.exec(sql, args![live.id.as_str(), last]).await?;
+            insert_record(tx, &live.id, live.event_seq, &events).await?;
+            Ok(Ok(last))
+        })?
     }
 
     async fn event(
@@ -397,6 +428,48 @@ async fn append(
         .await?;
     tx.wake(Wake::Job(live.id.clone()));
     Ok(seq)
+}
+
+/// The events of a record as they are stored.
+pub(crate) fn written(
+    events: Vec<(&'static str, Value)>,
+) -> Result<Vec<(&'static str, String)>, DoorError> {
+    if events.len() > RECORD_EVENTS_MAX {
+        let text = format!("a record has at most {RECORD_EVENTS_MAX} events");
+        return Err(DoorError::TooMuch(text));
+    }
+    let events = events.into_iter().map(|(kind, data)| (kind, json(&data)));
+    let events: Vec<_> = events.collect();
+    match events.iter().all(|(_, data)| data.len() <= EVENT_BYTES_MAX) {
+        true => Ok(events),
+        false => Err(DoorError::TooMuch("the event is too large".to_owned())),
+    }
+}
+
+/// Whether a job with so many events has room for a record.
+pub(crate) fn has_room(events: u64) -> Result<(), DoorError> {
+    if events >= EVENTS_MAX + RECORDS_MAX * RECORD_EVENTS_MAX as u64 {
+        let text = format!("the job has {EVENTS_MAX} events, and too many records");
+        return Err(DoorError::TooMuch(text));
+    }
+    Ok(())
+}
+
+/// Writes the events of a record behind number `after`.
+pub(crate) async fn insert_record(
+    tx: &mut Tx,
+    job: &JobId,
+    after: u64,
+    events: &[(&'static str, String)],
+) -> Result<(), DbError> {
+    let now = tx.now().await?;
+    let sql = "insert into events (job, seq, at_ms, kind, data) values ($1, $2, $3, $4, $5)";
+    for (seq, (kind, data)) in (after + 1..).zip(events) {
+        let values = args![job.as_str(), seq, now, *kind, data.as_str()];
+        tx.exec(sql, values).await?;
+    }
+    tx.wake(Wake::Job(job.clone()));
+    Ok(())
 }
 
 async fn move_log(tx: &mut Tx, live: &Live, home: &str) -> Result<(), DbError> {

@@ -26,7 +26,7 @@ pub struct Event {
 pub struct EventMark {
     /// Number of the last one.
     pub last: u64,
-    /// The job is over: no more will come.
+    /// The job is over: no more will come, but for the record of a machine that stayed.
     pub over: bool,
 }
 

@@ -34,6 +34,7 @@ mod open;
 mod outbox;
 mod own;
 mod pipeline;
+mod record;
 mod restore;
 mod retention;
 mod schema;
@@ -54,7 +55,7 @@ pub use controllers::{Controller, Settled};
 pub use database::{Database, LeaseTimes, OpenOptions};
 pub use door::{
     AttemptEnd, Door, DoorError, DoorKind, EVENT_BYTES_MAX, EVENT_KIND_MAX, EVENTS_MAX, Finish,
-    LogMark,
+    LogMark, RECORD_EVENTS_MAX,
 };
 pub use error::{Cause, DbError};
 pub use event::{Event, EventMark};
@@ -72,6 +73,7 @@ pub use lease::{Heartbeat, HeartbeatError, LeaseAnswer, UnnamedLease};
 pub use list::{Artifact, Cursor, JobFilter, JobSummary, PAGE_MAX, Page, ParseCursorError};
 pub use open::OpenError;
 pub use outbox::{Message, MessageFilter, OldSecret, Rotated, WEBHOOKS_MAX, Webhook};
+pub use record::HandedIn;
 pub use restore::{BackupError, RestoreError, Restored};
 pub use retention::{Aged, Aging, Retention, RetentionPlan};
 pub use schema::VERSION as SCHEMA_VERSION;

@@ -7,6 +7,7 @@
 //! covers more names than fit. So the set of places reached is never incomplete, and a record has a largest size, which its
 //! worker's report of the attempt counts on.
 
+pub mod parts;
 mod summary;
 
 use std::collections::HashMap;
@@ -34,7 +35,7 @@ pub const TEXT_BYTES_MAX: usize = 256;
 /// What hosts that no rule admitted are kept as, when there are too many.
 const ANY_HOST: &str = "*";
 /// What stands where the rest of a text was cut off.
-const CUT: &str = "…";
+pub const CUT: &str = "…";
 
 /// Where decisions go. Must not block.
 pub trait EgressSink: Send + Sync {
@@ -57,6 +58,7 @@ struct LogState {
     refusals: HashMap<&'static str, Used>,
     merged: u64,
     dropped: Counts,
+    taken: u64,
 }
 
 /// How much of a budget is used.
@@ -167,6 +169,13 @@ impl EgressLog {
             dropped_by: state.dropped,
         }
     }
+
+    /// How many decisions it was told, whatever became of them: whether it changed since somebody looked.
+    #[must_use]
+    pub fn taken(&self) -> u64 {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.taken
+    }
 }
 
 impl LogState {
@@ -224,6 +233,7 @@ impl EgressSink for EgressLog {
     fn record(&self, mut event: EgressEvent) {
         shorten(&mut event);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.taken += 1;
         let allowed = reached_host(&event);
         let bytes = serde_json::to_vec(&event).map_or(usize::MAX, |text| text.len());
         let full = state.is_full(&event, bytes);
@@ -317,6 +327,7 @@ mod tests {
             6 * REFUSAL_EVENTS_MAX as u64 + 1,
             "named or counted"
         );
+        assert_eq!(log.taken(), 6 * REFUSAL_EVENTS_MAX as u64 + 1);
     }
 
     #[test]

@@ -378,7 +378,15 @@ pub struct Finish {
     /// What is shown of it: the report of a build, the end of a run. Never decides anything.
     #[serde(default)]
     pub details: serde_json::Value,
+    /// What its machine reached and was refused, in at most [`EGRESS_PARTS_MAX`] parts, each an object of at most [`EVENT_DATA_MAX`] bytes. Shown, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub egress: Vec<serde_json::Value>,
 }
+
+/// Most parts of a record of egress.
+pub const EGRESS_PARTS_MAX: usize = 40;
+/// Most bytes of JSON that one event of a job has room for.
+pub const EVENT_DATA_MAX: usize = 64 * 1024;
 
 /// Most machines that one worker keeps.
 pub const KEPT_MAX: usize = 64;
@@ -404,6 +412,18 @@ pub struct MayStay {
 pub struct MachinesGone {
     /// Their attempts, at most [`KEPT_MAX`].
     pub gone: Vec<HeldLease>,
+}
+
+/// `POST /worker/v1/machines/record`: what a machine that stayed reached and was refused, when it is gone. For each attempt the first one counts.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct MachineRecord {
+    /// The attempt whose machine it was.
+    pub attempt: AttemptId,
+    /// What is told of it: `measured.egress` has the sums, `over` is false where its keeper was killed and more may have happened.
+    pub report: serde_json::Value,
+    /// The parts; see [`Finish::egress`].
+    #[serde(default)]
+    pub egress: Vec<serde_json::Value>,
 }
 
 /// `POST /worker/v1/machines/calls`: held open until somebody wants to reach one of the machines that this worker keeps, or one whose command is

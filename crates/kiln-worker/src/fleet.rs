@@ -24,4 +24,5 @@ mod source;
 mod spans;
 pub mod spool;
 mod staying;
+pub(crate) mod told;
 pub mod witness;

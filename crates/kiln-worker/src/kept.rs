@@ -5,6 +5,7 @@
 //! <home>/machines/<name>/keeper.json    what the keeper holds, and until when
 //! <home>/machines/<name>/keeper.sock    its private socket: this user alone
 //! <home>/machines/<name>/keeper.log     what was done through it
+//! <home>/machine-records/<name>.json    what it reached, until its job's controller has that
 //! ```
 //!
 //! A keeper is one process for one machine: the same program, detached from any terminal. It owns the machine as every other owner does, serves
@@ -17,6 +18,7 @@ pub mod client;
 mod container;
 pub mod copy;
 mod doors;
+pub mod egress;
 mod incident;
 mod journal;
 pub mod keeper;

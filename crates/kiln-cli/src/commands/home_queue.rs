@@ -72,6 +72,7 @@ const WHY_EVERY: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct HomeQueue {
     registry: RegistryAccess,
+    data: PathBuf,
     socket: PathBuf,
     stop: CancellationToken,
     keeper: JoinHandle<Option<Running>>,
@@ -99,6 +100,7 @@ impl HomeQueue {
         let stop = CancellationToken::new();
         Ok(Self {
             registry,
+            data: home.data.clone(),
             socket,
             keeper: tokio::spawn(keeper.keep(first, stop.clone())),
             stop,
@@ -125,6 +127,11 @@ impl HomeQueue {
         let ask = AskOwn { job: job.clone() };
         let answer = client.call("/worker/v1/own-asked", None, &ask, ATTACH_TIMEOUT);
         answer.await.map_err(|error| worker::link(&error))
+    }
+
+    /// Hands in what machines of this home's own commands reached that stayed and are gone.
+    pub(crate) async fn hand_in(&self) {
+        hand_in(&self.data, self.socket.clone()).await;
     }
 
     /// Runs a job of this command's own to its end.
@@ -218,6 +225,23 @@ impl HomeQueue {
             running.stop_within(STOP_PATIENCE).await;
             flush(tracer).await;
         }
+    }
+}
+
+/// The same where a controller of this home runs; none is started for it.
+pub(super) async fn hand_in_if_there(home: &Home) {
+    let socket = socket_path(&home.controller());
+    if private_socket::connect(&socket).await.is_ok() {
+        hand_in(&home.data, socket).await;
+    }
+}
+
+async fn hand_in(data: &Path, socket: PathBuf) {
+    let Ok(nobody) = "none".parse() else { return };
+    let client = Client::new(Target::Socket(socket), nobody);
+    let left = kiln_worker::kept::egress::hand_in(data, &client, None).await;
+    if left > 0 {
+        tracing::debug!(left, "records of machines are handed in later");
     }
 }
 

@@ -47,6 +47,11 @@ pub(super) async fn run(
         return Err(CliError::usage("there are no jobs yet").hint("try `kiln build`"));
     }
     let asked = home_queue::ask(said).await?;
+    if let (JobCommand::Egress { .. } | JobCommand::Show { .. }, Some(queue)) =
+        (&verb, asked.of_home())
+    {
+        queue.hand_in().await;
+    }
     let answered = match verb {
         JobCommand::Retry { id, shell } => retry::run(&id, shell, &asked, screen, &cancel).await,
         verb => answer(verb, &asked.server, screen, &cancel)

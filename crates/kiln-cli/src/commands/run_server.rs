@@ -3,13 +3,12 @@
 use kiln_controller::api::{JobView, KeepAsk, MachineView, RunAsk};
 use kiln_core::{FailureClass, Verdict};
 use kiln_image::context::{Limits, Tree};
-use kiln_network::EgressSummary;
 use kiln_policy::Compiled;
 use kiln_worker::event::Events;
-use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 use super::artifacts::CopyOut;
+use super::job_record::Record;
 use super::kept::Machine;
 use super::learn::{Lesson, Reached};
 use super::run::{Stay, exited, with_files};
@@ -139,10 +138,11 @@ pub(super) async fn finish(
     cancel: &CancellationToken,
 ) -> Result<u8> {
     let stay = left.stay;
+    let record = Record::told(ended.report.as_ref(), &ended.parts);
     if let Some(lesson) = left.lesson {
-        lesson.take(ended.report.as_ref().and_then(reached));
+        lesson.take(ended.report.as_ref().and_then(|_| reached(&record)));
     }
-    let egress = egress(ended.report.as_ref());
+    let egress = record.egress;
     if !egress.refused.is_empty() {
         screen.note(&egress.to_string());
     }
@@ -207,28 +207,12 @@ async fn kept(
     stay.tell(&machine, screen, cancel).await
 }
 
-/// What an open machine reached, as its worker told; none when what it told cannot be read.
-fn reached(report: &Value) -> Option<Reached> {
-    let learned = &report["learned"];
-    if learned.is_null() {
-        return Some(Reached::default());
-    }
-    let more = &report["learned_more"];
-    Some(Reached {
-        list: serde_json::from_value(learned.clone()).ok()?,
-        more: match more.is_null() {
-            true => 0,
-            false => more.as_u64()?,
-        },
+/// What an open machine reached, as its worker told; none when a part of it is missing.
+fn reached(record: &Record) -> Option<Reached> {
+    record.missing.is_none().then(|| Reached {
+        list: record.learned.clone(),
+        more: record.egress.left_out.learned,
     })
-}
-
-/// What it reached and was refused, as its worker told.
-fn egress(report: Option<&Value>) -> EgressSummary {
-    // What an older worker told has less.
-    let told = report.map(|report| report["egress"].clone());
-    told.and_then(|told| serde_json::from_value(told).ok())
-        .unwrap_or_default()
 }
 
 /// As the command ended.

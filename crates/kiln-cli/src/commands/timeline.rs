@@ -13,6 +13,10 @@ pub(super) fn table(job: &JobView, events: &[Value], width: Option<usize>) -> St
         let at = event["at_unix_ms"].as_u64().unwrap_or_default();
         let data = &event["data"];
         let kind = event["kind"].as_str().unwrap_or("?");
+        if kind == "egress" {
+            // One part of many: `kiln job egress` joins them.
+            continue;
+        }
         let text = |name: &str| data[name].as_str().unwrap_or_default().to_owned();
         let what = match kind {
             "queued" => match data["outcome"]["message"].as_str() {

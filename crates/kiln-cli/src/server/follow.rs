@@ -10,6 +10,7 @@ use http_body_util::BodyDataStream;
 use hyper::body::Incoming;
 use kiln_controller::api::JobView;
 use kiln_core::{FailureClass, Outcome};
+use kiln_proto::fleet::EGRESS_PARTS_MAX;
 use kiln_worker::event::{Event, Events, StepState};
 use kiln_worker::host::now_unix_ms;
 use serde_json::Value;
@@ -59,6 +60,8 @@ pub(crate) struct Ended {
     pub(crate) outcome: Outcome,
     /// What its worker told at its end.
     pub(crate) report: Option<Value>,
+    /// The parts of its record of egress, before that report.
+    pub(crate) parts: Vec<Value>,
 }
 
 /// Follows a job to its end. Ctrl-C cancels the job; the end is waited for all the same.
@@ -100,6 +103,7 @@ pub(crate) async fn follow_held(
         waiting: true,
         log: None,
         report: None,
+        parts: Vec::new(),
     };
     let ended = follower.run(cancel).await;
     if let Some(log) = follower.log.take() {
@@ -143,6 +147,7 @@ struct Follower<'a> {
     waiting: bool,
     log: Option<Log>,
     report: Option<Value>,
+    parts: Vec<Value>,
 }
 
 /// Why a connection's events ended.
@@ -168,6 +173,7 @@ impl Follower<'_> {
                     return Ok(Ended {
                         outcome,
                         report: self.report.take(),
+                        parts: std::mem::take(&mut self.parts),
                     });
                 }
                 Cut::Refused(error) => return Err(error),
@@ -332,6 +338,15 @@ impl Follower<'_> {
                     Event::Warning { text }
                 };
                 self.events.tell(event).await;
+            }
+            "egress" => {
+                if self.report.take().is_some() {
+                    // That was an earlier attempt's.
+                    self.parts.clear();
+                }
+                if self.parts.len() < EGRESS_PARTS_MAX {
+                    self.parts.push(data.clone());
+                }
             }
             "report" => self.report = Some(data.clone()),
             "finished" => {

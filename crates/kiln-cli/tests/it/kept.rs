@@ -293,6 +293,74 @@ fn who_keeps_it_dies(kiln: &Annex, id: &str) {
     kiln.is_clear();
 }
 
+/// What the job's record says of its machine that stayed: names that were refused in it, and the sum, once it is there.
+pub(crate) fn machine_record(
+    kiln: &Kiln,
+    server: &[&str],
+    id: &str,
+) -> Option<(Vec<String>, serde_json::Value)> {
+    let words = [server, &["--json", "job", "egress", id]].concat();
+    let said = kiln.run(&words).exits(0);
+    let lines = said.out.lines();
+    let lines: Vec<serde_json::Value> = lines
+        .map(|line| serde_json::from_str(line).expect(line))
+        .collect();
+    let sum = lines
+        .iter()
+        .find(|line| line["event"] == "machine_egress")?;
+    let refused = lines
+        .iter()
+        .filter(|line| line["event"] == "refused" && line["machine"] == true);
+    let names = refused.filter_map(|line| line["host"].as_str().map(str::to_owned));
+    Some((names.collect(), sum.clone()))
+}
+
+#[test]
+fn what_a_kept_machine_asks_for_is_in_its_jobs_record() {
+    let Some(kiln) = Annex::open() else { return };
+    let asks = |id: &str, name: &str| {
+        let script = format!("getent hosts {name}; true");
+        kiln.run(&["exec", id, "--", "sh", "-c", &script]).exits(0);
+    };
+    let id = kept(
+        &kiln,
+        0,
+        &["--keep=10m"],
+        &["sh", "-c", "getent hosts before.example.org; true"],
+    );
+    asks(&id, "after.example.org");
+    kiln.run(&["machine", "rm", &id]).exits(0);
+    let (names, sum) = machine_record(&kiln, &[], &id).expect("a record");
+    assert_eq!(names, ["after.example.org"]);
+    assert_eq!(
+        (&sum["cut_off"], &sum["totals"]["decisions"]["host"]),
+        (&false.into(), &1.into())
+    );
+    let shown = kiln.run(&["job", "egress", &id]).exits(0);
+    assert!(
+        shown.out.contains("before.example.org") && shown.out.contains("ITS MACHINE"),
+        "{shown:?}"
+    );
+
+    // A keeper that is killed leaves what it wrote down.
+    let id = kept(&kiln, 0, &["--keep=10m"], &["true"]);
+    asks(&id, "noted.example.org");
+    let note = kiln.home.join(format!("machine-records/{id}-1-run.json"));
+    until("its note", || {
+        let text = fs::read_to_string(&note).unwrap_or_default();
+        text.contains("noted.example.org").then_some(())
+    });
+    kill(keeper_of(&kiln, &id), rustix::process::Signal::KILL);
+    until("its end", || (!dir_of(&kiln, &id).exists()).then_some(()));
+    let (names, sum) = machine_record(&kiln, &[], &id).expect("a record");
+    assert_eq!(
+        (names, &sum["cut_off"]),
+        (vec!["noted.example.org".to_owned()], &true.into())
+    );
+    assert!(!note.exists(), "it was handed in");
+    kiln.is_clear();
+}
+
 #[test]
 fn a_deadline_an_incident_and_a_stop_end_it() {
     let Some(kiln) = Annex::open() else { return };

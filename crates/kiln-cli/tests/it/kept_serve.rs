@@ -4,7 +4,7 @@ use std::fs;
 
 use crate::annex::Annex;
 use crate::hostile_output::on_a_terminal;
-use crate::kept::{kept, typed, watchers_of};
+use crate::kept::{kept, machine_record, typed, watchers_of};
 use crate::serve::serve;
 use crate::support::{Started, app, free_port, path, until};
 
@@ -81,8 +81,23 @@ fn a_servers_machine_is_entered_copied_from_stood_in_and_ended() {
     ];
     let (code, all) = typed(&kiln, &console, &keys, || {});
     assert!(code == 6 && all.contains(" icanon"), "{code} {all}");
+    let asks = [
+        "exec",
+        &id,
+        "--",
+        "sh",
+        "-c",
+        "getent hosts after.example.org; true",
+    ];
+    on(&asks).exits(0);
     on(&["machine", "rm", &id]).exits(0);
     until("its end", || kiln.vmms().is_empty().then_some(()));
+    let recorded = || machine_record(&kiln, &["--server", &at], &id);
+    let (names, sum) = until("its record", recorded);
+    assert_eq!(
+        (names, &sum["cut_off"]),
+        (vec!["after.example.org".to_owned()], &false.into())
+    );
     let left = on(&["machine", "list", "--json"]).exits(0);
     assert!(left.out.is_empty(), "{left:?}");
 

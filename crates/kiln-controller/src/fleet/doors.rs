@@ -21,7 +21,7 @@ use super::reports::EventNumbers;
 use super::shield::{self, DoorLimits};
 use super::who::Worker;
 use super::{
-    enrol, inputs, machines, own, policy, registry_door, registry_login, reports, results,
+    enrol, inputs, machines, own, policy, record, registry_door, registry_login, reports, results,
 };
 use crate::access::Peer;
 use crate::state::Controller;
@@ -62,6 +62,7 @@ pub fn router(controller: Controller, body_stall: Duration) -> Router {
         .route("/worker/v1/jobs/{job}/finish", post(reports::finish))
         .route("/worker/v1/jobs/{job}/keep", post(machines::keep))
         .route("/worker/v1/machines/gone", post(machines::gone))
+        .route("/worker/v1/machines/record", post(record::of_machine))
         .route("/worker/v1/machines/calls", post(machines::calls))
         .route("/worker/v1/machines/ways/{way}", get(machines::way))
         .layer(DefaultBodyLimit::max(BODY_MAX))

@@ -10,6 +10,7 @@ pub mod machines;
 pub mod neighbours;
 mod own;
 mod policy;
+mod record;
 pub mod refusal;
 pub mod registry_door;
 mod registry_login;

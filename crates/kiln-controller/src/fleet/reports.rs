@@ -13,6 +13,7 @@ use kiln_store::logs::{LogError, LogName, RetentionClass};
 
 use super::doors::Answered;
 use super::former_life;
+use super::record;
 use super::refusal::Refused;
 use super::sweep::random;
 use super::who::{Held, Live, Worker};
@@ -151,13 +152,18 @@ pub(super) async fn finish(
 ) -> Answered<serde_json::Value> {
     let lease = &held.lease;
     let told = Egress::told(&finish.details);
+    // A finish that is said again, because its answer was lost, has no report to add.
     if finish.details.is_object() && is_live(&controller, lease).await? {
-        // The report is shown, it decides nothing: one that does not fit, or whose lease ends just now, is left out. A finish that is
-        // said again, because its answer was lost, has none to add.
-        let _left_out = controller
-            .db
-            .append_event(lease, "report", finish.details)
-            .await;
+        let record = record::of("report", finish.details, finish.egress);
+        match controller.db.append_record(lease, record).await {
+            Ok(_) => {}
+            // The report is shown, it decides nothing: the end itself says what becomes of an attempt whose lease ends just now.
+            Err(kiln_db::DoorError::Lease(_)) => {}
+            Err(kiln_db::DoorError::TooMuch(why)) => {
+                tracing::warn!(attempt = %lease.attempt, why, "the record of an attempt is left out");
+            }
+            Err(error) => return Err(error.into()),
+        }
     }
     let observed = finish
         .observed

@@ -212,6 +212,7 @@ impl Line {
     pub(crate) async fn finish(&self, lease: &Lease) -> Result<String, NoAnswer> {
         let path = format!("/worker/v1/jobs/{}/finish", lease.attempt.job);
         let finish = Finish {
+            egress: Vec::new(),
             outcome: Outcome {
                 verdict: Verdict::Passed,
                 phases_ms: Vec::new(),

@@ -19,6 +19,7 @@ mod fleet_lease_sim;
 mod fleet_line;
 mod fleet_pools;
 mod fleet_postgres;
+mod fleet_record;
 mod fleet_server;
 mod fleet_shared;
 mod fleet_tokens;

@@ -386,6 +386,13 @@ impl Gateway {
         ))
     }
 
+    /// Returns once no connection of the machine is open: every one is recorded then. What is asked meanwhile waits, or is refused as too much.
+    pub async fn idle(&self) {
+        let most = u32::try_from(self.inner.limits.connections_max).unwrap_or(u32::MAX);
+        // Never closed.
+        let _none_open = self.inner.connections.acquire_many(most).await;
+    }
+
     fn decide(&self, name: &str, port: u16) -> NameVerdict {
         if is_internal(name) {
             return if self.serves(name) {

@@ -79,6 +79,8 @@ pub struct LeftOut {
     pub refused: u64,
     /// Lines of decisions.
     pub flows: u64,
+    /// Destinations that were learned.
+    pub learned: u64,
     /// Refusals that the gateway's record had no room for: they are in [`EgressSummary::counts`] and nowhere else.
     pub refusals: u64,
 }

@@ -135,6 +135,7 @@ pub async fn serve(
         never = daemon.idle() => match never {},
         () = daemon.staying.watch() => Ok(()),
         () = daemon.staying.calls(&daemon.shop) => Ok(()),
+        () = daemon.staying.records(&daemon.shop), if !daemon.offer.own => Ok(()),
         ended = daemon.polls(&mut jobs) => Err(ended),
         () = stop.cancelled() => Ok(()),
     };

@@ -30,6 +30,7 @@ use super::report::{Reporter, Spans, To, retried};
 use super::spans::AttemptSpans;
 use super::spool::Spool;
 use super::staying::{AtDoor, Staying};
+use super::told::{self, finish_of, masked};
 use super::witness::Witness;
 use crate::attend::door::{Attend, Door};
 use crate::build::{self, BuildEnd, BuildInput, BuildReport};
@@ -55,12 +56,6 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const OWN_DOCKERFILE: &str = "dockerfile";
 /// Room for a command's output on its way into the log, pieces.
 const OUTPUT_PIECES: usize = 64;
-
-/// Most hosts of each kind that a report names, so that it has room in an event.
-const REPORT_HOSTS_MAX: usize = 30;
-
-/// Most destinations that a report says were reached by an open machine: more than these no policy names.
-const REPORT_LEARNED_MAX: usize = 256;
 
 /// Where a command finds the trace it is a part of, as OpenTelemetry's own tools name it.
 const TRACEPARENT_ENV: &str = "TRACEPARENT";
@@ -294,7 +289,7 @@ async fn attempt(
             Err(failure) => (JobEnd::failed(failure), None),
         }
     };
-    let (end, observed) = tokio::select! {
+    let (end, mut observed) = tokio::select! {
         ran = ran => ran,
         never = log.let_go() => match never {},
     };
@@ -307,6 +302,9 @@ async fn attempt(
     reporter.drain(DRAIN_TIMEOUT).await;
     lock(&spans).end(end.outcome.verdict == Verdict::Passed);
     let end = masked(end, &mask);
+    if let Some(observed) = &mut observed {
+        told::events(&mut observed.egress, &mask);
+    }
     stop.finishing.cancel();
     let told = tell_finish(&to, finish_of(&end, observed)).await;
     let done = done.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -326,54 +324,6 @@ fn linked(asked: CancellationToken, stop: &CancellationToken) -> DropGuard {
         }
     });
     over.drop_guard()
-}
-
-fn masked(mut end: JobEnd, mask: &Mask) -> JobEnd {
-    if let Verdict::Failed { message, hint, .. } = &mut end.outcome.verdict {
-        *message = mask.text(message);
-        *hint = hint.take().map(|hint| mask.text(&hint));
-    }
-    if let Err(failure) = &mut end.result {
-        failure.message = mask.text(&failure.message);
-        failure.hint = failure.hint.take().map(|hint| mask.text(&hint));
-    }
-    if let Some(kept) = &mut end.kept {
-        kept.ended = mask.text(&kept.ended);
-    }
-    end
-}
-
-fn finish_of(end: &JobEnd, observed: Option<Box<kiln_core::Observed>>) -> Finish {
-    let receipt = match (&end.result, &observed) {
-        (Ok(Ended::Built(report)), Some(observed)) => Some(report.receipt(observed)),
-        _ => None,
-    };
-    let mut details = serde_json::json!({
-        "egress": end.egress.first(REPORT_HOSTS_MAX), "measured": end.measured, "artifacts": end.artifacts.len(),
-    });
-    if !end.learned.is_empty() {
-        let told = &end.learned[..end.learned.len().min(REPORT_LEARNED_MAX)];
-        details["learned"] = serde_json::json!(told);
-        details["learned_more"] = serde_json::json!(end.learned.len() - told.len());
-    }
-    if let Some(source) = &end.source {
-        details["source"] = serde_json::json!(source);
-    }
-    if let Some(policy) = &end.policy {
-        details["policy"] = serde_json::json!(policy);
-    }
-    match &end.result {
-        Ok(Ended::Built(report)) => details["build"] = serde_json::json!(report),
-        Ok(Ended::Ran(exit)) => details["exit"] = serde_json::json!(exit),
-        Err(_) => {}
-    }
-    Finish {
-        outcome: end.outcome.clone(),
-        receipt,
-        observed,
-        runtime: end.runtime.clone(),
-        details,
-    }
 }
 
 /// Tells the end of the attempt. False when the lease was over before.
@@ -631,7 +581,8 @@ impl Work<'_> {
 
     /// Keeps a machine that has no owner; what becomes of the job does not depend on it.
     async fn stay(&self, handover: Handover, watched: Watched) {
-        let stayed = self.staying.stay(self.shop, self.to, handover, watched);
+        let with = (watched, self.mask.clone());
+        let stayed = self.staying.stay(self.shop, self.to, handover, with);
         if let Err(failure) = stayed.await {
             let text = format!("the machine does not stay: {failure}");
             self.events.warn(text).await;

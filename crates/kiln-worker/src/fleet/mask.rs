@@ -21,6 +21,8 @@ pub const HELD_MAX: Duration = Duration::from_millis(50);
 #[derive(Clone, Default)]
 pub struct Mask {
     forms: Arc<Forms>,
+    /// The same in small letters: resolvers and gateways write names so.
+    lower: Arc<Forms>,
 }
 
 #[derive(Default)]
@@ -52,12 +54,13 @@ impl Mask {
     #[must_use]
     pub fn new<'a>(secrets: impl IntoIterator<Item = &'a [u8]>) -> Self {
         let patterns = forms::of(secrets);
-        let mut first = vec![false; 256];
-        for byte in patterns.iter().filter_map(|pattern| pattern.first()) {
-            first[usize::from(*byte)] = true;
-        }
+        let lower = patterns.iter().map(|pattern| pattern.to_ascii_lowercase());
+        let mut lower: Vec<Vec<u8>> = lower.collect();
+        lower.sort_unstable();
+        lower.dedup();
         Self {
-            forms: Arc::new(Forms { patterns, first }),
+            forms: Arc::new(Forms::new(patterns)),
+            lower: Arc::new(Forms::new(lower)),
         }
     }
 
@@ -83,9 +86,52 @@ impl Mask {
         stream.kept = text.as_bytes().to_vec();
         String::from_utf8_lossy(&stream.finish()).into_owned()
     }
+
+    /// Masks a whole text in which names stand: in whatever case a secret was asked for, and also one in whose middle a record cut the text off.
+    #[must_use]
+    pub fn name(&self, text: &str) -> String {
+        if self.forms.patterns.is_empty() {
+            return text.to_owned();
+        }
+        let mut out = Vec::with_capacity(text.len());
+        let mut pieces = text.split(kiln_network::record::CUT).peekable();
+        while let Some(piece) = pieces.next() {
+            let cut = pieces.peek().is_some();
+            let lower = piece.to_ascii_lowercase();
+            let mut at = 0;
+            while let Some(rest) = lower.as_bytes().get(at..).filter(|rest| !rest.is_empty()) {
+                let look = match self.lower.begins_with(rest[0]) {
+                    true => self.lower.look(rest),
+                    false => Look::default(),
+                };
+                let length = match cut && look.may_grow {
+                    true => Some(rest.len()),
+                    false => look.found,
+                };
+                match length {
+                    Some(_) => out.extend_from_slice(MASK),
+                    None => out.push(piece.as_bytes()[at]),
+                }
+                at += length.unwrap_or(1);
+            }
+            if cut {
+                out.extend_from_slice(kiln_network::record::CUT.as_bytes());
+            }
+        }
+        String::from_utf8_lossy(&out).into_owned()
+    }
 }
 
 impl Forms {
+    /// Of patterns in the order of their bytes, none twice.
+    fn new(patterns: Vec<Vec<u8>>) -> Self {
+        let mut first = vec![false; 256];
+        for byte in patterns.iter().filter_map(|pattern| pattern.first()) {
+            first[usize::from(*byte)] = true;
+        }
+        Self { patterns, first }
+    }
+
     /// Looks at the beginning of these bytes. A step for each byte that some pattern goes on with, so what it costs is bounded by the longest
     /// pattern and grows with the logarithm of their number, whatever a tenant chose them to be.
     fn look(&self, bytes: &[u8]) -> Look {

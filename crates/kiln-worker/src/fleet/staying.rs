@@ -27,9 +27,11 @@ use super::client::{LinkError, REQUEST_TIMEOUT, job_path};
 use super::clock::boot_ms;
 use super::fence::Fence;
 use super::job::{Watched, Workshop};
+use super::mask::Mask;
 use super::report::To;
 use crate::attend::door::Door;
 use crate::failure::Failure;
+use crate::kept::egress::hand_in;
 use crate::kept::{keeper, socket_of};
 
 /// Longest wait for the controller's word whether a machine may stay. With [`ADOPT_TIMEOUT`] it is shorter than a machine lives without an owner.
@@ -42,6 +44,8 @@ const CONFIRM_MS: u64 = 10_000;
 const TICK: Duration = Duration::from_millis(500);
 /// Wait before a request that failed is sent again.
 const RETRY: Duration = Duration::from_millis(500);
+/// Wait before records that the controller could not take are handed in again.
+const RECORDS_AGAIN: Duration = Duration::from_secs(2);
 /// Ways that are open at a time, to all machines here.
 const WAYS_MAX: usize = 512;
 /// How long a way may take to carry the last of what was said when its machine is gone.
@@ -164,7 +168,7 @@ impl Staying {
         shop: &Arc<Workshop>,
         to: &To,
         mut handover: Handover,
-        watched: Watched,
+        (watched, mask): (Watched, Mask),
     ) -> Result<(), Failure> {
         let machine = handover.machine.clone();
         let stays = async {
@@ -175,7 +179,7 @@ impl Staying {
             let MayStay { stays_ms } = ask(to, &handover).await?;
             handover.stays_ms = stays_ms;
             handover.worker = Some(to.lease.worker.clone());
-            self.adopt(shop, &to.lease, handover, watched).await
+            self.adopt(shop, &to.lease, handover, (watched, mask)).await
         };
         let stayed = stays.await;
         if stayed.is_err() {
@@ -189,7 +193,7 @@ impl Staying {
         shop: &Arc<Workshop>,
         lease: &Lease,
         handover: Handover,
-        watched: Watched,
+        (watched, mask): (Watched, Mask),
     ) -> Result<(), Failure> {
         let (attempt, end) = (lease.attempt.clone(), CancellationToken::new());
         {
@@ -222,7 +226,7 @@ impl Staying {
                 let told = |_: &kiln_proto::kept::Facts| {
                     let _nobody_waits = ready.send(());
                 };
-                let kept = keeper::keep(&shop.host, &shop.site, handover, &stop, told);
+                let kept = keeper::keep(&shop.host, &shop.site, handover, mask, &stop, told);
                 if let Err(failure) = kept.await {
                     tracing::warn!(%failure, "a machine is not kept any more");
                 }
@@ -235,6 +239,25 @@ impl Staying {
                 end.cancel();
                 let message = "the machine could not be kept: its keeper did not take it";
                 Err(Failure::new(FailureClass::Infrastructure, message))
+            }
+        }
+    }
+
+    /// Hands in what machines reached that were kept here, also before this process started; runs for ever.
+    pub(super) async fn records(&self, shop: &Workshop) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let home = &shop.host.home.data;
+            let left = hand_in(home, &shop.client, Some(shop.client.worker())).await;
+            let again = match left {
+                0 => None,
+                _ => Some(RECORDS_AGAIN),
+            };
+            tokio::select! {
+                () = changed => {}
+                () = at(again) => {}
             }
         }
     }
@@ -397,6 +420,14 @@ async fn say_gone(shop: &Workshop, over: Over<'_>) {
     let said = client.call::<_, serde_json::Value>(path, None, &gone, REQUEST_TIMEOUT);
     if let Err(error) = said.await {
         tracing::debug!(error = crate::orders::chain(&error), "not told");
+    }
+}
+
+/// Completes after this time; never without one.
+async fn at(again: Option<Duration>) {
+    match again {
+        Some(again) => tokio::time::sleep(again).await,
+        None => std::future::pending().await,
     }
 }
 

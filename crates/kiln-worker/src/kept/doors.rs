@@ -91,7 +91,7 @@ fn status(held: &Held) -> Status {
         // This question is one of them.
         busy: held.busy.load(Ordering::Relaxed).saturating_sub(1),
         root: root_of(held).to_owned(),
-        egress: held.egress.snapshot().summary().to_string(),
+        egress: held.egress_line(),
     }
 }
 

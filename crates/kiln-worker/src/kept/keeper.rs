@@ -28,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::ask::Reply;
 use super::container::Beside;
+use super::egress::{self as records, NOTED_EVERY};
 use super::incident::{self, Evidence};
 use super::journal::Journal;
 use super::{FACTS_FILE, Facts, Handover, LOG_FILE, SCHEMA, STAYS_MAX, dir_of, socket_of};
@@ -35,6 +36,8 @@ use crate::attempt::STOP_TIMEOUT;
 use crate::connections::Bounds;
 use crate::event::{Event, Events};
 use crate::failure::Failure;
+use crate::fleet::mask::Mask;
+use crate::fleet::told;
 use crate::host::{Host, QUEUE_TIMEOUT, now_unix_ms};
 use crate::orders;
 use crate::services::Services;
@@ -48,6 +51,8 @@ const TICK: Duration = Duration::from_millis(500);
 const UNKEEP: Duration = Duration::from_millis(50);
 /// How long who asked for the end may take to read that it came.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// How long the connections of a machine that is gone may take to end, to be in its record.
+const LAST_FLOWS: Duration = Duration::from_secs(2);
 /// Pause after a connection that could not be taken: descriptors are short.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
@@ -89,6 +94,9 @@ pub(super) struct Held {
     pub(super) machine: Arc<dyn Machine>,
     pub(super) session: Session,
     pub(super) egress: Arc<EgressLog>,
+    gateway: Gateway,
+    /// What stands in no record.
+    pub(super) mask: Mask,
     pub(super) beside: Option<Beside>,
     pub(super) journal: Journal,
     pub(super) busy: AtomicUsize,
@@ -112,7 +120,7 @@ enum End {
     Asked(Wished),
 }
 
-/// Keeps a machine until its end. `ready` is told once whoever may can reach it.
+/// Keeps a machine until its end. `ready` is told once whoever may can reach it; `mask` has the secrets that its records are told without.
 ///
 /// # Errors
 /// When the machine cannot be adopted; then it is kept for [`super::HANDOVER_MAX`] at most. Or when something of it could not be removed.
@@ -120,6 +128,7 @@ pub async fn keep(
     host: &Host,
     site: &Site,
     handover: Handover,
+    mask: Mask,
     cancel: &CancellationToken,
     ready: impl FnOnce(&Facts) + Send,
 ) -> Result<(), Failure> {
@@ -152,14 +161,15 @@ pub async fn keep(
     config.proxy = site.proxy.clone();
     config.services = KilnNames::default();
     let (events, told) = Events::channel();
-    let services = Services::new(Gateway::new(config), events.clone());
+    let gateway = Gateway::new(config);
+    let services = Services::new(gateway.clone(), events.clone());
     let serving = services.serve(incoming);
     bounds.allow(&session, &events).await;
     let result = Box::pin(hold(
         host,
         handover,
         (machine, session),
-        egress,
+        (egress, gateway, mask),
         told,
         cancel,
         ready,
@@ -173,8 +183,8 @@ async fn hold(
     host: &Host,
     handover: Handover,
     (machine, session): (Arc<dyn Machine>, Session),
-    egress: Arc<EgressLog>,
-    mut told: mpsc::Receiver<Event>,
+    (egress, gateway, mask): (Arc<EgressLog>, Gateway, Mask),
+    mut said: mpsc::Receiver<Event>,
     cancel: &CancellationToken,
     ready: impl FnOnce(&Facts) + Send,
 ) -> Result<(), Failure> {
@@ -201,6 +211,8 @@ async fn hold(
         machine,
         session,
         egress,
+        gateway,
+        mask,
         beside,
         journal,
         busy: AtomicUsize::new(0),
@@ -212,12 +224,14 @@ async fn hold(
     let noting = {
         let held = Arc::clone(&held);
         tokio::spawn(async move {
-            while let Some(event) = told.recv().await {
+            while let Some(event) = said.recv().await {
                 held.note_event(&event);
             }
         })
     };
+    let recording = tokio::spawn(record(Arc::clone(&held)));
     let end = until_its_end(&held, listener, &mut wished, cancel).await;
+    recording.abort();
     let result = finish(&held, end).await;
     noting.abort();
     room.abort();
@@ -231,6 +245,40 @@ impl Held {
             Event::Warning { text } => self.journal.note("warning", text),
             Event::Note { text } | Event::Log { text, .. } => self.journal.note("guest", text),
             _ => {}
+        }
+    }
+}
+
+/// Writes down what the machine reaches, so that little is lost when this process is killed.
+async fn record(held: Arc<Held>) {
+    let mut every = tokio::time::interval(NOTED_EVERY);
+    let mut noted = 0;
+    loop {
+        every.tick().await;
+        let taken = held.egress.taken();
+        if taken != noted {
+            held.note_egress(false).await;
+            noted = taken;
+        }
+    }
+}
+
+impl Held {
+    /// What it reached until now, in one line.
+    pub(super) fn egress_line(&self) -> String {
+        let mut summary = self.egress.snapshot().summary();
+        told::summary(&mut summary, &self.mask);
+        summary.to_string()
+    }
+
+    /// Writes down what the machine reached until now. One that cannot be written is told in the log: the machine's work does not end with it.
+    async fn note_egress(&self, over: bool) {
+        let (home, machine) = (self.home.clone(), self.facts.machine.clone());
+        let (record, mask) = (self.egress.snapshot(), self.mask.clone());
+        let noting = move || records::note(&home, &machine, &record, over, &mask);
+        let noted = tokio::task::spawn_blocking(noting).await;
+        if let Err(error) = noted.map_err(io::Error::other).and_then(|noted| noted) {
+            tracing::warn!(%error, "what a kept machine reached could not be written down");
         }
     }
 }
@@ -368,6 +416,9 @@ async fn finish(held: &Held, end: End) -> Result<(), Failure> {
     };
     held.session.close(0, "the machine is not kept any more");
     let report = held.machine.destroy().await;
+    // Connections are recorded when they end, as they do now.
+    let _cut_off = tokio::time::timeout(LAST_FLOWS, held.gateway.idle()).await;
+    held.note_egress(true).await;
     let incident =
         evidence.map(|evidence| incident::preserve(&held.home, &evidence, &report.leaks));
     let incident = match incident {

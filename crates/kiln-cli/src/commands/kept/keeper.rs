@@ -13,6 +13,7 @@ use std::time::Duration;
 use kiln_core::FailureClass;
 use kiln_network::OwnPlaces;
 use kiln_network::gateway::CONTROLLER;
+use kiln_worker::fleet::mask::Mask;
 use kiln_worker::kept::keeper::keep;
 use kiln_worker::kept::{Facts, Handover, LOG_FILE};
 use rustix::process::{chdir, setsid};
@@ -22,6 +23,7 @@ use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
 use super::watch;
+use crate::commands::home_queue;
 use crate::commands::operator::Operator;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
 use crate::show::Screen;
@@ -160,13 +162,17 @@ pub(in crate::commands) async fn run(screen: Screen, cancel: CancellationToken) 
     OwnPlaces::of_process().set(CONTROLLER, own.iter().map(String::as_str));
     // Before the machine is its own: from then on nobody else answers for it.
     let _watched = watch::begin(&handover).or_infrastructure()?;
-    let kept = keep(&host, &site, handover, &cancel, |facts| {
+    // A command's own machine has no secret of a store.
+    let kept = keep(&host, &site, handover, Mask::default(), &cancel, |facts| {
         screen.data(facts, String::new);
         // The command that waited for it is about to go.
         if let Ok(null) = OpenOptions::new().write(true).open("/dev/null") {
             let _stays_open = rustix::stdio::dup2_stdout(null);
         }
     });
-    kept.await.map_err(CliError::from_failure)?;
+    let kept = kept.await;
+    // Where no controller of the home runs now, the next command that asks for the record hands it in.
+    home_queue::hand_in_if_there(&operator.home).await;
+    kept.map_err(CliError::from_failure)?;
     Ok(0)
 }
