@@ -303,17 +303,18 @@ mod tests {
     #[test]
     fn what_was_reached_is_known_only_where_it_was_told() {
         let line = json!({ "rule": "a.example.org:443/tls", "connections": 1, "bytes_out": 1, "bytes_in": 1 });
-        let told = |learned, more| {
-            let list = reached(&json!({ "learned": learned, "learned_more": more }));
-            list.map(|reached| (reached.list.len(), reached.more))
+        let told = |more, missing: Option<&str>| {
+            let mut record = Record {
+                learned: serde_json::from_value(json!([line])).expect("a line"),
+                missing: missing.map(str::to_owned),
+                ..Record::default()
+            };
+            record.egress.left_out.learned = more;
+            reached(&record).map(|reached| (reached.list.len(), reached.more))
         };
-        assert_eq!(told(json!([line]), json!(3)), Some((1, 3)));
-        assert_eq!(told(json!([line]), json!(null)), Some((1, 0)));
-        assert_eq!(
-            reached(&json!({ "measured": {} })),
-            Some(Reached::default())
-        );
-        assert_eq!(told(json!("?"), json!(0)), None);
-        assert_eq!(told(json!([line]), json!("many")), None);
+        assert_eq!(told(3, None), Some((1, 3)));
+        assert_eq!(told(0, None), Some((1, 0)));
+        assert_eq!(told(0, Some("a part of it")), None);
+        assert_eq!(reached(&Record::default()), Some(Reached::default()));
     }
 }
