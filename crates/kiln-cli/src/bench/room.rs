@@ -1,5 +1,5 @@
 //! Benchmarks of the clean room, each as a user's own commands do it: a folder on its way in, the machine's end, many runs at once, and the
-//! way of a line to a kept machine and back.
+//! way of a key to a console and back.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -25,10 +25,12 @@ const FILE_BYTES: usize = 10_000;
 const FOLDERS: usize = 50;
 /// Runs at once.
 const AT_ONCE: usize = 16;
-/// Lines of one sample.
-const LINES: usize = 50;
-/// Longest time for one line.
-const LINE_MAX: Duration = Duration::from_secs(20);
+/// Keys of one sample.
+const KEYS: usize = 50;
+/// Longest time for one key.
+const KEY_MAX: Duration = Duration::from_secs(20);
+/// What leaves a console when it comes twice in a row.
+const LEAVE: u8 = 0x1d;
 
 /// `room`.
 pub(super) async fn room(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
@@ -64,7 +66,7 @@ pub(super) async fn room(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
         }
     }
     at_once(bench, report).await?;
-    lines(bench, report).await
+    console(bench, report).await
 }
 
 /// kiln's own commands said something else than they do.
@@ -148,8 +150,8 @@ async fn at_once(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// A line to `cat` in a kept machine and back, on one connection, as a console's keys go.
-async fn lines(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
+/// Keys to a console in a machine that is kept for it.
+async fn console(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     const KEEP: [&str; 5] = ["run", "--no-source", "--keep=10m", "--", "true"];
     let before = said(bench, &["machine", "list", "--json"]).await?;
     child::kiln(bench, &KEEP.map(OsStr::new)).await?;
@@ -164,41 +166,69 @@ async fn lines(bench: &Bench<'_>, report: &mut Report) -> Result<()> {
     measured
 }
 
+/// Keys to a shell's terminal in a kept machine, through `kiln console` on a terminal of this host: from the key to its echo.
 async fn round_trips(bench: &Bench<'_>, id: &str, report: &mut Report) -> Result<()> {
-    let mut cat = Command::new(THIS_PROGRAM)
-        .args(["exec", "-i", id, "--", "cat"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
+    let (mut keys, screen) = terminal().or_infrastructure()?;
+    let mut console = Command::new(THIS_PROGRAM)
+        .args(["console", id, "--", "sh", "-c", "echo ready; exec cat"])
+        .stdin(screen.try_clone().or_infrastructure()?)
+        .stdout(screen)
         .stderr(Stdio::null())
         .kill_on_drop(true)
         .spawn()
         .or_infrastructure()?;
-    let (Some(mut to), Some(mut from)) = (cat.stdin.take(), cat.stdout.take()) else {
-        return Err(unexpected("the command has no pipes"));
-    };
-    for number in 0..=bench.samples * LINES {
-        let began = Instant::now();
-        let trip = async {
-            to.write_all(b"line\n").await?;
-            to.flush().await?;
-            from.read_exact(&mut [0; 5]).await
-        };
-        let trip = tokio::select! {
-            trip = tokio::time::timeout(LINE_MAX, trip) => trip,
-            () = bench.cancel.cancelled() => return Err(cancelled()),
-        };
-        trip.or_infrastructure()?.or_infrastructure()?;
-        // The first one waits for the command's start.
-        if number > 0 {
+    // From here on this host's terminal echoes nothing itself.
+    let mut said = Vec::new();
+    while !said.ends_with(b"ready\r\n") {
+        said.push(key(bench, &mut keys, None).await?);
+    }
+    for _ in 0..bench.samples {
+        for _ in 0..KEYS {
+            let began = Instant::now();
+            key(bench, &mut keys, Some(b'x')).await?;
             let promise = Some(Promise::MedianAtMost(10.0));
-            report.time(
-                "a line to a kept machine and back",
-                promise,
-                began.elapsed(),
-            );
+            report.time("a key to a console and its echo", promise, began.elapsed());
+        }
+        // The end of a line, and the line once more, from `cat`.
+        key(bench, &mut keys, Some(b'\n')).await?;
+        for _ in 0..KEYS + 3 {
+            key(bench, &mut keys, None).await?;
         }
     }
-    drop(to);
-    let _ended = cat.wait().await.or_infrastructure()?;
+    for _ in 0..2 {
+        keys.write_all(&[LEAVE]).await.or_infrastructure()?;
+    }
+    keys.flush().await.or_infrastructure()?;
+    let _ended = console.wait().await.or_infrastructure()?;
     Ok(())
+}
+
+/// Types a key, if there is one; gives the next byte on the screen.
+async fn key(bench: &Bench<'_>, keys: &mut tokio::fs::File, typed: Option<u8>) -> Result<u8> {
+    let mut shown = [0];
+    let trip = async {
+        if let Some(key) = typed {
+            keys.write_all(&[key]).await?;
+            keys.flush().await?;
+        }
+        keys.read_exact(&mut shown).await
+    };
+    let trip = tokio::select! {
+        trip = tokio::time::timeout(KEY_MAX, trip) => trip,
+        () = bench.cancel.cancelled() => return Err(cancelled()),
+    };
+    trip.or_infrastructure()?.or_infrastructure()?;
+    Ok(shown[0])
+}
+
+/// A terminal: what its user holds, and what a program is given.
+fn terminal() -> std::io::Result<(tokio::fs::File, std::os::fd::OwnedFd)> {
+    use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let user = openpt(flags)?;
+    grantpt(&user)?;
+    unlockpt(&user)?;
+    let program = ioctl_tiocgptpeer(&user, flags)?;
+    let user = tokio::fs::File::from_std(fs::File::from(user));
+    Ok((user, program))
 }

@@ -102,7 +102,8 @@ pub(crate) type Pace = Arc<Mutex<Duration>>;
 
 fn script(worker: &str, ledger: &Arc<Ledgered>, pace: &Pace) -> Script {
     let (worker, ledger, pace) = (worker.to_owned(), Arc::clone(ledger), Arc::clone(pace));
-    Script::default().on(
+    let script = Script::default().on(&["ask"], crate::policy_cases::ask);
+    script.on(
         &["work"],
         move |call: &mut ExecCall| -> BoxFuture<'_, ExecEnd> {
             let ran = Ran {

@@ -37,6 +37,7 @@ mod kept_server;
 mod learn;
 mod ordinary_user;
 mod policy;
+mod policy_cases;
 mod push;
 mod registry;
 mod residue;
