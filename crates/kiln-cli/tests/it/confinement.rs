@@ -171,7 +171,11 @@ fn so_is_that_of_a_build_and_of_a_machine_that_is_kept() {
     ];
     let building = kiln.start(&args);
     let process = vmm_of(&kiln, &building, "-build");
-    // Its filter is in force when its threads run.
+    // A run has printed something when it is looked at; this one may still be QEMU on its way to its filter, in which no guest has run yet.
+    until("its filter", || {
+        let text = fs::read_to_string(process.join("status")).ok()?;
+        text.contains("\nSeccomp:\t2\n").then_some(())
+    });
     until("threads", || {
         (fs::read_dir(process.join("task")).ok()?.count() >= 2).then_some(())
     });
