@@ -48,6 +48,8 @@ impl Annex {
             fs::create_dir_all(&from).expect("folder");
             symlink(from, dir.path().join(name)).expect("link");
         }
+        // Made when a first machine stays, and empty again when its job has its record.
+        fs::create_dir_all(dir.path().join("machine-records")).expect("folder");
         for name in ["bases.json", "version.json", "probe.json"] {
             let _not_there_yet = fs::copy(kiln.home.join(name), dir.path().join(name));
         }

@@ -120,6 +120,9 @@ secrets:
     let id = kept["id"].as_str().expect("an id");
     annex.run(&["exec", id, "--", "sh", "-c", asks]).exits(0);
     annex.run(&["machine", "rm", id]).exits(0);
+    // Whoever asks for it brings its record to its job.
+    let told = annex.run(&["job", "egress", id]).exits(0);
+    assert!(told.out.contains("run.example.org"), "{told:?}");
 }
 
 #[test]
