@@ -224,7 +224,7 @@ fn files_of_which_no_machine_is_made_are_refused_before_anything_starts() {
     assert_eq!(queued(), before, "nothing of it was queued");
     let app = crate::support::app(&[(
         "kiln.yaml",
-        "version: 1\nimage: registry.kiln.internal/shared/node:20-build@sha256:0000000000000000000000000000000000000000000000000000000000000000\n",
+        "version: 1\nimage: shared/node:20-build@sha256:0000000000000000000000000000000000000000000000000000000000000000\n",
     )]);
     let mut command = kiln.command(&[&run[..], &["--", "x"]].concat());
     command.current_dir(app.path());
