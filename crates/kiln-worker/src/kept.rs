@@ -24,7 +24,8 @@ mod journal;
 pub mod keeper;
 
 use std::fs;
-use std::io::Read as _;
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -62,6 +63,22 @@ pub struct Keep {
     pub stays: Duration,
     /// Only when the command failed.
     pub on_failure_only: bool,
+}
+
+/// Writes a private file, which appears whole or not at all; `lasting`: also when the host loses its power now.
+fn write_whole(path: &Path, bytes: &[u8], lasting: bool) -> io::Result<()> {
+    let fresh = path.with_added_extension("new");
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&fresh)?;
+    file.write_all(bytes)?;
+    if lasting {
+        file.sync_all()?;
+    }
+    fs::rename(&fresh, path)
 }
 
 /// Where a machine's files lie.

@@ -9,8 +9,8 @@
 //! after its last note is lost, and the record says that it has no end.
 
 use std::fs;
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::io::{self, Read as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -80,18 +80,7 @@ pub(super) fn note(
     if !path.exists() {
         make_room(&dir);
     }
-    let fresh = path.with_added_extension("new");
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&fresh)?;
-    file.write_all(&serde_json::to_vec(&note)?)?;
-    if over {
-        file.sync_all()?;
-    }
-    fs::rename(&fresh, &path)
+    super::write_whole(&path, &serde_json::to_vec(&note)?, over)
 }
 
 fn told_of(attempt: AttemptId, summary: &EgressSummary, over: bool) -> MachineRecord {

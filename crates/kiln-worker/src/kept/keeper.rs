@@ -4,9 +4,7 @@
 //! that one process: its gateway, its socket, its deadline. It ends the machine at its deadline, when it is told to, when the guest breaks the
 //! protocol or powers off; and its own death, by whatever signal, leaves the machine to the next command's reaper.
 
-use std::fs;
-use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -300,18 +298,8 @@ fn facts_of(mut machine: Handover) -> Facts {
     }
 }
 
-/// Appears whole or not at all.
 fn write_facts(dir: &Path, facts: &Facts) -> io::Result<()> {
-    let path = dir.join(FACTS_FILE);
-    let fresh = path.with_added_extension("new");
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&fresh)?;
-    file.write_all(&serde_json::to_vec(facts)?)?;
-    fs::rename(&fresh, &path)
+    super::write_whole(&dir.join(FACTS_FILE), &serde_json::to_vec(facts)?, false)
 }
 
 /// Holds room in the host's ledger for as long as this is not dropped. The machine runs meanwhile: it had its room a moment ago.

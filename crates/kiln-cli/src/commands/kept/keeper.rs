@@ -30,6 +30,11 @@ use crate::show::Screen;
 
 /// Longest wait for a keeper to adopt its machine.
 const READY_TIMEOUT: Duration = Duration::from_secs(45);
+/// Most bytes of a handover, and of the answer.
+const HANDOVER_BYTES_MAX: u64 = 512 * 1024;
+/// This very program, also when its file was replaced meanwhile.
+pub(super) const PROGRAM: &str = "/proc/self/exe";
+
 /// What the process of a keeper is given.
 #[derive(Debug, Serialize, Deserialize)]
 struct Given {
@@ -39,11 +44,6 @@ struct Given {
     #[serde(default)]
     own: Vec<String>,
 }
-
-/// Most bytes of a handover, and of the answer.
-const HANDOVER_BYTES_MAX: u64 = 512 * 1024;
-/// This very program, also when its file was replaced meanwhile.
-pub(super) const PROGRAM: &str = "/proc/self/exe";
 
 /// Hands a machine without an owner over to a keeper.
 ///
@@ -162,7 +162,7 @@ pub(in crate::commands) async fn run(screen: Screen, cancel: CancellationToken) 
     OwnPlaces::of_process().set(CONTROLLER, own.iter().map(String::as_str));
     // Before the machine is its own: from then on nobody else answers for it.
     let _watched = watch::begin(&handover).or_infrastructure()?;
-    // A command's own machine has no secret of a store.
+    // The values of the command's secrets ended with it: what its machine asks for from now on is recorded as it is.
     let kept = keep(&host, &site, handover, Mask::default(), &cancel, |facts| {
         screen.data(facts, String::new);
         // The command that waited for it is about to go.
