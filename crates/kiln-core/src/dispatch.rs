@@ -26,6 +26,8 @@ pub const POLICY_GENERATION: u32 = 2;
 pub const KEEP_GENERATION: u32 = 2;
 /// First generation whose workers let somebody hold a command's streams while it runs.
 pub const ATTEND_GENERATION: u32 = 3;
+/// First generation whose workers read the policy of an untrusted commit from a trusted ref of its repository.
+pub const POLICY_REF_GENERATION: u32 = 3;
 /// First generation whose workers bound the rate of a machine's disks and the open files of its processes.
 pub const BOUNDS_GENERATION: u32 = 3;
 

@@ -250,6 +250,10 @@ pub struct SourceBuild {
     /// It is held to the policy that lies at the top of the commit it is built from, if one does: known when the host has the commit.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub repository_policy: bool,
+    /// Ref of the same repository whose policy holds it in place of the one in its own commit, by its full name or `HEAD`: of a job whose own
+    /// ref is not trusted, and whose repository has one that is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy_ref: Option<String>,
 }
 
 /// A source-to-image job.
@@ -469,7 +473,11 @@ impl JobRequest {
             policy.disk_bytes_per_second.is_some() || policy.open_files_max.is_some()
         });
         let bounds = bounded.then_some(crate::dispatch::BOUNDS_GENERATION);
-        policy.max(keep).max(attended).max(bounds).unwrap_or(1)
+        let elsewhere =
+            matches!(&self.kind, JobKind::SourceBuild(build) if build.policy_ref.is_some());
+        let elsewhere = elsewhere.then_some(crate::dispatch::POLICY_REF_GENERATION);
+        let newest = policy.max(keep).max(attended).max(bounds).max(elsewhere);
+        newest.unwrap_or(1)
     }
 
     /// What somebody holds of it while it runs, if anybody does.

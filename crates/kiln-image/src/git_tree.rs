@@ -20,4 +20,4 @@ pub use object::{
     EntryMode, IdHasher, ObjectId, ObjectKind, ParseIdError, TreeEntry, id_of, parse_tree,
     tree_of_commit,
 };
-pub use receive::{COMMIT_BYTES_MAX, Progress, Received, TREE_BYTES_MAX, receive};
+pub use receive::{COMMIT_BYTES_MAX, Progress, Received, TREE_BYTES_MAX, read_files, receive};

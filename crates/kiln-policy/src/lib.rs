@@ -45,5 +45,5 @@ pub use learned::{CannotWrite, with_learned};
 pub use policy::{Image, Phase, PhaseNetwork, Policy};
 pub use run::{Asked, Held, Mode, Refusal, below, hold_run, other_image, runnable};
 pub use starter::{StarterFacts, starter};
-pub use trust::{TrustedRef, UntrustedSource, trusted_source};
+pub use trust::{TrustedRef, UntrustedSource, policy_ref, trusted_source};
 pub use yaml::{DEPTH_MAX, FILE_BYTES_MAX, NODES_MAX};

@@ -180,6 +180,23 @@ pub fn trusted_source(
     }
 }
 
+/// The ref whose policy holds an untrusted job of a repository: the first entry of `trusted_refs` that names one ref of it, and not all
+/// below one. None where the operator trusts no such ref: what the job's own commit says then only takes away.
+#[must_use]
+pub fn policy_ref(kind: &JobKind, grants: &Grants, tenant: &TenantName) -> Option<String> {
+    let Some(Source::Git { url, .. }) = kind.source() else {
+        return None;
+    };
+    let repository = Repository::of_url(url)?;
+    let refs = grants.of(tenant).trusted_refs;
+    let mut single = refs
+        .into_iter()
+        .filter(|one| !one.reference.ends_with(ALL_BELOW));
+    single
+        .find(|one| one.repository == repository)
+        .map(|one| one.reference)
+}
+
 /// As git takes it: an id, whatever branch is called so.
 fn is_commit(reference: &str) -> bool {
     matches!(reference.len(), 40 | 64) && reference.bytes().all(|b| b.is_ascii_hexdigit())
@@ -298,6 +315,24 @@ trusted_uploads = true
             let commit = of("both", &git(app, &id, None));
             assert_eq!(commit, Err(UntrustedSource::Commit));
         }
+    }
+
+    #[test]
+    fn a_policy_is_read_at_the_first_single_ref_of_the_repository() {
+        let grants = Grants::parse("policy.toml", GRANTS).expect("legal");
+        let at = |tenant: &str, url: &str| {
+            let tenant = tenant.parse().expect("tenant");
+            policy_ref(&git(url, "feature", None), &grants, &tenant)
+        };
+        let (app, lib) = (
+            "https://git.example.org/team/app",
+            "https://git.example.org/team/lib",
+        );
+        assert_eq!(at("acme", app).as_deref(), Some("refs/heads/main"));
+        assert_eq!(at("acme", lib).as_deref(), Some("HEAD"));
+        assert_eq!(at("both", app), None, "all branches are not one");
+        assert_eq!(at("acme", "https://git.example.org/fork/app"), None);
+        assert_eq!(at("other", app), None);
     }
 
     #[test]

@@ -472,12 +472,15 @@ impl fmt::Debug for Secrets {
     }
 }
 
-/// `POST /worker/v1/jobs/{job}/policy`: what the policy in the commit that a build is made from means for it. The worker read the files from
-/// the tree that it proved; the controller compiles the one that counts and bounds it by what the operator grants.
+/// `POST /worker/v1/jobs/{job}/policy`: what the policy in the commit that a build is made from, or in a trusted ref beside it, means for it.
+/// The worker read the files from the tree that it proved; the controller compiles the one that counts and bounds it by what the operator grants.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct AskPolicy {
     /// Every file whose name counts, [`kiln_core::job::POLICY_NAMES`], and its text.
     pub files: BTreeMap<String, String>,
+    /// The ref they were read at, if it is not the build's own: the job's `policy_ref`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
 }
 
 /// Answer to [`AskPolicy`].

@@ -8,7 +8,7 @@ mod address;
 mod git;
 mod place;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -23,6 +23,7 @@ use kiln_network::gateway::{Gateway, GatewayConfig, Services as KilnNames};
 use kiln_network::record::{EgressLog, EgressSummary};
 use kiln_proto::Session;
 use kiln_proto::msg::Place;
+use tokio::io::DuplexStream;
 use tokio::sync::mpsc;
 use tokio_util::io::SyncIoBridge;
 use tokio_util::sync::CancellationToken;
@@ -64,12 +65,36 @@ pub struct CheckoutInput {
     pub proxy: ProxyConfig,
     /// Its ref is fetched by exactly this name, or not at all: git would take another that ends with it where there is none.
     pub exact: bool,
+    /// What else of the repository is looked at.
+    pub beside: Option<Beside>,
     /// How large the tree may be.
     pub limits: Limits,
     /// How long it may take in all.
     pub timeout: Duration,
     /// Bytes per second of its network, each way; none means no bound.
     pub bytes_per_second: Option<std::num::NonZeroU64>,
+}
+
+/// Files of another ref of the repository, taken before anything of the commit itself is fetched.
+#[derive(Clone, Debug)]
+pub struct Beside {
+    /// Which ref, by exactly this name.
+    pub reference: Reference,
+    /// Which files; those that are not there are left out.
+    pub names: &'static [&'static str],
+    /// Most bytes of each.
+    pub bytes_max: u64,
+}
+
+/// What was found of a [`Beside`].
+#[derive(Clone, Debug)]
+pub struct FilesBeside {
+    /// Its ref.
+    pub reference: String,
+    /// The commit that the server named for it.
+    pub commit: ObjectId,
+    /// Its files, their ids recomputed here.
+    pub files: BTreeMap<String, Vec<u8>>,
 }
 
 /// A commit's files on this host.
@@ -79,6 +104,8 @@ pub struct Checkout {
     pub dir: Arc<CheckoutDir>,
     /// The commit, its ids recomputed here.
     pub git: GitCommit,
+    /// What else of the repository was asked for.
+    pub beside: Option<FilesBeside>,
     /// What the machine reached and was refused.
     pub egress: EgressSummary,
 }
@@ -116,7 +143,7 @@ pub async fn checkout(
     )
     .await;
     let egress = egress.snapshot().summary();
-    let received = result.map_err(|failure| refused(failure, &egress))?;
+    let (received, beside) = result.map_err(|failure| refused(failure, &egress))?;
     tell(&received, &input.address, events).await;
     events.note(egress.to_string()).await;
     let git = GitCommit {
@@ -125,7 +152,12 @@ pub async fn checkout(
         commit: received.commit.to_string(),
         tree: received.tree.to_string(),
     };
-    Ok(Checkout { dir, git, egress })
+    Ok(Checkout {
+        dir,
+        git,
+        beside,
+        egress,
+    })
 }
 
 async fn in_time(
@@ -135,7 +167,7 @@ async fn in_time(
     egress: Arc<EgressLog>,
     events: &Events,
     cancel: &CancellationToken,
-) -> Result<Received, Failure> {
+) -> Result<Fetched, Failure> {
     let work = async {
         let attempt = start(host, input, egress, events).await?;
         let result = fetch(&attempt, input, dir, events).await;
@@ -186,12 +218,15 @@ async fn start(
     Attempt::start(host, wanted, ticket, Gateway::new(config), events).await
 }
 
+/// A commit's files, and what else was asked for.
+type Fetched = (Received, Option<FilesBeside>);
+
 async fn fetch(
     attempt: &Attempt,
     input: &CheckoutInput,
     dir: Arc<CheckoutDir>,
     events: &Events,
-) -> Result<Received, Failure> {
+) -> Result<Fetched, Failure> {
     let disk = DiskSlot {
         role: DiskRole::Scratch,
         backing: None,
@@ -212,11 +247,17 @@ async fn fetch(
     git.run(session, "make a repository", &init, SHORT, events)
         .await?
         .check("make a repository")?;
+    // First: nothing that the commit's author wrote came near git in this machine yet.
+    let found = match &input.beside {
+        Some(wanted) => Some(beside(&git, session, input, wanted, events).await?),
+        None => None,
+    };
+    let wanted = &input.address.reference;
     if input.exact {
-        advertised(&git, session, input, events).await?;
+        advertised(&git, session, input, wanted, events).await?;
     }
-    let commit = fetched(&git, session, input, events).await?;
-    if let Reference::Commit(asked) = &input.address.reference
+    let commit = fetched(&git, session, input, wanted, events).await?;
+    if let Reference::Commit(asked) = wanted
         && *asked != commit
     {
         return Err(Failure::new(
@@ -226,7 +267,36 @@ async fn fetch(
         .hint("give the commit's id"));
     }
     let received = take(&git, session, commit, dir, input.limits, events).await?;
-    Ok(received)
+    Ok((received, found))
+}
+
+/// Takes files of another ref.
+async fn beside(
+    git: &Git,
+    session: &Session,
+    input: &CheckoutInput,
+    wanted: &Beside,
+    events: &Events,
+) -> Result<FilesBeside, Failure> {
+    let reference = &wanted.reference;
+    let work = async {
+        advertised(git, session, input, reference, events).await?;
+        let commit = fetched(git, session, input, reference, events).await?;
+        let (names, bytes_max) = (wanted.names, wanted.bytes_max);
+        let files = objects(git, session, move |answers, questions| {
+            git_tree::read_files(answers, questions, commit, names, bytes_max)
+        });
+        Ok((commit, files.await?))
+    };
+    let (commit, files) = work.await.map_err(|failure: Failure| Failure {
+        message: format!("{reference} of the repository: {}", failure.message),
+        ..failure
+    })?;
+    Ok(FilesBeside {
+        reference: reference.to_string(),
+        commit,
+        files,
+    })
 }
 
 /// The server has a ref of exactly this name: git, which would look for others, then takes this one.
@@ -234,9 +304,10 @@ async fn advertised(
     git: &Git,
     session: &Session,
     input: &CheckoutInput,
+    reference: &Reference,
     events: &Events,
 ) -> Result<(), Failure> {
-    let (wanted, url) = (input.address.reference.refspec(), &input.address.url);
+    let (wanted, url) = (reference.refspec(), &input.address.url);
     let what = "look for the ref";
     let args = [
         "-C",
@@ -306,9 +377,10 @@ async fn fetched(
     git: &Git,
     session: &Session,
     input: &CheckoutInput,
+    reference: &Reference,
     events: &Events,
 ) -> Result<ObjectId, Failure> {
-    let refspec = input.address.reference.refspec();
+    let refspec = reference.refspec();
     let what = "fetch the repository";
     let args = fetch_words(&input.address.url, &refspec);
     git.run(session, what, &args, input.timeout, events)
@@ -349,22 +421,9 @@ async fn take(
     limits: Limits,
     events: &Events,
 ) -> Result<Received, Failure> {
-    let what = "send the commit's objects";
-    let mut request = git.request(&["-C", REPOSITORY, "cat-file", "--batch"], Duration::ZERO);
-    request.stdin = true;
-    let (questions, stdin) = tokio::io::duplex(QUESTION_BYTES);
-    let (sender, chunks) = mpsc::channel(CHUNKS);
-    let (_no_orders, control) = mpsc::channel(1);
-    let said = Arc::new(Mutex::new(Said::default()));
-    let answers = Answers {
-        chunks,
-        now: VecDeque::new(),
-        said: Arc::clone(&said),
-    };
     let told = events.clone();
-    let questions = SyncIoBridge::new(questions);
     // The folder is held by the thread that writes it: it is not removed under its hands.
-    let taking = tokio::task::spawn_blocking(move || {
+    let work = move |answers: Answers, questions| {
         let mut last = 0;
         git_tree::receive(answers, questions, commit, dir.path(), limits, &mut |now| {
             let percent = now.blobs * 100 / now.blobs_all.max(1);
@@ -382,7 +441,30 @@ async fn take(
                 });
             }
         })
-    });
+    };
+    objects(git, session, work).await
+}
+
+/// Lets `work` ask a `git cat-file --batch` of the machine.
+async fn objects<T: Send + 'static>(
+    git: &Git,
+    session: &Session,
+    work: impl FnOnce(Answers, SyncIoBridge<DuplexStream>) -> Result<T, GitTreeError> + Send + 'static,
+) -> Result<T, Failure> {
+    let what = "send the commit's objects";
+    let mut request = git.request(&["-C", REPOSITORY, "cat-file", "--batch"], Duration::ZERO);
+    request.stdin = true;
+    let (questions, stdin) = tokio::io::duplex(QUESTION_BYTES);
+    let (sender, chunks) = mpsc::channel(CHUNKS);
+    let (_no_orders, control) = mpsc::channel(1);
+    let said = Arc::new(Mutex::new(Said::default()));
+    let answers = Answers {
+        chunks,
+        now: VecDeque::new(),
+        said: Arc::clone(&said),
+    };
+    let questions = SyncIoBridge::new(questions);
+    let taking = tokio::task::spawn_blocking(move || work(answers, questions));
     let io = ExecIo {
         stdin: Some(Box::new(stdin)),
         output: sender,

@@ -181,6 +181,7 @@ fn wanted(
         no_cache: args.no_cache,
         only_network: false,
         repository_policy: super::build_policy::of_repository(args),
+        policy_ref: None,
     };
     Ok((wanted, folder))
 }

@@ -234,10 +234,21 @@ impl World {
         std::fs::write(self.at("token"), TOKEN).expect("write");
     }
 
+    /// Beside the branch that is trusted, one with a policy that nobody could follow.
+    fn feature(&self) {
+        self.git("shop.git", &["checkout", "-q", "-b", "feature"]);
+        std::fs::write(self.at("shop.git/kiln.yaml"), "version: 1\nwrong: x\n").expect("write");
+        let dockerfile = "FROM scratch\nCOPY words /words\n";
+        std::fs::write(self.at("shop.git/Dockerfile"), dockerfile).expect("write");
+        self.git("shop.git", &["add", "-A"]);
+        self.git("shop.git", &["commit", "-q", "-m", "two"]);
+        self.git("shop.git", &["checkout", "-q", "main"]);
+    }
+
     /// A tenant may read two of them, one with the host's login; no other tenant reads any.
     fn grants(&self, tenant: &str) {
         let grant = format!(
-            "[tenant.{tenant}]\ntrusted_uploads = true\ngit = [{{ repository = \"{HOST}/private/*\", secret = \"IT_GIT\", user = \"ci\" }}, \"{HOST}/public/*\"]\n\
+            "[tenant.{tenant}]\ntrusted_uploads = true\ntrusted_refs = ['{HOST}/shop@refs/heads/main', '{HOST}/shop@refs/heads/gone']\ngit = [{{ repository = \"{HOST}/private/*\", secret = \"IT_GIT\", user = \"ci\" }}, \"{HOST}/public/*\"]\n\
              [tenant.\"*\"]\ngit = []\n"
         );
         std::fs::write(self.at("config/policy.toml"), grant).expect("write");
@@ -570,19 +581,38 @@ fn a_server_reads_a_tenants_repositories_with_its_credential() {
     world.only_what_was_granted(&ran);
     world.every_decision_is_told(&["IT_GIT", "--tenant", "acme"]);
     // A build of a commit is held to the policy in it, as without a server.
-    let build = [
-        "--server",
-        &url,
-        "--ca",
-        path(&ca),
-        "build",
-        &format!("https://{HOST}/shop.git"),
-        "--disk",
-        "1G",
-    ];
-    let mut build = world.command(&build);
-    build.env("KILN_TOKEN", token.trim());
-    said(build).exits(4).says("kiln.yaml:4").says("not grant");
+    let build = |fragment: &str| {
+        let source = format!("https://{HOST}/shop.git{fragment}");
+        let build = ["--server", &url, "--ca", path(&ca), "build", &source];
+        let mut build = world.command(&[&build[..], &["--disk", "1G"]].concat());
+        build.env("KILN_TOKEN", token.trim());
+        said(build)
+    };
+    // A trusted ref is fetched by its full name, and what only ends with that name is not it.
+    world.git("shop.git", &["tag", "refs/heads/gone"]);
+    let main = build("#main").exits(4);
+    let main = main
+        .says("at refs/heads/main is commit")
+        .says("kiln.yaml:4");
+    assert!(!main.err.contains("untrusted"), "{main:?}");
+    let gone = build("#gone").exits(2);
+    gone.says("no ref that is called exactly refs/heads/gone");
+    // What anybody may have written has the policy of the trusted ref: its own, which is wrong, is not read.
+    world.feature();
+    let open = build("#feature").exits(4).says("kiln.yaml:4");
+    let open = open.says("this is the policy of refs/heads/main (commit ");
+    open.says(&format!("does not name {HOST}/shop@refs/heads/feature"));
+    world.git("shop.git", &["rm", "-q", "kiln.yaml"]);
+    world.git("shop.git", &["commit", "-q", "-m", "no policy"]);
+    // Where that ref has none, the commit's own takes away.
+    build("#feature")
+        .exits(2)
+        .says("the policy in the commit is wrong");
+    std::fs::write(world.at("shop.git/kiln.yaml"), "version: 1\n").expect("write");
+    world.git("shop.git", &["add", "-A"]);
+    world.git("shop.git", &["commit", "-q", "-m", "a policy"]);
+    let built = build("#feature").exits(0);
+    built.says("policy: kiln.yaml of refs/heads/main (commit ");
     server.signal("INT");
     server.end().exits(0);
     annex.is_clear();

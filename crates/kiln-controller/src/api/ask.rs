@@ -489,6 +489,7 @@ impl BuildAsk {
             no_cache: self.no_cache,
             only_network: false,
             repository_policy: self.git_url.is_some() && self.policy.is_none() && !self.no_policy,
+            policy_ref: None,
         }))
     }
 }
@@ -629,7 +630,7 @@ pub(crate) fn new_job(
             Problem::invalid(field, outside.bounds()).hint(hint)
         })?;
     let trust = trust_of(caller, common.trust.as_deref(), rule.source)?;
-    let (trust, untrusted) = settle(&mut kind, trust);
+    let (trust, untrusted) = settle(&mut kind, trust, rule.policy_ref);
     if let Some(address) = &common.notify_url {
         let usable = Destination::accept(address, &config.receivers);
         usable.map_err(|why| Problem::invalid("notify_url", why.to_string()))?;

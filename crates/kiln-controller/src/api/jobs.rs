@@ -324,7 +324,8 @@ pub(crate) async fn retry(
     let source = kiln_policy::trusted_source(&request.kind, &grants, &request.tenant);
     let then = (request.trust == TrustClass::Untrusted).then_some("untrusted");
     let trust = trust_of(&caller, then, source)?;
-    let (trust, untrusted) = settle(&mut request.kind, trust);
+    let policy_ref = kiln_policy::policy_ref(&request.kind, &grants, &request.tenant);
+    let (trust, untrusted) = settle(&mut request.kind, trust, policy_ref);
     request.trust = trust;
     let (max, applied) = super::policy::still_stands(&request, &grants)?;
     request.policy = applied;

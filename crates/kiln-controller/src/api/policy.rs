@@ -23,7 +23,7 @@ use kiln_policy::policy::Resources;
 use kiln_policy::{
     BuildAsked, Compiled, Diagnostics, Format, GRANT_BYTES_MAX, Grants, Held, HeldBuild, Image,
     Maxima, Mode, Refusal, Removed, Standing, UntrustedSource, compile, hold_build, hold_run,
-    other_image, stands, trusted_source, unseen,
+    other_image, policy_ref, stands, trusted_source, unseen,
 };
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
@@ -121,6 +121,8 @@ pub(crate) struct Rule {
     pub(crate) notes: Vec<String>,
     /// Whether the operator trusts its source; of git the ref that is trusted, in full.
     pub(crate) source: Result<Option<String>, UntrustedSource>,
+    /// Where its policy is read if it is not.
+    pub(crate) policy_ref: Option<String>,
 }
 
 /// What the grant took away of a file, in words.
@@ -343,6 +345,7 @@ impl RunAsk {
             applied,
             notes,
             source: trusted_source(kind, grants, tenant),
+            policy_ref: policy_ref(kind, grants, tenant),
         })
     }
 
@@ -438,6 +441,7 @@ impl BuildAsk {
             applied,
             notes,
             source: trusted_source(kind, grants, tenant),
+            policy_ref: policy_ref(kind, grants, tenant),
         })
     }
 }

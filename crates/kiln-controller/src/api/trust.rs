@@ -84,8 +84,15 @@ pub(crate) fn trust_of(
     }
 }
 
-/// Makes it so: what is trusted is fetched by its full name.
-pub(crate) fn settle(kind: &mut JobKind, trust: Trust) -> (TrustClass, Option<Untrusted>) {
+/// Makes it so: what is trusted is fetched by its full name, and what is not has the policy of `policy_ref`, if its repository has one.
+pub(crate) fn settle(
+    kind: &mut JobKind,
+    trust: Trust,
+    policy_ref: Option<String>,
+) -> (TrustClass, Option<Untrusted>) {
+    if let JobKind::SourceBuild(build) = kind {
+        build.policy_ref = policy_ref.filter(|_| build.repository_policy && trust.is_err());
+    }
     let exact = match trust {
         Ok(exact) => exact,
         Err(why) => return (TrustClass::Untrusted, Some(why)),

@@ -1,5 +1,5 @@
-//! The policy in the commit that a build is made from. It is known only when a worker has proven the commit: the worker reads the file from
-//! the tree that it wrote itself, and here it is compiled and bounded by what the operator grants, before the machine of the build starts.
+//! The policy in the commit that a build is made from, or in a trusted ref of its repository. It is known only when a worker has proven the
+//! commit: the worker reads the file from the objects that it checked itself, and here it is compiled and bounded by what the operator grants, before the machine of the build starts.
 
 use std::time::Instant;
 
@@ -37,6 +37,9 @@ pub(super) async fn judge(
         JobKind::SourceBuild(build) if build.repository_policy => build,
         _ => return Err(Refused::bad("no commit says what this job may do")),
     };
+    if ask.reference.is_some() && ask.reference != build.policy_ref {
+        return Err(Refused::bad("another ref's policy counts for this job"));
+    }
     let grants = grants(&controller).await?;
     let answer = match answer(
         &controller.settings.ceiling,
@@ -81,9 +84,10 @@ fn no(class: FailureClass, message: impl Into<String>, hint: Option<String>) -> 
 /// The policy of the commit, if it has one.
 fn of_commit(ask: &AskPolicy) -> Result<Option<Compiled>, PolicyAnswer> {
     let usage = |message: String, hint| no(FailureClass::Usage, message, hint);
+    let place = ask.reference.as_deref().unwrap_or("the commit");
     let choice = choose(|name| ask.files.contains_key(name)).map_err(|error| {
         let hint = "keep one policy, called kiln.yaml or cleanroom.yaml";
-        usage(format!("in the commit: {error}"), Some(hint.to_owned()))
+        usage(format!("in {place}: {error}"), Some(hint.to_owned()))
     })?;
     let Some(choice) = choice else {
         return Ok(None);
@@ -98,7 +102,7 @@ fn of_commit(ask: &AskPolicy) -> Result<Option<Compiled>, PolicyAnswer> {
     let compiled = compiled.map_err(|wrong| {
         let text = wrong.to_string();
         usage(
-            format!("the policy in the commit is wrong\n\n{}", text.trim_end()),
+            format!("the policy in {place} is wrong\n\n{}", text.trim_end()),
             None,
         )
     })?;
@@ -126,6 +130,10 @@ fn answer(
     let (tenant, file) = (&request.tenant, &compiled);
     let held = match request.trust {
         TrustClass::Trusted => {
+            hold_build(Some(file), grants, tenant, &asked).map(|held| (held, None))
+        }
+        // Whoever wrote the commit may be anybody; whoever wrote this file is trusted.
+        TrustClass::Untrusted if ask.reference.is_some() => {
             hold_build(Some(file), grants, tenant, &asked).map(|held| (held, None))
         }
         // Whoever wrote the commit may be anybody: what it says takes away, and gives nothing.
@@ -215,6 +223,7 @@ mod tests {
         };
         let ask = AskPolicy {
             files: [(file.0.to_owned(), file.1.to_owned())].into(),
+            reference: None,
         };
         let grants = Grants::parse("policy.toml", grants).expect("legal");
         let ceiling = Ceiling::default();
@@ -283,6 +292,7 @@ mod tests {
         let build = build.clone();
         let ask = AskPolicy {
             files: [("kiln.yaml".to_owned(), secret.to_owned())].into(),
+            reference: None,
         };
         let with = |trust| {
             let request = JobRequest {
@@ -301,6 +311,38 @@ mod tests {
         let untrusted = with(TrustClass::Untrusted);
         assert_eq!(untrusted.network, kiln_core::NetworkPolicy::Isolated);
         assert_eq!(untrusted.beyond.len(), 1);
+    }
+
+    #[test]
+    fn a_trusted_refs_policy_says_what_an_untrusted_commit_reaches() {
+        let mut request = request(&["c.example.org:443"], TrustClass::Untrusted);
+        request.network = kiln_core::NetworkPolicy::Isolated;
+        let JobKind::SourceBuild(build) = request.kind.clone() else {
+            panic!("a build");
+        };
+        let of = |reference: Option<&str>, grants: &str| {
+            let ask = AskPolicy {
+                files: [("kiln.yaml".to_owned(), FILE.to_owned())].into(),
+                reference: reference.map(str::to_owned),
+            };
+            let grants = Grants::parse("policy.toml", grants).expect("legal");
+            let answer = answer(&Ceiling::default(), (&request, &build), &ask, &grants);
+            held(answer.unwrap_or_else(|refused| refused))
+        };
+        let trusted = of(Some("refs/heads/main"), "");
+        assert_eq!(
+            (trusted.network.rules().len(), trusted.only_network),
+            (2, true)
+        );
+        assert_eq!(trusted.registries_within, None);
+        // The operator's grant bounds it all the same.
+        let one = of(
+            Some("refs/heads/main"),
+            "[tenant.acme]\nhosts = [\"a.example.org\"]\n",
+        );
+        assert_eq!(one.network.rules().len(), 1);
+        let own = of(None, "");
+        assert_eq!(own.network, kiln_core::NetworkPolicy::Isolated);
     }
 
     #[test]

@@ -352,6 +352,7 @@ mod tests {
             no_cache: false,
             only_network: false,
             repository_policy: false,
+            policy_ref: None,
         };
         let may = |build: &SourceBuild, tag: &str| {
             is_asked_for(build, "t/acme/", &tag.parse().expect("a name"))

@@ -297,6 +297,7 @@ mod tests {
             no_cache: false,
             only_network: false,
             repository_policy: false,
+            policy_ref: None,
         });
         let limits = Limits {
             cpus: 1,

@@ -291,6 +291,7 @@ async fn build(fleet: &Fleet, id: &str) -> JobId {
         no_cache: false,
         only_network: false,
         repository_policy: false,
+        policy_ref: None,
     });
     let submitted = fleet.db().submit(new).await.expect("submits");
     submitted.job.request.id

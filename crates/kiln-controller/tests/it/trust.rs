@@ -1,6 +1,6 @@
 //! How far a server's job is trusted: its token's word AND the operator's for its source, which is then fetched by its full name.
 
-use kiln_core::job::{Source, TrustClass};
+use kiln_core::job::{JobKind, Source, TrustClass};
 use serde_json::{Value, json};
 
 use crate::policies::Granting;
@@ -97,6 +97,29 @@ fn a_trusted_token_and_a_trusted_ref_make_a_trusted_job() {
             "{notes}"
         );
     }
+    // What is not trusted has the policy of the ref that is, unless it brings its own or wants none; what is has its own.
+    let policy_ref = |got: &Got| {
+        assert_eq!(got.status, 202, "{}", got.text());
+        match w.here.request(&got.value()).kind {
+            JobKind::SourceBuild(build) => build.policy_ref,
+            other => panic!("{other:?}"),
+        }
+    };
+    let of =
+        |reference: &str, more: &Value| policy_ref(&build(&w.trusted, APP, Some(reference), more));
+    let main_ref = Some("refs/heads/main".to_owned());
+    assert_eq!(of("feature", &none), main_ref);
+    assert_eq!(
+        policy_ref(&build(&w.untrusted, APP, Some("main"), &none)),
+        main_ref
+    );
+    assert_eq!(of("main", &none), None);
+    assert_eq!(of("feature", &json!({"no_policy": true})), None);
+    let fork = "https://git.example.org/fork/app";
+    assert_eq!(
+        policy_ref(&build(&w.trusted, fork, Some("main"), &none)),
+        None
+    );
     // A request can take its trust away; it cannot have more than there is.
     let less = build(
         &w.trusted,

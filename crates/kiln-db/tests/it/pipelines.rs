@@ -32,6 +32,7 @@ fn build(id: &str, name: &str) -> NewJob {
         no_cache: false,
         only_network: false,
         repository_policy: false,
+        policy_ref: None,
     });
     new
 }

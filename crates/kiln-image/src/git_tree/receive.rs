@@ -1,13 +1,15 @@
 //! The conversation with a `git cat-file --batch`: asks for a commit, its trees and its blobs, checks the id of each, and
 //! writes the files.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::{BufReader, Read, Write};
 use std::path::Path;
 
 use super::error::GitTreeError;
 use super::layout::{Layout, Node, NodeKind, Trees, shown};
-use super::object::{IdHasher, ObjectId, ObjectKind, tree_of_commit};
+use super::object::{
+    EntryMode, IdHasher, ObjectId, ObjectKind, TreeEntry, parse_tree, tree_of_commit,
+};
 use super::write::Folder;
 use crate::context::Limits;
 
@@ -93,6 +95,34 @@ pub fn receive(
         job.folder.link(path, &target)?;
     }
     Ok(job.received)
+}
+
+/// Takes these files of `commit` alone, each of at most `bytes_max` bytes; names that it does not have are left out. `answers` and `questions`
+/// as in [`receive`]. Blocks.
+///
+/// # Errors
+/// See [`GitTreeError`]; a name that is a link or a folder is refused, not left out.
+pub fn read_files(
+    answers: impl Read,
+    questions: impl Write,
+    commit: ObjectId,
+    names: &[&str],
+    bytes_max: u64,
+) -> Result<BTreeMap<String, Vec<u8>>, GitTreeError> {
+    let mut batch = Batch {
+        answers: BufReader::with_capacity(BUFFER_BYTES, answers),
+        questions,
+    };
+    batch.ask(commit)?;
+    let bytes = batch.whole(commit, ObjectKind::Commit, COMMIT_BYTES_MAX)?;
+    let root = batch.tree(tree_of_commit(commit, &bytes)?)?;
+    let mut files = BTreeMap::new();
+    for name in names {
+        if let Some(bytes) = batch.file(&root, name, bytes_max)? {
+            files.insert((*name).to_owned(), bytes);
+        }
+    }
+    Ok(files)
 }
 
 impl Received {
@@ -225,6 +255,61 @@ impl<R: Read, W: Write> Batch<R, W> {
             Ok(())
         })?;
         Ok(bytes)
+    }
+
+    fn tree(&mut self, id: ObjectId) -> Result<Vec<TreeEntry>, GitTreeError> {
+        self.ask(id)?;
+        let bytes = self.whole(id, ObjectKind::Tree, TREE_BYTES_MAX)?;
+        parse_tree(id, &bytes)
+    }
+
+    /// The file of this name below a tree, if there is one.
+    fn file(
+        &mut self,
+        root: &[TreeEntry],
+        name: &str,
+        bytes_max: u64,
+    ) -> Result<Option<Vec<u8>>, GitTreeError> {
+        let refuse = |why| GitTreeError::Name {
+            path: name.to_owned(),
+            why,
+        };
+        let mut below;
+        let mut entries = root;
+        let mut parts = name.split('/').peekable();
+        while let Some(part) = parts.next() {
+            let found = entries.iter().find(|entry| *entry.name == *part.as_bytes());
+            let Some(entry) = found else { return Ok(None) };
+            match (entry.mode, parts.peek().is_none()) {
+                (EntryMode::Link, _) => {
+                    return Err(refuse("it is a symbolic link, and those are not followed"));
+                }
+                (EntryMode::Tree, false) => {
+                    below = self.tree(entry.id)?;
+                    entries = &below;
+                }
+                (EntryMode::File | EntryMode::Executable, true) => {
+                    self.ask(entry.id)?;
+                    let size = self.header(entry.id, ObjectKind::Blob)?;
+                    if size > bytes_max {
+                        return Err(refuse("it is too large"));
+                    }
+                    let mut bytes = Vec::new();
+                    self.body(entry.id, ObjectKind::Blob, size, &mut |piece| {
+                        bytes.extend_from_slice(piece);
+                        Ok(())
+                    })?;
+                    return Ok(Some(bytes));
+                }
+                (EntryMode::Tree | EntryMode::Submodule, true) => {
+                    return Err(refuse("it is not a file"));
+                }
+                (EntryMode::File | EntryMode::Executable | EntryMode::Submodule, false) => {
+                    return Ok(None);
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// All trees below a root, as paths.

@@ -1,5 +1,6 @@
-//! The policy in the commit that a build is made from: read from the tree that this host proved and wrote, judged by the controller, applied
-//! before the build's machine starts. Nothing that ran in a machine has a say in it.
+//! The policy in the commit that a build is made from, or, where its author may be anybody, in a trusted ref of the same repository: read from
+//! objects that this host proved, judged by the controller, applied before the build's machine starts. Nothing that ran in a machine has a say
+//! in it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,6 +14,7 @@ use kiln_proto::fleet::{AskPolicy, BeyondPolicy, PolicyAnswer};
 use super::client::{REQUEST_TIMEOUT, job_path};
 use super::job::Work;
 use super::source::Here;
+use crate::checkout::FilesBeside;
 use crate::event::Events;
 use crate::failure::Failure;
 
@@ -71,10 +73,26 @@ impl Work<'_> {
                 narrowed,
             });
         };
-        let dir = here.dir.clone();
-        let files = tokio::task::spawn_blocking(move || policies(&dir)).await;
-        let files = files.map_err(|error| Failure::infrastructure(&error))??;
-        if files.is_empty() {
+        let read = match &here.beside {
+            Some(beside) => of_trusted_ref(beside)?,
+            None => None,
+        };
+        let read = match read {
+            Some(read) => read,
+            None => {
+                let dir = here.dir.clone();
+                let files = tokio::task::spawn_blocking(move || policies(&dir)).await;
+                Found {
+                    ask: AskPolicy {
+                        files: files.map_err(|error| Failure::infrastructure(&error))??,
+                        reference: None,
+                    },
+                    place: format!("commit {}", commit.commit),
+                }
+            }
+        };
+        let Found { ask, place } = read;
+        if ask.files.is_empty() {
             return Ok(Ruled {
                 request,
                 wanted,
@@ -82,7 +100,6 @@ impl Work<'_> {
             });
         }
         let path = job_path(&request.id, "policy");
-        let ask = AskPolicy { files };
         let client = &self.shop.client;
         let answer = client.call::<_, PolicyAnswer>(&path, Some(self.lease), &ask, REQUEST_TIMEOUT);
         let answer = answer
@@ -95,6 +112,11 @@ impl Work<'_> {
                 message,
                 hint,
             } => {
+                // A commit's author does not find the line in his own file.
+                let message = match ask.reference {
+                    Some(_) => format!("{message}\nthis is the policy of {place}"),
+                    None => message,
+                };
                 return Err(Failure {
                     hint,
                     ..Failure::new(class, message)
@@ -112,10 +134,7 @@ impl Work<'_> {
                     }
                     (false, _) => "the registries of its runtime: it has no phase dependencies",
                 };
-                let text = format!(
-                    "policy: {name} of commit {}, the build reaches {reaches}",
-                    commit.commit
-                );
+                let text = format!("policy: {name} of {place}, the build reaches {reaches}");
                 self.events.note(text).await;
                 request.network = held.network;
                 request.limits = held.limits;
@@ -133,6 +152,35 @@ impl Work<'_> {
             narrowed,
         })
     }
+}
+
+/// Policies, and where they were found.
+struct Found {
+    ask: AskPolicy,
+    place: String,
+}
+
+/// What the trusted ref says, if it says anything: then the commit's own files are not read at all.
+fn of_trusted_ref(beside: &FilesBeside) -> Result<Option<Found>, Failure> {
+    let (reference, commit) = (&beside.reference, beside.commit);
+    let text = |(name, bytes): (&String, &Vec<u8>)| match String::from_utf8(bytes.clone()) {
+        Ok(text) => Ok((name.clone(), text)),
+        Err(_) => {
+            let message = format!("{name} of {reference}: it is not UTF-8 text");
+            Err(Failure::new(FailureClass::Usage, message))
+        }
+    };
+    let files: BTreeMap<_, _> = beside.files.iter().map(text).collect::<Result<_, _>>()?;
+    if files.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Found {
+        ask: AskPolicy {
+            files,
+            reference: Some(reference.clone()),
+        },
+        place: format!("{reference} (commit {commit}), which is trusted"),
+    }))
 }
 
 /// Every file at the top of a tree whose name counts.

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_core::digest::Hasher;
-use kiln_core::job::{RunSource, Source, TrustClass};
+use kiln_core::job::{
+    JobKind, POLICY_BYTES_MAX, POLICY_NAMES, RunSource, Source, SourceBuild, TrustClass,
+};
 use kiln_core::{Digest, FailureClass, GitCommit, ImageRef, JobId, JobRequest};
 use kiln_image::context::{self, Limits, Tree};
 use kiln_image::plan::Suited;
@@ -14,7 +16,7 @@ use tokio_util::io::{StreamReader, SyncIoBridge};
 use super::client::{LinkError, job_path};
 use super::job::Work;
 use super::local::LocalFolder;
-use crate::checkout::{self, Address, Checkout, CheckoutDir, CheckoutInput};
+use crate::checkout::{self, Address, Beside, Checkout, CheckoutDir, CheckoutInput, FilesBeside};
 use crate::event::Event;
 use crate::failure::Failure;
 use crate::prepare;
@@ -24,6 +26,8 @@ use crate::run_files::RunFiles;
 pub(super) struct Here {
     pub(super) dir: PathBuf,
     pub(super) git: Option<GitCommit>,
+    /// The policies of the trusted ref beside it.
+    pub(super) beside: Option<FilesBeside>,
     /// What stays behind of it was left out before it came here.
     pub(super) whole: bool,
     _upload: Option<CheckoutDir>,
@@ -118,6 +122,7 @@ impl Work<'_> {
             return Ok(Here {
                 dir: folder.dir,
                 git: folder.git,
+                beside: None,
                 whole: false,
                 _upload: None,
                 _checkout: None,
@@ -139,6 +144,7 @@ impl Work<'_> {
                     exceptions: site.exceptions(),
                     proxy: site.proxy.clone(),
                     exact: is_exact(request),
+                    beside: policy_beside(request)?,
                     limits: Limits::default(),
                     timeout: Duration::from_millis(request.limits.timeout_ms),
                     bytes_per_second: request.network_bytes_per_second(),
@@ -148,6 +154,7 @@ impl Work<'_> {
                 Ok(Here {
                     dir: checked.dir.path().to_owned(),
                     git: Some(checked.git.clone()),
+                    beside: checked.beside.clone(),
                     whole: true,
                     _upload: None,
                     _checkout: Some(checked),
@@ -190,6 +197,7 @@ impl Work<'_> {
         Ok(Here {
             dir: dir.path().to_owned(),
             git: None,
+            beside: None,
             whole: true,
             _upload: Some(dir),
             _checkout: None,
@@ -200,6 +208,24 @@ impl Work<'_> {
 /// The controller trusted one ref, by its full name; a command's own user asks for what he means.
 fn is_exact(request: &JobRequest) -> bool {
     request.trust == TrustClass::Trusted && request.dispatch.requires.own().is_none()
+}
+
+/// The trusted ref whose policy holds an untrusted build.
+fn policy_beside(request: &JobRequest) -> Result<Option<Beside>, Failure> {
+    let JobKind::SourceBuild(SourceBuild {
+        source: Source::Git { url, .. },
+        policy_ref: Some(reference),
+        ..
+    }) = &request.kind
+    else {
+        return Ok(None);
+    };
+    let named = Some(reference.as_str()).filter(|name| *name != "HEAD");
+    Ok(Some(Beside {
+        reference: Address::new(url, named)?.reference,
+        names: &POLICY_NAMES,
+        bytes_max: POLICY_BYTES_MAX as u64,
+    }))
 }
 
 /// Why an uploaded source did not come.

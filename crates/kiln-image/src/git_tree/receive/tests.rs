@@ -90,6 +90,70 @@ impl Repo {
     }
 }
 
+impl Repo {
+    fn read(
+        &self,
+        commit: ObjectId,
+        names: &[&str],
+    ) -> Result<BTreeMap<String, Vec<u8>>, GitTreeError> {
+        let mut child = self.batch();
+        let (stdin, stdout) = (
+            child.stdin.take().expect("pipe"),
+            child.stdout.take().expect("pipe"),
+        );
+        let read = read_files(stdout, stdin, commit, names, 16);
+        child.kill().expect("killed");
+        child.wait().expect("waited");
+        read
+    }
+}
+
+#[test]
+fn single_files_are_read_and_nothing_else_is_asked_for() {
+    let repo = Repo::new();
+    std::fs::create_dir_all(repo.path("sub/folder")).expect("dir");
+    std::fs::write(repo.path("a"), "first\n").expect("write");
+    std::fs::write(repo.path("sub/b"), "").expect("write");
+    std::fs::write(repo.path("sub/folder/c"), "x").expect("write");
+    std::fs::write(repo.path("big"), "more than 16 bytes").expect("write");
+    std::os::unix::fs::symlink("a", repo.path("link")).expect("link");
+    let commit = repo.commit();
+    let read = repo.read(commit, &["a", "sub/b", "sub/none", "none/a", "a/b"]);
+    let read: Vec<_> = read.expect("read").into_iter().collect();
+    assert_eq!(
+        read,
+        [
+            ("a".to_owned(), b"first\n".to_vec()),
+            ("sub/b".to_owned(), Vec::new())
+        ]
+    );
+    for (name, why) in [
+        ("link", "symbolic link"),
+        ("link/a", "symbolic link"),
+        ("sub/folder", "not a file"),
+        ("big", "too large"),
+    ] {
+        let error = repo.read(commit, &["a", name]).expect_err(name);
+        assert_eq!(error.whose(), Whose::Repository, "{error}");
+        assert!(error.to_string().contains(why), "{error}");
+    }
+    // A sender that says another thing than the commit holds.
+    let (blob, lie) = (b"words".as_slice(), b"sword".as_slice());
+    let id = id_of(ObjectKind::Blob, blob).expect("an id");
+    let root = tree(&[("100644", "a", id)]);
+    let commit = commit_of(&root);
+    let at = id_of(ObjectKind::Commit, &commit).expect("an id");
+    let of = |blob: &[u8]| {
+        let mut sent = sender(&[(ObjectKind::Commit, &commit), (ObjectKind::Tree, &root)]);
+        sent.extend_from_slice(format!("{id} blob {}\n", blob.len()).as_bytes());
+        sent.extend_from_slice(blob);
+        sent.push(b'\n');
+        read_files(Cursor::new(sent), std::io::sink(), at, &["a"], 16)
+    };
+    assert_eq!(of(blob).expect("read")["a"], blob);
+    assert_eq!(of(lie).expect_err("a lie").whose(), Whose::Sender);
+}
+
 /// Everything below a folder: path, mode and bytes or target.
 fn contents(dir: &Path) -> BTreeMap<Vec<u8>, (u32, Vec<u8>)> {
     let mut all = BTreeMap::new();
