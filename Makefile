@@ -45,6 +45,7 @@ soak: build ## The long versions of the fault tests: more schedules, seeds, foll
 	KILN_SIM_SCHEDULES=200000 cargo test --locked -p kiln-controller --test it fleet_lease_sim -- --nocapture
 	set -e; for seed in $$(seq 1 20); do \
 	  KILN_FAULT_SEED=$$seed cargo test --locked -p kiln-controller --test it fleet_faults -- --nocapture; done
+	KILN_RACES=10000 cargo test --locked -p kiln-db --test it races -- --nocapture
 	KILN_FOLLOWERS=5000 cargo test --locked -p kiln-controller --test it fleet_followers -- --nocapture
 	KILN_HOME=$(TARGET)/test-home $(KILN) setup --recipe machine-image --guest $(GUEST)
 	KILN_TEST_BIN=$(KILN) KILN_TEST_HOME=$(TARGET)/test-home KILN_KILL_BUILDS=10 KILN_TEST_LONG=1 \

@@ -54,12 +54,7 @@ pub(crate) fn all(guest: &Path) -> Result<()> {
     docs::check(&binaries, false)?;
     times.part(SET_UP, || prepare(&binaries))?;
     let counts = times.part("tests", || {
-        let mut counts = lanes::run(programs, &|command| settings(&binaries, command))?;
-        let mut docs = cargo_test();
-        settings(&binaries, &mut docs);
-        docs.args(["--workspace", "--doc", "--no-fail-fast"]);
-        counts.add(lanes::counted(docs, || ())?);
-        Ok(counts)
+        lanes::run(programs, &|command| settings(&binaries, command))
     })?;
     times.show();
     close(&counts)

@@ -25,6 +25,9 @@ const BANNED_FILES: &[&str] = &[
 /// Files that may be longer or hold longer functions, each with its reason.
 const EXCEPTIONS: &[(&str, &str)] = &[("crates/kiln-cli/src/args.rs", "a table of alike entries")];
 
+/// What a piece of text in a comment may be.
+const OTHER_LANGUAGES: [&str; 2] = ["text", "toml"];
+
 /// Files whose name is right although it is on the list: they are about package managers.
 const NAMED_RIGHT: &[&str] = &[
     "crates/kiln-image/src/plan/node/manager.rs",
@@ -74,6 +77,11 @@ fn source(path: &str, text: &str, wrong: &mut Vec<String>, long: &mut Vec<String
             "{path}: starts without a `//!` header that says what it is"
         ));
     }
+    for line in examples(text) {
+        wrong.push(format!(
+            "{path}:{line}: code in a comment is compiled by no test: name its language, or write a test"
+        ));
+    }
     if EXCEPTIONS.iter().any(|(exempt, _)| *exempt == path) {
         return;
     }
@@ -101,6 +109,26 @@ fn source(path: &str, text: &str, wrong: &mut Vec<String>, long: &mut Vec<String
             );
         }
     }
+}
+
+/// Lines where a comment begins a piece of Rust. `make test` runs no documentation tests: they would compile everything once more.
+fn examples(text: &str) -> Vec<usize> {
+    let mut inside = false;
+    let mut found = Vec::new();
+    for (at, line) in text.lines().enumerate() {
+        let line = line.trim_start();
+        let comment = line
+            .strip_prefix("///")
+            .or_else(|| line.strip_prefix("//!"));
+        let Some(language) = comment.and_then(|line| line.trim().strip_prefix("```")) else {
+            continue;
+        };
+        inside = !inside;
+        if inside && !OTHER_LANGUAGES.contains(&language) {
+            found.push(at + 1);
+        }
+    }
+    found
 }
 
 fn budget(
@@ -235,6 +263,13 @@ mod tests {
         let text = "//! x\nfn a() {\n    b();\n}\n\n#[cfg(test)]\nmod tests {\n    fn long() {\n    }\n}\n";
         let lines = production_lines(text);
         assert_eq!(functions(&lines), [(2, 3)]);
+    }
+
+    #[test]
+    fn code_in_a_comment_has_a_language() {
+        let text =
+            "//! ```text\n//! a\n//! ```\n/// ```\n/// b();\n/// ```\n/// ```rust\n/// ```\n";
+        assert_eq!(examples(text), [4, 7]);
     }
 
     #[test]

@@ -40,6 +40,15 @@ pub(crate) fn parts() -> Option<(PathBuf, PathBuf)> {
     Some((image.with_file_name(name.trim()), guest.into()))
 }
 
+/// Whether the long form was asked for, as `make test-hostile` and `make soak` do.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "whoever starts the long version talks to it this way"
+)]
+pub(crate) fn long() -> bool {
+    std::env::var_os("KILN_TEST_LONG").is_some()
+}
+
 /// A running machine; killed when dropped.
 pub(crate) struct Vm {
     qemu: Child,
