@@ -11,10 +11,10 @@ use kiln_core::{ByteSize, FailureClass, NetworkPolicy, TenantName};
 use crate::compiled::Compiled;
 use crate::effective::{Removed, effective};
 use crate::grant::{Grants, Maxima};
+use crate::honoured::too_slow_a_disk;
 use crate::policy::{Limits, Phase, PhaseNetwork, PhasePolicy, Policy, Resources, SecretPlace};
 use crate::run::{
     OPERATORS, Refusal, applied, at_most, narrowed, nothing_removed, of_network, resources,
-    too_slow_a_disk,
 };
 
 /// Where a RUN step finds a secret that it mounts.

@@ -16,6 +16,7 @@ mod compiled;
 mod diagnostic;
 mod effective;
 mod grant;
+mod honoured;
 mod kiln_file;
 mod kiln_keys;
 mod learned;
@@ -40,10 +41,11 @@ pub use effective::{
     Effective, Explanation, NotGranted, Removed, Say, effective, explain, explain_git,
 };
 pub use grant::{GRANT_BYTES_MAX, GRANT_FILE, Grant, GrantedGit, GrantedHost, Grants, Maxima};
+pub use honoured::{other_image, runnable};
 pub use kiln_keys::RULES_MAX;
 pub use learned::{CannotWrite, with_learned};
 pub use policy::{Image, Phase, PhaseNetwork, Policy};
-pub use run::{Asked, Held, Mode, Refusal, below, hold_run, other_image, runnable};
+pub use run::{Asked, Held, Mode, Refusal, below, hold_run};
 pub use starter::{StarterFacts, starter};
 pub use trust::{TrustedRef, UntrustedSource, policy_ref, trusted_source};
 pub use yaml::{DEPTH_MAX, FILE_BYTES_MAX, NODES_MAX};

@@ -7,27 +7,16 @@ use kiln_core::job::{AppliedPolicy, RunPhase, RunService};
 use kiln_core::network::AllowRule;
 use kiln_core::secret::Repository;
 use kiln_core::{
-    ArtifactPath, ByteSize, DiskRole, FailureClass, GitAccess, ImageRef, NetworkPolicy, RunSecret,
-    TenantName,
+    ArtifactPath, ByteSize, FailureClass, GitAccess, ImageRef, NetworkPolicy, RunSecret, TenantName,
 };
 
 use crate::compiled::Compiled;
 use crate::effective::{Effective, NotGranted, Removed, effective};
 use crate::grant::{Grants, Maxima};
-use crate::policy::{
-    Image, Limits, Phase, PhaseNetwork, PhasePolicy, Policy, Resources, SecretPlace,
-};
+use crate::honoured::{ELSEWHERE, ELSEWHERE_HINT, enforceable, other_image};
+use crate::policy::{Image, Limits, Phase, PhaseNetwork, PhasePolicy, Policy, Resources};
 use crate::{run_git, run_parts};
 
-/// Where a machine has the files of secrets.
-const SECRETS: &str = "/run/secrets";
-/// Of an image whose name begins with a registry's host.
-const ELSEWHERE: &str = "only images in kiln's own registry can be run";
-const ELSEWHERE_HINT: &str = "images of other registries are not fetched for a run: build one `FROM` it with `kiln build`, and name that; `kiln registry list --json` has digests";
-/// Least rate of a machine's disks, bytes per second: with less it is not ready in the time that it has for that.
-const DISK_RATE_LEAST: ByteSize = ByteSize::mib(1);
-/// Fewest open files: what puts a container together has some itself.
-const OPEN_FILES_LEAST: u32 = 64;
 /// Without a file of its own, what is refused is the operator's.
 pub(crate) const OPERATORS: &str = "the operator's policy.toml";
 
@@ -499,111 +488,6 @@ pub(crate) fn at_most<T: Ord + Copy + std::fmt::Display>(
     }
 }
 
-/// Another image than the file's is another job, not a narrower one.
-#[must_use]
-pub fn other_image(other: &ImageRef, own: &str, file: &str) -> Refusal {
-    let message = format!("{file} names {own}, and a flag can only narrow a policy");
-    Refusal {
-        said: Some(other.to_string()),
-        ..Refusal::new(FailureClass::Usage, "image", message)
-    }
-    .hint("take the flag away, or name another policy with --policy")
-}
-
-/// Whether a run of this host could be held to what holds of a file, learning set aside.
-///
-/// # Errors
-/// Policy, as [`hold_run`] says it.
-pub fn runnable(
-    compiled: &Compiled,
-    holds: &Effective,
-    connections_most: u32,
-) -> Result<(), Refusal> {
-    let named = (compiled.file(), compiled.line_of_amount("image"));
-    enforceable(&holds.policy, named, true, connections_most)
-}
-
-/// What the policy asks for and this kiln cannot hold a run to. Nothing of it is passed over.
-fn enforceable(
-    policy: &Policy,
-    (file, image_line): (&str, u32),
-    learns: bool,
-    connections_most: u32,
-) -> Result<(), Refusal> {
-    let mut missing = Vec::new();
-    let mut elsewhere = false;
-    let of_image = match &policy.image {
-        Some(Image::Pinned(image)) => Some((image, format!("the image (line {image_line})"))),
-        _ => None,
-    };
-    let services = policy.services.iter();
-    let services =
-        services.map(|(name, one)| (&one.image, format!("the image of the service {name}")));
-    for (image, whose) in of_image.into_iter().chain(services) {
-        if image.registry.is_some() {
-            elsewhere = true;
-            missing.push(format!("{whose} {image}: {ELSEWHERE}"));
-        }
-    }
-    for (phase, part) in &policy.phases {
-        if part.network == PhaseNetwork::Learn && !learns {
-            missing.push(format!(
-                "the mode learn of the phase {phase} without `kiln policy learn`"
-            ));
-        }
-    }
-    if policy.services.len() > DiskRole::SERVICES.len() {
-        missing.push(format!("more than {} services", DiskRole::SERVICES.len()));
-    }
-    for secret in &policy.secrets {
-        if let SecretPlace::File(path) = &secret.place
-            && *path != format!("{SECRETS}/{}", secret.name)
-        {
-            missing.push(format!(
-                "the secret {} elsewhere than at {SECRETS}/{0}",
-                secret.name
-            ));
-        }
-    }
-    let connections = policy.limits.connections;
-    if connections.is_some_and(|count| count > connections_most) {
-        missing.push(format!("limits.connections above {connections_most}"));
-    }
-    missing.extend(too_slow_a_disk(&policy.limits));
-    if let Some(few) = policy
-        .limits
-        .open_files
-        .filter(|few| *few < OPEN_FILES_LEAST)
-    {
-        missing.push(format!(
-            "limits.open_files of {few}, less than {OPEN_FILES_LEAST}"
-        ));
-    }
-    match missing.is_empty() {
-        true => Ok(()),
-        false => Err(Refusal::new(
-            FailureClass::Policy,
-            "policy",
-            format!(
-                "{file} asks for what `kiln run` cannot hold a command to yet: {}",
-                missing.join(", ")
-            ),
-        )
-        .hint(match elsewhere {
-            true => ELSEWHERE_HINT,
-            false => "nothing was started; take it out of the file, or write less",
-        })),
-    }
-}
-
-/// A rate with which a machine would not get its disk ready in the time that it has for it.
-pub(crate) fn too_slow_a_disk(limits: &Limits) -> Option<String> {
-    let slow = limits.disk_rate.filter(|rate| *rate < DISK_RATE_LEAST)?;
-    Some(format!(
-        "limits.disk_rate of {slow}, less than {DISK_RATE_LEAST}"
-    ))
-}
-
 fn artifacts(paths: &[String]) -> Result<Vec<ArtifactPath>, Refusal> {
     let parsed = paths.iter().map(|path| path.parse());
     parsed
@@ -625,6 +509,7 @@ pub fn below(limits: &mut kiln_core::job::Limits, max: &Maxima) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::honoured::runnable;
 
     fn rules(rules: &[&str]) -> NetworkPolicy {
         NetworkPolicy::from_rules(rules.iter().map(|rule| rule.parse().expect("rule")))

@@ -57,7 +57,7 @@ fn limits(path: &std::path::Path) -> BTreeMap<String, String> {
 }
 
 /// The limits of its groups: for the guest's memory, processes and CPUs.
-fn is_bounded(process: &Path, guest: i64) {
+pub(crate) fn is_bounded(process: &Path, guest: i64) {
     let found = limits(process);
     let number = |files: [&str; 2]| {
         let value = files.iter().find_map(|file| found.get(*file));
@@ -75,7 +75,7 @@ fn is_bounded(process: &Path, guest: i64) {
 }
 
 /// Every thread of a machine's process: a filter of system calls, no new rights, no capability, and as root a user of its own.
-fn is_confined(process: &Path) {
+pub(crate) fn is_confined(process: &Path) {
     let root = rustix::process::geteuid().is_root();
     let threads = fs::read_dir(process.join("task")).expect("threads");
     let mut seen = 0;
@@ -116,7 +116,7 @@ fn is_confined(process: &Path) {
 }
 
 /// The QEMU of the machine that a command of this home just started.
-fn vmm_of(kiln: &Kiln, running: &Started, kind: &str) -> PathBuf {
+pub(crate) fn vmm_of(kiln: &Kiln, running: &Started, kind: &str) -> PathBuf {
     let ours = format!("PPid:\t{}\n", running.child.id());
     until("its QEMU", || {
         let machines = fs::read_dir(kiln.home.join("machines")).ok()?;

@@ -8,8 +8,9 @@ use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
 use crate::annex::Annex;
-use crate::serve::{SMALL, serve};
-use crate::support::{Said, free_port, path, said};
+use crate::confinement::{is_bounded, is_confined, vmm_of};
+use crate::serve::{SMALL, serve, serve_as};
+use crate::support::{Said, Started, free_port, path, said};
 
 use internet::Internet;
 
@@ -106,6 +107,10 @@ echo over
 
 /// kiln in the namespace of this world, with its resolver.
 fn run(world: &Internet, annex: &Annex, args: &[&str]) -> Said {
+    said(command(world, annex, args))
+}
+
+fn command(world: &Internet, annex: &Annex, args: &[&str]) -> Command {
     let mut command = Command::new("nsenter");
     let net = format!("--net=/run/netns/{}", world.near());
     command
@@ -121,7 +126,13 @@ fn run(world: &Internet, annex: &Annex, args: &[&str]) -> Said {
         .env("KILN_HOME", &annex.home)
         .env("NO_COLOR", "1")
         .stdin(Stdio::null());
-    said(command)
+    command
+}
+
+/// A server with a worker in that namespace; its private socket.
+fn server(world: &Internet, annex: &Annex) -> (Started, String) {
+    let args = ["serve", "--with-worker"];
+    serve_as(annex, || Started::of(command(world, annex, &args)))
 }
 
 #[test]
@@ -141,7 +152,11 @@ fn no_packet_of_a_root_guest_leaves_without_a_name() {
     .exits(0);
     assert_eq!(said.out, "over\n", "{said:?}");
     assert_eq!(world.packets(), before, "{:?}", world.seen());
+    // A machine with a network, of a server's worker.
+    let (server, at) = server(&world, &annex);
     let allowed = [
+        "--server",
+        at.as_str(),
         "run",
         "--no-source",
         "--allow",
@@ -151,7 +166,10 @@ fn no_packet_of_a_root_guest_leaves_without_a_name() {
         "-c",
         NAMELESS,
     ];
-    let said = run(&world, &annex, &allowed).exits(0);
+    let said = annex.run(&allowed).exits(0);
+    server.signal("INT");
+    server.end().exits(0);
+    assert!(said.out.ends_with("over\n"), "{said:?}");
     let tried = said
         .out
         .lines()
@@ -166,31 +184,8 @@ fn no_packet_of_a_root_guest_leaves_without_a_name() {
     annex.is_clear();
 }
 
-#[test]
-fn names_lead_only_where_the_policy_and_the_floor_let_them() {
-    let Some(annex) = Annex::open() else { return };
-    let Some(world) = Internet::open(2) else {
-        return;
-    };
-    let mut args = vec!["run", "--no-source"];
-    let raw = [
-        "good",
-        "rebind",
-        "mixed",
-        "inside",
-        "meta",
-        "own",
-        "mapped",
-        "translated",
-        "chain",
-        "loop",
-    ];
-    let raw = raw.map(|name| format!("{name}.test:8080/raw"));
-    for rule in raw.iter().map(String::as_str).chain(["web.test:80,443"]) {
-        args.extend(["--allow", rule]);
-    }
-    args.extend(["--", "bash", "-c", NAMED]);
-    let said = run(&world, &annex, &args).exits(0);
+/// What came of [`NAMED`], on the machine and outside.
+fn only_what_may_was_reached(world: &Internet, said: &Said, raw: &[String]) {
     // Servers here speak first, so that web.test's greets whoever was let through to it, whatever was sent there.
     let greeted = |line: &&str| line.ends_with(" hello") && !line.starts_with("web.test:");
     let reached: Vec<&str> = said.out.lines().filter(greeted).collect();
@@ -224,6 +219,48 @@ fn names_lead_only_where_the_policy_and_the_floor_let_them() {
     let asked = "GET / HTTP/1.1\r\nHost: web.test\r\n\r\n";
     let web: Vec<&String> = seen.sent.iter().filter(|text| *text != "x").collect();
     assert_eq!(web, [asked], "{seen:?}");
+}
+
+#[test]
+fn names_lead_only_where_the_policy_and_the_floor_let_them() {
+    let Some(annex) = Annex::open() else { return };
+    let (Some(world), Some(other)) = (Internet::open(2), Internet::open(3)) else {
+        return;
+    };
+    let mut args = vec!["run", "--no-source"];
+    let raw = [
+        "good",
+        "rebind",
+        "mixed",
+        "inside",
+        "meta",
+        "own",
+        "mapped",
+        "translated",
+        "chain",
+        "loop",
+    ];
+    let raw = raw.map(|name| format!("{name}.test:8080/raw"));
+    for rule in raw.iter().map(String::as_str).chain(["web.test:80,443"]) {
+        args.extend(["--allow", rule]);
+    }
+    args.extend(["--", "bash", "-c", NAMED]);
+    let said = run(&world, &annex, &args).exits(0);
+    only_what_may_was_reached(&world, &said, &raw);
+    every_refusal_is_told(&annex);
+    // So is that of a server's worker, in a world that has not answered yet.
+    let (server, at) = server(&other, &annex);
+    let said = annex
+        .run(&[&["--server", at.as_str()], &args[..]].concat())
+        .exits(0);
+    only_what_may_was_reached(&other, &said, &raw);
+    every_refusal_is_told(&annex);
+    server.signal("INT");
+    server.end().exits(0);
+    annex.is_clear();
+}
+
+fn every_refusal_is_told(annex: &Annex) {
     let told = annex.run(&["job", "egress", "--json"]).exits(0).out;
     for name in [
         "x.good.test",
@@ -238,7 +275,6 @@ fn names_lead_only_where_the_policy_and_the_floor_let_them() {
             .any(|line| line.contains(row) && line.contains(&format!("\"{name}\"")));
         assert!(found, "{name}: {told}");
     }
-    annex.is_clear();
 }
 
 #[test]
@@ -271,6 +307,12 @@ fn two_machines_of_one_worker_do_not_find_each_other() {
         panic!("{said}")
     };
     assert!(address.starts_with("198.1"), "{said}");
+    // A server's machine is confined as any.
+    let process = vmm_of(&annex, &server, "-run");
+    is_confined(&process);
+    if rustix::process::geteuid().is_root() {
+        is_bounded(&process, 512 << 20);
+    }
     // Both live at once, with and without a network of its own.
     for more in [&[][..], &["--allow", "other.test:8080/raw"]] {
         let mut words = bash(more, SEEKING);

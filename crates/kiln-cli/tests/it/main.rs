@@ -26,6 +26,7 @@ mod fleet_network;
 mod fleet_orphans;
 mod fleet_secrets;
 mod fleet_sim;
+mod flood_sim;
 mod git;
 mod home_queue;
 mod hostile_network;

@@ -163,7 +163,7 @@ fn services_are_ready_before_the_command_and_reached_by_name() {
             "server.js",
             "const fs = require('fs'); const ready = '/tmp/ready';
              require('http').createServer((q, r) => { r.end(process.env.WORD + ' ' + q.url + ' ' + fs.existsSync(ready)); })
-             .listen(8123, () => { console.log('listening'); setTimeout(() => fs.writeFileSync(ready, ''), 2000); });
+             .listen(process.env.DOOR || 8123, () => { console.log('listening'); setTimeout(() => fs.writeFileSync(ready, ''), 2000); });
              if (process.env.WORD !== 'served') { console.error('no table ' + process.env.WORD); process.exit(4); }",
         ),
     ]);
@@ -174,6 +174,18 @@ fn services_are_ready_before_the_command_and_reached_by_name() {
         "version: 1\nimage: node\nservices:\n  web:\n    image: {image}\n    port: 8123\n    env: {{WORD: served}}\n    health: {{timeout: 5m, http: /up}}\n"
     );
     let dir = app(&[("kiln.yaml", &policy)]);
+    // A second one, whose port alone says that it is ready.
+    let second = format!(
+        "  db:\n    image: {image}\n    port: 8124\n    env: {{WORD: served, DOOR: '8124'}}\n"
+    );
+    fs::write(dir.path().join("kiln.yaml"), format!("{policy}{second}")).expect("write");
+    let both = "Promise.all(['web:8123/1', 'db:8124/2'].map(at => fetch('http://' + at).then(r => r.text()))).then(t => console.log(t.join()))";
+    let ran = run_in(&kiln, dir.path(), &["run", "--", "node", "-e", both]).exits(0);
+    assert!(
+        ran.out.starts_with("served /1 ") && ran.out.contains(",served /2 "),
+        "{ran:?}"
+    );
+    fs::write(dir.path().join("kiln.yaml"), &policy).expect("write");
     let ask = "fetch('http://web:8123/asked').then(r => r.text()).then(t => console.log(t))";
     let ran = run_in(&kiln, dir.path(), &["run", "--", "node", "-e", ask]).exits(0);
     assert!(ran.out.starts_with("served /asked "), "{ran:?}");

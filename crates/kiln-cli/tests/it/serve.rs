@@ -18,7 +18,14 @@ fn json(said: &Said) -> Value {
 /// A server of this home, with a worker and a TLS door; its private socket as a `--server`.
 pub(crate) fn serve(annex: &Annex, port: u16) -> (Started, String) {
     let listen = format!("127.0.0.1:{port}");
-    let server = annex.start(&["serve", "--with-worker", "--listen", &listen]);
+    serve_as(annex, || {
+        annex.start(&["serve", "--with-worker", "--listen", &listen])
+    })
+}
+
+/// The same, started by the caller.
+pub(crate) fn serve_as(annex: &Annex, start: impl FnOnce() -> Started) -> (Started, String) {
+    let server = start();
     let socket = annex.home.join("controller/controller.sock");
     let at = format!("unix:{}", path(&socket));
     until("a worker", || {
