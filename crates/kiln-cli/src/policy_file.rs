@@ -328,7 +328,8 @@ pub(crate) fn holds(compiled: &Compiled, grants: &Grants) -> Result<Effective> {
     effective(compiled, grants, &TenantName::local()).map_err(|refused| not_granted(&refused))
 }
 
-fn not_granted(refused: &[NotGranted]) -> CliError {
+/// Everything that is asked for and not given, each with its line and what to do.
+pub(crate) fn not_granted(refused: &[NotGranted]) -> CliError {
     let lines: Vec<String> = refused
         .iter()
         .map(|one| printable(&one.to_string()))

@@ -377,13 +377,18 @@ pub(crate) fn lost_output() -> Option<&'static std::io::Error> {
 pub(crate) fn printable(text: &str) -> String {
     text.chars()
         .map(|c| {
-            if c.is_control() && c != '\t' && c != '\n' {
+            if (c.is_control() && c != '\t' && c != '\n') || turns(c) {
                 '\u{fffd}'
             } else {
                 c
             }
         })
         .collect()
+}
+
+/// A character that turns the direction of writing (UAX 9). Those that are only not seen stay: scripts and emoji are written with them.
+fn turns(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// A path as a person may see it: on one line, nothing in it drives the terminal.

@@ -34,7 +34,7 @@ impl Controller {
         if !self.strangers().take(door.name(), Instant::now()) {
             return;
         }
-        let plain = target.chars().filter(|c| !c.is_control());
+        let plain = target.chars().filter(|c| !kiln_policy::unseen(*c));
         let row = NewAudit {
             actor: "stranger".to_owned(),
             tenant: None,

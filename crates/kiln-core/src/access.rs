@@ -156,7 +156,7 @@ actions! {
     ImagePush = "image:push",
     /// Take the name of an image away.
     ImageRemove = "image:remove",
-    /// See machines that are kept, what they use and what their console says.
+    /// See machines that are kept and what they use.
     MachineRead = "machine:read",
     /// Be in a kept machine: commands, terminals, copies, connections to its ports.
     MachineUse = "machine:use",

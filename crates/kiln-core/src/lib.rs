@@ -17,6 +17,7 @@ pub mod machine;
 pub mod network;
 pub mod observed;
 pub mod outcome;
+pub mod run_script;
 pub mod secret;
 pub mod size;
 

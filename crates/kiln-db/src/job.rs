@@ -183,7 +183,7 @@ pub(crate) fn title(kind: &JobKind) -> String {
             .tags
             .first()
             .map_or_else(|| build.source.to_string(), ToString::to_string),
-        JobKind::Run(run) => run.argv.join(" "),
+        JobKind::Run(run) => kiln_core::run_script::shown(&run.argv).join(" "),
     };
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })

@@ -24,6 +24,8 @@ pub const NEAR_MISSES: [&str; 4] = [
     ".kiln.yaml",
     ".buildkite/cleanroom.yml",
 ];
+/// Those of [`KILN_FILE`].
+const OWN_NEAR_MISSES: [&str; 2] = ["kiln.yml", ".kiln.yaml"];
 
 /// Longest name that a job's record keeps of its policy, characters.
 const NAME_CHARS_MAX: usize = 200;
@@ -85,22 +87,28 @@ pub fn choose(exists: impl Fn(&str) -> bool) -> Result<Option<Choice>, ChoiceErr
         .into_iter()
         .filter(|name| exists(name))
         .collect();
-    match (exists(KILN_FILE), cleanroom.first()) {
-        (true, Some(other)) => Err(ChoiceError::Both { other }),
-        (true, None) => Ok(Some(Choice {
+    let holds_own = exists(KILN_FILE);
+    if let (true, Some(other)) = (holds_own, cleanroom.first()) {
+        return Err(ChoiceError::Both { other });
+    }
+    // Meant as kiln's own: also beside a policy that would hold without it.
+    if let Some(name) = OWN_NEAR_MISSES.into_iter().find(|name| exists(name)) {
+        return Err(ChoiceError::NearMiss { name });
+    }
+    let missed = NEAR_MISSES.into_iter().find(|name| exists(name));
+    match (holds_own, cleanroom.first(), missed) {
+        (true, _, missed) => Ok(Some(Choice {
             name: KILN_FILE,
             format: Format::Kiln,
-            unread: None,
+            unread: missed,
         })),
-        (false, Some(name)) => Ok(Some(Choice {
+        (false, Some(name), missed) => Ok(Some(Choice {
             name,
             format: Format::Cleanroom,
-            unread: cleanroom.get(1).copied(),
+            unread: cleanroom.get(1).copied().or(missed),
         })),
-        (false, None) => match NEAR_MISSES.into_iter().find(|name| exists(name)) {
-            Some(name) => Err(ChoiceError::NearMiss { name }),
-            None => Ok(None),
-        },
+        (false, None, Some(name)) => Err(ChoiceError::NearMiss { name }),
+        (false, None, None) => Ok(None),
     }
 }
 
@@ -198,8 +206,9 @@ impl Compiled {
         self.policy.hash()
     }
 
-    /// The line that says an amount; 0 where none does.
-    pub(crate) fn line_of_amount(&self, name: &str) -> u32 {
+    /// The line that says an amount (`resources.cpus`); 0 where none does.
+    #[must_use]
+    pub fn line_of_amount(&self, name: &str) -> u32 {
         self.amounts.get(name).map_or(0, |place| place.line)
     }
 
@@ -268,6 +277,30 @@ mod tests {
         counts.extend(NEAR_MISSES);
         assert_eq!(counts, kiln_core::job::POLICY_NAMES);
         assert_eq!(crate::FILE_BYTES_MAX, kiln_core::job::POLICY_BYTES_MAX);
+    }
+
+    #[test]
+    fn a_name_that_is_nearly_kilns_own_is_an_error_beside_any_policy() {
+        let folder = |names: &[&str]| choose(|name| names.contains(&name));
+        for holds in [
+            &["kiln.yaml"][..],
+            &["cleanroom.yaml"],
+            &[CLEANROOM_FALLBACK],
+            &[],
+        ] {
+            for name in OWN_NEAR_MISSES {
+                let names = [holds, &[name, "cleanroom.yml"]].concat();
+                assert_eq!(
+                    folder(&names),
+                    Err(ChoiceError::NearMiss { name }),
+                    "{names:?}"
+                );
+            }
+        }
+        // One of the other format is told, where another policy holds.
+        let choice = folder(&["kiln.yaml", "cleanroom.yml"]).expect("legal");
+        assert_eq!(choice.expect("one").unread, Some("cleanroom.yml"));
+        assert!(folder(&["cleanroom.yml"]).is_err());
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use kiln_core::job::{RunHealth, RunPhase, RunPhaseName, RunService};
-use kiln_core::{FailureClass, NetworkPolicy, RunSecret, SecretName, SecretPlace as Place};
+use kiln_core::{
+    FailureClass, NetworkPolicy, RunSecret, SecretName, SecretPlace as Place, run_script,
+};
 
 use crate::policy::{Command, Health, Phase, PhasePolicy, Policy, SecretPlace};
 use crate::run::Refusal;
@@ -164,27 +166,11 @@ pub(crate) fn services(policy: &Policy) -> Vec<RunService> {
 /// The request's command after those of the file's run phase, in one shell; each must succeed.
 pub(crate) fn argv(run: Option<&PhasePolicy>, command: &[String]) -> Vec<String> {
     let commands = run.map(|run| run.commands.as_slice()).unwrap_or_default();
-    if commands.is_empty() {
-        return command.to_vec();
-    }
-    let mut script = String::new();
-    for command in commands {
-        // A process of its own: what it sets does not reach the next one. The job's code is all that its end tells.
-        let told = [format!("kiln: the phase run failed: `{}`", shown(command))];
-        script.push_str(&format!(
-            "{} || {{ c=$?; printf '%s\\n' {} >&2; exit $c; }}\n",
-            quoted(&words(command)),
-            quoted(&told)
-        ));
-    }
-    if !command.is_empty() {
-        script.push_str("exec \"$@\"\n");
-    }
-    let mut argv = ["/bin/sh", "-ec", &script, "kiln"]
-        .map(str::to_owned)
-        .to_vec();
-    argv.extend_from_slice(command);
-    argv
+    let before: Vec<_> = commands
+        .iter()
+        .map(|one| (words(one), shown(one)))
+        .collect();
+    run_script::after(&before, command)
 }
 
 /// A command as it was written, in one line.
@@ -195,15 +181,6 @@ fn shown(command: &Command) -> String {
     };
     let line = line.chars().map(|c| if c.is_control() { ' ' } else { c });
     line.take(LINE_SHOWN_MAX).collect()
-}
-
-/// Words as a shell reads them back.
-fn quoted(words: &[String]) -> String {
-    let quoted: Vec<String> = words
-        .iter()
-        .map(|word| format!("'{}'", word.replace('\'', "'\\''")))
-        .collect();
-    quoted.join(" ")
 }
 
 #[cfg(test)]

@@ -237,6 +237,12 @@ pub struct Handover {
     /// Where its command began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cwd: Option<String>,
+    /// Variables of its command that were secrets: nobody who comes later has them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secret_env: Vec<String>,
+    /// Its command had secrets, be it as files.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub had_secrets: bool,
     /// Milliseconds for which it stays.
     pub stays_ms: u64,
     /// The worker that keeps it, in its own process: it is not ended by ending its keeper. None: a keeper of its own.

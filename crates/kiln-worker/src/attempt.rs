@@ -96,6 +96,9 @@ pub fn root_disk(host: &Host) -> DiskSlot {
     }
 }
 
+/// How long a machine that may stay outlives its owner before it is let go of, milliseconds: a time that has passed cannot be set.
+const NOT_YET_MS: u64 = 1_000;
+
 /// When a machine that is let go of now must have found another owner.
 fn handed_over_until() -> u64 {
     let most = u64::try_from(HANDOVER_MAX.as_millis()).unwrap_or(u64::MAX);
@@ -285,6 +288,14 @@ impl Attempt {
             hello,
             ..
         } = ready;
+        if wanted.may_stay {
+            // It was made so that it can outlive this process, and it does not before it is let go of: whoever kills this process kills its job.
+            let moment = Kept {
+                until_unix_ms: now_unix_ms().saturating_add(NOT_YET_MS),
+                identity: identity.clone(),
+            };
+            machine.keep(moment)?;
+        }
         let services = Services::new(gateway, events.clone());
         let serving = services.serve(incoming);
         let attempt = Self {
@@ -404,12 +415,14 @@ impl Attempt {
         if let Ok(state) = stopped {
             let explained = failure.explained_by(state);
             let console = self.machine.console_tail();
+            // Marked, so that nothing a guest printed there looks like kiln's own words.
             let last = last_words(&console);
+            let last: String = last.iter().map(|line| format!("\n  | {line}")).collect();
             if last.is_empty() {
                 return explained;
             }
             return Failure {
-                message: format!("{}\nconsole:\n{}", explained.message, last.join("\n")),
+                message: format!("{}\nconsole:{last}", explained.message),
                 ..explained
             };
         }

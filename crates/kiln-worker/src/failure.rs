@@ -154,6 +154,10 @@ impl From<CallError> for Failure {
                 GuestErrorCode::NotFound => FailureClass::User,
                 _ => FailureClass::Infrastructure,
             },
+            CallError::TooLong { .. } => {
+                return Self::new(FailureClass::Usage, chain(&error))
+                    .hint("put what is long into a file of the folder, and name the file");
+            }
             CallError::Gone { .. } => FailureClass::Lost,
             CallError::Timeout { .. } | CallError::Source(_) => FailureClass::Infrastructure,
         };

@@ -29,6 +29,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub(crate) use self::container::CONFIG as CONTAINER_CONFIG;
 use kiln_core::MachineName;
 use kiln_machine::driver::KEEP_MAX;
 pub use kiln_proto::kept as ask;
@@ -185,6 +186,8 @@ pub(crate) fn sample(machine: &str) -> Facts {
             connections_max: None,
             runc: None,
             cwd: None,
+            secret_env: Vec::new(),
+            had_secrets: false,
             stays_ms: 3_600_000,
             worker: None,
         },

@@ -8,10 +8,12 @@ use std::time::Duration;
 use kiln_proto::Session;
 use kiln_proto::Stream;
 use kiln_proto::codec::{self, CodecError};
+use kiln_proto::frame::OPEN_PAYLOAD_MAX;
 use kiln_proto::msg::{
     CallResult, ExecRequest, Exit, GetTree, GuestError, Order, OrderReply, Place, PutFile, PutTree,
     Signal, TreeReport, TtySize, chunk, kind,
 };
+use kiln_proto::session::OpenError;
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
@@ -49,6 +51,14 @@ pub enum CallError {
         what: &'static str,
         /// How it ended.
         why: String,
+    },
+    /// A command line that fits into no order; nothing was sent.
+    #[error(
+        "the command, its arguments and its variables take {len} bytes, and at most {OPEN_PAYLOAD_MAX} can be sent to a machine"
+    )]
+    TooLong {
+        /// Its length, as JSON.
+        len: usize,
     },
     /// No answer in time.
     #[error("the guest did not {what} within {after:?}")]
@@ -106,9 +116,12 @@ async fn open(
     session
         .open(kind, &payload)
         .await
-        .map_err(|error| CallError::Gone {
-            what,
-            why: chain(&error),
+        .map_err(|error| match error {
+            OpenError::Payload { len } => CallError::TooLong { len },
+            error => CallError::Gone {
+                what,
+                why: chain(&error),
+            },
         })
 }
 

@@ -290,7 +290,8 @@ async fn work(
         disk_bytes_per_second: input.request.disk_bytes_per_second(),
     };
     let stays = input.keep;
-    let mut handover = stays.and_then(|keep| handover(&input.request, keep, wanted.name.clone()));
+    let mut handover = stays.and_then(|keep| handover(&input, keep, wanted.name.clone()));
+    let secret_files = input.all_secrets().flat_map(RunSecrets::files).collect();
     let since = Instant::now();
     // Each phase, the command's own as well, is entered when it begins.
     let (witness, seen) = (input.log.witness().clone(), Arc::clone(&egress));
@@ -321,8 +322,6 @@ async fn work(
         return result;
     };
     told.phases.begin("handover").await;
-    // Whoever keeps the machine has a gateway of its own: what a secret narrowed stays so.
-    handover.network = attempt.services.gateway().at_most(&handover.network);
     handover.ended = match &result {
         Ok(exit) => ending(exit),
         Err(failure) => failure.message.clone(),
@@ -331,6 +330,27 @@ async fn work(
         Ok(exit) => Some(exit_code(exit)),
         Err(failure) => failure.command_code,
     };
+    let_go(attempt, handover, secret_files, events, told).await;
+    result
+}
+
+/// Lets a machine stay, without what its commands were given.
+async fn let_go(
+    attempt: Attempt,
+    mut handover: Handover,
+    secret_files: Vec<String>,
+    events: &Events,
+    told: &mut Told,
+) {
+    // Whoever keeps the machine has a gateway of its own: what a secret narrowed stays so.
+    handover.network = attempt.services.gateway().at_most(&handover.network);
+    let gone = inside::take_out(&attempt, secret_files, &handover).await;
+    if let Err(Failure { message, .. }) = gone {
+        let text = format!("the machine does not stay: its secrets stayed in it: {message}");
+        events.warn(text).await;
+        attempt.destroy_measured(events, &mut told.measured).await;
+        return;
+    }
     attempt.measure(&mut told.measured).await;
     match attempt.let_go() {
         Ok(()) => told.kept = Some(handover),
@@ -341,7 +361,14 @@ async fn work(
                 .await;
         }
     }
-    result
+}
+
+impl RunInput {
+    /// Those of its phases and of its command.
+    fn all_secrets(&self) -> impl Iterator<Item = &RunSecrets> {
+        let phases = self.phases.iter().map(|(_, secrets)| secrets);
+        phases.chain([&self.secrets])
+    }
 }
 
 /// Whether a machine stays after this. One that does not work, and one whose user wants an end, do not.
@@ -355,7 +382,11 @@ fn remains(keep: Keep, result: &Result<Exit, Failure>) -> bool {
     }
 }
 
-fn handover(request: &JobRequest, keep: Keep, machine: MachineName) -> Option<Handover> {
+fn handover(input: &RunInput, keep: Keep, machine: MachineName) -> Option<Handover> {
+    let request = &input.request;
+    let names = input
+        .all_secrets()
+        .flat_map(|one| one.env().keys().cloned());
     let kiln_core::JobKind::Run(command) = &request.kind else {
         return None;
     };
@@ -378,6 +409,8 @@ fn handover(request: &JobRequest, keep: Keep, machine: MachineName) -> Option<Ha
             .and_then(|policy| policy.connections_max),
         runc: None,
         cwd: None,
+        secret_env: names.collect(),
+        had_secrets: input.all_secrets().any(|one| !one.is_empty()),
         stays_ms: u64::try_from(keep.stays.as_millis()).unwrap_or(u64::MAX),
         worker: None,
     })

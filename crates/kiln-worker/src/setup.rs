@@ -47,7 +47,7 @@ pub fn load_bases(home: &Home) -> Result<Bases, Failure> {
         };
         let path = error.path();
         failure.hint(if path == operator {
-            "correct it; docs/reference names its keys".to_owned()
+            "correct it; docs/guides/operate.md says what may stand there".to_owned()
         } else if path == generated {
             format!("`kiln bases bake` writes it again: remove {path:?} first")
         } else {

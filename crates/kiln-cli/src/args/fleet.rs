@@ -126,11 +126,11 @@ pub(crate) enum JobCommand {
     },
     /// List the files that a job left, or fetch them
     #[command(
-        after_help = "Examples:\n  kiln job artifacts r1m7\n  kiln job artifacts r1m7 out/report.xml\n  kiln job artifacts r1m7 --all -o results\n\nA fetch that broke off goes on where it was when it is asked for again; what came is checked by its digest. Files that have\nthe same name below DIR are replaced, links there are not followed."
+        after_help = "Examples:\n  kiln job artifacts\n  kiln job artifacts r1m7\n  kiln job artifacts r1m7 out/report.xml\n  kiln job artifacts r1m7 --all -o results\n\nA fetch that broke off goes on where it was when it is asked for again; what came is checked by its digest. Files that have\nthe same name below DIR are replaced, links there are not followed."
     )]
     Artifacts {
-        /// Its id, or the beginning of it
-        id: String,
+        /// Its id, or the beginning of it; the newest job without
+        id: Option<String>,
         /// Fetch these
         #[arg(value_name = "NAME")]
         names: Vec<String>,

@@ -14,7 +14,7 @@ use super::RunArgs;
 pub(crate) enum PolicyCommand {
     /// Read a policy and say what is wrong with it
     #[command(
-        after_help = "Examples:\n  kiln policy check\n  kiln policy check app/kiln.yaml\n\nExit codes: 0 it can be used as it is, 2 it cannot be read, 4 the operator does not grant what it asks for, or no run can be held to it."
+        after_help = "Examples:\n  kiln policy check\n  kiln policy check app/kiln.yaml\n\nExit codes: 0 it can be used as it is, 2 it cannot be read, 4 the operator does not grant what it asks for, this host does not have it, or no run can be held to it."
     )]
     Check {
         /// The policy, or a folder that it holds in

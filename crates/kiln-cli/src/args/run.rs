@@ -59,7 +59,7 @@ pub(crate) struct RunArgs {
     /// Keep files when the command has ended, also when it failed: a path, or a pattern with * ? **
     #[arg(long = "artifact", value_name = "GLOB")]
     pub artifacts: Vec<ArtifactPath>,
-    /// Copy a file or folder of the machine to this host when the command has ended, also when it failed
+    /// Copy a file or folder of the machine to this host when the command has ended, also when it failed; the folder it lands in is never a link
     #[arg(long, value_name = "PATH[:DEST]")]
     pub copy_out: Vec<CopyOut>,
     /// What it may reach (egress with --allow, else isolated, else what the policy says)

@@ -10,7 +10,7 @@ use kiln_core::{ArtifactName, ArtifactPath, ByteSize, Digest, FailureClass};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::landing::Landing;
+use super::landing::{Landing, folder_of, look_at};
 use super::table::{Table, counted, right, wide};
 use crate::error::{CliError, Result};
 use crate::server::Server;
@@ -73,12 +73,34 @@ impl CopyOut {
             None => (here(), PathBuf::from(last)),
             Some(to) if is_folder(to) => (to.clone(), PathBuf::from(last)),
             Some(to) => {
-                let folder = to.parent().filter(|folder| !folder.as_os_str().is_empty());
                 let name = to.file_name().map(PathBuf::from).unwrap_or_default();
-                (folder.map_or_else(here, Path::to_owned), name)
+                (folder_of(to).to_owned(), name)
             }
         };
         (folder, vec![(single.clone(), name)])
+    }
+
+    /// Looks at its place before a command runs for nothing. Where files land it is looked at again: only then is known what they are.
+    fn look(&self) -> Result<()> {
+        let stem = self.from.stem();
+        let (to, looked) = match &self.to {
+            None if self.from.is_pattern() => return Ok(()),
+            None => {
+                let name = PathBuf::from(stem.rsplit('/').next().unwrap_or(stem));
+                let looked = look_at(&name);
+                (name, looked)
+            }
+            Some(to) if is_folder(to) => (to.clone(), Landing::look(to)),
+            Some(to) => {
+                let looked = Landing::look(folder_of(to)).and_then(|()| look_at(to));
+                (to.clone(), looked)
+            }
+        };
+        looked.map_err(|error| {
+            let mut error = error.told(&to);
+            error.message = format!("--copy-out {self}: {}", error.message);
+            error
+        })
     }
 }
 
@@ -92,10 +114,11 @@ fn is_folder(path: &Path) -> bool {
 /// What is to be kept of a run: what `--artifact` names, and what `--copy-out` needs.
 ///
 /// # Errors
-/// When that is too much.
+/// When that is too much, or a copy cannot lie where it is to go.
 pub(crate) fn wanted(artifacts: &[ArtifactPath], copies: &[CopyOut]) -> Result<Vec<ArtifactPath>> {
     let mut all = artifacts.to_vec();
     for copy in copies {
+        copy.look()?;
         if !all.contains(&copy.from) {
             all.push(copy.from.clone());
         }
@@ -193,9 +216,7 @@ async fn land(
     files: Vec<(ArtifactView, PathBuf)>,
     cancel: &CancellationToken,
 ) -> Result<Vec<(ArtifactView, PathBuf)>> {
-    let landing = Landing::open(folder).map_err(|error| {
-        CliError::usage(format!("could not write into {}: {error}", folder.shown()))
-    })?;
+    let landing = Landing::open(folder).map_err(|error| error.told(folder))?;
     let mut fetched = Vec::new();
     for (file, inner) in files {
         download::artifact(server, job, &file, (&landing, &inner), cancel).await?;
@@ -316,6 +337,31 @@ mod tests {
         for bad in ["", ":x", "a:", "../a", "a b"] {
             assert!(bad.parse::<CopyOut>().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_place_is_looked_at_before_the_command_runs() {
+        let dir = tempfile::tempdir().expect("dir");
+        let at = |name: &str| format!("x:{}/{name}", dir.path().display());
+        std::fs::create_dir(dir.path().join("real")).expect("folder");
+        std::fs::write(dir.path().join("file"), "").expect("write");
+        for (to, name) in [("real", "link"), ("file", "to-file")] {
+            std::os::unix::fs::symlink(to, dir.path().join(name)).expect("link");
+        }
+        let looked = |word: &str| wanted(&[], &[word.parse().expect(word)]);
+        for good in ["real", "real/new", "new/", "new/x", "file", "to-file"] {
+            assert_eq!(looked(&at(good)).expect(good).len(), 1);
+        }
+        for bad in ["link", "link/", "link/x", "file/"] {
+            let error = looked(&at(bad)).expect_err(bad);
+            assert_eq!((error.exit_code(), error.hints.len()), (2, 1), "{bad}");
+            assert!(error.message.contains("is a link or no folder"), "{error}");
+        }
+        let error = looked("out/*.txt:/dev/null").expect_err("a device");
+        assert_eq!(
+            error.message,
+            "--copy-out out/*.txt: could not write /dev/null: /dev/null is a device, not a file"
+        );
     }
 
     #[test]

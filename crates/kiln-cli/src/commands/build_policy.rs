@@ -8,6 +8,7 @@ use kiln_policy::{BuildAsked, HeldBuild, hold_build};
 
 use super::operator::Operator;
 use super::policy::tell_removed;
+use super::run_bounds;
 use super::run_policy::refused;
 use super::source::{self, Secrets, Source};
 use crate::args::BuildArgs;
@@ -73,6 +74,7 @@ pub(super) fn rule(
         }
         let file = found.compiled.file();
         tell_removed(file, &held.removed, screen);
+        run_bounds::given(&found.compiled, &args.limits, &operator.config)?;
         screen.note(&match held.only {
             true => format!("policy: {file}, the build reaches what its phase dependencies names"),
             false => format!(

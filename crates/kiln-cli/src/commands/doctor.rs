@@ -82,13 +82,17 @@ fn settings(home: &Home) -> (Operator, Check) {
             };
             (
                 operator,
-                fail(
-                    "settings",
-                    error.message,
-                    "correct the file; docs/reference names its keys",
-                ),
+                // As the verbs that need the file say it.
+                fail("settings", error.message, settings_hint(&error.hints)),
             )
         }
+    }
+}
+
+fn settings_hint(hints: &[String]) -> String {
+    match hints.is_empty() {
+        true => "correct the file, or move it away".to_owned(),
+        false => hints.join("; "),
     }
 }
 

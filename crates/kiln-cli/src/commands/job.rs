@@ -102,7 +102,7 @@ async fn answer(
             all,
             output,
         } => {
-            let job = server.job(Some(&id)).await?;
+            let job = server.job(id.as_deref()).await?;
             match names.is_empty() && !all {
                 true => artifacts::list(server, &job, screen).await?,
                 false => artifacts::fetch(server, &job, &names, &output, screen, cancel).await?,

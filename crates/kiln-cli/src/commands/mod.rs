@@ -38,6 +38,7 @@ mod retention;
 mod retry;
 mod run;
 mod run_attend;
+mod run_bounds;
 mod run_folder;
 mod run_given;
 mod run_policy;

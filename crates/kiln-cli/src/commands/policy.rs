@@ -1,17 +1,19 @@
 //! `kiln policy`: reads a policy and says what it means. Starts nothing.
 
-use kiln_core::TenantName;
 use kiln_core::secret::{ParseSecretError, Repository};
+use kiln_core::{FailureClass, TenantName};
+use kiln_image::bases::NoBase;
 use kiln_policy::{
-    Effective, Explanation, Format, Phase, PhaseNetwork, Policy, Removed, explain, explain_git,
-    json_schema,
+    Compiled, Effective, Explanation, Format, Image, Phase, PhaseNetwork, Policy, Removed, explain,
+    explain_git, json_schema,
 };
 use kiln_worker::home::Home;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::run_policy;
-use crate::args::{PhaseArg, PolicyCommand, ServerArgs};
+use super::operator::Operator;
+use super::{run_bounds, run_policy};
+use crate::args::{LimitArgs, PhaseArg, PolicyCommand, ServerArgs};
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::policy_file::{self, Found};
 use crate::show::{Screen, printable};
@@ -24,6 +26,10 @@ pub(super) fn run(verb: PolicyCommand, server: &ServerArgs, screen: Screen) -> R
             // What nobody could run is no policy to be content with.
             kiln_policy::runnable(&read.compiled, &holds, kiln_proto::msg::CONNECTIONS_MOST)
                 .map_err(run_policy::refused)?;
+            // A server's machines are not this host's.
+            if crate::server::named(server)?.is_none() {
+                fits_here(&read.compiled, &holds, screen)?;
+            }
             let hash = holds.file_hash;
             let answer = json!({ "file": found, "hash": hash.to_string(), "ok": true, "removed": holds.removed });
             screen.data(&beside(answer, server, screen)?, || {
@@ -90,6 +96,36 @@ fn beside(answer: impl Serialize, server: &ServerArgs, screen: Screen) -> Result
         }
     }
     Ok(answer)
+}
+
+/// What a run here would refuse for this host's sake: more than its machines have, or a runtime that it has no base of.
+fn fits_here(compiled: &Compiled, holds: &Effective, screen: Screen) -> Result<()> {
+    let operator = Operator::load()?;
+    let nothing = LimitArgs {
+        cpus: None,
+        memory: None,
+        timeout: None,
+    };
+    run_bounds::given(compiled, &nothing, &operator.config)?;
+    if let Some(less) = run_bounds::less_disk(compiled, &operator.config) {
+        screen.note(&less);
+    }
+    let Some(Image::Runtime(name)) = &holds.policy.image else {
+        return Ok(());
+    };
+    let (file, line) = (compiled.file(), compiled.line_of_amount("image"));
+    match operator.bases()?.named(name) {
+        Ok(_) => Ok(()),
+        // Nothing is wrong with the file: this host is not set up.
+        Err(none @ NoBase::Unmade(_)) => {
+            screen.note(&format!("{file}:{line}: {none}: {}", none.hint()));
+            Ok(())
+        }
+        Err(none) => {
+            let message = printable(&format!("{file}:{line}: {none}"));
+            Err(CliError::new(FailureClass::Policy, message).hint(none.hint()))
+        }
+    }
 }
 
 fn grants() -> Result<kiln_policy::Grants> {

@@ -84,7 +84,7 @@ pub(super) async fn run_and_learn(
         config.limits.disk_max.0,
     )?;
     let folder = run_folder::of(&args, ruled.project())?;
-    let wants_none = ruled.no_source;
+    let (wants_none, bounds) = (ruled.no_source, ruled.bounds.clone());
     let env = environment(&args)?;
     let kept = [ruled.artifacts.as_slice(), args.artifacts.as_slice()].concat();
     let wanted = artifacts::wanted(&kept, &args.copy_out)?;
@@ -152,7 +152,7 @@ pub(super) async fn run_and_learn(
     if folder.is_none() && !wants_none && !matches!(ended, Ok(0)) {
         run_folder::hint(&args, screen);
     }
-    ended
+    ended.map_err(|error| bounds.hinted(error))
 }
 
 /// Whether its owner gives it secrets, to whichever phase, has the host log in for it, or opens its network to learn.
@@ -546,7 +546,15 @@ pub(super) fn own_terminal(args: &RunArgs, screen: Screen) -> Result<Option<TtyS
         (true, true) => Err(CliError::usage("-t shows a terminal, --json prints events")
             .hint("leave one of them out")),
         (true, false) => Ok(None),
-        (false, _) => Ok(wants_terminal(args).then(terminal::size).flatten()),
+        (false, asked) => {
+            let size = wants_terminal(args).then(terminal::size).flatten();
+            if asked && size.is_none() {
+                screen.note(
+                    "-t needs a terminal: standard output is none, so the command gets none either",
+                );
+            }
+            Ok(size)
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use kiln_policy::{Asked, Compiled, Held, Image, Maxima, Mode, Refusal, hold_run,
 
 use super::operator::Operator;
 use super::policy::tell_removed;
+use super::run_bounds::{self, Bounds};
 use super::run_folder::Project;
 use crate::args::{LimitArgs, NetArg, RunArgs};
 use crate::error::{CliError, Result};
@@ -50,6 +51,8 @@ pub(super) struct Ruled {
     /// The policy itself says it.
     pub(super) disk_said: bool,
     pub(super) applied: Option<AppliedPolicy>,
+    /// Which of its bounds are the policy's own.
+    pub(super) bounds: Bounds,
 }
 
 impl Ruled {
@@ -99,9 +102,16 @@ pub(super) fn rule(args: &RunArgs, operator: &Operator, screen: Screen) -> Resul
             screen.note(note);
         }
         tell_removed(found.compiled.file(), &held.removed, screen);
+        run_bounds::given(&found.compiled, &args.limits, &operator.config)?;
+        // A flag says how much of it is wanted, and is judged as such.
+        let less = run_bounds::less_disk(&found.compiled, &operator.config);
+        if let Some(less) = less.filter(|_| args.queueing.disk.is_none()) {
+            screen.note(&less);
+        }
         screen.note(&summary(found.compiled.file(), &held));
     }
     Ok(Ruled {
+        bounds: Bounds::of(compiled, &args.limits),
         top: top(args, found.as_ref()),
         no_source: held.no_source,
         file: compiled.map(|compiled| compiled.file().to_owned()),

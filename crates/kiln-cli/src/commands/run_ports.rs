@@ -79,11 +79,19 @@ fn published(said: Said, word: &str) -> Result<(SocketAddr, u16)> {
         ),
         None => (IpAddr::V4(Ipv4Addr::LOCALHOST), front),
     };
-    let host: u16 = host.parse().map_err(|_| usage())?;
-    let guest: u16 = guest.parse().map_err(|_| usage())?;
-    if guest == 0 {
-        return Err(usage());
-    }
+    // A number that is no port is told as one. The host's may be 0: then the system chooses.
+    let port = |text: &str, least: u16| {
+        let is_number = !text.is_empty() && text.bytes().all(|digit| digit.is_ascii_digit());
+        match text.parse::<u16>() {
+            Ok(port) if port >= least => Ok(port),
+            _ if is_number => Err(CliError::usage(format!(
+                "{said}{word:?}: {text} is no port: ports are 1 to 65535"
+            ))),
+            _ => Err(usage()),
+        }
+    };
+    let host = port(host, 0)?;
+    let guest = port(guest, 1)?;
     Ok((SocketAddr::new(address, host), guest))
 }
 
@@ -107,5 +115,10 @@ mod tests {
         }
         let told = published(Said::Word, "foo").expect_err("no ports");
         assert!(told.message.starts_with("\"foo\": write"), "{told:?}");
+        for (word, port) in [("99999:1", "99999"), ("1:70000", "70000"), ("1:0", "0")] {
+            let told = published(Said::Publish, word).expect_err(word);
+            let want = format!("--publish {word:?}: {port} is no port: ports are 1 to 65535");
+            assert_eq!(told.message, want);
+        }
     }
 }

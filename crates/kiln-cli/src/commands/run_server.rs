@@ -13,6 +13,7 @@ use super::kept::Machine;
 use super::learn::{Lesson, Reached};
 use super::run::{Stay, exited, with_files};
 use super::run_attend::Held;
+use super::run_bounds::Bounds;
 use super::run_folder::Project;
 use super::{artifacts, build, build_server, queueing, run_policy};
 use crate::args::{NetArg, RunArgs};
@@ -62,6 +63,7 @@ pub(super) async fn run(
         net: args.net.map(|net| run_policy::mode_word(net).to_owned()),
         common: queueing::common(&args.queueing, &args.limits, &args.allow)?,
     };
+    let bounds = Bounds::of(found.as_ref().map(|found| &found.compiled), &args.limits);
     let keeps = !wanted.is_empty() || found.is_some_and(|found| found.keeps());
     let job: JobView = match &folder {
         None => server.post("/v1/runs", &asked).await?,
@@ -88,10 +90,11 @@ pub(super) async fn run(
         copies: Some(args.copy_out.as_slice()).filter(|_| keeps),
         lesson: Some(lesson),
     };
-    match held {
+    let ended = match held {
         None => to_its_end(server, &job, left, screen, &cancel).await,
         Some(held) => held.followed(server, &job, left, screen, &cancel).await,
-    }
+    };
+    ended.map_err(|error| bounds.hinted(error))
 }
 
 /// What is to be left of a run here.

@@ -15,6 +15,9 @@ use crate::args::{SetupArgs, SetupPart};
 use crate::error::{CliError, Result};
 use crate::show::Screen;
 
+/// Where `make guest` leaves the guest, below the folder that cargo builds into.
+const GUEST_BUILT: &str = "guest/x86_64-unknown-linux-gnu/guest/kiln-guest";
+
 pub(super) async fn run(args: SetupArgs, screen: Screen, cancel: CancellationToken) -> Result<u8> {
     if let Some(SetupPart::Host(host)) = &args.part {
         return super::setup_host::run(host, screen).await;
@@ -85,7 +88,7 @@ async fn all(args: &SetupArgs, events: &Events, cancel: &CancellationToken) -> R
     Ok(())
 }
 
-/// Bakes the machine image with the guest beside this program, or the one that is named. One of the same recipe and guest is kept unless
+/// Bakes the machine image with the guest that came with this program, or the one that is named. One of the same recipe and guest is kept unless
 /// newer packages are wanted.
 pub(super) async fn machine_image(
     operator: &Operator,
@@ -101,10 +104,11 @@ pub(super) async fn machine_image(
         .map_err(|error| CliError::infrastructure(&error))?;
     let guest = guest
         .map(Path::to_owned)
-        .or_else(guest_beside_us)
+        .or_else(own_guest)
         .ok_or_else(|| {
-            CliError::usage("the guest program is not known")
-                .hint("name it with --guest; `make guest` builds it")
+            CliError::usage("the guest program is not known").hint(format!(
+                "name it with --guest; in a checkout `make guest` builds it as target/{GUEST_BUILT}"
+            ))
         })?;
     let image = setup::machine_image(&operator.home, recipe, &guest, updates, events, cancel)
         .await
@@ -118,7 +122,7 @@ pub(super) async fn machine_image(
 /// Whether the machine image has another guest than the one that came with this program: what is new in this one fails in its machines.
 pub(super) fn is_of_another_guest(home: &Home) -> bool {
     let current = MachineImages::new(home.images()).current();
-    let own = guest_beside_us().and_then(|path| std::fs::File::open(path).ok());
+    let own = own_guest().and_then(|path| std::fs::File::open(path).ok());
     match (current, own) {
         (Ok(image), Some(own)) => {
             kiln_core::Digest::of_reader(own).is_ok_and(|(digest, _)| digest != image.guest)
@@ -127,10 +131,20 @@ pub(super) fn is_of_another_guest(home: &Home) -> bool {
     }
 }
 
-fn guest_beside_us() -> Option<PathBuf> {
-    let exe = std::env::current_exe().ok()?;
-    let beside = exe.with_file_name("kiln-guest");
-    beside.is_file().then_some(beside)
+fn own_guest() -> Option<PathBuf> {
+    guest_of(&std::env::current_exe().ok()?)
+}
+
+/// The guest that came with a program: in a checkout the one of `make guest`, else the one beside it.
+fn guest_of(exe: &Path) -> Option<PathBuf> {
+    let dir = exe.parent()?;
+    let built = dir
+        .file_name()
+        .is_some_and(|name| name == "release" || name == "debug");
+    // Before the one beside it: what cargo leaves there is not static, and boots nowhere.
+    let made = built.then(|| dir.with_file_name(GUEST_BUILT));
+    let mut places = made.into_iter().chain([dir.join("kiln-guest")]);
+    places.find(|place| place.is_file())
 }
 
 /// Bakes the bases and puts them into the registry.
@@ -202,4 +216,31 @@ pub(super) fn sizes(operator: &Operator) -> Result<((u32, ByteSize), (u32, ByteS
     let run = operator.config.limits(&none, false, super::host_cpus())?;
     let build = operator.config.limits(&none, true, super::host_cpus())?;
     Ok(((run.cpus, run.memory), (build.cpus, build.memory)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guest_of_a_checkout_and_of_an_installation_are_found() {
+        let dir = tempfile::tempdir().expect("dir");
+        let write = |name: &str| {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().expect("folder")).expect("folder");
+            std::fs::write(&path, name).expect("written");
+            path
+        };
+        let found = |exe: &str| guest_of(&dir.path().join(exe));
+        assert_eq!(found("target/release/kiln"), None);
+        let beside = write("target/debug/kiln-guest");
+        assert_eq!(found("target/debug/kiln"), Some(beside));
+        let built = write("target/guest/x86_64-unknown-linux-gnu/guest/kiln-guest");
+        for exe in ["target/debug/kiln", "target/release/kiln"] {
+            assert_eq!(found(exe).as_ref(), Some(&built), "{exe}");
+        }
+        assert_eq!(found("target/bin/kiln"), None, "no folder of cargo's");
+        let installed = write("bin/kiln-guest");
+        assert_eq!(found("bin/kiln"), Some(installed));
+    }
 }

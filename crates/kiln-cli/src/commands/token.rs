@@ -74,7 +74,7 @@ async fn create(server: &Server, args: &TokenArgs, screen: Screen) -> Result<()>
     let id = made["id"].as_str().unwrap_or_default();
     screen.note(&match args.join {
         true => format!("token {id}, good for one worker until {until}, shown this once: kiln worker --controller https://HOST:PORT --join TOKEN"),
-        false => format!("token {id}, good until {until}, shown this once: put it into KILN_TOKEN, or with mode 600 into config/token"),
+        false => format!("token {id}, good until {until}, shown this once: put it into KILN_TOKEN, or with mode 600 into ~/.config/kiln/token"),
     });
     Ok(())
 }

@@ -23,11 +23,12 @@ use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::show::{Screen, ShownPath as _};
 
 /// What kiln writes into its data directory. A `KILN_HOME` may be a directory that holds other things too.
-const DATA: [&str; 19] = [
+const DATA: [&str; 20] = [
     "images",
     "heads",
     "templates",
     "machines",
+    "machine-records",
     "incidents",
     "ledger",
     "registry",
@@ -280,6 +281,7 @@ mod tests {
         home.prepare().expect("home");
         fs::create_dir_all(home.images().join("ci-0011223344556677")).expect("make");
         fs::create_dir_all(home.cache.join("bake/root-1")).expect("make");
+        fs::create_dir_all(home.data.join("machine-records")).expect("make");
         fs::write(home.config.join("kiln.toml"), "").expect("write");
     }
 

@@ -283,7 +283,7 @@ impl Server {
             return told.hint(match self.token {
                 Some(_) => "the token is not good here any more; `kiln token create` makes one",
                 None => {
-                    "put a token into KILN_TOKEN or config/token; `kiln token create` makes one"
+                    "put a token into KILN_TOKEN or ~/.config/kiln/token; `kiln token create` makes one"
                 }
             });
         }

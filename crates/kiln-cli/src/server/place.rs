@@ -189,8 +189,9 @@ fn token(path: &Path) -> Result<Option<String>> {
     let text = text.trim();
     if text.len() > TOKEN_MAX || text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic()) {
         return Err(
-            CliError::usage("the token is none: it is one line without spaces")
-                .hint("`kiln token create` makes one; it goes into KILN_TOKEN or config/token"),
+            CliError::usage("the token is none: it is one line without spaces").hint(
+                "`kiln token create` makes one; it goes into KILN_TOKEN or ~/.config/kiln/token",
+            ),
         );
     }
     Ok(Some(text.to_owned()))

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::annex::Annex;
-use crate::support::{Said, free_port, path};
+use crate::support::{Said, app, free_port, path, said};
 
 /// Leaves plain files, and what must not leave a machine; then fails.
 const LEAVES: &str = "mkdir -p out/sub 'out/odd name' && echo one > out/a.xml && echo two > out/sub/b.xml && echo log > out/sub/c.log && \
@@ -116,6 +116,52 @@ fn what_a_failed_command_left_is_kept_and_copied_out() {
         .run(&["job", "artifacts", id, "out/none"])
         .exits(2)
         .says("no artifact");
+    annex.is_well();
+}
+
+#[test]
+fn no_copy_leads_through_a_link_or_over_a_fifo_of_a_hostile_project() {
+    let Some(annex) = Annex::open() else { return };
+    let project = app(&[("outside/mine", "precious")]);
+    let at = |name: &str| project.path().join(name);
+    fs::create_dir(at("deep")).expect("folder");
+    symlink("outside", at("out")).expect("link");
+    symlink("../outside", at("deep/out")).expect("link");
+    symlink("outside/mine", at("file")).expect("link");
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    let kind = rustix::fs::FileType::Fifo;
+    rustix::fs::mknodat(rustix::fs::CWD, at("fifo"), kind, mode, 0).expect("fifo");
+    let copied = |copy: &str| {
+        let words = [
+            "run",
+            "--no-source",
+            "--copy-out",
+            copy,
+            "--",
+            "sh",
+            "-c",
+            "mkdir out; echo new | tee out/a out/b > file",
+        ];
+        let mut command = annex.command(&words);
+        command.current_dir(project.path());
+        said(command)
+    };
+    // What is only known when it came, and what is known before anything runs.
+    copied("out").exits(2).says("out is a link or no folder");
+    for copy in ["out/a:out", "out:out/new", "out/*:deep/out", "file:out/x"] {
+        copied(copy).exits(2).says("out is a link or no folder");
+    }
+    copied("file:fifo")
+        .exits(2)
+        .says("fifo is a fifo, not a file");
+    assert_eq!(files(&at("outside")), ["mine"]);
+    assert_eq!(text(&at("outside/mine")), "precious");
+    // A link that has a file's own name is replaced.
+    copied("file").exits(0);
+    assert_eq!(
+        (text(&at("file")), text(&at("outside/mine"))),
+        ("new\n".to_owned(), "precious".to_owned())
+    );
     annex.is_well();
 }
 

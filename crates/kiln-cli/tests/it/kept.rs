@@ -456,11 +456,15 @@ fn files_and_ports_lead_into_a_kept_machine_and_no_link_leads_out() {
         .exits(0);
     assert_eq!(fs::read_to_string(at("there")).expect("reads"), "precious");
     assert_eq!(fs::read_to_string(at("link")).expect("reads"), "one\n");
-    kiln.run(&["cp", &there("/no/such"), path(&at("none"))])
+    copies_lead_through_no_link_and_over_no_fifo(&kiln, &there("/root/single"));
+    let missing = there("/no/such");
+    kiln.run(&["cp", &missing, path(&at("none"))])
         .exits(2)
-        .says("/no/such");
-    kiln.run(&["cp", path(&at("src")), &there("/root/")])
+        .says(&format!("{missing}: the machine does not give it"));
+    let said = kiln
+        .run(&["cp", path(&at("src")), &there("/root/")])
         .exits(0);
+    assert_eq!(said.out, "");
     let said = kiln.run(&["exec", &id, "--", "cat", "src/a/file"]).exits(0);
     assert_eq!(said.out, "into");
     kiln.run(&["cp", path(&at("src")), &there("/no/such/folder/x")])
@@ -496,6 +500,32 @@ fn files_and_ports_lead_into_a_kept_machine_and_no_link_leads_out() {
     a_stranger_is_refused(&kiln, &id);
     kiln.run(&["machine", "rm", "--all"]).exits(0);
     assert!(kiln.vmms().is_empty());
+}
+
+/// A project that somebody else wrote may hold links and fifos where a copy is to go.
+fn copies_lead_through_no_link_and_over_no_fifo(kiln: &Kiln, from: &str) {
+    let project = app(&[("outside/mine", "precious")]);
+    let at = |name: &str| project.path().join(name);
+    std::os::unix::fs::symlink("outside", at("out")).expect("link");
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        at("fifo"),
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::from_raw_mode(0o600),
+        0,
+    )
+    .expect("fifo");
+    for (dest, told) in [
+        ("out", "out is a link or no folder"),
+        ("out/new", "out is a link or no folder"),
+        ("fifo", "is a fifo, not a file"),
+    ] {
+        let mut command = kiln.command(&["cp", from, dest]);
+        command.current_dir(project.path());
+        said(command).exits(2).says(told);
+    }
+    let left = fs::read_dir(at("outside")).expect("list").count();
+    assert_eq!(left, 1, "nothing was written through the link");
 }
 
 /// Even where every file were open to all, the keeper answers its owner alone.

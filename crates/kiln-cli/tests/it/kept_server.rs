@@ -293,6 +293,52 @@ impl Fleet {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_trusted_jobs_machine_is_not_for_untrusted_tokens() {
+    let fleet = Fleet::open().await;
+    // What the owner asks on the socket is trusted; a plain token's jobs are not.
+    let trusted = fleet.owner.keeps(&json!({ "seconds": 600 })).await;
+    let asked = json!({ "role": "developer", "tenant": "local" });
+    let (status, made) = fleet.owner.post("/v1/tokens", &asked).await;
+    assert_eq!(status, StatusCode::CREATED, "{made}");
+    let plain = fleet.owner.with(&made);
+    let asked = json!({ "role": "developer", "tenant": "local", "trusted": true });
+    let (status, made) = fleet.owner.post("/v1/tokens", &asked).await;
+    assert_eq!(status, StatusCode::CREATED, "{made}");
+    let with_trust = fleet.owner.with(&made);
+    for verb in ["exec", "tree", "forward", "show"] {
+        let refused = plain.at(&trusted).way(verb).await.err().expect("refused");
+        assert_eq!(refused.0, StatusCode::FORBIDDEN, "{verb}: {}", refused.1);
+        assert!(
+            refused.1["detail"].to_string().contains("trusted job"),
+            "{}",
+            refused.1
+        );
+    }
+    // It is seen, and can be ended, as any of the tenant.
+    assert_eq!(plain.machines().await, std::slice::from_ref(&trusted));
+    let (code, _) = with_trust
+        .at(&trusted)
+        .exec(&["true"], b"")
+        .await
+        .expect("runs");
+    assert_eq!(code, Some(0));
+    let own = plain.keeps(&json!({ "seconds": 600 })).await;
+    let (code, _) = plain.at(&own).exec(&["true"], b"").await.expect("runs");
+    assert_eq!(code, Some(0));
+    // Its console may tell as much as its log, and whoever may read no log reads none.
+    let asked = json!({ "role": "read-only", "tenant": "local" });
+    let (status, made) = fleet.owner.post("/v1/tokens", &asked).await;
+    assert_eq!(status, StatusCode::CREATED, "{made}");
+    let (status, said) = fleet
+        .owner
+        .with(&made)
+        .get(&format!("/v1/machines/{own}/console"))
+        .await;
+    assert_eq!(status, StatusCode::FORBIDDEN, "{said}");
+    fleet.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kept_machine_is_its_tenants_alone() {
     let fleet = Fleet::open().await;
     let (dev, _) = fleet.owner.token("acme", "developer").await;

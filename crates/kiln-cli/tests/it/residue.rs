@@ -83,13 +83,15 @@ fn a_run_leaves_nothing_of_a_secret_on_its_disk_or_in_its_records() {
     // Both ways to have it; a crash with it in memory, for which the command asks for a core file; and a word that shows that disks are read.
     let script = format!(
         "test \"$TOKEN\" = \"$(cat /run/secrets/key)\" || exit 9; ulimit -c unlimited; sh -c 'kill -SEGV $$'; echo crash $?; \
-         ls | grep core; echo {} > found; echo $TOKEN; sync",
+         ls | grep core; echo {} > found; echo $TOKEN; echo \"to the console: $TOKEN\" > /dev/console; mkdir out; echo x > out/$TOKEN.log; sync",
         ["marked", "7731"].join("-")
     );
     let mut command = annex.command(&["run", "--keep=10m", "--secret", "token=TOKEN"]);
-    command.args(["--secret", "key:file", "--", "sh", "-c", &script]);
+    let more = ["--secret", "key:file", "--artifact", "out/**", "--", "sh"];
+    command.args(more).args(["-c", &script]);
     command.current_dir(dir.path());
     let ran = said(command).exits(0);
+    let ran = ran.says("out/***.log is not kept: its name has a secret in it");
     assert!(ran.out.contains("crash 139"), "{ran:?}");
     assert!(!ran.out.contains("core"), "{ran:?}");
     let shown = annex.run(&["job", "logs"]).exits(0);
@@ -102,11 +104,56 @@ fn a_run_leaves_nothing_of_a_secret_on_its_disk_or_in_its_records() {
     let listed = annex.run(&["machine", "list", "--json"]).exits(0);
     let line = listed.out.lines().next().expect("a machine");
     let machine: serde_json::Value = serde_json::from_str(line).expect("JSON");
+    let id = machine["id"].as_str().expect("an id");
+    has_none(&annex, id);
     annex
-        .run(&["machine", "rm", machine["id"].as_str().expect("an id")])
+        .run(&["machine", "kill", id, "--incident=why"])
         .exits(0);
     assert_eq!(holders(&annex.home, &value()), Vec::<PathBuf>::new());
     assert_eq!(holders(dir.path(), &value()), Vec::<PathBuf>::new());
+}
+
+/// A later command in a machine that stayed has nothing of what its job was given.
+fn has_none(annex: &Annex, id: &str) {
+    let look = "cat /run/secrets/key 2>/dev/null; echo \"[$TOKEN]\"; grep -ls TOKEN= /run/kiln/container/config.json; true";
+    let looked = annex.run(&["exec", id, "--", "sh", "-c", look]).exits(0);
+    assert_eq!(looked.out, "[]\n", "{looked:?}");
+}
+
+#[test]
+fn a_container_that_stays_has_nothing_of_its_commands_secrets() {
+    let Some(annex) = home() else { return };
+    let policy = "version: 1\nimage: node\nphases:\n  dependencies: {commands: ['test -n \"$TOKEN\" && test -s /run/secrets/key && test ! -e fails']}\n\
+        secrets:\n  - {name: token, env: TOKEN, phase: dependencies, hosts: []}\n  - {name: key, file: /run/secrets/key, phase: dependencies, hosts: []}\n";
+    let dir = app(&[("a.txt", "a"), ("kiln.yaml", policy)]);
+    let kept = |more: &[&str], code: i32| {
+        let mut command = annex.command(&[&["--json", "run", "--keep=10m"], more].concat());
+        command.current_dir(dir.path());
+        said(command).exits(code);
+        let listed = annex.run(&["machine", "list", "--json"]).exits(0);
+        let line = listed.out.lines().next().expect("a machine");
+        let machine: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        let id = machine["id"].as_str().expect("an id").to_owned();
+        has_none(&annex, &id);
+        annex.run(&["machine", "rm", &id]).exits(0);
+    };
+    // The policy says where they go, the person that this project may have them.
+    let phase = ["--secret", "token", "--secret", "key", "--", "true"];
+    kept(&phase, 0);
+    // A phase that fails has had them as well.
+    std::fs::write(dir.path().join("fails"), "").expect("write");
+    kept(&phase, 1);
+    std::fs::remove_file(dir.path().join("kiln.yaml")).expect("remove");
+    std::fs::write(dir.path().join("package.json"), "{}").expect("write");
+    let secrets = ["--secret", "token=TOKEN", "--secret", "key:file"];
+    let test = [
+        "--",
+        "sh",
+        "-c",
+        "test -n \"$TOKEN\" && test -s /run/secrets/key",
+    ];
+    kept(&[&secrets[..], &test].concat(), 0);
+    assert_eq!(holders(&annex.home, &value()), Vec::<PathBuf>::new());
 }
 
 #[test]

@@ -17,7 +17,9 @@ pub fn command_line(request: &JobRequest) -> String {
             options_of_run(run, &mut words);
             rules(&request.network, &mut words);
             words.push("--".to_owned());
-            words.extend(run.argv.iter().map(|word| quoted(word)));
+            // Its policy puts the commands of its run phase before it again.
+            let own = kiln_core::run_script::own(&run.argv);
+            words.extend(own.iter().map(|word| quoted(word)));
         }
         JobKind::SourceBuild(build) => {
             words.push("build".to_owned());
@@ -104,7 +106,9 @@ fn quoted(word: &str) -> String {
     if !word.is_empty() && word.bytes().all(plain) {
         return word.to_owned();
     }
-    let shown = word.chars().map(|c| if c.is_control() { '?' } else { c });
+    let shown = word
+        .chars()
+        .map(|c| if kiln_policy::unseen(c) { '?' } else { c });
     format!("'{}'", shown.collect::<String>().replace('\'', "'\\''"))
 }
 

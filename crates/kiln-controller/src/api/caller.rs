@@ -7,6 +7,7 @@ use axum::extract::FromRequestParts;
 use http::request::Parts;
 use http::{StatusCode, header};
 use kiln_core::access::{Action, Principal, Refused, Target, decide};
+use kiln_core::job::TrustClass;
 use kiln_core::{Role, TenantName};
 use kiln_db::{Database, NewAudit};
 use serde::Deserialize;
@@ -209,7 +210,11 @@ impl Api {
             actor: "stranger".to_owned(),
             tenant: None,
             action: action.to_owned(),
-            target: path.chars().filter(|c| !c.is_control()).take(200).collect(),
+            target: path
+                .chars()
+                .filter(|c| !kiln_policy::unseen(*c))
+                .take(200)
+                .collect(),
             allowed: false,
             reason: Some(why.to_owned()),
             detail: None,
@@ -318,7 +323,7 @@ impl Caller {
             actor: self.actor(),
             tenant,
             action: action.name().to_owned(),
-            target: name.chars().filter(|c| !c.is_control()).collect(),
+            target: name.chars().filter(|c| !kiln_policy::unseen(*c)).collect(),
             allowed: refused.is_none(),
             reason: refused.map(str::to_owned),
             detail: None,
@@ -375,6 +380,30 @@ impl Caller {
             Err(problem) if problem.status == StatusCode::NOT_FOUND => Err(nothing()),
             Err(problem) => Err(problem),
         }
+    }
+
+    /// Whether the caller may have what a kept machine of a trusted job has in it: its files, its memory, whatever it was given.
+    ///
+    /// # Errors
+    /// A token whose own jobs are untrusted reaches untrusted jobs' machines alone.
+    pub(crate) async fn trusted_as(&self, api: &Api, kept: &kiln_db::Kept) -> Result<(), Problem> {
+        if self.principal.trust == TrustClass::Trusted {
+            return Ok(());
+        }
+        let id = &kept.attempt.job;
+        let job = api.db().job(id).await?;
+        let trusted = job.is_none_or(|job| job.request.trust == TrustClass::Trusted);
+        if !trusted {
+            return Ok(());
+        }
+        let why = "this machine is a trusted job's, and the jobs of this token are untrusted";
+        let tenant = Some(kept.tenant.clone());
+        let refused = Some(why);
+        self.note(api, Action::MachineUse, tenant, id.as_str(), refused)
+            .await?;
+        Err(Problem::forbidden(why).hint(
+            "ask an admin for a token whose jobs may be trusted (`kiln token create --trusted`)",
+        ))
     }
 
     /// The tenant that a list or submission is for: the caller's own unless an operator names another.

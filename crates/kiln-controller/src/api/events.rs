@@ -199,7 +199,11 @@ pub(crate) async fn woken(wakes: &mut Receiver<Wake>, job: &JobId) {
 }
 
 fn frame(event: &Event) -> String {
-    let kind: String = event.kind.chars().filter(|c| !c.is_control()).collect();
+    let kind: String = event
+        .kind
+        .chars()
+        .filter(|c| !kiln_policy::unseen(*c))
+        .collect();
     let data = serde_json::json!({
         "seq": event.seq, "at_unix_ms": event.at_unix_ms, "kind": kind, "data": event.data,
     });

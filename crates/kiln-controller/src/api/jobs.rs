@@ -249,7 +249,7 @@ pub(crate) async fn cancelled(
     let reason: Option<String> = reason.map(|reason| {
         reason
             .chars()
-            .filter(|c| !c.is_control())
+            .filter(|c| !kiln_policy::unseen(*c))
             .take(REASON_MAX)
             .collect()
     });

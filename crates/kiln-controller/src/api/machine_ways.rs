@@ -138,6 +138,7 @@ pub(crate) async fn open(
     let Path((id, verb)) = path.map_err(|_| Problem::not_found("thing", "of this name"))?;
     let verb = Verb::named(&verb).ok_or_else(|| Problem::not_found("way", &verb))?;
     let kept = caller.machine(&api, &id, Action::MachineUse).await?;
+    caller.trusted_as(&api, &kept).await?;
     let (upgrade, slot) = entry(&api, upgrade, &id)?;
     let way = api.backend().way_to(&kept).await.map_err(no_way)?;
     let joined = Joined::new((api, caller), End::Kept(Box::new(kept)), verb, slot);

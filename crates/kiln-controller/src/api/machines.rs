@@ -246,7 +246,7 @@ pub(crate) async fn console(
     caller: Caller,
     Named(id): Named,
 ) -> Result<Answer<ConsoleView>, Problem> {
-    let kept = caller.machine(&api, &id, Action::MachineRead).await?;
+    let kept = caller.machine(&api, &id, Action::LogRead).await?;
     let Reply::Text { text } = ask(&api, &kept, &Ask::Console, ANSWER_TIMEOUT).await? else {
         return Err(surprised());
     };

@@ -128,7 +128,11 @@ impl Problem {
     /// No such thing, or somebody else's.
     #[must_use]
     pub fn not_found(what: &str, name: &str) -> Self {
-        let name: String = name.chars().filter(|c| !c.is_control()).take(80).collect();
+        let name: String = name
+            .chars()
+            .filter(|c| !kiln_policy::unseen(*c))
+            .take(80)
+            .collect();
         Self::new(
             StatusCode::NOT_FOUND,
             "not_found",

@@ -208,7 +208,11 @@ impl Form {
 
 /// The answer to a part that nobody asked for, by its name.
 pub(crate) fn no_such_part(name: &str) -> Problem {
-    let shown: String = name.chars().filter(|c| !c.is_control()).take(80).collect();
+    let shown: String = name
+        .chars()
+        .filter(|c| !kiln_policy::unseen(*c))
+        .take(80)
+        .collect();
     let text = format!("there is no part {shown:?}");
     Problem::invalid(shown, text)
 }

@@ -280,7 +280,7 @@ impl JobView {
             // An image that is run with its own command is known by its name.
             JobKind::Run(run) => match (&run.argv[..], &run.image) {
                 ([], Some(image)) => (image.to_string(), None),
-                (argv, _) => (argv.join(" "), None),
+                (argv, _) => (kiln_core::run_script::shown(argv).join(" "), None),
             },
         };
         let [kernel, root_disk] = match &request.kind {
@@ -292,7 +292,11 @@ impl JobView {
                 id: request.id.to_string(),
                 tenant: request.tenant.to_string(),
                 kind: kiln_db::kind_name(&request.kind).to_owned(),
-                name: name.chars().filter(|c| !c.is_control()).take(120).collect(),
+                name: name
+                    .chars()
+                    .filter(|c| !kiln_policy::unseen(*c))
+                    .take(120)
+                    .collect(),
                 state: job.state.name().to_owned(),
                 cancel_asked: job.cancel.is_some(),
                 outcome: outcome(&job.state),
@@ -475,7 +479,7 @@ impl WorkerView {
                 .facts
                 .version
                 .chars()
-                .filter(|c| !c.is_control())
+                .filter(|c| !kiln_policy::unseen(*c))
                 .take(80)
                 .collect(),
             seen_unix_ms: worker.seen_unix_ms,

@@ -106,7 +106,7 @@ pub(crate) fn reason(text: Option<String>) -> Result<Option<String>, Problem> {
             format!("it has at most {REASON_MAX} bytes"),
         ));
     }
-    Ok(text.map(|text| text.chars().filter(|c| !c.is_control()).collect()))
+    Ok(text.map(|text| text.chars().filter(|c| !kiln_policy::unseen(*c)).collect()))
 }
 
 fn refused(error: WorkerError, name: &str) -> Problem {

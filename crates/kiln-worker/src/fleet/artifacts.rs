@@ -9,6 +9,7 @@ use kiln_core::ArtifactName;
 use tokio_util::io::ReaderStream;
 
 use super::client::{LinkError, job_path};
+use super::mask::Mask;
 use super::report::{To, retried};
 use crate::collect::Collected;
 use crate::event::{Event, Events};
@@ -17,13 +18,25 @@ use crate::event::{Event, Events};
 const FILE_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Sends files, one after the other, and again after a break. Gives those that the controller has; what it refuses is a warning.
-pub(super) async fn send(to: &To, files: &[Collected], events: &Events) -> Vec<ArtifactName> {
+pub(super) async fn send(
+    to: &To,
+    files: &[Collected],
+    mask: &Mask,
+    events: &Events,
+) -> Vec<ArtifactName> {
     let mut sent = Vec::new();
     if files.is_empty() {
         return sent;
     }
     events.tell(Event::Phase { name: "artifacts" }).await;
     for file in files {
+        let name = file.name.as_str();
+        if mask.name(name) != name {
+            // Names are in the job's record, where no value of a secret is.
+            let text = format!("{name} is not kept: its name has a secret in it");
+            events.warn(text).await;
+            continue;
+        }
         let done = retried(&to.fenced, || one(to, file)).await;
         match done {
             Some(()) => sent.push(file.name.clone()),

@@ -250,8 +250,8 @@ async fn attempt(
     let (events, receiver) = Events::channel();
     let secrets = secrets(&to, &request, &mut local).await;
     let values = secrets.as_ref().map(Vec::as_slice).unwrap_or_default();
-    witness.was_given(values.iter().map(|(name, _)| name.clone()));
     let mask = Mask::new(values.iter().map(|(_, value)| &value[..]));
+    witness.was_given(values.iter().map(|(name, _)| name.clone()), &mask);
     let name = format!("{}-{}.log", lease.attempt.job, lease.attempt.number);
     let spool = match Spool::create(&shop.spool.join(name)) {
         Ok(spool) => Arc::new(spool),
@@ -704,7 +704,7 @@ impl Work<'_> {
         }
         let files = std::mem::take(&mut end.artifacts);
         let since = std::time::Instant::now();
-        let sent = artifacts::send(self.to, &files, self.events).await;
+        let sent = artifacts::send(self.to, &files, self.mask, self.events).await;
         if !files.is_empty() {
             add(&mut end.measured.artifacts_ms, since);
         }

@@ -64,6 +64,12 @@ impl Mask {
         }
     }
 
+    /// Whether it masks nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.forms.patterns.is_empty()
+    }
+
     /// Begins one stream of output.
     #[must_use]
     pub fn stream(&self) -> MaskedStream {

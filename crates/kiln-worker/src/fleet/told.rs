@@ -64,7 +64,7 @@ pub(crate) fn summary(egress: &mut EgressSummary, mask: &Mask) {
 }
 
 /// The same for single decisions.
-pub(super) fn events(events: &mut [EgressEvent], mask: &Mask) {
+pub(crate) fn events(events: &mut [EgressEvent], mask: &Mask) {
     let name = |text: &mut String| *text = mask.name(text);
     for event in events {
         name(&mut event.host);

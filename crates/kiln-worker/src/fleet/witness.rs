@@ -9,7 +9,9 @@ use kiln_network::record::{EgressLog, EgressRecord};
 use kiln_proto::fleet::Incident;
 use serde_json::{Value, json};
 
+use super::mask::Mask;
 use super::spool::Spool;
+use super::told;
 use crate::host::{Host, now_unix_ms};
 use crate::incident;
 use crate::kept::dir_of;
@@ -25,6 +27,7 @@ pub struct Witness(Arc<Mutex<Seen>>);
 struct Seen {
     /// Names of the secrets whose values it has.
     secrets: Vec<String>,
+    mask: Mask,
     spool: Option<Arc<Spool>>,
     machine: Option<(Weak<dyn Machine>, Arc<EgressLog>)>,
 }
@@ -47,9 +50,11 @@ impl Witness {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// It has the values of these secrets from now on.
-    pub(super) fn was_given(&self, secrets: impl IntoIterator<Item = String>) {
-        self.lock().secrets.extend(secrets);
+    /// It has the values of these secrets from now on, and what is kept of it is told without them.
+    pub(super) fn was_given(&self, secrets: impl IntoIterator<Item = String>, mask: &Mask) {
+        let mut seen = self.lock();
+        seen.secrets.extend(secrets);
+        seen.mask = mask.clone();
     }
 
     /// What it prints goes there.
@@ -71,21 +76,22 @@ impl Witness {
             .map(|one| dir_of(&host.home.data, one.name()));
         let record = dir.map(|dir| incident::bytes_of(&dir.join("record.json")));
         let egress = seen.machine.as_ref().map(|(_, egress)| egress.snapshot());
+        let mut egress = egress.unwrap_or_default();
+        told::events(&mut egress.events, &seen.mask);
+        let console = machine.as_ref().map(|one| one.console_tail());
         let log = seen.spool.as_ref();
         Evidence {
             lease: lease.clone(),
             why,
             secrets: seen.secrets.clone(),
-            console: machine
-                .as_ref()
-                .map(|one| one.console_tail())
-                .unwrap_or_default(),
+            // A machine that was told a secret may print it where no command's output goes.
+            console: seen.mask.text(&console.unwrap_or_default()),
             machine,
             record: record.unwrap_or_default(),
             log: log
                 .and_then(|spool| spool.read(0, LOG_BYTES_MAX).ok())
                 .unwrap_or_default(),
-            egress: egress.unwrap_or_default(),
+            egress,
         }
     }
 }

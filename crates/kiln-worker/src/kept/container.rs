@@ -16,9 +16,11 @@ use super::ask::{ExecAsk, Refused};
 use crate::orders::{self, ExecIo};
 
 /// Configuration of the first container (`BUNDLE` of the guest's `container`).
-const CONFIG: &str = "/run/kiln/container/config.json";
+pub(crate) const CONFIG: &str = "/run/kiln/container/config.json";
 /// Where runc keeps its state (`RUNC_ROOT` of the guest's `container`).
 const RUNC_ROOT: &str = "/run/kiln/runc";
+/// What a container's command is started by (`INSIDE` of the guest's `container_init`).
+const INIT: &str = "/dev/kiln-init";
 /// Most bytes of a configuration.
 const CONFIG_BYTES_MAX: u64 = 512 * 1024;
 /// Room for the heads of its tar stream.
@@ -35,8 +37,12 @@ pub(super) struct Beside {
 }
 
 impl Beside {
-    /// Reads how the first container was.
-    pub(super) async fn read(session: &Session, runc: String) -> Result<Self, Refused> {
+    /// Reads how the first container was. Its variables of these names are secrets: they stay neither in the machine nor here.
+    pub(super) async fn read(
+        session: &Session,
+        runc: String,
+        secret_env: &[String],
+    ) -> Result<Self, Refused> {
         let order = GetTree {
             path: CONFIG.to_owned(),
             bytes_max: CONFIG_BYTES_MAX,
@@ -57,7 +63,11 @@ impl Beside {
                 ));
             }
         }
-        let config = config_in(&bytes).map_err(|error| failed(&error))?;
+        let mut config = config_in(&bytes).map_err(|error| failed(&error))?;
+        if !secret_env.is_empty() {
+            forget(&mut config, secret_env);
+            write(session, CONFIG, &config).await?;
+        }
         let next = AtomicU64::new(1);
         Ok(Self { runc, config, next })
     }
@@ -70,41 +80,59 @@ impl Beside {
     ) -> Result<Vec<String>, Refused> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let bundle = format!("/run/kiln/kept-{}", number % BUNDLES);
-        let config = changed(&self.config, ask).to_string();
-        let script = "umask 077; mkdir -p \"$0\" && cat > \"$0/config.json\"";
-        let words = ["/bin/sh", "-c", script, &bundle];
-        let request = ExecRequest {
-            argv: words.map(str::to_owned).to_vec(),
-            stdin: true,
-            ..ExecRequest::default()
-        };
-        let (output, mut said) = mpsc::channel(16);
-        let (_nobody, control) = mpsc::channel(1);
-        let io = ExecIo {
-            stdin: Some(Box::new(Cursor::new(config.into_bytes()))),
-            output,
-            control,
-        };
-        let written = orders::exec(session, "prepare a container", &request, io);
-        let all = async { while said.recv().await.is_some() {} };
-        let written = async { tokio::join!(written, all).0 };
-        let written = tokio::time::timeout(orders::ORDER_TIMEOUT, written).await;
-        match written {
-            Ok(Ok(exit)) if exit.code == Some(0) => {}
-            Ok(Ok(_)) => {
-                return Err(Refused::failed(
-                    "the machine has no room for another container",
-                ));
-            }
-            Ok(Err(error)) => return Err(Refused::failed(orders::chain(&error))),
-            Err(_) => return Err(Refused::failed("the machine does not prepare a container")),
-        }
+        write(
+            session,
+            &format!("{bundle}/config.json"),
+            &changed(&self.config, ask),
+        )
+        .await?;
         let id = format!("kept-{number}");
         let words = ["--root", RUNC_ROOT, "run", "--bundle", &bundle, &id];
         let mut argv = vec![self.runc.clone()];
         argv.extend(words.map(str::to_owned));
         Ok(argv)
     }
+}
+
+/// Writes a configuration into the machine.
+async fn write(session: &Session, path: &str, config: &Value) -> Result<(), Refused> {
+    let script = "umask 077; mkdir -p \"${0%/*}\" && cat > \"$0\"";
+    let words = ["/bin/sh", "-c", script, path];
+    let request = ExecRequest {
+        argv: words.map(str::to_owned).to_vec(),
+        stdin: true,
+        ..ExecRequest::default()
+    };
+    let (output, mut said) = mpsc::channel(16);
+    let (_nobody, control) = mpsc::channel(1);
+    let io = ExecIo {
+        stdin: Some(Box::new(Cursor::new(config.to_string().into_bytes()))),
+        output,
+        control,
+    };
+    let written = orders::exec(session, "prepare a container", &request, io);
+    let all = async { while said.recv().await.is_some() {} };
+    let written = async { tokio::join!(written, all).0 };
+    let written = tokio::time::timeout(orders::ORDER_TIMEOUT, written).await;
+    match written {
+        Ok(Ok(exit)) if exit.code == Some(0) => Ok(()),
+        Ok(Ok(_)) => Err(Refused::failed(
+            "the machine has no room for another container",
+        )),
+        Ok(Err(error)) => Err(Refused::failed(orders::chain(&error))),
+        Err(_) => Err(Refused::failed("the machine does not prepare a container")),
+    }
+}
+
+/// Takes variables out.
+fn forget(config: &mut Value, names: &[String]) {
+    let Some(env) = config["process"]["env"].as_array_mut() else {
+        return;
+    };
+    env.retain(|item| {
+        let key = item.as_str().and_then(|item| item.split_once('='));
+        !key.is_some_and(|(key, _)| names.iter().any(|name| name == key))
+    });
 }
 
 /// The configuration in a tar stream of one file.
@@ -146,7 +174,10 @@ fn changed(config: &Value, ask: &ExecAsk) -> Value {
         env.push(json!("TERM=xterm"));
     }
     process["env"] = env.into();
-    process["args"] = json!(ask.argv);
+    // What is PID 1 there says how its command ended, and that there is none of that name.
+    let init = process["args"][0].as_str().filter(|word| *word == INIT);
+    let words = init.map(str::to_owned).into_iter();
+    process["args"] = words.chain(ask.argv.iter().cloned()).collect();
     process["terminal"] = json!(ask.tty.is_some());
     if !ask.cwd.is_empty() {
         process["cwd"] = json!(ask.cwd);
@@ -189,6 +220,21 @@ mod tests {
             ..ask
         };
         assert_eq!(changed(&first, &there)["process"]["cwd"], "/tmp");
+        let mut with_init = first;
+        with_init["process"]["args"] = json!([INIT, "npm", "start"]);
+        let args = &changed(&with_init, &there)["process"]["args"];
+        assert_eq!(args, &json!([INIT, "sh"]));
+    }
+
+    #[test]
+    fn variables_that_are_secrets_are_taken_out() {
+        let mut config =
+            json!({"process": {"env": ["PATH=/bin", "TOKEN=a=b", "TOKENS=x", "TOKEN"]}});
+        forget(&mut config, &["TOKEN".to_owned()]);
+        assert_eq!(
+            config["process"]["env"],
+            json!(["PATH=/bin", "TOKENS=x", "TOKEN"])
+        );
     }
 
     #[test]

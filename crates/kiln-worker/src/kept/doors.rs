@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kiln_proto::msg::{ExecRequest, GetTree, MachineStats, Order, OrderReply, kind};
+use kiln_proto::session::OpenError;
 use kiln_proto::{Stream, codec, relay, reset_of};
 use serde::Serialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, split};
@@ -14,7 +15,7 @@ use super::ask::{Answer, Ask, ExecAsk, MESSAGE_BYTES_MAX, Refused, Reply, Status
 use super::copy::{BYTES_MAX, ENTRIES_MAX};
 use super::keeper::{CONNECTIONS_MAX, Held, Wish, Wished};
 use crate::collect::CONTAINER_ROOT;
-use crate::orders;
+use crate::orders::{self, CallError};
 use crate::run;
 
 /// How long a question may take to arrive.
@@ -136,7 +137,10 @@ async fn open(held: &Held, kind: u8, payload: &(impl Serialize + Sync)) -> Resul
     let payload =
         serde_json::to_vec(payload).map_err(|error| Refused::failed(error.to_string()))?;
     let opened = held.session.open(kind, &payload).await;
-    opened.map_err(|error| Refused::failed(orders::chain(&error)))
+    opened.map_err(|error| match error {
+        OpenError::Payload { len } => Refused::usage(CallError::TooLong { len }.to_string()),
+        error => Refused::failed(orders::chain(&error)),
+    })
 }
 
 /// What the guest is told to run.

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::keeper::Held;
 use super::{Facts, LOG_FILE, dir_of};
+use crate::fleet::told;
 use crate::host::now_unix_ms;
 use crate::incident::{self, bytes_of};
 
@@ -25,16 +26,26 @@ pub(super) struct Evidence {
 
 impl Evidence {
     pub(super) fn take(held: &Held, home: &Path, note: &str) -> Self {
+        let mut egress = held.egress.snapshot();
+        told::events(&mut egress.events, &held.mask);
         let dir = dir_of(home, &held.facts.machine.machine);
         Self {
             facts: held.facts.clone(),
             note: note.chars().take(1000).collect(),
-            console: held.machine.console_tail(),
+            console: console_of(held),
             record: bytes_of(&dir.join("record.json")),
             journal: bytes_of(&dir.join(LOG_FILE)),
-            egress: held.egress.snapshot(),
+            egress,
             asked_unix_ms: now_unix_ms(),
         }
+    }
+}
+
+/// The end of its console, without its command's secrets. A keeper of its own never had their values, so it could not leave them out.
+fn console_of(held: &Held) -> String {
+    match held.facts.machine.had_secrets && held.mask.is_empty() {
+        true => "left out: the command had secrets, and may have printed one here\n".to_owned(),
+        false => held.mask.text(&held.machine.console_tail()),
     }
 }
 
@@ -52,7 +63,7 @@ pub(super) fn preserve(home: &Path, evidence: &Evidence, leaks: &[String]) -> io
             "egress": "its gateway ended with its keeper",
             "lease": "the attempt's lease ended with its command: no door takes anything under it",
             "registry_tokens": "bound to that lease's epoch, so none is valid",
-            "secrets": "a run is given none; what its user passed by -e was in the machine alone",
+            "secrets": "taken out of the machine when its command had ended; what its user passed by -e was in the machine alone",
         },
     });
     let files: [(&str, &[u8]); 5] = [

@@ -192,7 +192,7 @@ async fn hold(
     let beside = match &handover.runc {
         None => None,
         Some(runc) => {
-            let read = Beside::read(&session, runc.clone()).await;
+            let read = Beside::read(&session, runc.clone(), &handover.secret_env).await;
             Some(read.map_err(|error| Failure::new(FailureClass::GuestFault, error.message))?)
         }
     };

@@ -13,6 +13,7 @@ use kiln_core::{
 use kiln_proto::msg::{
     ContainerSpec, ExecRequest, Exit, Order, OrderReply, Place, TtySize, feature,
 };
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::command::{ExecParts, Room, run_exec};
@@ -25,14 +26,16 @@ use crate::attend::door::HANGUP;
 use crate::collect;
 use crate::event::Events;
 use crate::failure::Failure;
-use crate::kept::Handover;
-use crate::orders;
+use crate::kept::{CONTAINER_CONFIG, Handover};
+use crate::orders::{self, ExecIo};
 use crate::run_git;
 use crate::run_secrets::RunSecrets;
 use crate::unpack::Unpacked;
 
 /// The environment every command starts from.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where a container's user has copies of its secrets, and that of each service (`SECRETS` of the guest's `container`).
+const CONTAINER_SECRETS: &str = "/run/kiln/container-secrets";
 /// Where a command begins that works on no files.
 const HOME: &str = "/root";
 /// Size of a terminal whose attender did not say.
@@ -493,7 +496,55 @@ async fn put_secrets(attempt: &Attempt, secrets: &RunSecrets) -> Result<(), Fail
 
 /// Empties the files of a phase's secrets: they are no other phase's.
 async fn take_back(attempt: &Attempt, secrets: &RunSecrets) -> Result<(), Failure> {
-    for id in secrets.files() {
+    empty(attempt, secrets.files()).await
+}
+
+/// Takes every secret out of a machine that stays: the files, their copies for a container's user, and the variables that the configuration of
+/// its last container holds. Where the command itself began, its keeper reads that configuration and takes them out of it; otherwise nobody
+/// needs it.
+pub(super) async fn take_out(
+    attempt: &Attempt,
+    files: Vec<String>,
+    handover: &Handover,
+) -> Result<(), Failure> {
+    empty(attempt, files).await?;
+    if !handover.had_secrets {
+        return Ok(());
+    }
+    let config = match handover.runc {
+        Some(_) => "",
+        None => CONTAINER_CONFIG,
+    };
+    let script = "rm -f \"$0\"*/* && { [ -z \"$1\" ] || rm -f \"$1\"; }";
+    let words = ["/bin/sh", "-c", script, CONTAINER_SECRETS, config];
+    let request = ExecRequest {
+        argv: words.map(str::to_owned).to_vec(),
+        ..ExecRequest::default()
+    };
+    let what = "take secrets out of it";
+    let (output, mut said) = mpsc::channel(16);
+    let (_nobody, control) = mpsc::channel(1);
+    let io = ExecIo {
+        stdin: None,
+        output,
+        control,
+    };
+    let all = async { while said.recv().await.is_some() {} };
+    let removed = orders::exec(&attempt.session, what, &request, io);
+    let removed = async { tokio::join!(removed, all).0 };
+    match tokio::time::timeout(orders::ORDER_TIMEOUT, removed).await {
+        Ok(Ok(exit)) if exit.code == Some(0) => Ok(()),
+        Ok(Err(error)) => Err(error.into()),
+        Ok(Ok(_)) | Err(_) => Err(Failure::new(
+            FailureClass::GuestFault,
+            "the machine did not remove them",
+        )),
+    }
+}
+
+/// Empties files of secrets.
+async fn empty(attempt: &Attempt, files: Vec<String>) -> Result<(), Failure> {
+    for id in files {
         let place = Place::Secret { id };
         orders::put_file(&attempt.session, "take a secret back", place, &[]).await?;
     }

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Machine, ask, refused, surprised};
 use crate::args::{CpArgs, ServerArgs};
+use crate::commands::landing::{Landing, folder_of, look_at};
 use crate::commands::table::counted;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
 use crate::show::{Screen, ShownPath as _};
@@ -50,13 +51,16 @@ pub(in crate::commands) async fn run(
     let copy = async {
         match (side(&args.source), side(&args.dest)) {
             (Side::There { id, path }, Side::Here(dest)) => {
+                let target = target(&dest, name_of(&path))?;
                 let machine = Machine::named(said, &id).await?;
-                out(&machine, &path, &dest, screen).await
+                out(&machine, (&args.source, &path), target, screen).await
             }
             (Side::Here(source), Side::There { id, path }) => {
                 let machine = Machine::named(said, &id).await?;
                 into(&machine, &source, &path, &cancel).await?;
-                screen.data(&json!({ "id": machine.id(), "path": path }), String::new);
+                if screen.json() {
+                    screen.data(&json!({ "id": machine.id(), "path": path }), String::new);
+                }
                 Ok(())
             }
             _ => Err(
@@ -87,9 +91,49 @@ fn name_of(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or_default()
 }
 
-async fn out(machine: &Machine, path: &str, dest: &Path, screen: Screen) -> Result<()> {
-    let name = name_of(path).to_owned();
-    let target = place(dest, &name).map_err(|error| failed(&error))?;
+/// Where a copy called `name` goes on this host. Only what the user vouches for may be links on the way there, and no device gives way to a file.
+fn target(dest: &Path, name: &str) -> Result<PathBuf> {
+    let target = place(dest, name).map_err(|error| failed(&error))?;
+    let looked = Landing::look(folder_of(&target)).and_then(|()| look_at(&target));
+    looked.map_err(|error| error.told(&target))?;
+    Ok(target)
+}
+
+/// Why a copy failed, with paths as the user knows them: files of a container lie below a folder of the machine's own.
+async fn explained(machine: &Machine, (typed, path): (&str, &str), error: &CopyError) -> CliError {
+    let CopyError::Machine(why) = error else {
+        return failed(error);
+    };
+    let root = match ask(machine.reach(), &Ask::Show).await {
+        Ok(Reply::Shown(status)) => status.root,
+        // It ended, perhaps: what it said is told all the same.
+        _ => String::new(),
+    };
+    let folder = folder_of(Path::new(path)).shown();
+    CliError::usage(format!(
+        "{typed}: the machine does not give it: {}",
+        without_root(why, &root)
+    ))
+    .hint(format!(
+        "`kiln exec {} -- ls -la {folder}` shows what is there",
+        machine.id()
+    ))
+}
+
+/// What a machine says, without the folder that its files lie below.
+fn without_root(said: &str, root: &str) -> String {
+    match root {
+        "" => said.to_owned(),
+        root => said.replace(root, ""),
+    }
+}
+
+async fn out(
+    machine: &Machine,
+    (typed, path): (&str, &str),
+    target: PathBuf,
+    screen: Screen,
+) -> Result<()> {
     // Only a folder has a `.` in it: what is none is asked for once more, as the file it may be.
     let folder = format!("{}/.", path.trim_end_matches('/'));
     let mut reader = client::tree(machine.reach(), &folder)
@@ -98,15 +142,17 @@ async fn out(machine: &Machine, path: &str, dest: &Path, screen: Screen) -> Resu
     let mut file = None;
     if reader.begin().await.is_err() {
         reader = client::tree(machine.reach(), path).await.map_err(refused)?;
-        let began = reader.begin().await;
-        began.map_err(|error| failed(&CopyError::Machine(error.to_string())))?;
-        file = Some(name);
+        if let Err(error) = reader.begin().await {
+            let error = CopyError::Machine(error.to_string());
+            return Err(explained(machine, (typed, path), &error).await);
+        }
+        file = Some(name_of(path).to_owned());
     }
     let work = tokio::task::spawn_blocking(move || take_out(reader, &target, file.as_deref()));
-    let copied = work
-        .await
-        .or_infrastructure()?
-        .map_err(|error| failed(&error))?;
+    let copied = match work.await.or_infrastructure()? {
+        Ok(copied) => copied,
+        Err(error) => return Err(explained(machine, (typed, path), &error).await),
+    };
     let Copied {
         path,
         entries,
@@ -212,5 +258,46 @@ mod tests {
             (name_of("/a/b/"), name_of("/"), name_of("/x")),
             ("b", "", "x")
         );
+    }
+
+    #[test]
+    fn a_copy_goes_through_no_link_and_over_no_device() {
+        let dir = tempfile::tempdir().expect("dir");
+        let at = |name: &str| dir.path().join(name);
+        std::fs::create_dir(at("real")).expect("folder");
+        std::fs::write(at("file"), "").expect("write");
+        for (to, name) in [("real", "link"), ("file", "to-file")] {
+            std::os::unix::fs::symlink(to, at(name)).expect("link");
+        }
+        for (dest, goes) in [
+            ("real", "real/x"),
+            ("real/y", "real/y"),
+            ("new", "new"),
+            // Replaced by the copy, not followed.
+            ("to-file", "to-file"),
+        ] {
+            assert_eq!(target(&at(dest), "x").expect(dest), at(goes));
+        }
+        for bad in ["link", "link/", "link/y"] {
+            let error = target(&at(bad), "x").expect_err(bad);
+            assert_eq!((error.exit_code(), error.hints.len()), (2, 1), "{bad}");
+            assert!(
+                error.message.contains("link is a link or no folder"),
+                "{error}"
+            );
+        }
+        let error = target(Path::new("/dev/null"), "x").expect_err("a device");
+        assert!(error.message.contains("/dev/null is a device"), "{error}");
+        assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn what_a_machine_says_names_paths_as_its_user_does() {
+        let said = "could not open /run/m/rootfs/none: No such file or directory";
+        assert_eq!(
+            without_root(said, "/run/m/rootfs"),
+            "could not open /none: No such file or directory"
+        );
+        assert_eq!(without_root(said, ""), said);
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Read as _;
 
-use kiln_core::{ByteSize, FailureClass};
+use kiln_core::{ByteSize, FailureClass, run_script};
 use kiln_worker::home::Home;
 use kiln_worker::host::now_unix_ms;
 use kiln_worker::kept::ask::{Ask, Reply, Status, Used};
@@ -72,7 +72,7 @@ struct Line<'a> {
 /// What ran in it, for a person.
 fn what(facts: &Facts) -> String {
     let image = facts.machine.image.as_ref().map(ToString::to_string);
-    let words = facts.machine.command.join(" ");
+    let words = run_script::shown(&facts.machine.command).join(" ");
     match (image, words.is_empty()) {
         (Some(image), true) => image,
         (Some(image), false) => format!("{image}: {words}"),
@@ -156,7 +156,7 @@ fn facts_of(status: &Status, now: u64) -> String {
     if let Some(image) = &machine.image {
         lines.add("image", image.to_string());
     }
-    lines.add("command", machine.command.join(" "));
+    lines.add("command", run_script::shown(&machine.command).join(" "));
     lines.add("ended", machine.ended.as_str());
     lines.add("kept", when::ago(facts.since_unix_ms, now));
     let until = when::stamp(facts.until_unix_ms);

@@ -1,7 +1,7 @@
 //! `kiln machine` through a server: machines that its workers keep.
 
 use kiln_controller::api::{EndedView, List, MachineView, StatsView};
-use kiln_core::{ByteSize, FailureClass};
+use kiln_core::{ByteSize, FailureClass, run_script};
 use serde_json::{Value, json};
 
 use crate::args::MachineCommand;
@@ -82,7 +82,7 @@ pub(super) async fn find(server: &Server, start: &str) -> Result<MachineView> {
 
 /// What ran in it, for a person.
 fn what(machine: &MachineView) -> String {
-    let words = machine.command.join(" ");
+    let words = run_script::shown(&machine.command).join(" ");
     match (&machine.image, words.is_empty()) {
         (Some(image), true) => image.clone(),
         (Some(image), false) => format!("{image}: {words}"),
@@ -146,7 +146,7 @@ fn facts_of(machine: &MachineView) -> String {
     if let Some(image) = &machine.image {
         lines.add("image", image.as_str());
     }
-    lines.add("command", machine.command.join(" "));
+    lines.add("command", run_script::shown(&machine.command).join(" "));
     lines.add("ended", machine.ended.as_str());
     let until = when::stamp(machine.until_unix_ms);
     let left = when::span(machine.left_ms);
