@@ -177,7 +177,18 @@ async fn a_command_has_its_secrets_and_nothing_else_does() {
         assert_eq!(class, FailureClass::Usage, "{message}");
         assert!(message.contains(word), "{message}");
     }
-    for id in ["r2", "r3", "r4"] {
+    // Nor does an untrusted job learn, however it came into the queue.
+    let mut learns = asks("r5", &[], TrustClass::Untrusted);
+    let digest = kiln_core::Digest::of(b"a policy");
+    let policy = serde_json::json!({"file": digest, "hash": digest, "learn": true});
+    learns.request.policy = Some(serde_json::from_value(policy).expect("a policy"));
+    let (verdict, _) = ended(&running, learns).await;
+    let Verdict::Failed { class, message, .. } = verdict else {
+        panic!("its machine would be open");
+    };
+    assert_eq!(class, FailureClass::Policy, "{message}");
+    assert!(message.contains("only trusted jobs learn"), "{message}");
+    for id in ["r2", "r3", "r4", "r5"] {
         let attempts = running
             .controller
             .db
