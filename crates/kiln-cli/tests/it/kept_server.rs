@@ -318,12 +318,12 @@ async fn a_trusted_jobs_machine_is_not_for_untrusted_tokens() {
     assert_eq!(plain.machines().await, std::slice::from_ref(&trusted));
     let (code, _) = with_trust
         .at(&trusted)
-        .exec(&["true"], b"")
+        .exec(&["cat"], b"in")
         .await
         .expect("runs");
     assert_eq!(code, Some(0));
     let own = plain.keeps(&json!({ "seconds": 600 })).await;
-    let (code, _) = plain.at(&own).exec(&["true"], b"").await.expect("runs");
+    let (code, _) = plain.at(&own).exec(&["cat"], b"in").await.expect("runs");
     assert_eq!(code, Some(0));
     // Its console may tell as much as its log, and whoever may read no log reads none.
     let asked = json!({ "role": "read-only", "tenant": "local" });

@@ -13,6 +13,7 @@ use kiln_proto::fleet::{AskPolicy, BeyondPolicy, PolicyAnswer};
 
 use super::client::{REQUEST_TIMEOUT, job_path};
 use super::job::Work;
+use super::report::answered;
 use super::source::Here;
 use crate::checkout::FilesBeside;
 use crate::event::Events;
@@ -101,10 +102,10 @@ impl Work<'_> {
         }
         let path = job_path(&request.id, "policy");
         let client = &self.shop.client;
-        let answer = client.call::<_, PolicyAnswer>(&path, Some(self.lease), &ask, REQUEST_TIMEOUT);
-        let answer = answer
-            .await
-            .map_err(|error| Failure::infrastructure(&error))?;
+        let asked =
+            || client.call::<_, PolicyAnswer>(&path, Some(self.lease), &ask, REQUEST_TIMEOUT);
+        let answer = answered(&self.to.fenced, asked).await;
+        let answer = answer.map_err(|error| Failure::infrastructure(&error))?;
         match answer {
             PolicyAnswer::None => {}
             PolicyAnswer::Refused {

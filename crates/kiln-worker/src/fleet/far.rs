@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::client::{LinkError, REQUEST_TIMEOUT, job_path};
 use super::job::Workshop;
+use super::report::{To, answered};
 use crate::build::{BuildReport, QUARANTINE_TAG};
 use crate::failure::Failure;
 use crate::publish;
@@ -26,21 +27,23 @@ const NAME_TIMEOUT: Duration = Duration::from_secs(300);
 /// When the controller refuses or cannot be reached: then the image has no name there.
 pub(super) async fn publish_far(
     shop: &Workshop,
-    lease: &Lease,
+    to: &To,
     report: &BuildReport,
     tags: &[ImageRef],
     cancel: CancellationToken,
 ) -> Result<bool, Failure> {
+    let lease = &to.lease;
     let mut pushes = 1;
     loop {
-        let token = token(shop, lease).await?;
+        let token = answered(&to.fenced, || token(shop, lease)).await;
+        let token = token.map_err(|error| Failure::infrastructure(&error))?;
         let elsewhere = !token.registry.is_empty();
         if elsewhere {
             push(shop, lease, report, token, &cancel).await?;
         } else if !token.named_by_controller {
             return Ok(false);
         }
-        match name(shop, lease, report, tags).await {
+        match answered(&to.fenced, || name(shop, lease, report, tags)).await {
             Ok(()) => return Ok(elsewhere),
             Err(LinkError::Refused { code, .. }) if code == NOT_PUSHED && pushes < PUSHES_MAX => {
                 pushes += 1;
@@ -59,13 +62,13 @@ pub(super) async fn publish_far(
 }
 
 /// Where and with what to push.
-async fn token(shop: &Workshop, lease: &Lease) -> Result<RegistryToken, Failure> {
+async fn token(shop: &Workshop, lease: &Lease) -> Result<RegistryToken, LinkError> {
     let path = job_path(&lease.attempt.job, "registry-token");
     let nothing = serde_json::json!({});
     let asked = shop
         .client
         .call::<_, RegistryToken>(&path, Some(lease), &nothing, REQUEST_TIMEOUT);
-    asked.await.map_err(|error| Failure::infrastructure(&error))
+    asked.await
 }
 
 async fn name(

@@ -26,7 +26,7 @@ use super::ends::{built, ran, under_policy};
 use super::far::publish_far;
 use super::local::{LocalFolder, LocalJob, LocalJobs, LocalRun};
 use super::mask::Mask;
-use super::report::{Reporter, Spans, To, retried};
+use super::report::{Reporter, Spans, To, answered, retried};
 use super::spans::AttemptSpans;
 use super::spool::Spool;
 use super::staying::{AtDoor, Staying};
@@ -370,12 +370,12 @@ async fn secrets(
     }
     let path = job_path(&request.id, "secrets");
     let ask = AskSecrets { names };
-    let asked = to
-        .client
-        .call::<_, Secrets>(&path, Some(&to.lease), &ask, REQUEST_TIMEOUT);
-    let answer = asked
-        .await
-        .map_err(|error| Failure::infrastructure(&error))?;
+    let asked = || {
+        to.client
+            .call::<_, Secrets>(&path, Some(&to.lease), &ask, REQUEST_TIMEOUT)
+    };
+    let answer = answered(&to.fenced, asked).await;
+    let answer = answer.map_err(|error| Failure::infrastructure(&error))?;
     for name in ask.names {
         if let Some(why) = answer.refused.get(&name) {
             let message = format!("this job may not have the secret {name}: {why}");
@@ -400,7 +400,7 @@ async fn secrets(
 pub(super) struct Work<'a> {
     pub(super) shop: &'a Arc<Workshop>,
     staying: &'a Arc<Staying>,
-    to: &'a To,
+    pub(super) to: &'a To,
     pub(super) lease: &'a Lease,
     pub(super) events: &'a Events,
     pub(super) cancel: CancellationToken,
@@ -542,7 +542,7 @@ impl Work<'_> {
         if shop.authority.is_some() {
             self.events.tell(Event::Phase { name: "publish" }).await;
         }
-        let published = publish_far(shop, self.lease, report, tags, self.cancel.clone()).await;
+        let published = publish_far(shop, self.to, report, tags, self.cancel.clone()).await;
         match published {
             Ok(false) => {}
             Ok(true) => {

@@ -15,6 +15,8 @@ use super::spans::AttemptSpans;
 use super::spool::Spool;
 use crate::event::{Event, Events};
 
+/// Most times that one question is asked.
+const ASKED_MAX: u32 = 8;
 /// First wait before something is sent again; it doubles.
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 /// Longest wait before something is sent again.
@@ -229,6 +231,32 @@ async fn send_log(to: To, spool: Arc<Spool>) {
         }
         // The controller says what it has: after its restart that may be less than it had.
         at = answer.next.min(now.bytes);
+    }
+}
+
+/// Asks again while the controller is away for a moment, as it is when another command of the home takes its place; at most [`ASKED_MAX`] times.
+pub(super) async fn answered<T, F>(
+    fenced: &CancellationToken,
+    send: impl Fn() -> F,
+) -> Result<T, LinkError>
+where
+    F: Future<Output = Result<T, LinkError>>,
+{
+    let mut wait = RETRY_FIRST;
+    let mut left = ASKED_MAX;
+    loop {
+        left -= 1;
+        match send().await {
+            Err(error) if error.is_passing() && left > 0 && !fenced.is_cancelled() => {
+                tracing::debug!(error = crate::orders::chain(&error), "asked again");
+            }
+            answer => return answer,
+        }
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = fenced.cancelled() => {}
+        }
+        wait = (wait * 2).min(RETRY_MAX);
     }
 }
 
