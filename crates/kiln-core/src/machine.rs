@@ -131,9 +131,10 @@ pub struct MachineSpec {
     pub disks: Vec<DiskSlot>,
     /// How long from start to a guest that said hello, in milliseconds.
     pub boot_timeout_ms: u64,
-    /// Until when the machine may outlive the process that started it, milliseconds since the Unix epoch. `None`: it ends with its owner.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub keep_until_unix_ms: Option<u64>,
+    /// Whether the machine can be kept: then it may outlive the process that started it, from the moment in which that says so. Otherwise it
+    /// ends with its owner.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keepable: bool,
     /// CPUs of the host that are this machine's alone, by the kernel's numbers; none means that it shares those that are nobody's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub host_cpus: Vec<u32>,

@@ -36,7 +36,7 @@ fn spec(dir: &Path, name: &str) -> Result<MachineSpec> {
         },
         disks: vec![root],
         boot_timeout_ms: 30_000,
-        keep_until_unix_ms: None,
+        keepable: false,
         host_cpus: Vec::new(),
         disk_bytes_per_second: None,
     })

@@ -217,16 +217,15 @@ pub(crate) async fn take_of(
     })
 }
 
-/// Refuses a time that has passed or is too far away, and a driver that cannot keep machines.
+/// Refuses to launch what a driver cannot keep.
 pub(crate) fn check_spec(spec: &MachineSpec, able: bool) -> Result<(), SpecRefused> {
-    match spec.keep_until_unix_ms {
-        None => Ok(()),
-        Some(_) if !able => Err(SpecRefused::Unsupported("keep machines beyond their owner")),
-        Some(until) => left_of(until).map(drop),
+    match spec.keepable && !able {
+        true => Err(SpecRefused::Unsupported("keep machines beyond their owner")),
+        false => Ok(()),
     }
 }
 
-/// Milliseconds from now to then.
+/// Milliseconds from now to then, which has not passed and is not too far away.
 fn left_of(until_unix_ms: u64) -> Result<u64, SpecRefused> {
     let now = record::unix_ms();
     let last = now.saturating_add(u64::try_from(KEEP_MAX.as_millis()).unwrap_or(u64::MAX));

@@ -18,7 +18,7 @@ use kiln_proto::{
 };
 
 use crate::driver::{
-    AdoptError, Driver, Kept, LaunchError, LeakReport, Machine, MachineError, MachineState, Start,
+    AdoptError, Driver, LaunchError, LeakReport, Machine, MachineError, MachineState, Start,
     StopReason, TemplateRef,
 };
 
@@ -350,14 +350,6 @@ async fn make_ready(
     done(&ordered(&session, "thaw", &Order::Thaw, order_deadline).await?)?;
     timings.thaw = began.elapsed();
     let machine = Arc::clone(machine);
-    if let Some(until_unix_ms) = spec.keep_until_unix_ms {
-        let identity = identity.clone();
-        let kept = Kept {
-            until_unix_ms,
-            identity,
-        };
-        machine.keep(kept).map_err(BringUpError::Machine)?;
-    }
     Ok(Ready {
         machine,
         session,

@@ -135,7 +135,7 @@ pub trait Machine: Send + Sync + fmt::Debug {
     fn take_disk(&self, role: DiskRole) -> Result<PathBuf, MachineError>;
 
     /// From now on the machine outlives its owner's death until the given time, to be adopted. Needs a machine that was launched with
-    /// [`MachineSpec::keep_until_unix_ms`] or adopted; until this call a reaper takes it for an ordinary one. A later call sets another time.
+    /// [`MachineSpec::keepable`] or adopted; until this call a reaper takes it for an ordinary one. A later call sets another time.
     ///
     /// # Errors
     /// When it was not launched for that, does not run, or the time is not within the next [`KEEP_MAX`].

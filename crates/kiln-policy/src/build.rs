@@ -11,14 +11,11 @@ use kiln_core::{ByteSize, FailureClass, NetworkPolicy, TenantName};
 use crate::compiled::Compiled;
 use crate::effective::{Removed, effective};
 use crate::grant::{Grants, Maxima};
-use crate::honoured::too_slow_a_disk;
+use crate::honoured::{elsewhere_than_secrets, too_slow_a_disk};
 use crate::policy::{Limits, Phase, PhaseNetwork, PhasePolicy, Policy, Resources, SecretPlace};
 use crate::run::{
     OPERATORS, Refusal, applied, at_most, narrowed, nothing_removed, of_network, resources,
 };
-
-/// Where a RUN step finds a secret that it mounts.
-const SECRETS: &str = "/run/secrets";
 
 /// What a request says of a build itself: beside a file it only takes away.
 #[derive(Clone, Copy, Debug)]
@@ -280,16 +277,12 @@ fn honoured(policy: &Policy, file: &str, connections_most: u32) -> Result<(), Re
         missing.push(format!("limits.connections above {connections_most}"));
     }
     for secret in &policy.secrets {
-        match &secret.place {
-            SecretPlace::File(path) if *path == format!("{SECRETS}/{}", secret.name) => {}
-            SecretPlace::File(_) => missing.push(format!(
-                "the secret {} elsewhere than at {SECRETS}/{0}",
-                secret.name
-            )),
-            SecretPlace::Env(_) => missing.push(format!(
+        missing.extend(elsewhere_than_secrets(secret));
+        if let SecretPlace::Env(_) = &secret.place {
+            missing.push(format!(
                 "the secret {} as a variable: a RUN step mounts it",
                 secret.name
-            )),
+            ));
         }
     }
     match missing.is_empty() {

@@ -4,10 +4,10 @@ use kiln_core::{ByteSize, DiskRole, FailureClass, ImageRef};
 
 use crate::compiled::Compiled;
 use crate::effective::Effective;
-use crate::policy::{Image, Limits, PhaseNetwork, Policy, SecretPlace};
+use crate::policy::{Image, Limits, PhaseNetwork, Policy, Secret, SecretPlace};
 use crate::run::Refusal;
 
-/// Where a machine has the files of secrets.
+/// Where a machine has the files of secrets, and a RUN step those that it mounts.
 const SECRETS: &str = "/run/secrets";
 /// Of an image whose name begins with a registry's host.
 pub(crate) const ELSEWHERE: &str = "only images in kiln's own registry can be run";
@@ -39,6 +39,17 @@ pub fn runnable(
 ) -> Result<(), Refusal> {
     let named = (compiled.file(), compiled.line_of_amount("image"));
     enforceable(&holds.policy, named, true, connections_most)
+}
+
+/// A secret as a file that no machine would have there.
+pub(crate) fn elsewhere_than_secrets(secret: &Secret) -> Option<String> {
+    match &secret.place {
+        SecretPlace::File(path) if *path != format!("{SECRETS}/{}", secret.name) => Some(format!(
+            "the secret {} elsewhere than at {SECRETS}/{0}",
+            secret.name
+        )),
+        SecretPlace::File(_) | SecretPlace::Env(_) => None,
+    }
 }
 
 /// What the policy asks for and this kiln cannot hold a run to. Nothing of it is passed over.
@@ -73,16 +84,7 @@ pub(crate) fn enforceable(
     if policy.services.len() > DiskRole::SERVICES.len() {
         missing.push(format!("more than {} services", DiskRole::SERVICES.len()));
     }
-    for secret in &policy.secrets {
-        if let SecretPlace::File(path) = &secret.place
-            && *path != format!("{SECRETS}/{}", secret.name)
-        {
-            missing.push(format!(
-                "the secret {} elsewhere than at {SECRETS}/{0}",
-                secret.name
-            ));
-        }
-    }
+    missing.extend(policy.secrets.iter().filter_map(elsewhere_than_secrets));
     let connections = policy.limits.connections;
     if connections.is_some_and(|count| count > connections_most) {
         missing.push(format!("limits.connections above {connections_most}"));

@@ -80,7 +80,7 @@ impl TempHome {
                 access: DiskAccess::ReadOnly,
             }],
             boot_timeout_ms: 10_000,
-            keep_until_unix_ms: None,
+            keepable: false,
             host_cpus: Vec::new(),
             disk_bytes_per_second: None,
         }

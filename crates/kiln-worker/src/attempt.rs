@@ -96,9 +96,6 @@ pub fn root_disk(host: &Host) -> DiskSlot {
     }
 }
 
-/// How long a machine that may stay outlives its owner before it is let go of, milliseconds: a time that has passed cannot be set.
-const NOT_YET_MS: u64 = 1_000;
-
 /// When a machine that is let go of now must have found another owner.
 fn handed_over_until() -> u64 {
     let most = u64::try_from(HANDOVER_MAX.as_millis()).unwrap_or(u64::MAX);
@@ -132,7 +129,7 @@ pub fn spec(
         boot: host.image.boot.clone(),
         disks,
         boot_timeout_ms: u64::try_from(BOOT_TIMEOUT.as_millis()).unwrap_or(u64::MAX),
-        keep_until_unix_ms: None,
+        keepable: false,
         host_cpus: Vec::new(),
         disk_bytes_per_second: None,
     }
@@ -243,7 +240,7 @@ fn spec_as(
     }
     MachineSpec {
         host_cpus: cpus.to_vec(),
-        keep_until_unix_ms: wanted.may_stay.then(handed_over_until),
+        keepable: wanted.may_stay,
         disk_bytes_per_second: wanted.disk_bytes_per_second,
         ..spec(host, wanted.name.clone(), wanted.cpus, memory, disks)
     }
@@ -288,14 +285,6 @@ impl Attempt {
             hello,
             ..
         } = ready;
-        if wanted.may_stay {
-            // It was made so that it can outlive this process, and it does not before it is let go of: whoever kills this process kills its job.
-            let moment = Kept {
-                until_unix_ms: now_unix_ms().saturating_add(NOT_YET_MS),
-                identity: identity.clone(),
-            };
-            machine.keep(moment)?;
-        }
         let services = Services::new(gateway, events.clone());
         let serving = services.serve(incoming);
         let attempt = Self {
@@ -447,7 +436,7 @@ impl Attempt {
         add(&mut measured.teardown_ms, since);
     }
 
-    /// Lets go of a machine that may stay: it runs on without an owner, until somebody adopts it within [`HANDOVER_MAX`].
+    /// Lets go of a machine that may stay (until now whoever kills this process kills its job): it runs on without an owner, until somebody adopts it within [`HANDOVER_MAX`].
     ///
     /// # Errors
     /// When it cannot be kept; then it is destroyed when this is dropped.

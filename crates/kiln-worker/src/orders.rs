@@ -3,6 +3,7 @@
 //! Every wait has a deadline and every answer a bound. An answer that breaks the protocol is a
 //! [`CallError::GuestFault`]; a channel that ended is [`CallError::Gone`].
 
+use std::io::Cursor;
 use std::time::Duration;
 
 use kiln_proto::Session;
@@ -328,6 +329,33 @@ pub async fn exec(
 ) -> Result<Exit, CallError> {
     let stream = open(session, what, kind::EXEC, request).await?;
     exec_over(stream, what, io).await
+}
+
+/// Runs a small program of the machine to its end, within [`ORDER_TIMEOUT`]. Nobody hears what it prints; `input`, if any, is all that it reads.
+///
+/// # Errors
+/// See [`CallError`].
+pub async fn exec_quiet(
+    session: &Session,
+    what: &'static str,
+    argv: &[&str],
+    input: Option<Vec<u8>>,
+) -> Result<Exit, CallError> {
+    let request = ExecRequest {
+        argv: argv.iter().map(|word| (*word).to_owned()).collect(),
+        stdin: input.is_some(),
+        ..ExecRequest::default()
+    };
+    let (output, mut said) = mpsc::channel(16);
+    let (_nobody, control) = mpsc::channel(1);
+    let io = ExecIo {
+        stdin: input.map(|bytes| Box::new(Cursor::new(bytes)) as _),
+        output,
+        control,
+    };
+    let all = async { while said.recv().await.is_some() {} };
+    let run = exec(session, what, &request, io);
+    within(what, ORDER_TIMEOUT, async { tokio::join!(run, all).0 }).await
 }
 
 /// As [`exec`], on a stream that a guest's command was begun on already, or one that leads there.

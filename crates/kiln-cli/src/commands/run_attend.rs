@@ -277,6 +277,6 @@ async fn one(running: &Running, mut peer: TcpStream, port: u16) -> Result<(), As
     let (_begins, mut way) = ask(running, &Ask::Forward { port }).await?;
     let _slow_network = peer.set_nodelay(true);
     // Each direction to its own end; a broken connection is its two ends' to see.
-    let _ended = tokio::io::copy_bidirectional(&mut way, &mut peer).await;
+    let _ended = kiln_proto::relay::join(&mut way, &mut peer, || {}).await;
     Ok(())
 }

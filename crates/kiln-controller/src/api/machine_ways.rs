@@ -13,14 +13,14 @@ use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::response::Response;
 use http::StatusCode;
-use hyper::upgrade::OnUpgrade;
+use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use kiln_core::{Action, JobId, Lease};
 use kiln_db::{DbError, Kept};
 use kiln_proto::codec;
 use kiln_proto::fleet::MACHINE_UPGRADE;
 use kiln_proto::kept::{Answer, Ask, MESSAGE_BYTES_MAX, Refused};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use kiln_proto::relay;
 use tokio::time::Instant;
 
 use super::Api;
@@ -32,9 +32,6 @@ use crate::fleet::machines::{Way, switching};
 
 /// How long a person's question may take to arrive.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes on their way in one direction. Who does not read holds up who sends: nothing else is kept.
-const BUFFER: usize = 64 * 1024;
-
 /// How long the last of what a command said may take to arrive when its attempt is over.
 const LAST_WORDS: Duration = Duration::from_secs(10);
 /// What a way is for.
@@ -232,44 +229,14 @@ impl Joined {
         }
     }
 
-    /// Each direction to its own end.
-    async fn pass(
-        &self,
-        person: impl AsyncRead + AsyncWrite + Unpin,
-        way: impl AsyncRead + AsyncWrite + Unpin,
-    ) {
-        let (mut from_person, mut to_person) = tokio::io::split(person);
-        let (mut from_way, mut to_way) = tokio::io::split(way);
-        let inward = self.direction(&mut from_person, &mut to_way);
-        let outward = self.direction(&mut from_way, &mut to_person);
-        tokio::pin!(inward, outward);
-        // A direction that broke ends both; one that ended leaves the other.
-        tokio::select! {
-            ended = &mut inward => if ended { let _both = outward.await; },
-            ended = &mut outward => if ended { let _both = inward.await; },
-        }
-    }
-
-    /// True when it came to its end, false when it broke.
-    async fn direction(
-        &self,
-        from: &mut (impl AsyncRead + Unpin),
-        to: &mut (impl AsyncWrite + Unpin),
-    ) -> bool {
-        let mut buffer = vec![0; BUFFER];
-        loop {
-            let Ok(count) = from.read(&mut buffer).await else {
-                return false;
-            };
-            if count == 0 {
-                return to.shutdown().await.is_ok();
-            }
-            if to.write_all(&buffer[..count]).await.is_err() || to.flush().await.is_err() {
-                return false;
-            }
+    /// Until both have said everything, or one broke.
+    async fn pass(&self, mut person: TokioIo<Upgraded>, mut way: Way) {
+        let moved = || {
             let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
             self.moved_ms.store(now, Ordering::Relaxed);
-        }
+        };
+        // A broken connection is its two ends' to see.
+        let _ended = relay::join(&mut person, &mut way, moved).await;
     }
 
     /// Completes when the way must end, with the reason.

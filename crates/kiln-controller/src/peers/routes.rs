@@ -219,7 +219,7 @@ fn joined(controller: &Controller, upgrade: OnUpgrade, mut near: Way) -> Respons
         let Ok(upgraded) = upgrade.await else { return };
         let mut far = TokioIo::new(upgraded);
         tokio::select! {
-            _ended = tokio::io::copy_bidirectional(&mut far, &mut near) => {}
+            _ended = kiln_proto::relay::join(&mut far, &mut near, || {}) => {}
             () = closing.cancelled() => {}
         }
     });

@@ -139,7 +139,7 @@ fn prepare(host: &Host<'_>, spec: &MachineSpec, start: &Start) -> Result<Prepare
         Some(_) => Wake::Incoming,
         None => boot(spec, accel, user.is_some(), &mut inherit)?,
     };
-    let kept = spec.keep_until_unix_ms.is_some();
+    let kept = spec.keepable;
     let sockets = || {
         if kept {
             listening(&dir_fd)
@@ -403,9 +403,9 @@ type Opened = (
 /// This side's ends for the runtime, and copies of those that a release has to end.
 fn open_sockets(spec: &MachineSpec, start: &Start, near: Near) -> io::Result<Opened> {
     let copy = |stream: &StdUnixStream| stream.try_clone().map(OwnedFd::from);
-    let keepable = match spec.keep_until_unix_ms {
-        None => None,
-        Some(_) => Some(Keepable {
+    let keepable = match spec.keepable {
+        false => None,
+        true => Some(Keepable {
             spec: spec.clone(),
             template: match start {
                 Start::Cold => None,

@@ -128,7 +128,7 @@ impl SimDriver {
             .map_err(launch_error)?;
         self.config.reached(Phase::Launching);
         // A kept machine is one whose process lives.
-        let stand_in = match self.config.stand_in || spec.keep_until_unix_ms.is_some() {
+        let stand_in = match self.config.stand_in || spec.keepable {
             true => Some(self.spawn_stand_in(spec, &dir)?),
             false => None,
         };
@@ -145,7 +145,7 @@ impl SimDriver {
         }
         self.config.reached(Phase::Running);
         let guest = Guest::new(memory, faults, self.config.script.clone());
-        let keepable = spec.keep_until_unix_ms.map(|_| Keepable {
+        let keepable = spec.keepable.then(|| Keepable {
             spec: spec.clone(),
             template: match start {
                 Start::Cold => None,

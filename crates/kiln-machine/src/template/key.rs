@@ -103,7 +103,7 @@ pub(super) mod tests {
                 access: DiskAccess::ReadOnly,
             }],
             boot_timeout_ms: 1000,
-            keep_until_unix_ms: None,
+            keepable: false,
             host_cpus: Vec::new(),
             disk_bytes_per_second: None,
         }

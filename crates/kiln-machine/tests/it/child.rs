@@ -93,11 +93,10 @@ fn plays_its_role() {
     let words: Vec<&str> = role.split('\n').collect();
     match words.as_slice() {
         ["machine", driver, home, name, moment] => {
-            crate::conformance::crash::play(driver, home.as_ref(), name, moment, None);
+            crate::conformance::crash::play(driver, home.as_ref(), name, moment, false);
         }
         ["machine-to-keep", driver, home, name, moment] => {
-            let until = crate::conformance::kept::an_hour_from_now();
-            crate::conformance::crash::play(driver, home.as_ref(), name, moment, Some(until));
+            crate::conformance::crash::play(driver, home.as_ref(), name, moment, true);
         }
         ["keeper", driver, home, name] => {
             crate::conformance::kept::play(driver, home.as_ref(), name);

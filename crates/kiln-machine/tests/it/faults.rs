@@ -411,12 +411,17 @@ async fn what_a_killed_kiln_leaves_at_any_step_is_reaped() {
 async fn a_silent_guest_is_not_adopted_and_stays_for_another_try() {
     let sim = Sim::new();
     let mut spec = sim.spec("m");
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let until = now.expect("clock") + std::time::Duration::from_secs(3600);
-    spec.keep_until_unix_ms = Some(u64::try_from(until.as_millis()).expect("fits"));
+    spec.keepable = true;
     let started = bring_up::start(&sim.driver, &spec, &Start::Cold, DEADLINES).await;
     let ready = started.expect("ready");
     sim.driver.machine(&spec.name).expect("alive").silence();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let until = now.expect("clock") + std::time::Duration::from_secs(3600);
+    let kept = kiln_machine::driver::Kept {
+        until_unix_ms: u64::try_from(until.as_millis()).expect("fits"),
+        identity: ready.identity.clone(),
+    };
+    ready.machine.keep(kept).expect("kept");
     ready.machine.release().expect("released");
     let next = SimDriver::new(sim.home.path(), SimConfig::default());
     let soon = bring_up::Deadlines {

@@ -65,7 +65,7 @@ impl Sim {
                 disk(DiskRole::State, "head.img", DiskAccess::Fork),
             ],
             boot_timeout_ms: 10_000,
-            keep_until_unix_ms: None,
+            keepable: false,
             host_cpus: Vec::new(),
             disk_bytes_per_second: None,
         }

@@ -1,6 +1,6 @@
 //! Streams joined with connections.
 
-use kiln_proto::relay::relay;
+use kiln_proto::relay::{join, relay};
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::task::Poll;
@@ -82,6 +82,35 @@ fn one_direction_goes_on_after_the_others_end() {
         let (relayed, (), ()) = tokio::join!(relay(&mut stream, &mut connection), peer, client);
         relayed.unwrap();
     });
+}
+
+/// As a command's end on its way through a controller: its keeper says how it ended and closes, while input for it is on its way.
+#[tokio::test]
+async fn the_last_words_of_a_connection_arrive_although_it_takes_nothing_more() {
+    for flushed in [false, true] {
+        let (mut person, mut near) = tokio::net::UnixStream::pair().unwrap();
+        let (mut far, mut keeper) = tokio::net::UnixStream::pair().unwrap();
+        let pieces = std::cell::Cell::new(0);
+        // What comes before anybody looks, and what comes while both are joined.
+        person.write_all(b"input").await.unwrap();
+        keeper.write_all(b"how it ended").await.unwrap();
+        if flushed {
+            person.shutdown().await.unwrap();
+        }
+        drop(keeper);
+        let told = || pieces.set(pieces.get() + 1);
+        let joined = async move { join(&mut near, &mut far, told).await };
+        let client = async {
+            let mut said = Vec::new();
+            // A reset instead of an end, when input was thrown away: after everything that was said.
+            let _reset = person.read_to_end(&mut said).await;
+            drop(person);
+            said
+        };
+        let (_joined, said) = tokio::join!(joined, client);
+        assert_eq!(said, b"how it ended");
+        assert_eq!(pieces.get(), 1);
+    }
 }
 
 /// One poll.

@@ -343,7 +343,7 @@ impl Staying {
             }
             Err(_) => return,
         };
-        let joined = tokio::io::copy_bidirectional(&mut far, &mut near);
+        let joined = kiln_proto::relay::join(&mut far, &mut near, || {});
         tokio::pin!(joined);
         tokio::select! {
             _ended = &mut joined => return,

@@ -3,17 +3,16 @@
 //! The first container's configuration is read out of the machine, changed where the new command differs, and written back there. It never
 //! leaves the machine for good and nothing on the host follows it: a guest that wrote it otherwise fools itself alone.
 
-use std::io::{Cursor, Read as _};
+use std::io::Read as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kiln_proto::Session;
-use kiln_proto::msg::{ExecRequest, GetTree};
+use kiln_proto::msg::GetTree;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
-use tokio::sync::mpsc;
 
 use super::ask::{ExecAsk, Refused};
-use crate::orders::{self, ExecIo};
+use crate::orders;
 
 /// Configuration of the first container (`BUNDLE` of the guest's `container`).
 pub(crate) const CONFIG: &str = "/run/kiln/container/config.json";
@@ -98,29 +97,14 @@ impl Beside {
 async fn write(session: &Session, path: &str, config: &Value) -> Result<(), Refused> {
     let script = "umask 077; mkdir -p \"${0%/*}\" && cat > \"$0\"";
     let words = ["/bin/sh", "-c", script, path];
-    let request = ExecRequest {
-        argv: words.map(str::to_owned).to_vec(),
-        stdin: true,
-        ..ExecRequest::default()
-    };
-    let (output, mut said) = mpsc::channel(16);
-    let (_nobody, control) = mpsc::channel(1);
-    let io = ExecIo {
-        stdin: Some(Box::new(Cursor::new(config.to_string().into_bytes()))),
-        output,
-        control,
-    };
-    let written = orders::exec(session, "prepare a container", &request, io);
-    let all = async { while said.recv().await.is_some() {} };
-    let written = async { tokio::join!(written, all).0 };
-    let written = tokio::time::timeout(orders::ORDER_TIMEOUT, written).await;
-    match written {
-        Ok(Ok(exit)) if exit.code == Some(0) => Ok(()),
-        Ok(Ok(_)) => Err(Refused::failed(
+    let text = config.to_string().into_bytes();
+    let written = orders::exec_quiet(session, "prepare a container", &words, Some(text));
+    match written.await {
+        Ok(exit) if exit.code == Some(0) => Ok(()),
+        Ok(_) => Err(Refused::failed(
             "the machine has no room for another container",
         )),
-        Ok(Err(error)) => Err(Refused::failed(orders::chain(&error))),
-        Err(_) => Err(Refused::failed("the machine does not prepare a container")),
+        Err(error) => Err(Refused::failed(orders::chain(&error))),
     }
 }
 

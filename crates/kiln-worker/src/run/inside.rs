@@ -13,7 +13,6 @@ use kiln_core::{
 use kiln_proto::msg::{
     ContainerSpec, ExecRequest, Exit, Order, OrderReply, Place, TtySize, feature,
 };
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::command::{ExecParts, Room, run_exec};
@@ -27,7 +26,7 @@ use crate::collect;
 use crate::event::Events;
 use crate::failure::Failure;
 use crate::kept::{CONTAINER_CONFIG, Handover};
-use crate::orders::{self, ExecIo};
+use crate::orders;
 use crate::run_git;
 use crate::run_secrets::RunSecrets;
 use crate::unpack::Unpacked;
@@ -517,25 +516,10 @@ pub(super) async fn take_out(
     };
     let script = "rm -f \"$0\"*/* && { [ -z \"$1\" ] || rm -f \"$1\"; }";
     let words = ["/bin/sh", "-c", script, CONTAINER_SECRETS, config];
-    let request = ExecRequest {
-        argv: words.map(str::to_owned).to_vec(),
-        ..ExecRequest::default()
-    };
-    let what = "take secrets out of it";
-    let (output, mut said) = mpsc::channel(16);
-    let (_nobody, control) = mpsc::channel(1);
-    let io = ExecIo {
-        stdin: None,
-        output,
-        control,
-    };
-    let all = async { while said.recv().await.is_some() {} };
-    let removed = orders::exec(&attempt.session, what, &request, io);
-    let removed = async { tokio::join!(removed, all).0 };
-    match tokio::time::timeout(orders::ORDER_TIMEOUT, removed).await {
-        Ok(Ok(exit)) if exit.code == Some(0) => Ok(()),
-        Ok(Err(error)) => Err(error.into()),
-        Ok(Ok(_)) | Err(_) => Err(Failure::new(
+    let removed = orders::exec_quiet(&attempt.session, "take secrets out of it", &words, None);
+    match removed.await?.code {
+        Some(0) => Ok(()),
+        _ => Err(Failure::new(
             FailureClass::GuestFault,
             "the machine did not remove them",
         )),

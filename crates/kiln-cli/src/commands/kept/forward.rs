@@ -90,6 +90,6 @@ async fn one(machine: &Machine, mut peer: TcpStream, port: u16) -> Result<(), As
     let (_begins, mut stream) = client::ask(machine.reach(), &Ask::Forward { port }).await?;
     let _slow_network = peer.set_nodelay(true);
     // Each direction to its own end; a broken connection is its two ends' to see.
-    let _ended = tokio::io::copy_bidirectional(&mut stream, &mut peer).await;
+    let _ended = kiln_proto::relay::join(&mut stream, &mut peer, || {}).await;
     Ok(())
 }

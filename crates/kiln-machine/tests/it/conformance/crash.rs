@@ -15,7 +15,7 @@ use crate::child::{Role, say, wait_to_be_killed};
 const MOMENTS: &[&str] = &["dir", "launching", "running", "hello", "exec", "saving"];
 
 /// The child's part: a machine's life, up to the moment at which it waits to be killed.
-pub(crate) fn play(kind: &str, home: &Path, name: &str, moment: &str, keep: Option<u64>) {
+pub(crate) fn play(kind: &str, home: &Path, name: &str, moment: &str, keepable: bool) {
     let phase = Phase::ALL
         .into_iter()
         .find(|phase| format!("{phase:?}") == moment);
@@ -33,7 +33,7 @@ pub(crate) fn play(kind: &str, home: &Path, name: &str, moment: &str, keep: Opti
     runtime.block_on(async {
         let mut spec = test.spec("child");
         spec.name = super::under_test::machine_name(name);
-        spec.keep_until_unix_ms = keep;
+        spec.keepable = keepable;
         spec.disks
             .push(UnderTest::new_disk(kiln_core::DiskRole::Scratch));
         let (machine, host) = test.boot_spec(&spec).await;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use kiln_core::{DiskRole, MachineName, MachineSpec};
 use kiln_machine::bring_up::{self, BringUpError, Deadlines, FalseAnswer, Ready};
 use kiln_machine::driver::{
-    AdoptError, Kept, Machine, MachineError, MachineState, SpecRefused, Start, StopReason,
+    AdoptError, Kept, Machine, MachineError, MachineState, Start, StopReason,
 };
 use kiln_machine::sim::SimConfig;
 use kiln_proto::msg::{Order, kind};
@@ -26,13 +26,9 @@ fn in_ms(from_now: Duration) -> u64 {
     u64::try_from(then.as_millis()).expect("fits")
 }
 
-pub(crate) fn an_hour_from_now() -> u64 {
-    in_ms(LONG)
-}
-
 fn kept_spec(test: &UnderTest, name: &str) -> MachineSpec {
     MachineSpec {
-        keep_until_unix_ms: Some(in_ms(LONG)),
+        keepable: true,
         ..test.spec(name)
     }
 }
@@ -44,9 +40,17 @@ fn deadlines(test: &UnderTest) -> Deadlines {
     }
 }
 
+/// A machine that is ready, and kept from now on.
 async fn ready(test: &UnderTest, spec: &MachineSpec) -> Ready {
     let started = bring_up::start(&*test.driver, spec, &Start::Cold, deadlines(test)).await;
-    started.expect("ready")
+    let ready = started.expect("ready");
+    assert_eq!(ready.machine.kept(), None, "nobody said so");
+    let kept = Kept {
+        until_unix_ms: in_ms(LONG),
+        identity: ready.identity.clone(),
+    };
+    ready.machine.keep(kept).expect("kept");
+    ready
 }
 
 async fn adopted(test: &UnderTest, name: &MachineName) -> (Arc<dyn Machine>, Host) {
@@ -239,16 +243,7 @@ pub(crate) async fn kept_until_its_time_is_over(test: &UnderTest) {
 }
 
 pub(crate) async fn adoption_is_refused_by_reason(test: &UnderTest) {
-    let mut late = kept_spec(test, "late");
-    late.keep_until_unix_ms = Some(1);
-    let refused = test.driver.validate(&late, &Start::Cold);
-    assert!(
-        matches!(refused, Err(SpecRefused::OutOfRange { .. })),
-        "{refused:?}"
-    );
-    assert!(test.driver.launch(&late, Start::Cold).await.is_err());
-    assert_eq!(test.leftovers(late.name.as_str()), [""; 0]);
-    let unknown = test.driver.adopt(&late.name).await;
+    let unknown = test.driver.adopt(&kept_spec(test, "nobody").name).await;
     assert!(
         matches!(unknown, Err(AdoptError::Unknown(_))),
         "{unknown:?}"
@@ -256,6 +251,15 @@ pub(crate) async fn adoption_is_refused_by_reason(test: &UnderTest) {
     // Kept, then ended while nobody owned it.
     let spec = kept_spec(test, "gone");
     let ready = ready(test, &spec).await;
+    let late = Kept {
+        until_unix_ms: 1,
+        identity: ready.identity.clone(),
+    };
+    let late = ready.machine.keep(late);
+    assert!(
+        matches!(&late, Err(MachineError::Control { command, .. }) if command == "keep"),
+        "{late:?}"
+    );
     drop((ready.session, ready.incoming));
     ready.machine.release().expect("released");
     test.kill_vmm(&*ready.machine);

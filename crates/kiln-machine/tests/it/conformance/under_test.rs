@@ -155,7 +155,7 @@ impl UnderTest {
                 access: DiskAccess::ReadOnly,
             }],
             boot_timeout_ms: u64::try_from(self.deadline.as_millis()).expect("fits"),
-            keep_until_unix_ms: None,
+            keepable: false,
             host_cpus: Vec::new(),
             disk_bytes_per_second: None,
         }
