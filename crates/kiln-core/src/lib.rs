@@ -6,6 +6,7 @@
 
 pub mod access;
 pub mod artifact;
+pub mod command_line;
 pub mod digest;
 pub mod dispatch;
 pub mod git_gateway;

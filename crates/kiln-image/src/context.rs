@@ -22,5 +22,5 @@ pub use patterns::{PatternError, Patterns};
 pub use read::open_beneath;
 pub(crate) use read::{open_inside, read_small};
 pub use tree_digest::{EntryKind, TreeDigest};
-pub use unpack::{UnpackError, Unpacked, unpack};
+pub use unpack::{UnpackError, Unpacked, unpack, unpack_copy};
 pub use walk::{Entry, Limits, Tree, scan};

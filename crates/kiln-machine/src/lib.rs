@@ -11,6 +11,7 @@ pub mod cgroup;
 pub mod disk;
 pub mod driver;
 pub mod ledger;
+mod own_file;
 pub mod pins;
 pub mod proc;
 pub mod qemu;

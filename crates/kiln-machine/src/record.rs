@@ -23,6 +23,7 @@ use kiln_core::{MachineName, MachineSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::driver::{Kept, LeakReport, TemplateRef};
+use crate::own_file;
 use crate::proc::{ExeIdentity, ProcessIdentity};
 use crate::reap;
 
@@ -426,12 +427,9 @@ pub(crate) fn machines_dir(home: &Path) -> Result<PathBuf, RecordError> {
 /// The home's lock. It is only ever held for moments, so waiting for it needs no deadline.
 pub(crate) fn lock_home(home: &Path) -> Result<File, RecordError> {
     let path = home.join(MACHINES_DIR).join(HOME_LOCK_FILE);
-    let file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .open(&path)
-        .map_err(io_error("open", &path))?;
+    let mut options = OpenOptions::new();
+    let options = options.create(true).append(true).mode(0o600);
+    let file = own_file::open(&path, options).map_err(io_error("open", &path))?;
     file.lock().map_err(io_error("lock", &path))?;
     Ok(file)
 }
@@ -456,15 +454,17 @@ fn open_lock(dir: &Path, token: &str) -> Result<File, RecordError> {
 /// Call with the home's lock held.
 pub(crate) fn try_take_lock(dir: &Path) -> Option<(File, String)> {
     let path = dir.join(LOCK_FILE);
-    // Without a lock file the directory is one whose making or removal was cut short.
-    let mut file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .read(true)
-        .write(true)
-        .mode(0o600)
-        .open(&path)
-        .ok()?;
+    let mut options = OpenOptions::new();
+    let options = options.create(true).truncate(false).read(true).write(true);
+    let options = options.mode(0o600);
+    // Without a lock file the directory is one whose making or removal was cut short. What is no file is as good as none.
+    let mut file = match own_file::open(&path, options) {
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            fs::remove_file(&path).ok()?;
+            own_file::open(&path, options).ok()?
+        }
+        opened => opened.ok()?,
+    };
     file.try_lock().ok()?;
     let here = fs::metadata(&path).ok()?;
     let held = file.metadata().ok()?;
@@ -482,7 +482,7 @@ pub(crate) fn try_take_lock(dir: &Path) -> Option<(File, String)> {
 /// Reads the record of a machine directory; `None` when it is missing, damaged or of another version.
 pub(crate) fn read_record(dir: &Path) -> Option<MachineRecord> {
     let mut text = String::new();
-    File::open(dir.join(RECORD_FILE))
+    own_file::open_to_read(&dir.join(RECORD_FILE))
         .and_then(|file| file.take(RECORD_BYTES_MAX).read_to_string(&mut text))
         .ok()?;
     let record: MachineRecord = serde_json::from_str(&text).ok()?;
@@ -496,12 +496,9 @@ pub(crate) fn write_record(dir: &Path, record: &MachineRecord) -> Result<(), Rec
     let path = dir.join(RECORD_FILE);
     let temp = dir.join("record.json.new");
     let write = || -> io::Result<()> {
-        let mut file = OpenOptions::new()
-            .create(true)
-            .truncate(true)
-            .write(true)
-            .mode(0o600)
-            .open(&temp)?;
+        let mut options = OpenOptions::new();
+        let options = options.create(true).truncate(true).write(true);
+        let mut file = own_file::open(&temp, options.mode(0o600))?;
         // In one piece: a start writes three records, and a formatter left to itself makes a system call of every word.
         file.write_all(&serde_json::to_vec_pretty(record).map_err(io::Error::from)?)?;
         // Not synced: a record has to outlive its owner, not the host. After a power failure no VMM runs, and a machine

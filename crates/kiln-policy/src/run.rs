@@ -3,6 +3,9 @@
 //!
 //! It decides; it finds no base on a host, reads no secret and starts nothing.
 
+use std::collections::BTreeMap;
+
+use kiln_core::command_line::{self, CommandTooLong};
 use kiln_core::job::{AppliedPolicy, RunPhase, RunService};
 use kiln_core::network::AllowRule;
 use kiln_core::secret::Repository;
@@ -74,8 +77,8 @@ pub struct Asked<'a> {
 pub struct Refusal {
     /// Usage when the request contradicts itself or the file, policy when something is not granted.
     pub class: FailureClass,
-    /// What of the request it is about: `net`, `allow`, `git`, `cpus`, `memory`, `timeout`, `image`, `secret`, `secrets` or
-    /// `policy`.
+    /// What of the request it is about: `net`, `allow`, `git`, `cpus`, `memory`, `timeout`, `image`, `secret`, `secrets`, `argv`
+    /// or `policy`.
     pub field: &'static str,
     /// The value it is about, where there is one.
     pub said: Option<String>,
@@ -164,7 +167,8 @@ pub struct Held {
 /// What a run is held to under a file, if there is one.
 ///
 /// # Errors
-/// Policy when something asked for is not granted, or cannot be enforced; usage when the request asks for more than the file.
+/// Policy when something asked for is not granted, or cannot be enforced; usage when the request asks for more than the file, or its command
+/// line can be sent to no machine.
 pub fn hold_run(
     compiled: Option<&Compiled>,
     grants: &Grants,
@@ -184,6 +188,10 @@ pub fn hold_run(
         None => by_request(grants, tenant, asked)?,
     };
     run_git::stay_outside(&held.git, &held.phases, &held.secrets)?;
+    // Its variables, which are not known here, come on top.
+    command_line::fits(&held.argv, &BTreeMap::new()).map_err(|long| {
+        Refusal::new(FailureClass::Usage, "argv", long.to_string()).hint(CommandTooLong::HINT)
+    })?;
     Ok(held)
 }
 
@@ -835,6 +843,38 @@ mod tests {
             (refused.class, refused.field),
             (FailureClass::Usage, "image")
         );
+    }
+
+    #[test]
+    fn a_command_line_that_no_machine_can_be_sent_is_refused_with_a_file_and_without() {
+        fn asked(command: &[String]) -> Asked<'_> {
+            Asked { command, ..NOTHING }
+        }
+        let words = |last: usize| ["echo".to_owned(), "x".repeat(last)];
+        let (long, half) = (words(20_000), words(9_000));
+        let by_request = |command: &[String; 2]| {
+            let tenant: TenantName = "acme".parse().expect("tenant");
+            hold_run(None, &Grants::default(), &tenant, &asked(command))
+        };
+        let refused = by_request(&long).expect_err("too long");
+        assert_eq!(
+            (refused.class, refused.field),
+            (FailureClass::Usage, "argv")
+        );
+        assert!(
+            refused.message.contains("at most 16384 can be sent"),
+            "{refused:?}"
+        );
+        assert_eq!(refused.hints, [CommandTooLong::HINT]);
+        let file = "version: 1\n";
+        assert_eq!(hold(file, "", &asked(&long)).expect_err("as long"), refused);
+        assert!(by_request(&half).is_ok() && hold(file, "", &asked(&half)).is_ok());
+        // The commands of the file's own run phase are a part of it.
+        let line = "y".repeat(7_900);
+        let file = format!("version: 1\nphases: {{run: {{commands: [\"echo {line}\"]}}}}\n");
+        assert!(hold(&file, "", &NOTHING).is_ok());
+        let refused = hold(&file, "", &asked(&half)).expect_err("both together");
+        assert_eq!(refused.field, "argv", "{refused:?}");
     }
 
     #[test]

@@ -15,6 +15,12 @@ pub const CONNECTIONS_MOST: u32 = 2048;
 /// Streams for everything else that a guest opens, beside its connections: names, events, agents.
 pub const OTHER_STREAMS: usize = 64;
 
+// A request whose command line is refused beforehand is one that could not be sent.
+const _: () = assert!(
+    crate::frame::OPEN_PAYLOAD_MAX == kiln_core::command_line::COMMAND_BYTES_MAX,
+    "an order opens a stream, with its command line in it"
+);
+
 /// Stream kinds.
 pub mod kind {
     /// Host to guest. Payload [`super::Order`]; the guest answers one message

@@ -86,11 +86,127 @@ async fn allow(session: &Session, most: Option<u32>, events: &Events) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use kiln_core::job::{AppliedPolicy, TrustClass};
     use kiln_core::{ByteSize, Digest, Dispatch, JobKind, TenantName};
+    use kiln_proto::msg::{CallResult, GuestError, GuestErrorCode, OrderReply, kind};
+    use kiln_proto::{CloseReason, Hello, Inbound, Incoming, ProtocolError, SessionLimits, codec};
+    use tokio::io::AsyncWriteExt as _;
+    use tokio::sync::mpsc;
 
     use super::*;
+    use crate::event::Event;
     use crate::kept::sample;
+
+    /// Longest wait for a session.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// Both ends of a channel, whose guest answers every order alike.
+    struct Channel {
+        host: Session,
+        /// Streams that the guest opens.
+        incoming: Incoming,
+        guest: Session,
+        /// Orders that the guest got.
+        ordered: mpsc::UnboundedReceiver<Order>,
+    }
+
+    impl Channel {
+        async fn open(answer: CallResult) -> Self {
+            let (near, far) = tokio::io::duplex(64 * 1024);
+            let hello = Hello::new("0.1.0-test", "boot", &["egress"]);
+            let (host, guest) = tokio::join!(
+                Session::connect(near, SessionLimits::default(), PATIENCE),
+                Session::accept(far, hello, SessionLimits::default()),
+            );
+            let (host, _hello, incoming) = host.expect("a session");
+            let (guest, mut orders) = guest.expect("a session");
+            let (sender, ordered) = mpsc::unbounded_channel();
+            tokio::spawn(async move {
+                while let Some(Inbound {
+                    payload,
+                    mut stream,
+                    ..
+                }) = orders.next().await
+                {
+                    let order = serde_json::from_slice(&payload).expect("an order");
+                    let _test_over = sender.send(order);
+                    let _host_gone = codec::write_msg(&mut stream, &answer).await;
+                    let _host_gone = stream.shutdown().await;
+                }
+            });
+            Self {
+                host,
+                incoming,
+                guest,
+                ordered,
+            }
+        }
+    }
+
+    fn connections(connections: Option<u32>) -> Bounds {
+        Bounds {
+            bytes_out_and_in_per_second: [None; 2],
+            connections,
+        }
+    }
+
+    #[tokio::test]
+    async fn more_connections_than_usual_have_room_on_both_sides_of_the_channel() {
+        let usual = u32::try_from(Limits::default().connections_max).expect("few");
+        let mut channel = Channel::open(Ok(OrderReply::Done)).await;
+        let (events, mut told) = Events::channel();
+        // For as many as usual, or fewer, there is room already.
+        for most in [None, Some(3), Some(usual)] {
+            connections(most).allow(&channel.host, &events).await;
+        }
+        assert!(channel.ordered.try_recv().is_err());
+        let most = usual + 44;
+        connections(Some(most)).allow(&channel.host, &events).await;
+        let ordered = channel.ordered.recv().await;
+        assert_eq!(ordered, Some(Order::SetConnections { most }));
+        assert!(told.try_recv().is_err(), "nothing is missing");
+
+        // So many streams and those for everything else, and not one more.
+        let room = usize::try_from(most).expect("few") + OTHER_STREAMS;
+        channel.guest.may_open(room + 1);
+        let mut open = Vec::new();
+        for _ in 0..room {
+            let opened = channel.guest.open(kind::EVENTS, b"").await.expect("opens");
+            open.push((opened, channel.incoming.next().await.expect("arrives")));
+        }
+        assert_eq!(channel.host.close_reason(), None);
+        let _beyond = channel.guest.open(kind::EVENTS, b"").await.expect("sent");
+        let closed = channel.host.closed().await;
+        assert!(
+            matches!(closed, CloseReason::Protocol(ProtocolError::TooManyStreams { max, .. }) if max == room),
+            "{closed:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_has_no_room_for_more_is_told_of_and_nobody_asks_for_more_than_there_is() {
+        let refused = GuestError {
+            code: GuestErrorCode::Invalid,
+            message: "no such order".to_owned(),
+        };
+        let mut channel = Channel::open(Err(refused)).await;
+        let (events, mut told) = Events::channel();
+        connections(Some(u32::MAX))
+            .allow(&channel.host, &events)
+            .await;
+        let most = CONNECTIONS_MOST;
+        let ordered = channel.ordered.recv().await;
+        assert_eq!(ordered, Some(Order::SetConnections { most }));
+        let told = told.try_recv().expect("a warning");
+        assert!(
+            matches!(&told, Event::Warning { text } if text.contains("fewer connections than its policy allows")
+                && text.contains("no such order")),
+            "{told:?}"
+        );
+        assert_eq!(channel.host.close_reason(), None, "told, not fatal");
+    }
 
     #[test]
     fn what_a_policy_says_bounds_the_gateway_of_a_job_and_of_a_machine_that_stays() {

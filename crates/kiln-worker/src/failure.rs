@@ -1,5 +1,6 @@
 //! Why a job failed: the class decides the exit code, the message and hint are for the person.
 
+use kiln_core::command_line::CommandTooLong;
 use kiln_core::{FailureClass, Overrun, Verdict};
 use kiln_machine::driver::{LaunchError, MachineError, MachineState, StopReason};
 use kiln_proto::CloseReason;
@@ -154,9 +155,8 @@ impl From<CallError> for Failure {
                 GuestErrorCode::NotFound => FailureClass::User,
                 _ => FailureClass::Infrastructure,
             },
-            CallError::TooLong { .. } => {
-                return Self::new(FailureClass::Usage, chain(&error))
-                    .hint("put what is long into a file of the folder, and name the file");
+            CallError::TooLong(long) => {
+                return Self::new(FailureClass::Usage, long.to_string()).hint(CommandTooLong::HINT);
             }
             CallError::Gone { .. } => FailureClass::Lost,
             CallError::Timeout { .. } | CallError::Source(_) => FailureClass::Infrastructure,

@@ -101,6 +101,40 @@ impl Measured {
 mod tests {
     use super::*;
 
+    /// A policy, with what it took to decide it.
+    fn applied(decided: Option<Duration>) -> AppliedPolicy {
+        let hash = kiln_core::Digest::of(b"policy");
+        let applied = serde_json::json!({"file": hash, "hash": hash});
+        let mut applied: AppliedPolicy = serde_json::from_value(applied).expect("a policy");
+        if let Some(decided) = decided {
+            applied.took(decided);
+        }
+        applied
+    }
+
+    #[test]
+    fn what_it_took_to_decide_a_policy_is_part_of_its_time_wherever_that_was() {
+        let measured = |applied: Option<&AppliedPolicy>| {
+            let mut measured = Measured::default();
+            measured.policy(applied, Instant::now());
+            measured.policy_ms.expect("it happened")
+        };
+        // Nothing here takes minutes: what is beside the decision is below one.
+        let hour = Duration::from_secs(3600);
+        let [minute_ms, hour_ms] = [60_000, 3_600_000];
+        let of = |decided| measured(Some(&applied(decided)));
+        assert!((hour_ms..hour_ms + minute_ms).contains(&of(Some(hour))));
+        assert!(of(None) < minute_ms && measured(None) < minute_ms);
+        // A gateway that is made again adds to it; a part of a millisecond is none.
+        let mut twice = Measured::default();
+        for decided in [hour, Duration::from_micros(900)] {
+            twice.policy(Some(&applied(Some(decided))), Instant::now());
+        }
+        let value = serde_json::to_value(twice).expect("JSON");
+        let told = value["policy_ms"].as_u64().expect("it happened");
+        assert!((hour_ms..hour_ms + minute_ms).contains(&told), "{told}");
+    }
+
     #[test]
     fn phases_become_parts_and_what_did_not_happen_is_absent() {
         let mut measured = Measured::default();

@@ -6,10 +6,10 @@
 use std::io::Cursor;
 use std::time::Duration;
 
+use kiln_core::command_line::CommandTooLong;
 use kiln_proto::Session;
 use kiln_proto::Stream;
 use kiln_proto::codec::{self, CodecError};
-use kiln_proto::frame::OPEN_PAYLOAD_MAX;
 use kiln_proto::msg::{
     CallResult, ExecRequest, Exit, GetTree, GuestError, Order, OrderReply, Place, PutFile, PutTree,
     Signal, TreeReport, TtySize, chunk, kind,
@@ -54,13 +54,8 @@ pub enum CallError {
         why: String,
     },
     /// A command line that fits into no order; nothing was sent.
-    #[error(
-        "the command, its arguments and its variables take {len} bytes, and at most {OPEN_PAYLOAD_MAX} can be sent to a machine"
-    )]
-    TooLong {
-        /// Its length, as JSON.
-        len: usize,
-    },
+    #[error(transparent)]
+    TooLong(CommandTooLong),
     /// No answer in time.
     #[error("the guest did not {what} within {after:?}")]
     Timeout {
@@ -118,7 +113,7 @@ async fn open(
         .open(kind, &payload)
         .await
         .map_err(|error| match error {
-            OpenError::Payload { len } => CallError::TooLong { len },
+            OpenError::Payload { len } => CallError::TooLong(CommandTooLong { len }),
             error => CallError::Gone {
                 what,
                 why: chain(&error),

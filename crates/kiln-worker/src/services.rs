@@ -159,7 +159,11 @@ impl Services {
             match codec::next_msg::<GuestEvent, _>(&mut stream, EVENT_BYTES_MAX).await {
                 Ok(Some(event)) => self.guest_event(event),
                 Ok(None) => return,
-                Err(error) if error.is_peer_fault() => return self.broken(stream, "an event"),
+                // How the session ended is said where that is known.
+                Err(codec::CodecError::Io(_)) => return,
+                Err(error) if error.is_peer_fault() => {
+                    return self.broken(stream, &format!("an event: {error}"));
+                }
                 Err(_) => return,
             }
         }

@@ -13,12 +13,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::operator::Operator;
 use super::source::{self, Source};
-use super::{build, queueing, reference};
+use super::{build, output, queueing, reference};
 use crate::args::BuildArgs;
 use crate::error::{CliError, OrInfrastructure as _, Result};
 use crate::server::follow::{Ended, LogKind, follow};
 use crate::server::{Server, upload};
-use crate::show::{Screen, ShownPath as _};
+use crate::show::Screen;
 
 /// Files that a plan is made from: they are sent even where `.dockerignore` keeps them out of the image. Not those that may hold
 /// credentials.
@@ -59,6 +59,7 @@ pub(super) async fn run(
     cancel: CancellationToken,
 ) -> Result<u8> {
     refuse(&args)?;
+    output::look_at_result(&args)?;
     let secrets = source::secrets(&args.secrets)?;
     let mut asked = asked(&args, &secrets)?;
     let source = source::parse(&args.source)?;
@@ -254,12 +255,7 @@ async fn finish(
         .and_then(|mut report| report.get_mut("build").map(Value::take));
     match told.and_then(|report| serde_json::from_value::<BuildReport>(report).ok()) {
         Some(report) => {
-            if let Some(file) = &args.result {
-                let text = serde_json::to_vec_pretty(&report).or_infrastructure()?;
-                std::fs::write(file, text).map_err(|error| {
-                    CliError::usage(format!("could not write {}: {error}", file.shown()))
-                })?;
-            }
+            output::write_result(args, &report)?;
             build::show(&report, &report.egress.to_string(), screen);
         }
         // The report did not fit; what was stored is known all the same.

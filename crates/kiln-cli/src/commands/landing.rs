@@ -111,9 +111,7 @@ impl Landing {
     /// # Errors
     /// When it is a link or no folder.
     pub(crate) fn look(folder: &Path) -> Result<(), LandingError> {
-        let (named, names) = split(folder);
-        let entered = opened(&named).and_then(|named| walk(named, &names, false));
-        match entered {
+        match enter(folder) {
             Ok(_) | Err(LandingError::Io(_)) => Ok(()),
             Err(error) => Err(error),
         }
@@ -204,15 +202,15 @@ impl Partial {
 }
 
 impl Fresh {
-    /// Begins a file. The folder is the user's word, and is not made.
+    /// Begins a file. The folder is not made.
     ///
     /// # Errors
-    /// When something has its name that is no file, or what the file system says.
+    /// When the folder is a link or none, something has the file's name that is none, or what the file system says.
     pub(crate) fn begin(path: &Path) -> Result<Self, LandingError> {
         let Some(name) = path.file_name() else {
             return Err(io::Error::other("the name is empty").into());
         };
-        let folder = opened(folder_of(path))?;
+        let folder = enter(folder_of(path))?;
         gives_way(&folder, name)?;
         let beside = format!(
             ".kiln-{:016x}{:016x}.new",
@@ -245,6 +243,15 @@ impl Drop for Fresh {
         // One that took its name has this one no more.
         let _finished = rustix::fs::unlinkat(&self.folder, self.beside.as_str(), AtFlags::empty());
     }
+}
+
+/// Opens a folder that is there, to put things into it by name; how much of its path may be links, `split` says.
+///
+/// # Errors
+/// When it is a link or no folder, or what the file system says.
+pub(crate) fn enter(folder: &Path) -> Result<OwnedFd, LandingError> {
+    let (named, names) = split(folder);
+    walk(opened(&named)?, &names, false)
 }
 
 /// The folder that a path lies in.
@@ -520,6 +527,10 @@ mod tests {
         let error = Fresh::begin(dir.path()).expect_err("a folder");
         assert!(error.to_string().contains("is a folder, not a file"));
         assert!(Fresh::begin(&at("no/such")).is_err());
+        std::fs::create_dir(at("real")).expect("folder");
+        symlink("real", at("way")).expect("link");
+        let error = Fresh::begin(&at("way/new")).expect_err("a link");
+        assert!(error.to_string().contains("way is a link"), "{error}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Where a built image goes besides kiln's own registry: an archive file, a local engine, another registry.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use kiln_core::ImageRef;
@@ -10,7 +11,7 @@ use kiln_worker::build::BuildReport;
 use kiln_worker::failure::Failure;
 use tokio_util::sync::CancellationToken;
 
-use super::landing::{Fresh, look_at};
+use super::landing::{Fresh, Landing, LandingError, folder_of, look_at};
 use super::operator::Operator;
 use crate::args::BuildArgs;
 use crate::error::{CliError, OrInfrastructure as _, Result};
@@ -26,8 +27,9 @@ impl Output {
     /// Parses `registry` or `oci:FILE`.
     ///
     /// # Errors
-    /// For anything else, and where no archive can lie: before anything is built for it.
+    /// For anything else, and where no archive or result can lie: before anything is built for it.
     pub(crate) fn parse(args: &BuildArgs) -> Result<Self> {
+        look_at_result(args)?;
         match args.output.split_once(':') {
             None if args.output == "registry" => Ok(Self { oci: None }),
             Some(("oci", file)) if !file.is_empty() => {
@@ -54,12 +56,7 @@ impl Output {
         screen: Screen,
         cancel: &CancellationToken,
     ) -> Result<()> {
-        if let Some(file) = &args.result {
-            let text = serde_json::to_vec_pretty(report).or_infrastructure()?;
-            std::fs::write(file, text).map_err(|error| {
-                CliError::usage(format!("could not write {}: {error}", file.shown()))
-            })?;
-        }
+        write_result(args, report)?;
         if self.oci.is_none() && !args.load && args.push.is_none() {
             return Ok(());
         }
@@ -89,6 +86,53 @@ impl Output {
             }
         }
         Ok(())
+    }
+}
+
+/// Looks whether what was built can be told at `--result`, before it is built.
+///
+/// # Errors
+/// When the way there leads elsewhere, or no file may lie there.
+pub(super) fn look_at_result(args: &BuildArgs) -> Result<()> {
+    let Some(file) = args.result.as_ref().filter(|file| !is_stream(file)) else {
+        return Ok(());
+    };
+    let looked = Landing::look(folder_of(file)).and_then(|()| look_at(file));
+    looked.map_err(|error| error.told(file))
+}
+
+/// Tells at `--result` what was built: in a file, whole or not at all, or in a stream.
+///
+/// # Errors
+/// As [`look_at_result`], and when it cannot be written.
+pub(super) fn write_result(args: &BuildArgs, report: &BuildReport) -> Result<()> {
+    let Some(file) = &args.result else {
+        return Ok(());
+    };
+    let text = serde_json::to_vec_pretty(report).or_infrastructure()?;
+    put(file, &text).map_err(|error| error.told(file))
+}
+
+fn put(file: &Path, text: &[u8]) -> Result<(), LandingError> {
+    if is_stream(file) {
+        return std::fs::write(file, text).map_err(LandingError::Io);
+    }
+    let mut fresh = Fresh::begin(file)?;
+    fresh.file.write_all(text)?;
+    fresh.finish()
+}
+
+/// Whether a path is the system's name for something that this process has open: `/dev/stdout`, `/dev/fd/3`. No project can put that elsewhere.
+fn is_stream(path: &Path) -> bool {
+    let Some(path) = path.to_str() else {
+        return false;
+    };
+    let number = ["/dev/fd/", "/proc/self/fd/"]
+        .iter()
+        .find_map(|folder| path.strip_prefix(*folder));
+    match number {
+        Some(number) => !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()),
+        None => matches!(path, "/dev/stdout" | "/dev/stderr"),
     }
 }
 
@@ -123,6 +167,8 @@ async fn archive(
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd as _;
+
     use clap::Parser as _;
 
     use super::*;
@@ -133,6 +179,54 @@ mod tests {
         match Cli::try_parse_from(words).expect("legal").command {
             Command::Build(args) => Output::parse(&args),
             other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_result_goes_through_no_link_and_over_no_device() {
+        let dir = tempfile::tempdir().expect("dir");
+        let at = |name: &str| dir.path().join(name);
+        let read = |name: &str| std::fs::read_to_string(at(name)).expect("reads");
+        std::fs::write(at("theirs"), "precious").expect("write");
+        std::fs::create_dir(at("real")).expect("folder");
+        for (to, name) in [("theirs", "link"), ("real", "way")] {
+            std::os::unix::fs::symlink(to, at(name)).expect("link");
+        }
+        for text in ["{}", "[]"] {
+            put(&at("link"), text.as_bytes()).expect("in place of the link");
+            assert_eq!(read("link"), text);
+        }
+        assert_eq!(read("theirs"), "precious");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mkfifoat(rustix::fs::CWD, at("fifo"), mode).expect("fifo");
+        for bad in [at("way/x"), at("fifo"), at("real"), "/dev/null".into()] {
+            assert!(put(&bad, b"x").is_err(), "{bad:?}");
+        }
+        assert_eq!(std::fs::read_dir(at("real")).expect("list").count(), 0);
+        // Told before anything is built.
+        for (result, fine) in [("/dev/null", false), ("/dev/stdout", true), ("new", true)] {
+            let words = ["kiln", "build", "--result", result, "."];
+            match Cli::try_parse_from(words).expect("legal").command {
+                Command::Build(args) => {
+                    assert_eq!(Output::parse(&args).is_ok(), fine, "{result}");
+                    assert_eq!(look_at_result(&args).is_ok(), fine, "{result}");
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_result_goes_into_what_this_process_has_open() {
+        let file = tempfile::NamedTempFile::new().expect("file");
+        let stream = format!("/proc/self/fd/{}", file.as_file().as_raw_fd());
+        put(Path::new(&stream), b"{}").expect("written");
+        assert_eq!(std::fs::read(file.path()).expect("reads"), b"{}");
+        for stream in ["/dev/stdout", "/dev/stderr", "/dev/fd/63"] {
+            assert!(is_stream(Path::new(stream)), "{stream}");
+        }
+        for file in ["dev/stdout", "/dev/fd/", "/dev/fd/3/x", "/dev/fd/..", "-"] {
+            assert!(!is_stream(Path::new(file)), "{file}");
         }
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use kiln_controller::api::KeepAsk;
 use kiln_core::access::DISK_MIN;
+use kiln_core::command_line::{self, CommandTooLong};
 use kiln_core::job::{RunCommand, TrustClass};
 use kiln_core::{
     ByteSize, FailureClass, ImageRef, JobKind, JobRequest, Label, RunSecret, TenantName,
@@ -86,6 +87,7 @@ pub(super) async fn run_and_learn(
     let folder = run_folder::of(&args, ruled.project())?;
     let (wants_none, bounds) = (ruled.no_source, ruled.bounds.clone());
     let env = environment(&args)?;
+    fits(&ruled.argv, &env)?;
     let kept = [ruled.artifacts.as_slice(), args.artifacts.as_slice()].concat();
     let wanted = artifacts::wanted(&kept, &args.copy_out)?;
     let secrets = secrets(&ruled.secrets, &env)?;
@@ -181,6 +183,12 @@ pub(super) fn environment(args: &RunArgs) -> Result<BTreeMap<String, String>> {
     }
     env.extend(source::pairs(&args.env, "--env")?);
     Ok(env)
+}
+
+/// What can be sent to no machine is refused before one starts.
+fn fits(argv: &[String], env: &BTreeMap<String, String>) -> Result<()> {
+    let fits = command_line::fits(argv, env);
+    fits.map_err(|long| CliError::usage(long.to_string()).hint(CommandTooLong::HINT))
 }
 
 /// The disk that was asked for, at most the policy's and the operator's; each says no in its own name.

@@ -44,13 +44,36 @@ fn copy_tree(from: &Path, to: &Path) {
     }
 }
 
-/// Builds an example, changes a line, builds it again; what is known before a machine starts is the same for both, and asked of one in the
-/// everyday suite. `make demo` does all of it for both.
+/// Of the same source: what is built from the cache, and anew where its image is gone.
+fn built_again(kiln: &Annex, dir: &Path, tag: &str, built: &serde_json::Value) {
+    // An argument that no step reads makes it another build, whose steps are all in the cache.
+    let again = kiln.build(dir, tag, &["--build-arg", "UNREAD=1"]);
+    assert!(again["same_as"].is_null(), "{again}");
+    assert_eq!(
+        built["digest"], again["digest"],
+        "the same source gives the same image"
+    );
+    assert!(
+        again["egress"]["reached"]
+            .as_array()
+            .is_some_and(Vec::is_empty),
+        "nothing is fetched again: {again}"
+    );
+    // A result whose image was removed has to be built again.
+    for name in [format!("{tag}-same"), tag.to_owned()] {
+        kiln.run(&["registry", "rm", &format!("{name}:latest")])
+            .exits(0);
+    }
+    let anew = kiln.build(dir, tag, &[]);
+    assert!(anew["same_as"].is_null(), "{anew}");
+    assert_eq!(built["digest"], anew["digest"]);
+}
+
+/// Builds an example, changes a line, builds it again, and once more unchanged. `make demo` and the long form build it yet again, for both.
 fn example(name: &str, file: &str, from: &str, to: &str, guest_port: u16) {
     let Some(mut kiln) = Annex::open() else {
         return;
     };
-    let whole = name == "node-express" || asked("KILN_TEST_LONG").is_some();
     kiln.fresh_heads();
     let dir = copy(&format!("examples/{name}"));
     let tag = format!("it-{name}");
@@ -74,35 +97,14 @@ fn example(name: &str, file: &str, from: &str, to: &str, guest_port: u16) {
         "a source change reinstalls nothing: {second}"
     );
     answers(&kiln, &tag, guest_port, "/", "version 2");
-    if !whole {
-        return;
-    }
     // Nothing at all changed: the host knows the result, and starts no machine for it.
     let same = kiln.build(dir.path(), &format!("{tag}-same"), &[]);
     assert_eq!(second["digest"], same["digest"]);
     assert_eq!(second["job"], same["same_as"], "{same}");
     assert!(same["template"].is_null(), "no machine was started: {same}");
-    // An argument that no step reads makes it another build, whose steps are all in the cache.
-    let again = kiln.build(dir.path(), &tag, &["--build-arg", "UNREAD=1"]);
-    assert!(again["same_as"].is_null(), "{again}");
-    assert_eq!(
-        second["digest"], again["digest"],
-        "the same source gives the same image"
-    );
-    assert!(
-        again["egress"]["reached"]
-            .as_array()
-            .is_some_and(Vec::is_empty),
-        "nothing is fetched again: {again}"
-    );
-    // A result whose image was removed has to be built again.
-    for name in [format!("{tag}-same"), tag.clone()] {
-        kiln.run(&["registry", "rm", &format!("{name}:latest")])
-            .exits(0);
+    if asked("KILN_TEST_LONG").is_some() {
+        built_again(&kiln, dir.path(), &tag, &second);
     }
-    let anew = kiln.build(dir.path(), &tag, &[]);
-    assert!(anew["same_as"].is_null(), "{anew}");
-    assert_eq!(second["digest"], anew["digest"]);
 }
 
 #[test]

@@ -31,7 +31,8 @@ fn watched(annex: &Annex, args: &[&str]) -> (Said, u64) {
     (said, watch.join().expect("watched"))
 }
 
-fn high_water(status: &str) -> Option<u64> {
+/// The most that a process of this file ever had resident, in KiB.
+pub(crate) fn high_water(status: &str) -> Option<u64> {
     let text = fs::read_to_string(status).ok()?;
     let line = text.lines().find(|line| line.starts_with("VmHWM:"))?;
     line.split_ascii_whitespace().nth(1)?.parse().ok()

@@ -7,6 +7,8 @@ mod internet;
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
+use serde_json::{Value, json};
+
 use crate::annex::Annex;
 use crate::confinement::{is_bounded, is_confined, vmm_of};
 use crate::serve::{SMALL, serve, serve_as};
@@ -52,11 +54,35 @@ ls /sys/class/net | grep -vxE 'lo|up0|dummy0' | sed 's/$/ CARD/'
 echo over
 "#;
 
-/// Tries with names, of which the policy allows some.
-const NAMED: &str = r#"
+/// What tries with names are made of.
+const TALK: &str = r#"
 # What a server says first, after sending something.
 talk() { timeout 10 bash -c 'exec 3<>"/dev/tcp/$1/$2" && printf "%b" "$3" >&3 && timeout 5 head -c 5 <&3' bash "$1" "$2" "$3" 2>/dev/null | tr -d '\n'; }
 try() { echo "$1:$2 $(talk "$1" "$2" "${3:-x}")"; }
+# How many connections a server greets that stay open until all were tried.
+many() {
+  local greeted=0 fd n
+  for n in $(seq 12); do
+    exec {fd}<>/dev/tcp/good.test/8080 && [ "$(timeout 5 head -c 5 <&"$fd")" = hello ] && greeted=$((greeted + 1))
+  done 2>/dev/null
+  echo "$greeted"
+}
+# Those of a try before may be on their way out.
+at_once() {
+  local greeted n
+  for n in $(seq 5); do
+    greeted=$(many)
+    echo "at once $greeted"
+    [ "$greeted" -lt 8 ] || return 0
+  done
+}
+"#;
+
+/// Most connections at once that the operator grants in the tests with names: fewer than are tried.
+const AT_ONCE: u32 = 8;
+
+/// Tries with names, of which the policy allows some.
+const NAMED: &str = r#"
 try good.test 8080
 try good.test 22
 try x.good.test 8080
@@ -65,12 +91,23 @@ try good.test.evil.test 8080
 try rebind.test 8080
 try rebind.test 8080
 try mixed.test 8080
-for name in inside meta own mapped translated chain loop; do try $name.test 8080; done
+for name in inside meta own placed mapped translated chain loop; do try $name.test 8080; done
 try web.test 80 'GET / HTTP/1.1\r\nHost: evil.test\r\n\r\n'
 try web.test 80 'CONNECT evil.test:443 HTTP/1.1\r\nHost: web.test\r\n\r\n'
 try web.test 80 'GET http://evil.test/ HTTP/1.1\r\nHost: web.test\r\n\r\n'
 try web.test 443 'not a TLS client hello'
 try web.test 80 'GET / HTTP/1.1\r\nHost: web.test\r\n\r\n'
+at_once
+echo over
+"#;
+
+/// The same once more, shorter, in a machine that stayed.
+const STAYED: &str = r#"
+try good.test 8080
+try own.test 8080
+try placed.test 8080
+try x.good.test 8080
+at_once
 echo over
 "#;
 
@@ -219,11 +256,70 @@ fn only_what_may_was_reached(world: &Internet, said: &Said, raw: &[String]) {
     let asked = "GET / HTTP/1.1\r\nHost: web.test\r\n\r\n";
     let web: Vec<&String> = seen.sent.iter().filter(|text| *text != "x").collect();
     assert_eq!(web, [asked], "{seen:?}");
+    as_many_at_once_as_granted(said);
+}
+
+/// As many, and never one more.
+fn as_many_at_once_as_granted(said: &Said) {
+    let counts = said.out.lines().filter_map(|line| {
+        let count = line.strip_prefix("at once ")?;
+        Some(count.parse::<u32>().expect("a count"))
+    });
+    let counts: Vec<u32> = counts.collect();
+    assert_eq!(counts.last(), Some(&AT_ONCE), "{said:?}");
+    assert!(counts.iter().all(|count| *count <= AT_ONCE), "{said:?}");
+}
+
+/// A machine that stays has its keeper's gateway: the same rules, no more connections, and the same floor, to which this host's own addresses
+/// belong and what its operator says of it.
+fn its_keeper_holds_it_to_the_same(world: &Internet, annex: &Annex) {
+    let listed = annex.run(&["machine", "list", "--json"]).exits(0);
+    let line = listed.out.lines().next().expect("a machine");
+    let machine: Value = serde_json::from_str(line).expect("JSON");
+    let id = machine["id"].as_str().expect("an id");
+    let script = [TALK, STAYED].concat();
+    let asked = annex.run(&["exec", id, "--", "bash", "-c", &script]);
+    let asked = asked.exits(0);
+    let tried: Vec<&str> = asked.out.lines().map(str::trim_end).take(4).collect();
+    assert_eq!(
+        tried,
+        [
+            "good.test:8080 hello",
+            "own.test:8080",
+            "placed.test:8080",
+            "x.good.test:8080"
+        ],
+        "{asked:?}"
+    );
+    as_many_at_once_as_granted(&asked);
+    annex.run(&["machine", "rm", id]).exits(0);
+    let told = annex.run(&["--json", "job", "egress", id]).exits(0).out;
+    let lines = told.lines().map(serde_json::from_str);
+    let lines: Vec<Value> = lines.collect::<Result<_, _>>().expect("JSON");
+    for (name, address) in [("own.test", "11.0.0.2"), ("placed.test", "11.1.0.14")] {
+        let found = lines.iter().any(|line| {
+            line["machine"] == true
+                && line["host"] == name
+                && line["code"] == "address_not_allowed"
+                && line["addresses"] == json!([address])
+        });
+        assert!(found, "{name}: {told}");
+    }
+    let opened = world.seen().opened;
+    assert!(
+        !opened.iter().any(|at| at.starts_with("11.1.0.14:")),
+        "{opened:?}"
+    );
 }
 
 #[test]
 fn names_lead_only_where_the_policy_and_the_floor_let_them() {
-    let Some(annex) = Annex::open() else { return };
+    // A place of the installation that nothing here can know.
+    let own = "[network]\nown = [\"11.1.0.14\"]\n";
+    let Some(mut annex) = Annex::open_with(own) else {
+        return;
+    };
+    annex.grants(&format!("[tenant.local.max]\nconnections = {AT_ONCE}\n"));
     let (Some(world), Some(other)) = (Internet::open(2), Internet::open(3)) else {
         return;
     };
@@ -235,6 +331,7 @@ fn names_lead_only_where_the_policy_and_the_floor_let_them() {
         "inside",
         "meta",
         "own",
+        "placed",
         "mapped",
         "translated",
         "chain",
@@ -244,10 +341,13 @@ fn names_lead_only_where_the_policy_and_the_floor_let_them() {
     for rule in raw.iter().map(String::as_str).chain(["web.test:80,443"]) {
         args.extend(["--allow", rule]);
     }
-    args.extend(["--", "bash", "-c", NAMED]);
-    let said = run(&world, &annex, &args).exits(0);
+    let script = [TALK, NAMED].concat();
+    args.extend(["--", "bash", "-c", &script]);
+    let stays = [&args[..1], &["--keep=10m"], &args[1..]].concat();
+    let said = run(&world, &annex, &stays).exits(0);
     only_what_may_was_reached(&world, &said, &raw);
     every_refusal_is_told(&annex);
+    its_keeper_holds_it_to_the_same(&world, &annex);
     // So is that of a server's worker, in a world that has not answered yet.
     let (server, at) = server(&other, &annex);
     let said = annex
@@ -266,6 +366,7 @@ fn every_refusal_is_told(annex: &Annex) {
         "x.good.test",
         "inside.test",
         "own.test",
+        "placed.test",
         "meta.test",
         "chain.test",
     ] {

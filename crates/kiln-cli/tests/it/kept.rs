@@ -165,6 +165,11 @@ fn a_machine_that_stays_takes_commands_and_whoever_dies_leaves_nothing() {
         kiln.run(&words).exits(2).says("r0nobody");
     }
     kiln.run(&["exec", &id, "--", "no-such-program"]).exits(127);
+    kiln.run(&["exec", &id, "--", "/etc/passwd"]).exits(126);
+    let long = "x".repeat(20_000);
+    kiln.run(&["exec", &id, "--", "true", &long])
+        .exits(2)
+        .says("at most 16384 can be sent to a machine");
     told_as_events(&kiln, &id);
     // Ctrl-C reaches the command; one that is killed takes its command with it.
     let mut interrupted = kiln.start(&[

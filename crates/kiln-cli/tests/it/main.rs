@@ -30,6 +30,7 @@ mod flood_sim;
 mod git;
 mod home_queue;
 mod hostile_network;
+mod hostile_opens;
 mod hostile_output;
 mod input;
 mod kept;

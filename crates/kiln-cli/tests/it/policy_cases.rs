@@ -8,7 +8,7 @@ use kiln_machine::driver::BoxFuture;
 use kiln_machine::sim::{ExecCall, ExecEnd};
 use serde_json::{Value, json};
 
-use crate::fleet_sim::PATIENCE;
+use crate::fleet_sim::{self, PATIENCE};
 use crate::kept_server::Fleet;
 use crate::support::{app, kiln, said};
 
@@ -127,7 +127,26 @@ async fn a_simulated_machine_is_held_to_it() {
         .flat_map(|event| event.data["flows"].as_array().cloned().unwrap_or_default())
         .collect();
     assert_eq!(verdicts(&json!(flows)), expected());
+    what_deciding_took_is_measured(&fleet).await;
     fleet.close().await;
+}
+
+/// Wherever it was decided what holds of a job: the time it took is a part of what its worker reports.
+async fn what_deciding_took_is_measured(fleet: &Fleet) {
+    let hash = kiln_core::Digest::of(b"policy");
+    let applied = json!({"file": hash, "hash": hash, "decided_us": 3_600_000_000_u64});
+    let mut new = fleet_sim::job("j1");
+    new.request.policy = Some(serde_json::from_value(applied).expect("a policy"));
+    let id = new.request.id.clone();
+    let db = &fleet.running.controller.db;
+    db.submit(new).await.expect("submits");
+    fleet_sim::all_over(&fleet.running, std::slice::from_ref(&id)).await;
+    let events = db.events_after(&id, 0, 1000).await.expect("reads");
+    let report = events.iter().rfind(|event| event.kind == "report");
+    let measured = &report.expect("a report").data["measured"];
+    let told = measured["policy_ms"].as_u64().expect("it was measured");
+    // An hour, and what came on top of it, which was no minute.
+    assert!((3_600_000..3_660_000).contains(&told), "{measured}");
 }
 
 #[test]

@@ -113,6 +113,14 @@ fn a_run_leaves_nothing_of_a_secret_on_its_disk_or_in_its_records() {
     assert_eq!(holders(dir.path(), &value()), Vec::<PathBuf>::new());
 }
 
+/// A further command in a container that does not begin ends as in any shell.
+fn what_does_not_begin_is_told(annex: &Annex, id: &str) {
+    for (program, code) in [("no-such-program", 127), ("/work/a.txt", 126)] {
+        let ended = annex.run(&["exec", id, "--", program]).exits(code);
+        ended.says(&format!("run \"{program}\":"));
+    }
+}
+
 /// A later command in a machine that stayed has nothing of what its job was given.
 fn has_none(annex: &Annex, id: &str) {
     let look = "cat /run/secrets/key 2>/dev/null; echo \"[$TOKEN]\"; grep -ls TOKEN= /run/kiln/container/config.json; true";
@@ -135,14 +143,17 @@ fn a_container_that_stays_has_nothing_of_its_commands_secrets() {
         let machine: serde_json::Value = serde_json::from_str(line).expect("JSON");
         let id = machine["id"].as_str().expect("an id").to_owned();
         has_none(&annex, &id);
-        annex.run(&["machine", "rm", &id]).exits(0);
+        id
     };
+    let gone = |id: &str| annex.run(&["machine", "rm", id]).exits(0);
     // The policy says where they go, the person that this project may have them.
     let phase = ["--secret", "token", "--secret", "key", "--", "true"];
-    kept(&phase, 0);
+    let id = kept(&phase, 0);
+    what_does_not_begin_is_told(&annex, &id);
+    gone(&id);
     // A phase that fails has had them as well.
     std::fs::write(dir.path().join("fails"), "").expect("write");
-    kept(&phase, 1);
+    gone(&kept(&phase, 1));
     std::fs::remove_file(dir.path().join("kiln.yaml")).expect("remove");
     std::fs::write(dir.path().join("package.json"), "{}").expect("write");
     let secrets = ["--secret", "token=TOKEN", "--secret", "key:file"];
@@ -152,7 +163,7 @@ fn a_container_that_stays_has_nothing_of_its_commands_secrets() {
         "-c",
         "test -n \"$TOKEN\" && test -s /run/secrets/key",
     ];
-    kept(&[&secrets[..], &test].concat(), 0);
+    gone(&kept(&[&secrets[..], &test].concat(), 0));
     assert_eq!(holders(&annex.home, &value()), Vec::<PathBuf>::new());
 }
 

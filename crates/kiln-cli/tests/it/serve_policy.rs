@@ -38,6 +38,25 @@ fn last_job(annex: &Annex) -> Value {
     serde_json::from_str(&shown.out).expect("json")
 }
 
+/// A command line that is too long is its user's mistake, before anything starts.
+fn what_no_machine_can_be_sent_is_refused(annex: &Annex, at: &str) {
+    let (long, told) = ("x".repeat(20_000), "at most 16384 can be sent to a machine");
+    let jobs = || {
+        let listed = annex.run(&["job", "list", "--limit", "1000", "--json"]);
+        listed.exits(0).out.lines().count()
+    };
+    let before = jobs();
+    let variable = format!("WORD={long}");
+    for on in [&[][..], &["--server", at]] {
+        for what in [["-e", &variable, "--", "true"], ["--", "echo", &long, ""]] {
+            let run = [on, &["run", "--no-source"], &what].concat();
+            let refused = annex.run(&run).exits(2).says(told);
+            refused.says("put what is long into a file");
+        }
+    }
+    assert_eq!(jobs(), before, "none of them was queued");
+}
+
 #[test]
 fn a_policy_holds_through_a_server_as_it_does_without() {
     let Some(annex) = Annex::open() else { return };
@@ -99,6 +118,7 @@ fn a_policy_holds_through_a_server_as_it_does_without() {
     .expect("write");
     far(&["run", "--", "true"]).exits(4).says("kiln.yaml:2");
     far(&["run", "--no-policy", "--net", "learn", "--", "true"]).exits(4);
+    what_no_machine_can_be_sent_is_refused(&annex, &at);
     // What a build cannot honour is refused by name, on either side.
     let bounds = app(&[
         ("Dockerfile", "FROM scratch\nCOPY . /\n"),

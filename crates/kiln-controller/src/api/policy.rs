@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use http::StatusCode;
+use kiln_core::command_line::CommandTooLong;
 use kiln_core::git_gateway::REPOSITORIES_MAX;
 use kiln_core::job::{AppliedPolicy, RunPhase};
 use kiln_core::secret::{ParseSecretError, Repository};
@@ -314,6 +315,8 @@ impl RunAsk {
         if argv.is_empty() && run.image.is_none() {
             return Err(Problem::invalid("argv", "there is no command"));
         }
+        let fits = kiln_core::command_line::fits(&argv, &run.env);
+        fits.map_err(|long| Problem::invalid("argv", long.to_string()).hint(CommandTooLong::HINT))?;
         run.argv = argv;
         let own = std::mem::take(&mut run.artifacts);
         run.artifacts = [artifacts, own].concat();

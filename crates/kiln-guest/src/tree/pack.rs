@@ -1,7 +1,7 @@
 //! Sends a file or a directory as a tar stream.
 //!
 //! The tree belongs to a tenant and may change while it is read: every file is opened without following links, sent
-//! with the size it had, and padded with zeros when it shrank.
+//! with the size it had, and padded with zeros when it shrank. One without a size is read first: files of /proc are made when they are read.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -19,6 +19,10 @@ use crate::error::{Context, SysError, failure, invalid};
 
 /// How deep a tree may be.
 const DEPTH_MAX: usize = 1024;
+/// Most bytes of a file that says it has none.
+const SIZELESS_MAX: u64 = 1 << 20;
+/// What GNU tar calls a record of a long name.
+const LONG: &[u8] = b"././@LongLink";
 
 struct Packer<W: Write> {
     builder: Builder<W>,
@@ -69,23 +73,17 @@ pub(super) fn pack(order: &GetTree, sink: impl Write) -> Result<(), GuestError> 
 
 impl<W: Write> Packer<W> {
     fn count(&mut self, stat: &Stat) -> Result<(), GuestError> {
-        let limit = |what: &str| {
-            failure(
-                GuestErrorCode::LimitExceeded,
-                format!("the tree has too many {what}"),
-            )
-        };
-        self.entries_left = self
-            .entries_left
-            .checked_sub(1)
-            .ok_or_else(|| limit("entries"))?;
-        if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
-            let size = u64::try_from(stat.st_size).unwrap_or(0);
-            self.bytes_left = self
-                .bytes_left
-                .checked_sub(size)
-                .ok_or_else(|| limit("bytes"))?;
+        let left = self.entries_left.checked_sub(1);
+        self.entries_left = left.ok_or_else(|| too_many("entries"))?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => self.count_bytes(u64::try_from(stat.st_size).unwrap_or(0)),
+            _ => Ok(()),
         }
+    }
+
+    fn count_bytes(&mut self, bytes: u64) -> Result<(), GuestError> {
+        let left = self.bytes_left.checked_sub(bytes);
+        self.bytes_left = left.ok_or_else(|| too_many("bytes"))?;
         Ok(())
     }
 
@@ -134,10 +132,11 @@ impl<W: Write> Packer<W> {
                 let target = readlinkat(at, name, Vec::new()).context(what)?;
                 self.count(&stat)?;
                 let mut header = header(&stat, EntryType::Symlink, 0);
-                let target = Path::new(OsStr::from_bytes(target.as_bytes())).to_owned();
-                let path = Path::new(OsStr::from_bytes(&self.path)).to_owned();
-                let sent = self.builder.append_link(&mut header, path, target);
-                Ok(sent.context(|| format!("send {}", shown(&self.path)))?)
+                let field = &mut header.as_old_mut().linkname;
+                let target = target.as_bytes();
+                put_name(&mut self.builder, field, EntryType::GNULongLink, target)
+                    .context(|| format!("send {}", shown(&self.path)))?;
+                Ok(self.append(header, io::empty())?)
             }
             // Sockets, pipes and devices are no content.
             _ => Ok(()),
@@ -146,16 +145,81 @@ impl<W: Write> Packer<W> {
 
     fn file(&mut self, file: File, stat: &Stat) -> Result<(), GuestError> {
         let size = u64::try_from(stat.st_size).unwrap_or(0);
+        if size == 0 {
+            let content = self.sizeless(&file)?;
+            let header = header(stat, EntryType::Regular, content.len() as u64);
+            return Ok(self.append(header, &content[..])?);
+        }
         // Exactly the announced size, whatever happens to the file meanwhile.
         let content = file.chain(io::repeat(0)).take(size);
         Ok(self.append(header(stat, EntryType::Regular, size), content)?)
     }
 
+    /// What is in a file without a size. One that grows meanwhile is cut, one that has more and still no size is refused.
+    fn sizeless(&mut self, file: &File) -> Result<Vec<u8>, GuestError> {
+        let what = || format!("read {}", shown(&self.path));
+        let mut content = Vec::new();
+        let mut bounded = file.take(SIZELESS_MAX + 1);
+        if bounded.read_to_end(&mut content).is_err() {
+            // Some of them are read only at some times, or never: such a one is what its size says.
+            content.clear();
+        }
+        if content.len() as u64 > SIZELESS_MAX {
+            if fstat(file).context(what)?.st_size == 0 {
+                let message = format!(
+                    "{} has no size and more than {SIZELESS_MAX} bytes",
+                    shown(&self.path)
+                );
+                return Err(failure(GuestErrorCode::LimitExceeded, message));
+            }
+            content.pop();
+        }
+        self.count_bytes(content.len() as u64)?;
+        Ok(content)
+    }
+
     fn append(&mut self, mut header: Header, content: impl Read) -> Result<(), SysError> {
-        let path = Path::new(OsStr::from_bytes(&self.path)).to_owned();
-        let sent = self.builder.append_data(&mut header, path, content);
+        let field = &mut header.as_old_mut().name;
+        let named = put_name(&mut self.builder, field, EntryType::GNULongName, &self.path);
+        let sent = named.and_then(|()| {
+            header.set_cksum();
+            self.builder.append(&header, content)
+        });
         sent.context(|| format!("send {}", shown(&self.path)))
     }
+}
+
+fn too_many(what: &str) -> GuestError {
+    failure(
+        GuestErrorCode::LimitExceeded,
+        format!("the tree has too many {what}"),
+    )
+}
+
+/// Writes a name into its field of a header; one that is too long there, as a record before it. Names are bytes: the builder's own way cuts long
+/// ones as text, and fails where no text is left.
+fn put_name(
+    builder: &mut Builder<impl Write>,
+    field: &mut [u8],
+    long: EntryType,
+    name: &[u8],
+) -> io::Result<()> {
+    let fits = name.len().min(field.len());
+    field[..fits].copy_from_slice(&name[..fits]);
+    if fits == name.len() {
+        return Ok(());
+    }
+    let mut header = Header::new_gnu();
+    header.as_old_mut().name[..LONG.len()].copy_from_slice(LONG);
+    header.set_entry_type(long);
+    header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    // It ends with a zero.
+    header.set_size(name.len() as u64 + 1);
+    header.set_cksum();
+    builder.append(&header, name.chain(&[0_u8][..]))
 }
 
 fn header(stat: &Stat, kind: EntryType, size: u64) -> Header {
@@ -167,4 +231,75 @@ fn header(stat: &Stat, kind: EntryType, size: u64) -> Header {
     header.set_gid(u64::from(stat.st_gid));
     header.set_mtime(u64::try_from(stat.st_mtime).unwrap_or(0));
     header
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use tar::Archive;
+
+    fn order(path: &Path) -> GetTree {
+        GetTree {
+            path: path.to_str().unwrap().to_owned(),
+            bytes_max: 1 << 20,
+            entries_max: 100,
+        }
+    }
+
+    /// Names, link targets and contents of what is sent.
+    fn sent(path: &Path) -> Vec<(Vec<u8>, Vec<u8>, Vec<u8>)> {
+        let mut bytes = Vec::new();
+        pack(&order(path), &mut bytes).unwrap();
+        let mut found = Vec::new();
+        for entry in Archive::new(&bytes[..]).entries().unwrap() {
+            let mut entry = entry.unwrap();
+            let name = entry.path_bytes().into_owned();
+            let link = entry.link_name_bytes().map(std::borrow::Cow::into_owned);
+            let mut content = Vec::new();
+            entry.read_to_end(&mut content).unwrap();
+            found.push((name, link.unwrap_or_default(), content));
+        }
+        found
+    }
+
+    #[test]
+    fn names_are_bytes_of_any_length() {
+        let dir = tempfile::tempdir().unwrap();
+        // A name that is no text from its first byte, around the length that a header holds.
+        for len in [1, 99, 100, 101, 200] {
+            let (name, target) = (vec![0xff; len], vec![0xfe; len]);
+            let file = dir.path().join(OsStr::from_bytes(&name));
+            fs::write(&file, "x").unwrap();
+            let link = dir.path().join("link");
+            std::os::unix::fs::symlink(OsStr::from_bytes(&target), &link).unwrap();
+            let want = [
+                (b"link".to_vec(), target, Vec::new()),
+                (name, Vec::new(), b"x".to_vec()),
+            ];
+            assert_eq!(sent(dir.path()), want, "{len}");
+            fs::remove_file(file).unwrap();
+            fs::remove_file(link).unwrap();
+        }
+    }
+
+    #[test]
+    fn files_without_a_size_are_read_first() {
+        let version = Path::new("/proc/version");
+        assert_eq!(fs::metadata(version).unwrap().len(), 0);
+        let content = fs::read(version).unwrap();
+        assert!(!content.is_empty());
+        let want = [(b"version".to_vec(), Vec::new(), content)];
+        assert_eq!(sent(version), want);
+        let few = GetTree {
+            bytes_max: 3,
+            ..order(version)
+        };
+        let error = pack(&few, io::sink()).unwrap_err();
+        assert_eq!(error.code, GuestErrorCode::LimitExceeded);
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("empty"), "").unwrap();
+        let want = [(b"empty".to_vec(), Vec::new(), Vec::new())];
+        assert_eq!(sent(dir.path()), want);
+    }
 }

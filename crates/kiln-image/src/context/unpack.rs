@@ -108,6 +108,32 @@ impl<R: Read> Read for Counted<R> {
 /// # Errors
 /// See [`UnpackError`]; what was written until then stays for the caller to remove.
 pub fn unpack(archive: impl Read, dir: &Path, limits: Limits) -> Result<Unpacked, UnpackError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(dir, flags, Mode::empty()).map_err(|error| UnpackError::Write {
+        path: dir.display().to_string(),
+        source: error.into(),
+    })?;
+    write(archive, root, limits, false)
+}
+
+/// Writes an archive that is no source into an empty folder that is held open: names may be any bytes, since nobody plans with them.
+///
+/// # Errors
+/// As [`unpack`].
+pub fn unpack_copy(
+    archive: impl Read,
+    root: OwnedFd,
+    limits: Limits,
+) -> Result<Unpacked, UnpackError> {
+    write(archive, root, limits, true)
+}
+
+fn write(
+    archive: impl Read,
+    root: OwnedFd,
+    limits: Limits,
+    any_names: bool,
+) -> Result<Unpacked, UnpackError> {
     let read = std::rc::Rc::new(std::cell::Cell::new(0));
     let counted = Counted {
         inner: archive,
@@ -115,15 +141,11 @@ pub fn unpack(archive: impl Read, dir: &Path, limits: Limits) -> Result<Unpacked
     };
     let mut source = BufReader::with_capacity(COPY_BUFFER_BYTES, counted);
     let first = io::BufRead::fill_buf(&mut source).map_err(UnpackError::Archive)?;
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::open(dir, flags, Mode::empty()).map_err(|error| UnpackError::Write {
-        path: dir.display().to_string(),
-        source: error.into(),
-    })?;
     let mut writer = Writer {
         root,
         last: None,
         limits,
+        any_names,
         done: Unpacked::default(),
         links: BTreeMap::new(),
         compressed: None,
@@ -149,6 +171,8 @@ struct Writer {
     root: OwnedFd,
     last: Option<(Box<[u8]>, OwnedFd)>,
     limits: Limits,
+    /// Also those that are not UTF-8.
+    any_names: bool,
     done: Unpacked,
     links: BTreeMap<Vec<u8>, Vec<u8>>,
     compressed: Option<std::rc::Rc<std::cell::Cell<u64>>>,
@@ -255,9 +279,9 @@ impl Writer {
                 max: self.limits.entries_max,
             });
         }
-        match std::str::from_utf8(path) {
-            Ok(_) => Ok(()),
-            Err(_) => Err(refuse(path, "the name is not UTF-8")),
+        match self.any_names || std::str::from_utf8(path).is_ok() {
+            true => Ok(()),
+            false => Err(refuse(path, "the name is not UTF-8")),
         }
     }
 

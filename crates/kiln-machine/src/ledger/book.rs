@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{adopt, pins};
+use crate::{adopt, own_file, pins};
 
 use super::{ENTRIES_MAX, Holder, LedgerError, Need, PASSES_MAX, Resource, WaitReason};
 
@@ -297,10 +297,8 @@ impl Book {
             if own == Some(path.as_path()) {
                 continue;
             }
-            let mut file = match File::open(&path) {
-                Ok(file) => file,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(io_error("open", &path)(error)),
+            let Some(mut file) = opened(&path)? else {
+                continue;
             };
             if file.try_lock().is_ok() {
                 // Nobody holds it: its process is gone.
@@ -384,6 +382,19 @@ fn judge(entry: &Entry, others: &[Other], capacity: Need, free_cpus: usize) -> O
     must_yield.then(|| reason(Resource::Turn))
 }
 
+/// Somebody's entry as a file; `None` when it is gone, or is no file: no kiln made that, so nobody lives by it, and it is removed.
+fn opened(path: &Path) -> Result<Option<File>, LedgerError> {
+    match own_file::open_to_read(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            let _ = fs::remove_file(path);
+            Ok(None)
+        }
+        Err(error) => Err(io_error("open", path)(error)),
+    }
+}
+
 /// CPUs that somebody holds alone.
 fn pinned(others: &[Other]) -> BTreeSet<u32> {
     let holders = others.iter().filter(|other| other.holds);
@@ -403,9 +414,7 @@ fn count_pass(passed: &Other) -> Result<(), LedgerError> {
         ..passed.page.clone()
     };
     // In place: the file's lock is its owner's life. Both lengths are the same, see `page_bytes`.
-    OpenOptions::new()
-        .write(true)
-        .open(&passed.path)
+    own_file::open(&passed.path, OpenOptions::new().write(true))
         .and_then(|mut file| file.write_all(&page_bytes(&page)))
         .map_err(io_error("write", &passed.path))
 }
@@ -430,15 +439,9 @@ fn parse_name(name: &str) -> Option<(bool, u64)> {
 
 /// Opens or makes a file of ours; never through a symlink of somebody else's.
 fn open_private(path: &Path) -> Result<File, LedgerError> {
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .read(true)
-        .write(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)
-        .map_err(io_error("open", path))?;
+    let mut options = OpenOptions::new();
+    let options = options.create(true).truncate(false).read(true).write(true);
+    let file = own_file::open(path, options.mode(0o600)).map_err(io_error("open", path))?;
     let meta = file.metadata().map_err(io_error("look at", path))?;
     if meta.nlink() > 1 {
         return Err(io_error("open", path)(io::Error::other(

@@ -292,3 +292,29 @@ async fn more_whole_cpus_than_there_are_can_never_be_given() {
     let refused = pin(&pinning(home.path(), &[0, 1]), 3).await;
     assert!(matches!(refused, Err(LedgerError::NeverFits { .. })));
 }
+
+#[test]
+fn what_is_no_file_is_no_entry_and_waited_for_by_nobody() {
+    use crate::own_file::tests::{fifo, in_time};
+
+    let home = tempfile::tempdir().expect("temp");
+    let dir = home.path().join("ledger");
+    std::fs::create_dir(&dir).expect("dir");
+    let theirs = home.path().join("theirs");
+    std::fs::write(&theirs, "precious").expect("write");
+    let lease = dir.join("lease-00000000000000000001-00000000.json");
+    let wait = dir.join("wait-00000000000000000002-00000000.json");
+    fifo(&lease);
+    std::os::unix::fs::symlink(&theirs, &wait).expect("link");
+    let list = || {
+        let book = Book::new(dir.clone(), Need::default(), BTreeSet::new());
+        in_time(move || book.list())
+    };
+    assert_eq!(list().expect("list"), []);
+    assert!(!lease.exists() && !wait.is_symlink());
+    assert!(theirs.exists(), "the link went, not what it led to");
+    let lock = dir.join("lock");
+    std::fs::remove_file(&lock).expect("the lock");
+    fifo(&lock);
+    assert!(matches!(list(), Err(LedgerError::Io { .. })));
+}

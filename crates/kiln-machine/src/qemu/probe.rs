@@ -19,7 +19,7 @@ use tokio::process::Command;
 use super::argv::Accel;
 use super::{Program, QemuConfig};
 use crate::driver::{Accelerator, Check, CheckLevel};
-use crate::proc;
+use crate::{own_file, proc};
 
 /// How long a kernel may take to its first process under KVM. It takes below a second where KVM works.
 const BOOT_DEADLINE: Duration = Duration::from_secs(10);
@@ -116,7 +116,7 @@ pub(crate) fn remembered_program(home: &Path) -> Option<Program> {
 }
 
 fn read(home: &Path) -> Option<Remembered> {
-    let text = fs::read(home.join(FILE)).ok()?;
+    let text = own_file::read(&home.join(FILE)).ok()?;
     let remembered: Remembered = serde_json::from_slice(&text).ok()?;
     (remembered.schema == SCHEMA).then_some(remembered)
 }

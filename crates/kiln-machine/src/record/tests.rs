@@ -98,3 +98,25 @@ fn records_of_before_kept_machines_are_read_and_newer_ones_are_not() {
         assert_eq!(read_record(machine.dir()).is_some(), readable, "{schema}");
     }
 }
+
+#[test]
+fn what_is_no_file_is_no_lock_and_no_record_and_waited_for_by_nobody() {
+    use crate::own_file::tests::{fifo, in_time};
+
+    let home = tempfile::tempdir().expect("temp");
+    let machine = MachineDir::create(home.path(), &name("m1"), "sim").expect("made");
+    machine.abandon();
+    for file in [LOCK_FILE, RECORD_FILE] {
+        fs::remove_file(machine.path(file)).expect("removed");
+        fifo(&machine.path(file));
+    }
+    let at = home.path().to_owned();
+    let report = in_time(move || reap::reap_home(&at));
+    assert_eq!(report.reaped, ["m1"], "{report:?}");
+    let lock = home.path().join("machines/.lock");
+    fs::remove_file(&lock).expect("removed");
+    fifo(&lock);
+    let at = home.path().to_owned();
+    let refused = in_time(move || MachineDir::create(&at, &name("m2"), "sim"));
+    assert!(matches!(refused, Err(RecordError::Io { .. })));
+}

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::key::{TEMPLATE_FORMAT, TemplateKey};
 use super::verify::{self, FILES_MAX, FileRecord, Seen};
 use crate::driver::TemplateRef;
-use crate::proc;
+use crate::{own_file, proc};
 
 /// Version of `meta.json`.
 const SCHEMA: u32 = 1;
@@ -151,7 +151,7 @@ fn io_error<'a>(
 /// [`TemplateError::BeingRemoved`], or what the file system says.
 pub fn lock_for_use(template: &TemplateRef) -> Result<File, TemplateError> {
     let path = template.dir.join(LOCK_FILE);
-    let file = File::open(&path).map_err(io_error("open", &path))?;
+    let file = own_file::open_to_read(&path).map_err(io_error("open", &path))?;
     let removed = || TemplateError::BeingRemoved(template.key.clone());
     // Held exclusively only for moments: while it is listed or moved out of sight.
     file.lock_shared().map_err(io_error("lock", &path))?;
@@ -293,11 +293,9 @@ impl TemplateStore {
             if let Some(held) = self.find(key, progress)? {
                 return Ok(Turn::Found(held));
             }
-            let lock = OpenOptions::new()
-                .create(true)
-                .append(true)
-                .mode(0o600)
-                .open(&path);
+            let mut options = OpenOptions::new();
+            let options = options.create(true).append(true).mode(0o600);
+            let lock = own_file::open(&path, options);
             let lock = lock.map_err(io_error("open", &path))?;
             if lock.try_lock().is_ok() {
                 // It may have been finished in between.
@@ -333,7 +331,7 @@ impl TemplateStore {
                 continue;
             }
             let dir = entry.path();
-            let lock = File::open(dir.join(LOCK_FILE));
+            let lock = own_file::open_to_read(&dir.join(LOCK_FILE));
             let in_use = lock.as_ref().is_ok_and(|lock| lock.try_lock().is_err());
             let used = lock
                 .and_then(|lock| lock.metadata()?.modified())
@@ -397,7 +395,7 @@ impl TemplateStore {
     fn remove_idle(&self, id: &str) -> Result<bool, TemplateError> {
         let dir = self.root.join(id);
         // Taken exclusively, so that nobody begins to use it meanwhile.
-        let lock = File::open(dir.join(LOCK_FILE)).ok();
+        let lock = own_file::open_to_read(&dir.join(LOCK_FILE)).ok();
         if lock.as_ref().is_some_and(|lock| lock.try_lock().is_err()) {
             return Ok(false);
         }
@@ -503,7 +501,8 @@ fn seal(root: &Path, key: &TemplateKey, mut partial: Partial) -> Result<Held, Te
 }
 
 fn read_meta(dir: &Path) -> Result<Meta, String> {
-    let text = fs::read(dir.join(META_FILE)).map_err(|error| format!("{META_FILE}: {error}"))?;
+    let text =
+        own_file::read(&dir.join(META_FILE)).map_err(|error| format!("{META_FILE}: {error}"))?;
     let meta: Meta =
         serde_json::from_slice(&text).map_err(|error| format!("{META_FILE}: {error}"))?;
     let plain = |file: &FileRecord| !file.name.contains('/') && !file.name.starts_with('.');
@@ -525,7 +524,7 @@ fn check(dir: &Path, key: Option<&TemplateKey>, in_full: bool) -> Result<(), Str
         return Err("its record has another key".to_owned());
     }
     let now = verify::look(dir, &meta.files).map_err(|error| error.to_string())?;
-    let seen: Option<SeenInBoot> = fs::read(dir.join(SEEN_FILE))
+    let seen: Option<SeenInBoot> = own_file::read(&dir.join(SEEN_FILE))
         .ok()
         .and_then(|text| serde_json::from_slice(&text).ok());
     let known = seen.is_some_and(|seen| {

@@ -183,3 +183,18 @@ fn new_ref(store: &TemplateStore, id: &str) -> TemplateRef {
         dir: store.root().join(id),
     }
 }
+
+#[test]
+fn what_is_no_file_is_waited_for_by_nobody() {
+    use crate::own_file::tests::{fifo, in_time};
+
+    let (_dir, store) = store();
+    let id = "0".repeat(32);
+    fs::create_dir(store.root().join(&id)).unwrap();
+    for file in [LOCK_FILE, META_FILE] {
+        fifo(&store.root().join(&id).join(file));
+    }
+    let listed = in_time(move || store.list()).unwrap();
+    assert_eq!((listed.len(), listed[0].in_use), (1, false));
+    assert!(listed[0].key.is_none());
+}

@@ -1,18 +1,25 @@
 //! Files between a kept machine and this host. What comes out of a machine is hostile: it is written into a fresh folder beside its place and
 //! renamed there once it is whole.
 //!
+//! Everything happens below folders that are held open, by names in them: who may write the folder of the target can spoil the copy, and lead it
+//! nowhere else.
+//!
 //! Refused: absolute names, `..`, devices, sockets, hard links to anything outside, names twice, more than [`BYTES_MAX`] or [`ENTRIES_MAX`]
-//! (`kiln_image::context::unpack`). Left out: symbolic links that lead out of the copy, or nowhere in it. Set-user-id bits and owners do not come along.
+//! (`kiln_image::context::unpack_copy`). Left out: symbolic links that lead out of the copy, or nowhere in it. Set-user-id bits and owners do not come along.
 //! Nothing is written through a link of this host, and nothing that is there is merged with: a file is replaced, a folder stays as it is.
 
-use std::fs::{self, DirBuilder, File};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd as _;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-use kiln_image::context::{self, Limits, UnpackError};
-use rustix::fs::{CWD, Mode, OFlags, RenameFlags, ResolveFlags, openat2, renameat_with};
+use kiln_image::context::{self, Limits, UnpackError, open_beneath};
+use rustix::fs::{
+    AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, ResolveFlags, mkdirat, openat, openat2,
+    renameat_with, statat, unlinkat,
+};
 use rustix::io::Errno;
 
 /// Most bytes of files in one copy out of a machine.
@@ -75,6 +82,24 @@ fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) 
     }
 }
 
+/// Where a copy goes: a name in a folder that is held open, so that nobody puts another folder in its place meanwhile.
+#[derive(Debug)]
+pub struct Target {
+    /// The folder.
+    pub folder: OwnedFd,
+    /// The whole path, for people; its last part is the name in the folder.
+    pub path: PathBuf,
+}
+
+impl Target {
+    fn name(&self) -> Result<&OsStr, CopyError> {
+        self.path.file_name().ok_or_else(|| CopyError::Place {
+            path: self.path.clone(),
+            why: "name the copy",
+        })
+    }
+}
+
 /// What was copied out of a machine.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Copied {
@@ -123,27 +148,42 @@ fn parent_of(target: &Path) -> &Path {
     }
 }
 
-/// A fresh folder beside a copy's place, gone with what is left in it.
-struct Beside(PathBuf);
+/// Opens a folder in another one, through no link.
+fn open_folder(at: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(openat(at, name, flags, Mode::empty())?)
+}
 
-impl Beside {
-    fn new(parent: &Path) -> Result<Self, CopyError> {
+/// A fresh folder beside a copy's place, gone with what is left in it.
+struct Beside<'a> {
+    parent: BorrowedFd<'a>,
+    name: String,
+}
+
+impl<'a> Beside<'a> {
+    fn new(target: &'a Target) -> io::Result<Self> {
         let mut random = [0; 8];
-        getrandom::fill(&mut random).map_err(|error| {
-            io_error("name a folder in", parent)(io::Error::other(error.to_string()))
-        })?;
-        let path = parent.join(format!(".kiln-copy-{}", hex::encode(random)));
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map_err(io_error("make", &path))?;
-        Ok(Self(path))
+        getrandom::fill(&mut random).map_err(|error| io::Error::other(error.to_string()))?;
+        let name = format!(".kiln-copy-{}", hex::encode(random));
+        let parent = target.folder.as_fd();
+        mkdirat(parent, name.as_str(), Mode::RWXU)?;
+        Ok(Self { parent, name })
+    }
+
+    /// Makes the copy's own folder in it; gives both.
+    fn tree(&self) -> io::Result<(OwnedFd, OwnedFd)> {
+        let folder = open_folder(self.parent, &self.name)?;
+        mkdirat(&folder, TREE, Mode::from_raw_mode(0o755))?;
+        let tree = open_folder(folder.as_fd(), TREE)?;
+        Ok((folder, tree))
     }
 }
 
-impl Drop for Beside {
+impl Drop for Beside<'_> {
     fn drop(&mut self) {
-        let _shown_to_nobody = fs::remove_dir_all(&self.0);
+        // Through the folder that is open, whatever its path leads to by now.
+        let parent = PathBuf::from(format!("/proc/self/fd/{}", self.parent.as_raw_fd()));
+        let _shown_to_nobody = fs::remove_dir_all(parent.join(&self.name));
     }
 }
 
@@ -173,13 +213,13 @@ impl<R: Read> Read for Watched<R> {
 ///
 /// # Errors
 /// [`CopyError`]; then nothing is left of it.
-pub fn take_out(tar: impl Read, target: &Path, file: Option<&str>) -> Result<Copied, CopyError> {
-    let beside = Beside::new(parent_of(target))?;
-    let tree = beside.0.join("tree");
-    DirBuilder::new()
-        .mode(0o755)
-        .create(&tree)
-        .map_err(io_error("make", &tree))?;
+pub fn take_out(tar: impl Read, target: &Target, file: Option<&str>) -> Result<Copied, CopyError> {
+    let name = target.name()?;
+    let beside = Beside::new(target).map_err(io_error("make a folder for", &target.path))?;
+    let made = beside
+        .tree()
+        .and_then(|(folder, tree)| Ok((folder, tree.try_clone()?, tree)));
+    let (folder, root, tree) = made.map_err(io_error("make a folder for", &target.path))?;
     let mut tar = Watched {
         inner: tar,
         broke: None,
@@ -190,7 +230,7 @@ pub fn take_out(tar: impl Read, target: &Path, file: Option<&str>) -> Result<Cop
         entries_max: ENTRIES_MAX,
         ..Limits::default()
     };
-    let unpacked = context::unpack(&mut tar, &tree, limits);
+    let unpacked = context::unpack_copy(&mut tar, root, limits);
     if let Some(why) = tar.broke {
         return Err(CopyError::Machine(why));
     }
@@ -198,66 +238,84 @@ pub fn take_out(tar: impl Read, target: &Path, file: Option<&str>) -> Result<Cop
         Ok(done) => done,
         // A folder without anything in it is an archive without anything in it.
         Err(UnpackError::Archive(_))
-            if file.is_none() && is_empty(&tree) && tar.bytes <= EMPTY_MAX =>
+            if file.is_none() && is_empty(tree.as_fd()) && tar.bytes <= EMPTY_MAX =>
         {
             context::Unpacked::default()
         }
         Err(error) => return Err(CopyError::Refused(error)),
     };
-    let links_left_out = drop_links_that_lead_out(&tree)?;
+    let links_left_out = drop_links_that_lead_out(tree.as_fd())?;
     match file {
-        None => put(&tree, target, RenameFlags::NOREPLACE)?,
-        Some(name) => {
-            let only = tree.join(name);
-            let is_file = fs::symlink_metadata(&only).is_ok_and(|meta| meta.is_file());
+        None => put((&folder, TREE), (target, name), RenameFlags::NOREPLACE)?,
+        Some(only) => {
+            let is_file = kind_of(tree.as_fd(), only.as_ref()) == Some(FileType::RegularFile);
             if done.entries != 1 || !is_file {
                 return Err(CopyError::Machine("it is no plain file".to_owned()));
             }
-            if target.is_dir() && !target.is_symlink() {
-                return Err(CopyError::Place {
-                    path: target.to_owned(),
-                    why: "a folder is there",
-                });
-            }
-            put(&only, target, RenameFlags::empty())?;
+            gives_way(target, name)?;
+            put((&tree, only), (target, name), RenameFlags::empty())?;
         }
     }
     Ok(Copied {
-        path: target.to_owned(),
+        path: target.path.clone(),
         entries: done.entries,
         bytes: done.bytes,
         links_left_out,
     })
 }
 
+/// Name of a copy's own folder while it grows.
+const TREE: &str = "tree";
 /// Two blocks of zeros and what pads them.
 const EMPTY_MAX: u64 = 10 * 1024;
 
-fn is_empty(dir: &Path) -> bool {
-    fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none())
+fn is_empty(tree: BorrowedFd<'_>) -> bool {
+    list(tree, Path::new("")).is_ok_and(|found| found.is_empty())
 }
 
-fn put(from: &Path, target: &Path, flags: RenameFlags) -> Result<(), CopyError> {
-    match renameat_with(CWD, from, CWD, target, flags) {
+/// What a name in a folder is; `None` when there is nothing.
+fn kind_of(folder: BorrowedFd<'_>, name: &OsStr) -> Option<FileType> {
+    let stat = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+    Some(FileType::from_raw_mode(stat.st_mode))
+}
+
+/// Looks whether what has the target's name may be replaced by a file: a file, or a link itself.
+fn gives_way(target: &Target, name: &OsStr) -> Result<(), CopyError> {
+    let why = match kind_of(target.folder.as_fd(), name) {
+        None | Some(FileType::RegularFile | FileType::Symlink) => return Ok(()),
+        Some(FileType::Directory) => "a folder is there",
+        Some(_) => "a device, fifo or socket is there",
+    };
+    Err(CopyError::Place {
+        path: target.path.clone(),
+        why,
+    })
+}
+
+fn put(
+    (from, what): (&OwnedFd, &str),
+    (target, name): (&Target, &OsStr),
+    flags: RenameFlags,
+) -> Result<(), CopyError> {
+    match renameat_with(from, what, &target.folder, name, flags) {
         Ok(()) => Ok(()),
         Err(Errno::EXIST) => Err(CopyError::Place {
-            path: target.to_owned(),
+            path: target.path.clone(),
             why: "something is there: a folder is not merged with another",
         }),
-        Err(error) => Err(io_error("make", target)(error.into())),
+        Err(error) => Err(io_error("make", &target.path)(error.into())),
     }
 }
 
 /// Removes symbolic links whose way leaves the tree, or ends nowhere in it; gives how many.
-fn drop_links_that_lead_out(tree: &Path) -> Result<u64, CopyError> {
-    let root = File::open(tree).map_err(io_error("open", tree))?;
+fn drop_links_that_lead_out(root: BorrowedFd<'_>) -> Result<u64, CopyError> {
     let mut links = Vec::new();
-    find_links(tree, Path::new(""), 0, &mut links)?;
+    find_links(root, Path::new(""), 0, &mut links)?;
     let leads_out = |link: &PathBuf| {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         loop {
-            match openat2(root.as_fd(), link, flags, Mode::empty(), resolve) {
+            match openat2(root, link, flags, Mode::empty(), resolve) {
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 opened => return opened.is_err(),
             }
@@ -266,34 +324,55 @@ fn drop_links_that_lead_out(tree: &Path) -> Result<u64, CopyError> {
     // All are judged before one is removed: a way through one that goes would be judged otherwise then.
     let bad: Vec<PathBuf> = links.into_iter().filter(leads_out).collect();
     for link in &bad {
-        let path = tree.join(link);
-        fs::remove_file(&path).map_err(io_error("remove", &path))?;
+        let (Some(below), Some(name)) = (link.parent(), link.file_name()) else {
+            continue;
+        };
+        let folder = open_beneath(root, below.as_os_str().as_bytes(), true);
+        folder
+            .and_then(|folder| Ok(unlinkat(&folder, name, AtFlags::empty())?))
+            .map_err(io_error("remove", link))?;
     }
     Ok(bad.len() as u64)
 }
 
-/// The tree is this process's own: nobody else writes into it.
 fn find_links(
-    tree: &Path,
+    root: BorrowedFd<'_>,
     below: &Path,
     depth: usize,
     links: &mut Vec<PathBuf>,
 ) -> Result<(), CopyError> {
-    let dir = tree.join(below);
     if depth > DEPTH_MAX {
         return Err(CopyError::Machine("its folders are too deep".to_owned()));
     }
-    for entry in fs::read_dir(&dir).map_err(io_error("read", &dir))? {
-        let entry = entry.map_err(io_error("read", &dir))?;
-        let kind = entry.file_type().map_err(io_error("read", &dir))?;
-        let path = below.join(entry.file_name());
-        if kind.is_symlink() {
-            links.push(path);
-        } else if kind.is_dir() {
-            find_links(tree, &path, depth + 1, links)?;
+    for (name, kind) in list(root, below).map_err(io_error("read", below))? {
+        match kind {
+            FileType::Symlink => links.push(below.join(name)),
+            FileType::Directory => find_links(root, &below.join(name), depth + 1, links)?,
+            _ => {}
         }
     }
     Ok(())
+}
+
+/// Names in a folder of the tree, and what they are.
+fn list(root: BorrowedFd<'_>, below: &Path) -> io::Result<Vec<(OsString, FileType)>> {
+    let folder = open_beneath(root, below.as_os_str().as_bytes(), true)?;
+    let mut found = Vec::new();
+    for entry in Dir::read_from(&folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if matches!(name, b"." | b"..") {
+            continue;
+        }
+        let name = OsStr::from_bytes(name);
+        // Not every file system says it here.
+        let kind = match entry.file_type() {
+            FileType::Unknown => kind_of(folder.as_fd(), name).unwrap_or(FileType::Unknown),
+            kind => kind,
+        };
+        found.push((name.to_owned(), kind));
+    }
+    Ok(found)
 }
 
 /// Writes a file or folder of this host as a tar stream under the name [`PARCEL`]. Links are sent as links, but for the source itself.

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use kiln_core::command_line::CommandTooLong;
 use kiln_proto::msg::{ExecRequest, GetTree, MachineStats, Order, OrderReply, kind};
 use kiln_proto::session::OpenError;
 use kiln_proto::{Stream, codec, relay, reset_of};
@@ -15,7 +16,7 @@ use super::ask::{Answer, Ask, ExecAsk, MESSAGE_BYTES_MAX, Refused, Reply, Status
 use super::copy::{BYTES_MAX, ENTRIES_MAX};
 use super::keeper::{CONNECTIONS_MAX, Held, Wish, Wished};
 use crate::collect::CONTAINER_ROOT;
-use crate::orders::{self, CallError};
+use crate::orders;
 use crate::run;
 
 /// How long a question may take to arrive.
@@ -138,7 +139,7 @@ async fn open(held: &Held, kind: u8, payload: &(impl Serialize + Sync)) -> Resul
         serde_json::to_vec(payload).map_err(|error| Refused::failed(error.to_string()))?;
     let opened = held.session.open(kind, &payload).await;
     opened.map_err(|error| match error {
-        OpenError::Payload { len } => Refused::usage(CallError::TooLong { len }.to_string()),
+        OpenError::Payload { len } => Refused::usage(CommandTooLong { len }.to_string()),
         error => Refused::failed(orders::chain(&error)),
     })
 }

@@ -171,9 +171,24 @@ pub fn start_failure(error: orders::CallError, place: Place) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use kiln_core::command_line::CommandTooLong;
     use kiln_proto::msg::{GuestError, GuestErrorCode};
 
     use super::*;
+
+    #[test]
+    fn what_can_be_sent_to_no_machine_is_its_users_mistake_and_told_with_the_bound() {
+        let long = CommandTooLong { len: 20_000 };
+        for place in [Place::New, Place::Kept] {
+            let failure = start_failure(orders::CallError::TooLong(long), place);
+            assert_eq!(
+                (failure.class, failure.command_code),
+                (FailureClass::Usage, None)
+            );
+            assert_eq!(failure.message, long.to_string());
+            assert_eq!(failure.hint.as_deref(), Some(CommandTooLong::HINT));
+        }
+    }
 
     #[test]
     fn what_did_not_start_gets_a_hint_that_fits() {

@@ -1,6 +1,7 @@
 //! How commands of a home show that they live, and how what dead ones held is ended.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,8 +18,18 @@ const BURY_EVERY: Duration = Duration::from_secs(10);
 /// Where commands of a home show that they live, below its controller's folder.
 const ALIVE: &str = "commands";
 
+/// Most files that are made until one has its name: each time another command took it for a dead one's, by a clock that jumped.
+const MADE_MAX: usize = 8;
 /// How old a file is that was never seen under its name, before it is a killed command's: one that lives renames it at once.
 const HIDDEN_FOR: Duration = Duration::from_secs(60);
+
+/// A command cannot show that it lives.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot make {}", path.display())]
+struct CannotShow {
+    path: PathBuf,
+    source: io::Error,
+}
 
 /// A locked file: whoever starts this home's controller sees by it at once whether this process still lives.
 #[derive(Debug)]
@@ -34,19 +45,35 @@ impl Alive {
         let name = new_job_id('c').map_err(CliError::from_failure)?;
         let worker: WorkerId = format!("command-{name}").parse().or_infrastructure()?;
         let folder = folder.join(ALIVE);
-        fs::create_dir_all(&folder).or_infrastructure()?;
         let (path, hidden) = (
             folder.join(worker.as_str()),
             folder.join(format!(".{worker}")),
         );
-        // Locked before it is seen: one that can be locked is a dead command's.
-        let file = File::create(&hidden).or_infrastructure()?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive).or_infrastructure()?;
-        fs::rename(&hidden, &path).or_infrastructure()?;
+        let shows = || -> io::Result<File> {
+            fs::create_dir_all(&folder)?;
+            // Locked before it is seen: one that can be locked is a dead command's. Whoever looks at it holds it for a moment.
+            let file = File::create(&hidden)?;
+            flock(&file, FlockOperation::LockExclusive)?;
+            fs::rename(&hidden, &path)?;
+            Ok(file)
+        };
+        let mut made = 1;
+        let locked = loop {
+            match shows() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound && made < MADE_MAX => {
+                    made += 1;
+                }
+                shown => break shown,
+            }
+        };
+        let locked = locked.map_err(|source| CannotShow {
+            path: path.clone(),
+            source,
+        });
         Ok(Self {
             worker,
             path,
-            _locked: file,
+            _locked: locked.or_infrastructure()?,
         })
     }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use kiln_core::FailureClass;
 use kiln_worker::kept::ask::{Ask, ExecAsk, Reply};
 use kiln_worker::kept::client;
-use kiln_worker::kept::copy::{Copied, CopyError, TAKE_IN, give, place, take_out};
+use kiln_worker::kept::copy::{Copied, CopyError, TAKE_IN, Target, give, place, take_out};
 use kiln_worker::orders::ExecIo;
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Machine, ask, refused, surprised};
 use crate::args::{CpArgs, ServerArgs};
-use crate::commands::landing::{Landing, folder_of, look_at};
+use crate::commands::landing::{enter, folder_of, look_at};
 use crate::commands::table::counted;
 use crate::error::{CliError, OrInfrastructure as _, Result, chain};
 use crate::show::{Screen, ShownPath as _};
@@ -92,11 +92,11 @@ fn name_of(path: &str) -> &str {
 }
 
 /// Where a copy called `name` goes on this host. Only what the user vouches for may be links on the way there, and no device gives way to a file.
-fn target(dest: &Path, name: &str) -> Result<PathBuf> {
-    let target = place(dest, name).map_err(|error| failed(&error))?;
-    let looked = Landing::look(folder_of(&target)).and_then(|()| look_at(&target));
-    looked.map_err(|error| error.told(&target))?;
-    Ok(target)
+fn target(dest: &Path, name: &str) -> Result<Target> {
+    let path = place(dest, name).map_err(|error| failed(&error))?;
+    let entered = enter(folder_of(&path)).and_then(|folder| look_at(&path).map(|()| folder));
+    let folder = entered.map_err(|error| error.told(&path))?;
+    Ok(Target { folder, path })
 }
 
 /// Why a copy failed, with paths as the user knows them: files of a container lie below a folder of the machine's own.
@@ -131,7 +131,7 @@ fn without_root(said: &str, root: &str) -> String {
 async fn out(
     machine: &Machine,
     (typed, path): (&str, &str),
-    target: PathBuf,
+    target: Target,
     screen: Screen,
 ) -> Result<()> {
     // Only a folder has a `.` in it: what is none is asked for once more, as the file it may be.
@@ -276,7 +276,7 @@ mod tests {
             // Replaced by the copy, not followed.
             ("to-file", "to-file"),
         ] {
-            assert_eq!(target(&at(dest), "x").expect(dest), at(goes));
+            assert_eq!(target(&at(dest), "x").expect(dest).path, at(goes));
         }
         for bad in ["link", "link/", "link/y"] {
             let error = target(&at(bad), "x").expect_err(bad);

@@ -45,6 +45,21 @@ struct Given {
     own: Vec<String>,
 }
 
+impl Given {
+    /// What this process hands over.
+    fn of(handover: &Handover) -> Self {
+        Self {
+            handover: handover.clone(),
+            own: OwnPlaces::of_process().told_by(CONTROLLER),
+        }
+    }
+
+    /// Nobody tells a keeper anything later: what the controller said last holds until the machine's end.
+    fn keeps_off(&self) {
+        OwnPlaces::of_process().set(CONTROLLER, self.own.iter().map(String::as_str));
+    }
+}
+
 /// Hands a machine without an owner over to a keeper.
 ///
 /// # Errors
@@ -99,11 +114,8 @@ async fn greet(child: &mut Child, handover: &Handover) -> io::Result<Facts> {
     let (Some(mut to), Some(from)) = (child.stdin.take(), child.stdout.take()) else {
         return Err(io::ErrorKind::BrokenPipe.into());
     };
-    let given = Given {
-        handover: handover.clone(),
-        own: OwnPlaces::of_process().told_by(CONTROLLER),
-    };
-    to.write_all(&serde_json::to_vec(&given)?).await?;
+    to.write_all(&serde_json::to_vec(&Given::of(handover))?)
+        .await?;
     drop(to);
     let mut line = String::new();
     BufReader::new(from.take(HANDOVER_BYTES_MAX))
@@ -151,15 +163,15 @@ pub(in crate::commands) async fn run(screen: Screen, cancel: CancellationToken) 
         .read_to_end(&mut text)
         .await
         .or_infrastructure()?;
-    let Given { handover, own } = serde_json::from_slice(&text).map_err(|error| {
+    let given: Given = serde_json::from_slice(&text).map_err(|error| {
         CliError::usage(format!("this is no machine to keep: {error}"))
             .hint("`kiln run --keep` starts this by itself")
     })?;
     let operator = Operator::load()?;
     let host = operator.host().await?;
     let site = operator.site()?;
-    // Nobody tells this process anything later: what the controller said last holds until the machine's end.
-    OwnPlaces::of_process().set(CONTROLLER, own.iter().map(String::as_str));
+    given.keeps_off();
+    let handover = given.handover;
     // Before the machine is its own: from then on nobody else answers for it.
     let _watched = watch::begin(&handover).or_infrastructure()?;
     // The values of the command's secrets ended with it: what its machine asks for from now on is recorded as it is.
@@ -175,4 +187,50 @@ pub(in crate::commands) async fn run(screen: Screen, cancel: CancellationToken) 
     home_queue::hand_in_if_there(&operator.home).await;
     kept.map_err(CliError::from_failure)?;
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use kiln_core::ByteSize;
+    use kiln_core::network::SpecialRange;
+    use kiln_network::gateway::HostFloor;
+    use serde_json::json;
+
+    use super::*;
+
+    /// Longest wait for a resolver, which nobody asks here.
+    const RESOLVES: Duration = Duration::from_secs(10);
+
+    #[tokio::test]
+    async fn a_keeper_keeps_off_where_the_controller_said_that_the_installation_is() {
+        let handover = json!({
+            "schema": 1, "machine": "r1m7zxmk0w0t3neew0-1-run", "job": "r1m7zxmk0w0t3neew0", "tenant": "local",
+            "image": null, "command": ["true"], "ended": "", "exit_code": 0, "cpus": 1, "memory": ByteSize::mib(512),
+            "network": kiln_core::NetworkPolicy::Open, "bytes_out_and_in_per_second": [null, null], "connections_max": null, "runc": null, "stays_ms": 1,
+        });
+        let handover: Handover = serde_json::from_value(handover).expect("a handover");
+        let own = OwnPlaces::of_process();
+        own.set(CONTROLLER, ["9.9.9.20"]);
+        let handed = serde_json::to_vec(&Given::of(&handover)).expect("JSON");
+        // Its keeper is another process.
+        own.set(CONTROLLER, [""; 0]);
+        let places = ["9.9.9.20", "9.9.9.21"];
+        let places: [IpAddr; 2] = places.map(|place| place.parse().expect("an address"));
+        let floor = HostFloor::new(Vec::new());
+        let found = async || {
+            let checked = floor.check("a.example.org", &places, RESOLVES).await;
+            checked
+                .into_iter()
+                .map(|(_, verdict)| verdict)
+                .collect::<Vec<_>>()
+        };
+        let fine: Result<(), SpecialRange> = Ok(());
+        assert_eq!(found().await, [fine, fine]);
+        let given: Given = serde_json::from_slice(&handed).expect("reads");
+        given.keeps_off();
+        assert_eq!(found().await, [Err(SpecialRange::Own), fine]);
+        own.set(CONTROLLER, [""; 0]);
+    }
 }

@@ -250,6 +250,7 @@ fn answers(name: &str, kind: u16, count: u32) -> Vec<Record> {
         "inside.test" => a([127, 0, 0, 1]).into_iter().collect(),
         "meta.test" => a([169, 254, 169, 254]).into_iter().collect(),
         "own.test" => a([11, 0, 0, 2]).into_iter().collect(),
+        "placed.test" => a([11, 1, 0, 14]).into_iter().collect(),
         "mapped.test" => six("::ffff:127.0.0.1").into_iter().collect(),
         "translated.test" => six("64:ff9b::7f00:1").into_iter().collect(),
         "chain.test" => {

@@ -1,4 +1,5 @@
 use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 
 use proptest::prelude::*;
@@ -16,10 +17,17 @@ fn header(kind: tar::EntryType, size: u64) -> tar::Header {
 }
 
 /// Adds an entry whose name is taken as it is, legal or not.
-fn raw(out: &mut tar::Builder<Vec<u8>>, name: &str, kind: tar::EntryType, link: &str, body: &[u8]) {
+fn raw(
+    out: &mut tar::Builder<Vec<u8>>,
+    name: impl AsRef<[u8]>,
+    kind: tar::EntryType,
+    link: &str,
+    body: &[u8],
+) {
+    let name = name.as_ref();
     let mut header = header(kind, body.len() as u64);
     let field = &mut header.as_old_mut();
-    field.name[..name.len()].copy_from_slice(name.as_bytes());
+    field.name[..name.len()].copy_from_slice(name);
     field.linkname[..link.len()].copy_from_slice(link.as_bytes());
     header.set_cksum();
     out.append(&header, body).expect("append");
@@ -153,10 +161,35 @@ fn twice_special_and_cut_are_refused() {
 }
 
 #[test]
+fn a_copy_has_names_of_any_bytes_and_a_source_has_not() {
+    let bytes = archive(|out| {
+        raw(out, b"a\xff/b\xfe", T::Regular, "", b"x");
+        raw(out, "l", T::Symlink, "a", b"");
+    });
+    let refused = taken(&bytes).expect_err("a source");
+    assert!(refused.to_string().contains("not UTF-8"), "{refused}");
+    let dir = tempfile::tempdir().expect("temp dir");
+    let copy = |bytes: &[u8]| {
+        let root = File::open(dir.path()).expect("open");
+        unpack_copy(bytes, root.into(), Limits::default())
+    };
+    assert_eq!(copy(&bytes).expect("a copy").entries, 2);
+    let name = std::ffi::OsStr::from_bytes(b"a\xff/b\xfe");
+    let content = std::fs::read(dir.path().join(name)).expect("there");
+    assert_eq!(content, b"x");
+    for (before, after) in [("../", ""), ("/", ""), ("", "/../../x")] {
+        let name = [before.as_bytes(), b"\xff", after.as_bytes()].concat();
+        let bad = archive(|out| raw(out, &name, T::Regular, "", b"x"));
+        let refused = copy(&bad).expect_err("leads out");
+        assert!(matches!(refused, UnpackError::Entry { .. }), "{refused}");
+    }
+}
+
+#[test]
 fn limits_hold_while_it_is_read() {
     let many = archive(|out| {
         for n in 0..20 {
-            raw(out, &format!("f{n}"), T::Regular, "", b"1234567890");
+            raw(out, format!("f{n}"), T::Regular, "", b"1234567890");
         }
     });
     let dir = || tempfile::tempdir().expect("temp dir");

@@ -5,14 +5,14 @@ use tar::{EntryType, Header};
 /// An entry as a hostile guest writes it: no builder checks its name.
 fn entry(
     builder: &mut tar::Builder<Vec<u8>>,
-    name: &str,
+    name: &[u8],
     kind: EntryType,
     link: &str,
     content: &[u8],
 ) {
     let mut header = Header::new_old();
     let raw = header.as_old_mut();
-    raw.name[..name.len()].copy_from_slice(name.as_bytes());
+    raw.name[..name.len()].copy_from_slice(name);
     raw.linkname[..link.len()].copy_from_slice(link.as_bytes());
     header.set_entry_type(kind);
     header.set_size(content.len() as u64);
@@ -27,9 +27,20 @@ fn entry(
 fn tar(entries: &[(&str, EntryType, &str, &[u8])]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     for (name, kind, link, content) in entries {
-        entry(&mut builder, name, *kind, link, content);
+        entry(&mut builder, name.as_bytes(), *kind, link, content);
     }
     builder.into_inner().expect("whole")
+}
+
+fn held(path: &Path) -> Target {
+    Target {
+        folder: File::open(parent_of(path)).expect("a folder").into(),
+        path: path.to_owned(),
+    }
+}
+
+fn take_out(tar: impl Read, target: &Path, file: Option<&str>) -> Result<Copied, CopyError> {
+    super::take_out(tar, &held(target), file)
 }
 
 const FILE: EntryType = EntryType::Regular;
@@ -133,6 +144,58 @@ fn a_file_replaces_a_link_and_not_what_it_leads_to() {
             "{dest} {name}"
         );
     }
+}
+
+#[test]
+fn names_are_any_bytes() {
+    let dir = tempfile::tempdir().expect("dir");
+    let mut builder = tar::Builder::new(Vec::new());
+    entry(&mut builder, b"caf\xe9/\xff.txt", FILE, "", b"one");
+    entry(&mut builder, b"caf\xe9/\xfe", LINK, "../../x", b"");
+    entry(&mut builder, b"plain", FILE, "", b"two");
+    let bytes = builder.into_inner().expect("whole");
+    let target = dir.path().join("out");
+    let copied = take_out(&bytes[..], &target, None).expect("copied");
+    assert_eq!((copied.entries, copied.links_left_out), (3, 1));
+    let name = target.join(OsStr::from_bytes(b"caf\xe9/\xff.txt"));
+    assert_eq!(fs::read(name).expect("there"), b"one");
+    assert_eq!(fs::read(target.join("plain")).expect("there"), b"two");
+    let link = target.join(OsStr::from_bytes(b"caf\xe9/\xfe"));
+    assert!(!link.is_symlink());
+}
+
+#[test]
+fn a_folder_that_is_exchanged_for_a_link_leads_nowhere() {
+    let dir = tempfile::tempdir().expect("dir");
+    let at = |name: &str| dir.path().join(name);
+    for name in ["shared", "victim"] {
+        fs::create_dir(at(name)).expect("folder");
+    }
+    let targets = [held(&at("shared/tree")), held(&at("shared/file"))];
+    fs::rename(at("shared"), at("moved")).expect("moved");
+    symlink("victim", at("shared")).expect("link");
+    let bytes = tar(&[("x", FILE, "", b"new")]);
+    super::take_out(&bytes[..], &targets[0], None).expect("copied");
+    super::take_out(&bytes[..], &targets[1], Some("x")).expect("copied");
+    assert_eq!(fs::read(at("moved/tree/x")).expect("there"), b"new");
+    assert_eq!(fs::read(at("moved/file")).expect("there"), b"new");
+    let count = |name: &str| fs::read_dir(at(name)).expect("list").count();
+    assert_eq!((count("moved"), count("victim")), (2, 0));
+}
+
+#[test]
+fn what_is_no_file_does_not_give_way_to_one() {
+    let dir = tempfile::tempdir().expect("dir");
+    let bytes = tar(&[("x", FILE, "", b"new")]);
+    let pipe = dir.path().join("pipe");
+    let mode = Mode::RUSR | Mode::WUSR;
+    rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, mode).expect("fifo");
+    fs::create_dir(dir.path().join("folder")).expect("folder");
+    for name in ["pipe", "folder"] {
+        let error = take_out(&bytes[..], &dir.path().join(name), Some("x")).expect_err(name);
+        assert!(matches!(error, CopyError::Place { .. }), "{name}: {error}");
+    }
+    assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 2);
 }
 
 #[test]
