@@ -28,7 +28,7 @@ pub const QUARANTINE_KEEP: Duration = Duration::from_secs(24 * 3600);
 /// Content set aside as corrupt is kept for at least this long, for a person to look at.
 pub const CORRUPT_KEEP: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Tree of everything that guests push.
-const QUARANTINE: &str = "quarantine";
+pub(super) const QUARANTINE: &str = "quarantine";
 /// Deepest nesting of repository directories: names have at most 255 bytes.
 const DEPTH_MAX: usize = 128;
 
@@ -108,11 +108,13 @@ impl Store {
         self.uploads.drop_tree(tree);
         let _alone = self.removing();
         self.quotas.forget(tree);
-        if !self.durable.remove_tree(&self.repo_dir(tree))? {
-            return Err(StoreError::RepoUnknown { repo: tree.clone() });
-        }
+        let was_there = self.durable.remove_tree(&self.repo_dir(tree))?;
+        // Also where another owner was killed between the two.
         self.prune_empty(tree);
-        Ok(())
+        match was_there {
+            true => Ok(()),
+            false => Err(StoreError::RepoUnknown { repo: tree.clone() }),
+        }
     }
 
     /// Bytes and names stored at and below a name, as quotas count them.

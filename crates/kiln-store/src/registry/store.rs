@@ -171,6 +171,7 @@ impl Store {
             fs::create_dir_all(&path).map_err(StoreError::io("create", &path))?;
         }
         reap(&tmp)?;
+        prune_left(&dir.join("repos").join(super::gc::QUARANTINE));
         sync_dir(dir)?;
         let verified = Verified::open(&dir.join("verified"), &boot_id()?)?;
         Ok(Self {
@@ -512,6 +513,18 @@ fn is_new(dir: &Path) -> Result<bool, StoreError> {
         }
     }
     Ok(true)
+}
+
+/// Removes directories in quarantine with nothing in them: their repository was taken away and its remover killed, or it was being made. Nobody
+/// else makes any while we hold the lock.
+fn prune_left(quarantine: &Path) {
+    let entries = |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten();
+    for job in entries(quarantine) {
+        for attempt in entries(&job.path()) {
+            let _not_empty = fs::remove_dir(attempt.path());
+        }
+        let _not_empty = fs::remove_dir(job.path());
+    }
 }
 
 /// Empties `tmp/`: nobody else writes there while we hold the lock.

@@ -12,7 +12,7 @@ use kiln_store::registry::manifest::OCI_MANIFEST;
 use kiln_store::registry::{Authority, Reference, RepoName, Store, StoreConfig, StoreError};
 
 use crate::client::manifest;
-use crate::room::entries;
+use crate::room::{entries, opened_again};
 
 /// File in the child's working directory that says at which step to die.
 const ORDER: &str = "die-at";
@@ -69,7 +69,7 @@ fn work(store: &Arc<Store>, dir: &Path) -> Result<()> {
     let pushed = push(store, &quarantine, b"new layer", "x")?;
     store.adopt(&quarantine, &target, &pushed)?;
     store.tag(&target, "moving", &pushed)?;
-    store.delete_tree(&"quarantine/b1".parse()?)?;
+    store.delete_tree(&quarantine)?;
     match store.delete_manifest(&target, &tag("old")) {
         Ok(()) | Err(StoreError::ManifestUnknown { .. }) => {}
         Err(error) => return Err(error.into()),
@@ -139,7 +139,7 @@ fn prepare(dir: &Path) -> Result<()> {
 /// Everything that a tag names is there and good, and nothing half-made is.
 fn inspect(dir: &Path) -> Result<()> {
     let registry = dir.join("registry");
-    let store = Arc::new(Store::open(&registry, StoreConfig::default())?);
+    let store = opened_again(&registry, &StoreConfig::default())?;
     anyhow::ensure!(
         entries(&registry.join("tmp")) == 0,
         "temporary files are left"
@@ -148,6 +148,12 @@ fn inspect(dir: &Path) -> Result<()> {
         entries(&registry.join("uploads")) <= 4,
         "files of sessions are left"
     );
+    for job in std::fs::read_dir(registry.join("repos/quarantine"))
+        .into_iter()
+        .flatten()
+    {
+        anyhow::ensure!(entries(&job?.path()) > 0, "an empty quarantine is left");
+    }
     for repo in store.repositories(None)? {
         for name in store.tags(&repo)? {
             store
@@ -180,8 +186,8 @@ fn every_step_survives_a_kill() -> Result<()> {
             return Ok(());
         }
         // Beginning again finishes the work, whatever was left.
-        let store = Store::open(&dir.path().join("registry"), StoreConfig::default())?;
-        work(&Arc::new(store), dir.path()).with_context(|| format!("again after step {die_at}"))?;
+        let store = opened_again(&dir.path().join("registry"), &StoreConfig::default())?;
+        work(&store, dir.path()).with_context(|| format!("again after step {die_at}"))?;
         inspect(dir.path()).with_context(|| format!("again after step {die_at}"))?;
     }
     bail!("the work has more than {STEPS_MAX} steps")

@@ -218,7 +218,7 @@ async fn a_nearly_full_disk_refuses_clearly_and_loses_nothing() -> Result<()> {
         free_bytes_min: u64::MAX,
         ..StoreConfig::default()
     };
-    let store = std::sync::Arc::new(kiln_store::registry::Store::open(&path, config)?);
+    let store = crate::room::opened_again(&path, &config)?;
     let room = Room { store, dir, leases };
     let mut client = room.operator().await?;
     let refused = client.push_blob("a", b"new").await?;

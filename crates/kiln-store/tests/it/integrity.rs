@@ -9,7 +9,7 @@ use kiln_core::Digest;
 use kiln_store::registry::{Store, StoreConfig, StoreError};
 
 use crate::client::{code, digest_of, header, manifest};
-use crate::room::{Room, entries};
+use crate::room::{Room, entries, opened_again};
 
 fn content(room: &Room, digest: &Digest) -> std::path::PathBuf {
     let hex = digest.hex();
@@ -239,7 +239,7 @@ fn a_scrub_reads_what_the_boots_table_would_believe() -> Result<()> {
     let path = room.path();
     let Room { store, dir, .. } = room;
     drop(store);
-    let store = Arc::new(Store::open(&path, StoreConfig::default())?);
+    let store = opened_again(&path, &StoreConfig::default())?;
     assert!(
         store.has_blob(&repo, &digest)?,
         "the table is believed within a boot"
@@ -329,7 +329,7 @@ fn one_owner_at_a_time_and_stale_temporary_files_are_reaped() -> Result<()> {
     std::fs::create_dir_all(path.join("tmp/dir/below"))?;
     let Room { store, dir, .. } = room;
     drop(store);
-    let store = Store::open(&path, StoreConfig::default())?;
+    let store = opened_again(&path, &StoreConfig::default())?;
     assert_eq!(entries(&path.join("tmp")), 0);
     drop((store, dir));
     Ok(())

@@ -2,12 +2,15 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use kiln_core::lease::Epoch;
 use kiln_core::{AttemptId, Lease, TenantName};
 use kiln_store::registry::serve::serve_connection;
-use kiln_store::registry::{AttemptAuthority, Authority, LeaseTable, Store, StoreConfig};
+use kiln_store::registry::{
+    AttemptAuthority, Authority, LeaseTable, OpenError, Store, StoreConfig,
+};
 use tempfile::TempDir;
 
 use crate::client::Client;
@@ -52,6 +55,23 @@ impl Room {
         let lease = lease(job, 1);
         self.leases.grant(lease.clone());
         AttemptAuthority::new(lease, self.leases.clone())
+    }
+}
+
+/// Longest wait for the lock of a store that was let go of.
+const LET_GO_MAX: Duration = Duration::from_secs(20);
+
+/// Opens a store that this process had before. A child that another test starts just now holds copies of all files until it is the program it
+/// shall be, the store's lock among them.
+pub(crate) fn opened_again(dir: &Path, config: &StoreConfig) -> Result<Arc<Store>> {
+    let end = Instant::now() + LET_GO_MAX;
+    loop {
+        match Store::open(dir, config.clone()) {
+            Err(OpenError::Owned { .. }) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            opened => return Ok(Arc::new(opened?)),
+        }
     }
 }
 

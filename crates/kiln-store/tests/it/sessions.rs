@@ -17,7 +17,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 
 use crate::client::{Client, header};
-use crate::room::{Room, entries};
+use crate::room::{Room, entries, opened_again};
 
 /// Larger than all that is buffered on the way.
 const LARGE: usize = 24 << 20;
@@ -240,7 +240,7 @@ async fn a_session_has_its_url_with_the_next_owner() -> Result<()> {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     drop(store);
-    let store = Arc::new(Store::open(&path, StoreConfig::default())?);
+    let store = opened_again(&path, &StoreConfig::default())?;
     let room = Room { store, dir, leases };
     assert_eq!(room.store.stats()?.uploads, 0, "none of this owner's");
     // Whoever did not begin it cannot go on with it.
@@ -268,7 +268,7 @@ async fn a_session_has_its_url_with_the_next_owner() -> Result<()> {
 fn unfinished_uploads_are_collected() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let uploads = dir.path().join("uploads");
-    let open = || Store::open(dir.path(), StoreConfig::default()).map(Arc::new);
+    let open = || opened_again(dir.path(), &StoreConfig::default());
     let (operator, name) = (Authority::Operator, "a".parse()?);
     let begin = |store: &Arc<Store>| -> Result<String> {
         let mut upload = store.begin_upload(&operator, &name)?;
