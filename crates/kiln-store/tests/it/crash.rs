@@ -188,6 +188,7 @@ fn every_step_survives_a_kill() -> Result<()> {
         // Beginning again finishes the work, whatever was left.
         let store = opened_again(&dir.path().join("registry"), &StoreConfig::default())?;
         work(&store, dir.path()).with_context(|| format!("again after step {die_at}"))?;
+        drop(store);
         inspect(dir.path()).with_context(|| format!("again after step {die_at}"))?;
     }
     bail!("the work has more than {STEPS_MAX} steps")
