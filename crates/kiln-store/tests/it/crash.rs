@@ -97,7 +97,7 @@ fn child() -> Result<()> {
         })),
         ..StoreConfig::default()
     };
-    let store = Arc::new(Store::open(Path::new("registry"), config)?);
+    let store = opened_again(Path::new("registry"), &config)?;
     work(&store, Path::new("."))
 }
 

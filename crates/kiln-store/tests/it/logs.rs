@@ -297,8 +297,9 @@ fn child_that_is_killed() {
         loop {
             at = store.append(&b1, at, line(n).into()).await.unwrap().next;
             n += 1;
-            let mut out = std::io::stderr().lock();
-            writeln!(out, "acknowledged {at}").unwrap();
+            // In one piece, or not at all.
+            let line = format!("acknowledged {at}\n");
+            std::io::stderr().write_all(line.as_bytes()).unwrap();
         }
     });
 }
