@@ -200,8 +200,8 @@ fn nobody_fills_the_disk_with_what_waits() {
         assert_eq!(got.status, 200, "{}", got.text());
         got.value()["requests"].as_u64().expect("bytes")
     };
-    assert_eq!(bound(100_000), 0);
-    let large = json!({"argv": ["true", "x".repeat(60_000)]});
+    assert_eq!(bound(25_000), 0);
+    let large = json!({"argv": ["true", "x".repeat(15_000)]});
     assert_eq!(acme.json("POST", "/v1/runs", &large).status, 202);
     let refused = acme.json("POST", "/v1/runs", &large);
     assert_eq!(
@@ -222,7 +222,7 @@ fn nobody_fills_the_disk_with_what_waits() {
     );
     // An upload has the room that requests leave.
     let used = bound(1_000_000);
-    assert!(used > 60_000, "{used}");
+    assert!(used > 15_000, "{used}");
     let request = json!({"name": "app"}).to_string();
     let upload = |archive: &[u8]| {
         let parts = [("request", request.as_bytes()), ("source", archive)];
@@ -235,7 +235,7 @@ fn nobody_fills_the_disk_with_what_waits() {
     };
     assert_eq!(upload(&archive()).status, 202);
     let mut more = archive();
-    more.resize(950_000, 0);
+    more.resize(990_000, 0);
     let refused = upload(&more);
     assert_eq!(
         (refused.status, refused.code().as_str()),
