@@ -11,7 +11,7 @@ use crate::faults_large::high_water;
 use crate::fleet_kill::asked;
 use crate::kept::kept;
 use crate::serve::{SMALL, serve};
-use crate::support::free_port;
+use crate::support::{free_port, until};
 
 /// Connections of a program, each to another port, of which the policy allows none.
 const CONNECTIONS: u32 = 10_000;
@@ -113,6 +113,12 @@ fn a_guest_that_opens_without_end_is_refused_and_its_host_serves_others() {
     let grown = memory().saturating_sub(before);
     assert!(grown < MEMORY_KIB_MAX, "{grown} KiB more than {before}");
     on(&["machine", "rm", &beside]).exits(0);
+    // What it reached is handed in afterwards; a server that stops before leaves that to the next.
+    let records = annex.home.join("machine-records");
+    until("its record handed in", || {
+        let left = std::fs::read_dir(&records).map_or(0, Iterator::count);
+        (left == 0).then_some(())
+    });
     server.signal("INT");
     server.end().exits(0);
     annex.is_clear();
