@@ -20,6 +20,7 @@ const ALIVE: &str = "commands";
 
 /// Most files that are made until one has its name: each time another command took it for a dead one's, by a clock that jumped.
 const MADE_MAX: usize = 8;
+
 /// How old a file is that was never seen under its name, before it is a killed command's: one that lives renames it at once.
 const HIDDEN_FOR: Duration = Duration::from_secs(60);
 
